@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtual IOMMU whose guest-programmed stage-1 tables are walked by hardware.
 //!
+//! The way in is [`mod@unit`]: [`unit::VtdBuilder`], with an example, joins the parts of a virtual
+//! IOMMU and its devices, and [`unit::Vtd`] has the verbs that a VMM needs.
+//!
 //! A guest programs a virtual IOMMU ([`viommu`]); its tables become iommufd `HWPT_NESTED` objects
 //! on one nesting-parent `HWPT_PAGING` ([`nesting`]), through the verbs of the host ([`iommufd`]):
 //! the kernel's `/dev/iommu`, or the emulated host IOMMU of the package `twostage-emulated`, which
 //! has the same objects, errors and caches. [`spec`] has the common layouts.
 //!
-//! Dependencies point downward only: `nesting` implements the host-side trait that `viommu`
-//! declares and calls `iommufd`; `iommufd` and `spec` depend on nothing else here.
+//! Dependencies point downward only: `unit` joins `viommu` and `nesting`; `nesting` implements the
+//! host-side trait that `viommu` declares and calls `iommufd`; `iommufd` and `spec` depend on
+//! nothing else here.
 //!
 //! # Features
 //!
@@ -37,4 +41,5 @@ pub mod ratelimit;
 pub mod runs;
 pub mod spec;
 pub mod sync;
+pub mod unit;
 pub mod viommu;

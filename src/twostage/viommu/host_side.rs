@@ -56,3 +56,8 @@ pub struct CapabilityConflict {
     /// What the field is needed for, and what to change.
     pub needed_for: String,
 }
+
+/// Why a device that comes late needs what others can do without.
+pub(super) const OFFERED_BEFORE: &str =
+    "the guest was offered it before this device came; give the device to the guest from the \
+     start, or leave it out";

@@ -142,6 +142,20 @@ impl VtdIommu {
         Some(applied)
     }
 
+    /// The configuration of requests of `rid` without PASID, and what the guest is told of them if
+    /// the host refuses it.
+    pub(super) fn config_of(
+        &self,
+        rid: Bdf,
+        by: By,
+        root: Option<Rtaddr>,
+    ) -> (RequesterConfig, FaultReason) {
+        match by {
+            By::Tables => (self.tables(root).config(Requester::rid(rid)), refused_reason(root)),
+            By::Nothing => (PASSING, FaultReason::RootTableAddressInvalid),
+        }
+    }
+
     /// Requests of `rid` without PASID.
     fn evaluate_rid(
         &self,
@@ -151,10 +165,7 @@ impl VtdIommu {
         budget: &mut Budget,
     ) {
         let requester = Requester::rid(rid);
-        let (config, refused) = match evaluation.by {
-            By::Tables => (self.tables(root).config(requester), refused_reason(root)),
-            By::Nothing => (PASSING, FaultReason::RootTableAddressInvalid),
-        };
+        let (config, refused) = self.config_of(rid, evaluation.by, root);
         self.evaluate_requester(evaluation, requester, config, budget, |unit| {
             unit.give(requester, config, refused)
         });

@@ -7,6 +7,7 @@
 
 use super::config::{VtdConfig, DEFAULT_PASID_BITS};
 use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::viommu::host_side::OFFERED_BEFORE;
 use crate::viommu::CapabilityConflict;
 
 /// The features of a host unit, and a device behind it, for messages.
@@ -48,6 +49,27 @@ impl VtdConfig {
             lowered.coherent_walks &= host.ecap.smpwcs();
         }
         Ok(lowered)
+    }
+
+    /// Whether `host` supports all of this configuration: a guest that knows it already cannot do
+    /// with less.
+    pub(crate) fn check_late(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
+        let lowered = self.intersect(std::slice::from_ref(host))?;
+        let lost = [
+            ("CAP.FS1GP", self.first_stage_1g && !lowered.first_stage_1g),
+            ("ECAP.SRS", self.supervisor_requests && !lowered.supervisor_requests),
+            ("ECAP.EAFS", self.extended_accessed && !lowered.extended_accessed),
+            ("ECAP.SC", self.snoop_control && !lowered.snoop_control),
+            ("ECAP.SMPWCS", self.coherent_walks && !lowered.coherent_walks),
+        ];
+        match lost.into_iter().find(|(_, lost)| *lost) {
+            None => Ok(()),
+            Some((bit, _)) => Err(CapabilityConflict {
+                device: host.device.clone(),
+                bit,
+                needed_for: OFFERED_BEFORE.into(),
+            }),
+        }
     }
 
     /// As many PASID bits as offered, on the unit with the fewest.

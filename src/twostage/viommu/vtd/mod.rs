@@ -59,7 +59,7 @@ pub use state::{
 };
 
 use super::registers::FairMutex;
-use super::{InterruptSink, MsiMessage, Observer, Requester, TableMemory};
+use super::{HostSideError, InterruptSink, MsiMessage, Observer, Requester, TableMemory};
 use crate::ratelimit::RateLimit;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
@@ -142,14 +142,33 @@ impl VtdIommu {
     /// enabled. Does nothing for a function that exists already. A refusal of the host is logged;
     /// the function is then blocked.
     pub fn add_device(&self, rid: Bdf) {
-        let mut registers = self.lock_idle();
-        if !self.requesters.add(rid) {
-            return;
+        let registers = self.lock_idle();
+        if self.requesters.add(rid) {
+            self.evaluate_new(rid, registers);
         }
-        let by = |registers: &Registers| match registers.gsts.tes() {
-            true => By::Tables,
-            false => By::Nothing,
-        };
+    }
+
+    /// The same, but a function that the host refuses to serve is not added. Only what it refuses
+    /// of the function's PASIDs is logged, and they are blocked.
+    pub(crate) fn try_add_device(&self, rid: Bdf) -> Result<(), HostSideError> {
+        let registers = self.lock_idle();
+        if !self.requesters.add(rid) {
+            return Ok(());
+        }
+        let (config, refused) = self.config_of(rid, by(&registers), registers.root);
+        if let Err(error) = self.try_give(Requester::rid(rid), config, refused) {
+            // Counted and logged: the caller may have nothing to say to anybody.
+            let _ = self.host_failed(&error);
+            self.requesters.remove(rid);
+            self.take_away(Requester::rid(rid));
+            return Err(error);
+        }
+        self.evaluate_new(rid, registers);
+        Ok(())
+    }
+
+    /// Gives the host all requesters of a function that has just been added.
+    fn evaluate_new<'a>(&'a self, rid: Bdf, mut registers: MutexGuard<'a, Registers>) {
         let mut evaluation = Evaluation::of_function(rid, by(&registers));
         // If translation was enabled or disabled meanwhile, that covered this function, too.
         while by(&registers) == evaluation.by() {
@@ -250,6 +269,14 @@ impl VtdIommu {
     fn guest_error(&self, what: fmt::Arguments<'_>) {
         self.counters.guest_errors.count();
         self.log.warn(format_args!("VT-d: guest mistake: {what}"));
+    }
+}
+
+/// What new functions follow.
+fn by(registers: &Registers) -> By {
+    match registers.gsts.tes() {
+        true => By::Tables,
+        false => By::Nothing,
     }
 }
 

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One way in: a virtual IOMMU joined with its host side, for a VMM to use as one part.
+//!
+//! [`VtdBuilder`] takes all that cannot have a default (guest memory twice: as the host has it, and
+//! as the model reads it; where interrupts go) and makes the model, its nesting and the way of
+//! faults back to it. [`Vtd`] then has the verbs that a VMM needs: register accesses, devices that
+//! come and go, snapshot, reset and the end. Each error names the device and what it lacks, and
+//! leaves nothing of it on the host.
+//!
+//! The parts can be used by themselves as well: [`crate::viommu`] and [`crate::nesting`].
+//!
+//! # From start to end
+//! The VMM binds devices to its host, maps guest memory in a
+//! [`GuestIoas`](crate::nesting::GuestIoas) and builds. To move a machine: it stops vCPUs and
+//! devices, takes the snapshot, saves memory, and elsewhere binds, maps and calls `restore` instead
+//! of `build`. To end: `halt`, join the threads, `shutdown` (or drop, which logs the errors that
+//! `shutdown` returns).
+
+#[cfg(test)]
+mod tests;
+pub mod vtd;
+
+use std::fmt::Display;
+
+use crate::iommufd::ObjectId;
+use crate::nesting::NestingError;
+use crate::spec::pci::Bdf;
+use crate::viommu::{CapabilityConflict, HostSideError, RestoreError};
+pub use vtd::{Vtd, VtdBuilder};
+
+/// Why a virtual IOMMU is not built or restored. Nothing of it is left on the host.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// Without a device, nobody knows what the host can do.
+    #[error(
+        "the virtual {model} has no devices: add them with device(), or say without_devices() if \
+         they come later"
+    )]
+    NoDevices {
+        /// VT-d or SMMUv3.
+        model: &'static str,
+    },
+    /// No virtual IOMMU has such a configuration.
+    #[error("impossible configuration of the virtual {model}: {what}")]
+    Config {
+        /// VT-d or SMMUv3.
+        model: &'static str,
+        /// What is impossible.
+        what: String,
+    },
+    /// A device cannot be behind it.
+    #[error(transparent)]
+    Add(#[from] AddError),
+    /// The snapshot has more devices.
+    #[error("the {model} snapshot has {requester}, which was not given: add it with device()")]
+    Absent {
+        /// VT-d or SMMUv3.
+        model: &'static str,
+        /// The function, or the stream.
+        requester: String,
+    },
+    /// The snapshot has fewer devices.
+    #[error("{device} was given as {rid}, which the snapshot has not: add it after the restore")]
+    NotInSnapshot {
+        /// The VMM's name of the device.
+        device: String,
+        /// Its identity for the guest.
+        rid: Bdf,
+    },
+    /// The snapshot is not one that can be restored here.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
+
+/// Why a device is not added. Nothing of it is left on the host, and it is blocked.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddError {
+    /// It is behind another kind of IOMMU, or behind none.
+    #[error("{device} is not behind {a_model}, which a virtual one needs: leave it out")]
+    WrongIommu {
+        /// The VMM's name of the device.
+        device: String,
+        /// "a VT-d" or "an SMMUv3".
+        a_model: &'static str,
+    },
+    /// Its IOMMU lacks what the guest is, or was, offered.
+    #[error(transparent)]
+    Lacks(#[from] CapabilityConflict),
+    /// Another device has its place.
+    #[error("{device} cannot be {rid}, which is {other}: remove that first, or use another place")]
+    Exists {
+        /// The VMM's name of the device.
+        device: String,
+        /// The identity for the guest.
+        rid: Bdf,
+        /// The VMM's name of the device that has it.
+        other: String,
+    },
+    /// The host refused to take it.
+    #[error("{device} cannot be added: {source}")]
+    Nesting {
+        /// The VMM's name of the device.
+        device: String,
+        /// What was refused.
+        source: NestingError,
+    },
+    /// The host refused what the guest's tables have for it, or bypass while there are none.
+    #[error("{device} was not added, as the host refused its translation: {source}")]
+    Refused {
+        /// The VMM's name of the device.
+        device: String,
+        /// The host's answer.
+        source: HostSideError,
+    },
+}
+
+/// Why a device is not removed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoveError {
+    /// There is none.
+    #[error("no device was added as {rid}")]
+    Unknown {
+        /// The identity for the guest.
+        rid: Bdf,
+    },
+    /// The host does not let go of it. The guest has it no longer; the removal can be repeated.
+    #[error("{device} is not removed from the host yet, try again: {source}")]
+    Host {
+        /// The VMM's name of the device.
+        device: String,
+        /// What was refused.
+        source: NestingError,
+    },
+}
+
+/// A device that is to be behind a virtual IOMMU.
+#[derive(Debug, Clone)]
+struct NewDevice {
+    rid: Bdf,
+    dev: ObjectId,
+    name: String,
+}
+
+/// Checks that `devices` are those of a snapshot of `model`, which has `requesters`.
+fn check_devices<R: From<Bdf> + PartialEq + Display>(
+    model: &'static str,
+    requesters: &[R],
+    devices: &[NewDevice],
+) -> Result<(), BuildError> {
+    if let Some(NewDevice { rid, name, .. }) =
+        devices.iter().find(|device| !requesters.contains(&device.rid.into()))
+    {
+        return Err(BuildError::NotInSnapshot { device: name.clone(), rid: *rid });
+    }
+    let given = |requester: &&R| devices.iter().any(|device| R::from(device.rid) == **requester);
+    match requesters.iter().find(|requester| !given(requester)) {
+        Some(requester) => Err(BuildError::Absent { model, requester: requester.to_string() }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Virtual IOMMUs with their host sides, on a host that records its calls.
+
+mod vtd;
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::iommufd::fake::RecordingHost;
+use crate::iommufd::{HwCapabilities, HwInfo, HwInfoData, ObjectId};
+use crate::nesting::GuestIoas;
+use crate::spec::pci::Bdf;
+
+/// The guest's devices.
+const A: Bdf = Bdf::from_raw(0x20);
+const B: Bdf = Bdf::from_raw(0x28);
+
+fn guest_memory() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap()
+}
+
+fn write(memory: &GuestMemoryMmap, address: u64, words: &[u64]) {
+    for (index, word) in (0..).zip(words) {
+        memory.write_obj(*word, GuestAddress(address + 8 * index)).unwrap();
+    }
+}
+
+fn hw_info(data: HwInfoData, max_pasid_log2: u8) -> HwInfo {
+    HwInfo { data, capabilities: HwCapabilities::new(), max_pasid_log2 }
+}
+
+/// A host with two bound devices behind one IOMMU, and the guest's memory on it.
+struct Host {
+    recording: Arc<RecordingHost>,
+    a: ObjectId,
+    b: ObjectId,
+    ioas: Arc<GuestIoas>,
+}
+
+impl Host {
+    fn of(recording: Arc<RecordingHost>, info: HwInfo) -> Self {
+        let (a, b) = (recording.add_device(0, info), recording.add_device(0, info));
+        let ioas = GuestIoas::new(recording.clone()).unwrap();
+        recording.take_log();
+        Self { recording, a, b, ioas }
+    }
+
+    /// Where DMA of both devices goes.
+    fn reaches(&self) -> [Option<ObjectId>; 2] {
+        [self.a, self.b].map(|dev| self.recording.reaches(dev, None))
+    }
+
+    /// Checks that there is nothing but devices, blocked, and guest memory.
+    #[track_caller]
+    fn is_empty(&self) {
+        assert_eq!(self.recording.live_objects(), [self.ioas.id()]);
+        assert_eq!(self.reaches(), [None, None]);
+    }
+}

@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual VT-d with its host side.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use super::{check_devices, AddError, BuildError, NewDevice, RemoveError};
+use crate::iommufd::{Extensions, ObjectId};
+use crate::nesting::vtd::VtdNesting;
+use crate::nesting::{host_vtd, GuestIoas, NestingError};
+use crate::spec::pci::Bdf;
+use crate::sync::Mutex;
+use crate::viommu::vtd::{FaultTarget, HostUnit, VtdConfig, VtdIommu, VtdState};
+use crate::viommu::{
+    HostSideError, InterruptRemapper, InterruptSink, Observer, SnapshotError, TableMemory,
+};
+
+const MODEL: &str = "VT-d";
+
+/// See [`VtdBuilder::config_for`].
+type Choice = Box<dyn FnOnce(&[HostUnit]) -> VtdConfig>;
+/// See [`VtdBuilder::fault_target`].
+type Wrap = Box<dyn FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget>>;
+
+/// Makes a [`Vtd`].
+///
+/// ```
+/// # #[cfg(feature = "test-support")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::sync::Arc;
+/// use twostage::iommufd::{Extensions, HostIommu, Protection, UserMemory};
+/// use twostage::nesting::GuestIoas;
+/// use twostage::spec::pci::Bdf;
+/// use twostage::unit::VtdBuilder;
+/// use twostage::viommu::InterruptSink;
+/// use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+/// # use twostage::iommufd::fake::RecordingHost;
+/// # use twostage::iommufd::{iommu_hw_info_vtd, HwCapabilities, HwInfo, HwInfoData};
+///
+/// struct Messages;
+/// impl InterruptSink for Messages {
+///     fn send_msi(&self, _address: u64, _data: u32) {
+///         // To the virtual machine's LAPICs.
+///     }
+/// }
+///
+/// // A host, and a device bound to it. With the kernel's: `KernelHost` and `device_bind`.
+/// # let data = HwInfoData::Vtd(iommu_hw_info_vtd {
+/// #     cap_reg: 0x1ff0_0000_0000_0000 | 47 << 16,
+/// #     ecap_reg: 1 << 43 | 1 << 40 | 19 << 35 | 1 << 26,
+/// #     ..Default::default()
+/// # });
+/// # let info = HwInfo { data, capabilities: HwCapabilities::new(), max_pasid_log2: 20 };
+/// # let recording = RecordingHost::new(Extensions::default());
+/// # let nic = recording.add_device(0, info);
+/// # let host: Arc<dyn HostIommu> = recording;
+/// let region = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x10_0000, None)?);
+/// let memory = GuestMemoryMmap::from_arc_regions(vec![region.clone()])?;
+/// let ioas = GuestIoas::new(host)?;
+/// ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+///
+/// let slot = Bdf::new(0, 4, 0).ok_or("no such slot")?;
+/// let vtd = VtdBuilder::new(ioas, Arc::new(memory), Arc::new(Messages))
+///     .device(slot, nic, "nic0")
+///     .build()?;
+/// // What a vCPU does at the address of the registers:
+/// let mut version = [0; 4];
+/// vtd.mmio_read(0, &mut version);
+/// // When the machine ends:
+/// vtd.halt();
+/// vtd.shutdown()?;
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "test-support"))]
+/// # fn main() {}
+/// ```
+#[must_use = "nothing exists before build() or restore()"]
+pub struct VtdBuilder {
+    ioas: Arc<GuestIoas>,
+    memory: Arc<dyn TableMemory>,
+    interrupts: Arc<dyn InterruptSink>,
+    config: Choice,
+    devices: Vec<NewDevice>,
+    without_devices: bool,
+    observer: Option<Arc<dyn Observer>>,
+    fault_target: Wrap,
+    starts_passing: bool,
+}
+
+impl VtdBuilder {
+    /// For a guest with the memory `ioas` on the host, in which the unit reads tables and queues
+    /// through `memory`. `interrupts` receives the unit's own messages.
+    pub fn new(
+        ioas: Arc<GuestIoas>,
+        memory: Arc<dyn TableMemory>,
+        interrupts: Arc<dyn InterruptSink>,
+    ) -> Self {
+        Self {
+            ioas,
+            memory,
+            interrupts,
+            config: Box::new(usual_config),
+            devices: Vec::new(),
+            without_devices: false,
+            observer: None,
+            fault_target: Box::new(|model| model),
+            starts_passing: false,
+        }
+    }
+
+    /// What the guest is offered, as far as the hosts' units have it; they must have what is
+    /// requested by value ([`VtdConfig::intersect`]). Without this call: the default, with as many
+    /// PASID bits as usual ([`VtdConfig::usual_pasid_bits`]).
+    pub fn config(self, config: VtdConfig) -> Self {
+        self.config_for(move |_| config)
+    }
+
+    /// The same, for a choice that depends on the hosts' units, one for each device.
+    pub fn config_for(mut self, choose: impl FnOnce(&[HostUnit]) -> VtdConfig + 'static) -> Self {
+        self.config = Box::new(choose);
+        self
+    }
+
+    /// Adds `dev`, a device bound to the host, as the guest's `rid`. Errors call it `name`.
+    pub fn device(mut self, rid: Bdf, dev: ObjectId, name: impl Into<String>) -> Self {
+        self.devices.push(NewDevice { rid, dev, name: name.into() });
+        self
+    }
+
+    /// The unit may start without devices: its configuration is then not reduced to what hosts
+    /// support, and devices that come later have to support all of it.
+    pub fn without_devices(mut self) -> Self {
+        self.without_devices = true;
+        self
+    }
+
+    /// Who sees what the unit does.
+    pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    /// Faults of DMA go to what `wrap` makes of the unit, which is to hand them on, rather than
+    /// directly to the unit.
+    pub fn fault_target(
+        mut self,
+        wrap: impl FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget> + 'static,
+    ) -> Self {
+        self.fault_target = Box::new(wrap);
+        self
+    }
+
+    /// Devices pass from the beginning, as a machine that starts lets them anyway: this saves a
+    /// detach and an attach of each. By default they are blocked until the unit is complete. A
+    /// restored unit always blocks them until then.
+    pub fn starts_passing(mut self, passing: bool) -> Self {
+        self.starts_passing = passing;
+        self
+    }
+
+    /// The unit as after power-on, with its devices.
+    ///
+    /// # Errors
+    /// No device was given; one cannot be behind this unit; or the configuration is impossible.
+    pub fn build(self) -> Result<Vtd, BuildError> {
+        if self.devices.is_empty() && !self.without_devices {
+            return Err(BuildError::NoDevices { model: MODEL });
+        }
+        let side = Side::new(self.ioas, &self.devices, self.starts_passing)?;
+        let wanted = (self.config)(&side.hosts);
+        let offered = match side.hosts.as_slice() {
+            [] => wanted,
+            hosts => wanted.intersect(hosts).map_err(AddError::Lacks)?,
+        };
+        let host = side.nesting.clone();
+        let model =
+            VtdIommu::new(offered.clone(), self.memory, host, self.interrupts, self.observer)
+                .map_err(|error| BuildError::Config { model: MODEL, what: error.to_string() })?;
+        let unit = side.join(model, offered, self.fault_target);
+        for device in &self.devices {
+            unit.give(device)?;
+        }
+        Ok(unit)
+    }
+
+    /// The unit that `state` is a snapshot of, on this host, with the memory of then. Devices are
+    /// those of then, with the same Requester IDs; the configuration is the snapshot's. See
+    /// [`VtdIommu::restore`].
+    ///
+    /// # Errors
+    /// The devices are not those of the snapshot; one cannot do what the guest was offered; or the
+    /// snapshot is not restored.
+    pub fn restore(self, state: &VtdState) -> Result<Vtd, BuildError> {
+        let functions: Vec<Bdf> = state.functions.iter().map(|function| function.rid).collect();
+        check_devices(MODEL, &functions, &self.devices)?;
+        let side = Side::new(self.ioas, &self.devices, false)?;
+        for host in &side.hosts {
+            state.config.check_late(host).map_err(AddError::Lacks)?;
+        }
+        let host = side.nesting.clone();
+        let model = VtdIommu::restore(state, self.memory, host, self.interrupts, self.observer)?;
+        Ok(side.join(model, state.config.clone(), self.fault_target))
+    }
+}
+
+impl fmt::Debug for VtdBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VtdBuilder").field("devices", &self.devices).finish_non_exhaustive()
+    }
+}
+
+/// The default, with as many PASID bits as usual on `hosts`.
+fn usual_config(hosts: &[HostUnit]) -> VtdConfig {
+    VtdConfig { pasid_bits: VtdConfig::usual_pasid_bits(hosts), ..VtdConfig::default() }
+}
+
+/// The host side, with devices.
+struct Side {
+    nesting: Arc<VtdNesting>,
+    extensions: Extensions,
+    names: BTreeMap<Bdf, String>,
+    hosts: Vec<HostUnit>,
+}
+
+impl Side {
+    fn new(ioas: Arc<GuestIoas>, devices: &[NewDevice], passing: bool) -> Result<Self, AddError> {
+        let extensions = ioas.host().extensions();
+        let nesting = Arc::new(VtdNesting::new(ioas));
+        let mut side = Self { nesting, extensions, names: BTreeMap::new(), hosts: Vec::new() };
+        for device in devices {
+            check_place(&side.names, device)?;
+            side.hosts.push(take_in(&side.nesting, extensions, device, passing)?);
+            side.names.insert(device.rid, device.name.clone());
+        }
+        Ok(side)
+    }
+
+    fn join(self, model: Arc<VtdIommu>, config: VtdConfig, wrap: Wrap) -> Vtd {
+        let Self { nesting, extensions, names, .. } = self;
+        let target = wrap(model.clone());
+        nesting.set_fault_target(Arc::downgrade(&target) as Weak<dyn FaultTarget>);
+        let names = Mutex::new(names);
+        Vtd { model, nesting, extensions, config, names, _target: target }
+    }
+}
+
+/// Checks that no other device is in the place of `device`.
+fn check_place(names: &BTreeMap<Bdf, String>, device: &NewDevice) -> Result<(), AddError> {
+    let NewDevice { rid, name, .. } = device;
+    match names.get(rid) {
+        Some(other) => {
+            Err(AddError::Exists { device: name.clone(), rid: *rid, other: other.clone() })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Adds `device` to the host side. Returns its IOMMU.
+fn take_in(
+    nesting: &VtdNesting,
+    extensions: Extensions,
+    device: &NewDevice,
+    passing: bool,
+) -> Result<HostUnit, AddError> {
+    let NewDevice { rid, dev, name } = device;
+    let added = match passing {
+        true => nesting.add_passing_device(*rid, *dev),
+        false => nesting.add_device(*rid, *dev),
+    };
+    added.map_err(|source| AddError::Nesting { device: name.clone(), source })?;
+    let known = nesting.hw_infos().into_iter().find(|known| known.rid == *rid);
+    known
+        .and_then(|known| host_vtd(name.clone(), &known.info, extensions))
+        .ok_or_else(|| AddError::WrongIommu { device: name.clone(), a_model: "a VT-d" })
+}
+
+/// A virtual VT-d with its host side and devices.
+///
+/// All verbs may be called from any thread. Adding and removing devices exclude each other. On
+/// drop, it is halted and shut down; errors are then logged.
+pub struct Vtd {
+    model: Arc<VtdIommu>,
+    nesting: Arc<VtdNesting>,
+    extensions: Extensions,
+    config: VtdConfig,
+    /// The VMM's names of the devices. Its lock is taken before all others.
+    names: Mutex<BTreeMap<Bdf, String>>,
+    /// Kept alive for nesting, which has a weak reference.
+    _target: Arc<dyn FaultTarget>,
+}
+
+impl Vtd {
+    /// The model, for what has no verb here.
+    pub fn model(&self) -> &Arc<VtdIommu> {
+        &self.model
+    }
+
+    /// The host side, for what has no verb here.
+    pub fn nesting(&self) -> &Arc<VtdNesting> {
+        &self.nesting
+    }
+
+    /// What the guest is offered.
+    pub fn config(&self) -> &VtdConfig {
+        &self.config
+    }
+
+    /// Reads registers. See [`VtdIommu::mmio_read`].
+    pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        self.model.mmio_read(offset, data);
+    }
+
+    /// Writes registers. See [`VtdIommu::mmio_write`].
+    pub fn mmio_write(&self, offset: u64, data: &[u8]) {
+        self.model.mmio_write(offset, data);
+    }
+
+    /// Adds `dev`, a device bound to the host, as the guest's `rid`: it passes while translation is
+    /// disabled, and follows its tables while it is enabled. Errors call it `name`.
+    ///
+    /// # Errors
+    /// The place is taken; its IOMMU lacks something that the guest was offered; or the host
+    /// refuses it.
+    pub fn add_device(&self, rid: Bdf, dev: ObjectId, name: &str) -> Result<(), AddError> {
+        let mut names = self.names.lock();
+        let device = NewDevice { rid, dev, name: name.to_owned() };
+        check_place(&names, &device)?;
+        let added = take_in(&self.nesting, self.extensions, &device, false)
+            .and_then(|host| self.config.check_late(&host).map_err(AddError::Lacks))
+            .and_then(|()| self.give(&device));
+        match &added {
+            Ok(()) => {
+                names.insert(rid, device.name);
+            }
+            Err(_) => match self.nesting.remove_device(rid) {
+                Ok(()) | Err(NestingError::NoDevice(_)) => {}
+                Err(error) => log::error!("{name} was not added, but is not released: {error}"),
+            },
+        }
+        added
+    }
+
+    /// Gives the model a device that the host side has.
+    fn give(&self, device: &NewDevice) -> Result<(), AddError> {
+        let refused = |source| AddError::Refused { device: device.name.clone(), source };
+        self.model.try_add_device(device.rid).map_err(refused)
+    }
+
+    /// Removes the guest's `rid`, in use or not: when this returns, it does no more DMA, its
+    /// requesters are unknown to the unit (invalidations that name it have no effect, or the
+    /// time-out of a device that does not answer), and no host object is left that others do not
+    /// use. The device object stays with its owner, to be unbound.
+    ///
+    /// # Errors
+    /// There is no such device; or the host does not let go of it. For the guest it is then gone,
+    /// too, and the removal can be repeated.
+    pub fn remove_device(&self, rid: Bdf) -> Result<(), RemoveError> {
+        let mut names = self.names.lock();
+        self.model.remove_device(rid);
+        match self.nesting.remove_device(rid) {
+            Ok(()) => {}
+            Err(NestingError::NoDevice(_)) => return Err(RemoveError::Unknown { rid }),
+            Err(source) => {
+                let device = names.get(&rid).cloned().unwrap_or_else(|| rid.to_string());
+                return Err(RemoveError::Host { device, source });
+            }
+        }
+        names.remove(&rid);
+        Ok(())
+    }
+
+    /// The state at one moment, for [`VtdBuilder::restore`]. See [`VtdIommu::snapshot`].
+    ///
+    /// # Errors
+    /// The unit is halted.
+    pub fn snapshot(&self) -> Result<VtdState, SnapshotError> {
+        self.model.snapshot()
+    }
+
+    /// The unit is as after power-on, with the same devices. See [`VtdIommu::reset`].
+    ///
+    /// # Errors
+    /// The host refused part of it; the reset can be repeated.
+    pub fn reset(&self) -> Result<(), HostSideError> {
+        self.model.reset()
+    }
+
+    /// The machine is stopping. See [`VtdIommu::halt`].
+    pub fn halt(&self) {
+        self.model.halt();
+    }
+
+    /// Halts, detaches every device and destroys every host object of the unit; the IOAS goes with
+    /// its last user. May be called again to retry.
+    ///
+    /// # Errors
+    /// The host refused to release something.
+    pub fn shutdown(&self) -> Result<(), NestingError> {
+        self.halt();
+        self.nesting.shutdown()
+    }
+
+    /// Who remaps the interrupts of the devices; `None` if that is not offered to the guest.
+    pub fn interrupt_remapper(&self) -> Option<Arc<dyn InterruptRemapper>> {
+        let remapper: Arc<dyn InterruptRemapper> = self.model.clone();
+        self.config.interrupt_remapping.then_some(remapper)
+    }
+}
+
+impl fmt::Debug for Vtd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, config, names, .. } = self;
+        f.debug_struct("Vtd")
+            .field("model", model)
+            .field("config", config)
+            .field("names", names)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Vtd {
+    fn drop(&mut self) {
+        if let Err(error) = self.shutdown() {
+            log::error!("host objects of a virtual VT-d are left behind: {error}");
+        }
+    }
+}
