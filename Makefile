@@ -61,6 +61,7 @@ test-all: test loom
 	@[ "$(TSAN)" = off ] || scripts/check/tsan
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 \
 		cargo test --locked --release -- --include-ignored
+	PROPTEST_CASES=10000 cargo test --locked --release -p twostage-tests --test two_stages restored_lives
 	scripts/package
 	scripts/check/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs

@@ -44,9 +44,10 @@ pub const HIGH_SIZE: u64 = REGIONS[1].1 as u64;
 const FIRST_FREE: u64 = 0x10_0000;
 
 /// Guest memory. Every address is a GPA, in bytes.
+#[derive(Clone)]
 pub struct Memory {
     pub map: Arc<GuestMemoryMmap>,
-    free: AtomicU64,
+    free: Arc<AtomicU64>,
 }
 
 impl Memory {
@@ -63,7 +64,29 @@ impl Memory {
             mapped(*start, &UserMemory::whole(region.clone()))?;
         }
         let map = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
-        Ok(Self { map, free: AtomicU64::new(FIRST_FREE) })
+        Ok(Self { map, free: Arc::new(AtomicU64::new(FIRST_FREE)) })
+    }
+
+    /// Other memory with the same contents below 4 GiB and the same free pages; `mapped` as in
+    /// [`Self::new`].
+    ///
+    /// # Errors
+    /// The errors of `mapped`.
+    pub fn copied<E>(
+        &self,
+        mapped: impl FnMut(u64, &UserMemory) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let copy = Self::new(mapped)?;
+        copy.map.write_slice(&self.contents(), GuestAddress(0)).unwrap();
+        copy.free.store(self.free.load(Ordering::Relaxed), Ordering::Relaxed);
+        Ok(copy)
+    }
+
+    /// What is below the first free page.
+    pub fn contents(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.free.load(Ordering::Relaxed) as usize];
+        self.map.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        bytes
     }
 
     /// A zeroed page.

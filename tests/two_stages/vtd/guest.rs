@@ -85,6 +85,12 @@ impl<R: Registers> Guest<R> {
         Self { memory, registers, root, queue, status }
     }
 
+    /// The same driver on a copy of its memory.
+    pub fn moved<S>(&self, memory: Memory, registers: S) -> Guest<S> {
+        let Self { root, queue, status, .. } = *self;
+        Guest { memory, registers, root, queue, status }
+    }
+
     pub fn read32(&self, offset: u64) -> u32 {
         let mut bytes = [0; 4];
         self.registers.read(offset, &mut bytes);
@@ -152,6 +158,12 @@ impl<R: Registers> Guest<R> {
 
     /// Puts `descriptors` and a wait into the queue, and writes the tail.
     pub fn submit(&self, descriptors: &[Descriptor]) -> Completion {
+        let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
+        self.submit_words(&words)
+    }
+
+    /// As [`Self::submit`], with descriptors of any contents.
+    pub fn submit_words(&self, descriptors: &[[u64; 4]]) -> Completion {
         self.store(self.status, 0);
         let wait = Descriptor::Wait {
             status: Some(StatusWrite { address: self.status, data: DONE }),
@@ -160,8 +172,8 @@ impl<R: Registers> Guest<R> {
             drain_page_requests: false,
         };
         let mut tail = self.read64(regs::IQT);
-        for descriptor in descriptors.iter().chain([&wait]) {
-            for (word, value) in descriptor.encode().iter().enumerate() {
+        for descriptor in descriptors.iter().chain([&wait.encode()]) {
+            for (word, value) in descriptor.iter().enumerate() {
                 self.store(self.queue + tail + 8 * word as u64, *value);
             }
             tail = (tail + 32) % PAGE;
@@ -174,6 +186,15 @@ impl<R: Registers> Guest<R> {
     pub fn resume(&self) -> Completion {
         self.write32(regs::FSTS, Fsts::new().with_iqe(true).into_bits());
         self.completion()
+    }
+
+    /// As [`Self::resume`], after it replaced the descriptor at which the unit stopped.
+    pub fn replace_and_resume(&self, descriptor: Descriptor) -> Completion {
+        let head = self.queue + self.read64(regs::IQH);
+        for (word, value) in descriptor.encode().iter().enumerate() {
+            self.store(head + 8 * word as u64, *value);
+        }
+        self.resume()
     }
 
     fn completion(&self) -> Completion {

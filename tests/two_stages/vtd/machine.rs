@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The whole stack in one process: guest, virtual VT-d, nesting, emulated host, devices.
 
+use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
 
 use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::vtd::VtdNesting;
-use twostage::nesting::GuestIoas;
-use twostage::nesting::{host_vtd, DeviceInfo};
+use twostage::nesting::{host_vtd, DeviceInfo, GuestIoas, NestingError};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::vtd::{FaultTarget, Policy, Stage1};
-use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use twostage::viommu::{InterruptSink, Requester};
+use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu, VtdState};
+use twostage::viommu::{InterruptSink, Requester, RestoreError};
 use twostage_emulated::{
     ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
     ObjectGraph, VtdUnit, VtdUnitConfig,
@@ -60,6 +60,40 @@ pub struct Machine {
     _contexts: Arc<Contexts>,
 }
 
+/// What a VMM has before there is a virtual unit: guest memory in the host, and bound devices.
+pub struct Ground {
+    pub host: Arc<Host>,
+    pub unit: Arc<VtdUnit>,
+    ioas: Arc<GuestIoas>,
+    memory: Memory,
+    /// The device objects of [`A`] and [`B`].
+    devices: Vec<ObjectId>,
+}
+
+impl Ground {
+    /// On `host`, with the memory that `memory` maps.
+    fn new(
+        host: Arc<Host>,
+        unit: Arc<VtdUnit>,
+        memory: impl FnOnce(&GuestIoas) -> Result<Memory, NestingError>,
+    ) -> Result<Self, String> {
+        let ioas = GuestIoas::new(host.clone()).map_err(text)?;
+        let memory = memory(&ioas).map_err(text)?;
+        let devices = ["a", "b"].into_iter().map(|name| host.device_bind(name));
+        let devices = devices.collect::<Result<_, _>>().map_err(text)?;
+        Ok(Self { host, unit, ioas, memory, devices })
+    }
+
+    /// Nesting with both devices, which are blocked.
+    pub fn nest(&self) -> Result<Arc<VtdNesting>, String> {
+        let nesting = Arc::new(VtdNesting::new(self.ioas.clone()));
+        for (rid, dev) in [A, B].into_iter().zip(&self.devices) {
+            nesting.add_device(rid, *dev).map_err(text)?;
+        }
+        Ok(nesting)
+    }
+}
+
 /// The guest's context and PASID tables, for the sanitizer.
 #[derive(Debug)]
 struct Contexts(Weak<VtdIommu>);
@@ -107,30 +141,58 @@ impl Machine {
 
     /// Builds everything on `host`, as a VMM does before it starts its guest.
     pub fn on(host: Arc<Host>, unit: Arc<VtdUnit>, config: VtdConfig) -> Result<Self, String> {
-        let text = |error: &dyn std::fmt::Display| error.to_string();
-        let ioas = GuestIoas::new(host.clone()).map_err(|error| text(&error))?;
-        let memory = Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
-            .map_err(|error| text(&error))?;
-        let nesting = Arc::new(VtdNesting::new(ioas));
-        let mut devices = Vec::new();
-        for (name, rid) in [("a", A), ("b", B)] {
-            let dev = host.device_bind(name).map_err(|error| text(&error))?;
-            devices.push(dev);
-            nesting.add_device(rid, dev).map_err(|error| text(&error))?;
-        }
-        let config =
-            config.intersect(&units(&nesting, host.extensions())).map_err(|error| text(&error))?;
+        let ground = Ground::new(host, unit, |ioas| {
+            Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+        })?;
+        let nesting = ground.nest()?;
+        let units = units(&nesting, ground.host.extensions());
+        let config = config.intersect(&units).map_err(text)?;
         let interrupts = Arc::new(Interrupts::default());
+        let map = ground.memory.map.clone();
         let iommu =
-            VtdIommu::new(config, memory.map.clone(), nesting.clone(), interrupts.clone(), None)
-                .map_err(|error| text(&error))?;
-        nesting.set_fault_target(Arc::downgrade(&iommu) as Weak<dyn FaultTarget>);
+            VtdIommu::new(config, map, nesting.clone(), interrupts.clone(), None).map_err(text)?;
         iommu.add_device(A);
         iommu.add_device(B);
-        let guest = Guest::new(memory, iommu.clone());
+        let guest = Guest::new(ground.memory.clone(), iommu);
+        Ok(Self::joined(&ground, nesting, interrupts, guest))
+    }
+
+    /// A host with a copy of this machine's memory, for a machine that goes on where this one is.
+    pub fn next_ground(&self) -> Ground {
+        let (host, unit) = host(VtdUnitConfig::default());
+        let copied = |ioas: &GuestIoas| {
+            self.guest.copied(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+        };
+        Ground::new(host, unit, copied).unwrap()
+    }
+
+    /// This machine as it was at `state`, on `ground` with `nesting`, which blocks its devices.
+    pub fn restored(
+        &self,
+        state: &VtdState,
+        ground: &Ground,
+        nesting: Arc<VtdNesting>,
+    ) -> Result<Self, RestoreError> {
+        let interrupts = Arc::new(Interrupts::default());
+        let map = ground.memory.map.clone();
+        let iommu = VtdIommu::restore(state, map, nesting.clone(), interrupts.clone(), None)?;
+        let guest = self.guest.moved(ground.memory.clone(), iommu);
+        Ok(Self::joined(ground, nesting, interrupts, guest))
+    }
+
+    fn joined(
+        ground: &Ground,
+        nesting: Arc<VtdNesting>,
+        interrupts: Arc<Interrupts>,
+        guest: Guest<Arc<VtdIommu>>,
+    ) -> Self {
+        let Ground { host, unit, devices, .. } = ground;
+        let iommu = guest.registers.clone();
+        nesting.set_fault_target(Arc::downgrade(&iommu) as Weak<dyn FaultTarget>);
         let contexts = Arc::new(Contexts(Arc::downgrade(&iommu)));
         unit.set_context_tables(Arc::downgrade(&contexts) as Weak<dyn ContextTables>);
-        Ok(Self { guest, iommu, nesting, host, unit, interrupts, devices, _contexts: contexts })
+        let (host, unit, devices) = (host.clone(), unit.clone(), devices.clone());
+        Self { guest, iommu, nesting, host, unit, interrupts, devices, _contexts: contexts }
     }
 
     /// The device object of `rid`.
@@ -145,10 +207,7 @@ impl Machine {
 
     /// Eight bytes read by `rid` (or its `pasid`) at `iova`.
     pub fn read(&self, rid: Bdf, pasid: Option<u32>, iova: u64) -> Result<u64, DmaError> {
-        let mut bytes = [0; 8];
-        let attributes = DmaAttributes { pasid, ..DmaAttributes::default() };
-        self.port(rid).read(attributes, iova, &mut bytes)?;
-        Ok(u64::from_le_bytes(bytes))
+        read(&self.unit, rid, pasid, iova)
     }
 
     /// Makes `rid` (or its `pasid`) write eight bytes at `iova`.
@@ -191,6 +250,18 @@ impl Machine {
         }
         host.inner().inner().live_objects()
     }
+}
+
+/// Eight bytes read by `rid` (or its `pasid`) at `iova`.
+pub fn read(unit: &Arc<VtdUnit>, rid: Bdf, pasid: Option<u32>, iova: u64) -> Result<u64, DmaError> {
+    let mut bytes = [0; 8];
+    let attributes = DmaAttributes { pasid, ..DmaAttributes::default() };
+    unit.port(rid.raw()).read(attributes, iova, &mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+fn text(error: impl Display) -> String {
+    error.to_string()
 }
 
 /// The host's units, for the virtual unit's configuration.

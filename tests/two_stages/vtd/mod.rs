@@ -7,6 +7,7 @@ mod granularity;
 mod guest;
 mod late;
 mod machine;
+mod restore;
 mod stack;
 
 use crate::common::{A, HIGH, HIGH_SIZE, PAGE};
