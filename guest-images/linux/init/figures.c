@@ -15,8 +15,8 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
-#include "files.h"
-#include "options.h"
+#include "kernel/files.h"
+#include "kernel/options.h"
 #include "report.h"
 
 enum { BLOCK = 4096, MIB = 1 << 20, PAUSE_US = 400 * 1000, TRACED_BLOCKS = 500, MAX_TIMES = 1 << 16 };

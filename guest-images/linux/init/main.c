@@ -18,10 +18,10 @@
 
 #include "checks/checks.h"
 #include "figures.h"
-#include "files.h"
+#include "kernel/files.h"
+#include "kernel/modules.h"
+#include "kernel/options.h"
 #include "machine.h"
-#include "modules.h"
-#include "options.h"
 #include "report.h"
 #include "watch.h"
 

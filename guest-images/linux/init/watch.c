@@ -9,8 +9,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "files.h"
-#include "options.h"
+#include "kernel/files.h"
+#include "kernel/options.h"
 
 // Number of results, shared with the watching process.
 static atomic_uint *results;

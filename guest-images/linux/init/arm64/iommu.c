@@ -6,8 +6,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "../interrupts.h"
-#include "../kernel_log.h"
+#include "../kernel/interrupts.h"
+#include "../kernel/kernel_log.h"
 #include "../report.h"
 
 static const char *const of_interest[] = {"arm-smmu-v3", "iommu:", "ITS", NULL};

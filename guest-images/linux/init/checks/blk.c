@@ -10,10 +10,10 @@
 #include <unistd.h>
 
 #include "../../pattern.h"
-#include "../devices.h"
-#include "../files.h"
+#include "../devices/devices.h"
+#include "../kernel/files.h"
+#include "../kernel/options.h"
 #include "../md5.h"
-#include "../options.h"
 #include "../report.h"
 #include "checks.h"
 

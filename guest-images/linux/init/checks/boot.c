@@ -2,9 +2,9 @@
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
-#include "../devices.h"
-#include "../files.h"
-#include "../options.h"
+#include "../devices/devices.h"
+#include "../kernel/files.h"
+#include "../kernel/options.h"
 #include "../report.h"
 #include "checks.h"
 

@@ -7,8 +7,8 @@
 #include <sys/mman.h>
 
 #include "../../pattern.h"
-#include "../edu.h"
-#include "../files.h"
+#include "../devices/edu.h"
+#include "../kernel/files.h"
 #include "../report.h"
 #include "checks.h"
 

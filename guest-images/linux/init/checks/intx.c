@@ -5,10 +5,10 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "../edu.h"
-#include "../interrupts.h"
+#include "../devices/edu.h"
+#include "../devices/uio.h"
+#include "../kernel/interrupts.h"
 #include "../report.h"
-#include "../uio.h"
 #include "checks.h"
 
 enum { OPERATIONS = 50 };

@@ -2,11 +2,11 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "../devices.h"
-#include "../files.h"
+#include "../devices/devices.h"
 #include "../iommu.h"
-#include "../kernel_log.h"
-#include "../options.h"
+#include "../kernel/files.h"
+#include "../kernel/kernel_log.h"
+#include "../kernel/options.h"
 #include "../report.h"
 #include "checks.h"
 

@@ -9,10 +9,10 @@
 #include <sys/mman.h>
 
 #include "../../pattern.h"
-#include "../edu.h"
-#include "../files.h"
+#include "../devices/edu.h"
 #include "../iommu.h"
-#include "../kernel_log.h"
+#include "../kernel/files.h"
+#include "../kernel/kernel_log.h"
 #include "../report.h"
 #include "checks.h"
 

@@ -10,8 +10,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "../files.h"
-#include "../options.h"
+#include "../kernel/files.h"
+#include "../kernel/options.h"
 #include "../report.h"
 #include "checks.h"
 

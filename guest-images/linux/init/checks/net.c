@@ -16,9 +16,9 @@
 #include <unistd.h>
 
 #include "../../bulk.h"
-#include "../devices.h"
-#include "../files.h"
-#include "../options.h"
+#include "../devices/devices.h"
+#include "../kernel/files.h"
+#include "../kernel/options.h"
 #include "../report.h"
 #include "checks.h"
 

@@ -9,8 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "../devices.h"
-#include "../interrupts.h"
+#include "../devices/devices.h"
+#include "../kernel/interrupts.h"
 #include "../report.h"
 #include "checks.h"
 

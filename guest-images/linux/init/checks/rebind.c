@@ -2,9 +2,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "../devices.h"
-#include "../files.h"
-#include "../options.h"
+#include "../devices/devices.h"
+#include "../kernel/files.h"
+#include "../kernel/options.h"
 #include "../report.h"
 #include "checks.h"
 

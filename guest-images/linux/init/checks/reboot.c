@@ -11,8 +11,8 @@
 #include <sys/reboot.h>
 #include <unistd.h>
 
-#include "../devices.h"
-#include "../options.h"
+#include "../devices/devices.h"
+#include "../kernel/options.h"
 #include "../report.h"
 #include "checks.h"
 

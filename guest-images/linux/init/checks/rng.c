@@ -4,7 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "../files.h"
+#include "../kernel/files.h"
 #include "../report.h"
 #include "checks.h"
 

@@ -7,8 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../files.h"
-#include "../kernel_log.h"
+#include "../kernel/files.h"
+#include "../kernel/kernel_log.h"
 #include "../report.h"
 
 // ECAP bits (Intel VT-d specification, section 11.4.3).

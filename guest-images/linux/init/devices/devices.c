@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "files.h"
+#include "../kernel/files.h"
 
 struct found {
     struct device *devices;

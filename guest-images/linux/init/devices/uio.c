@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "files.h"
+#include "../kernel/files.h"
 
 #define DRIVER "uio_pci_generic"
 

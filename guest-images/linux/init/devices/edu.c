@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "files.h"
+#include "../kernel/files.h"
 
 // Registers of edu's BAR 0 (QEMU's docs/specs/edu.rst), and its buffer.
 enum { INTERRUPT_STATUS = 0x24, INTERRUPT_RAISE = 0x60, INTERRUPT_ACKNOWLEDGE = 0x64 };
