@@ -321,6 +321,23 @@ fn files_of_both_architectures_have_the_same_names() {
     }
 }
 
+/// A VMM uses the virtual IOMMUs of both architectures by the same verbs, in the same order.
+/// Listed here are those that only one of them has.
+#[test]
+fn units_of_both_architectures_have_the_same_verbs() {
+    let verbs = |file: &str| -> Vec<String> {
+        let text = fs::read_to_string(root().join("src/twostage/unit").join(file)).unwrap();
+        let named = text.split("\n    pub fn ").skip(1);
+        named.map(|rest| rest.split(['(', '<']).next().unwrap().to_owned()).collect()
+    };
+    let both = |verbs: Vec<String>, alone: &str| -> Vec<String> {
+        assert!(verbs.iter().any(|verb| verb == alone), "{verbs:?}");
+        verbs.into_iter().filter(|verb| verb != alone).collect()
+    };
+    let vtd = both(verbs("vtd.rs"), "starts_passing");
+    assert_eq!(vtd, both(verbs("smmuv3.rs"), "event_depth"));
+}
+
 /// What a user of the packages reads leads somewhere: every feature is explained in the crate's
 /// documentation, docs.rs builds all of them for both architectures, and links lead to files.
 #[test]

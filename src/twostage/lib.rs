@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtual IOMMU whose guest-programmed stage-1 tables are walked by hardware.
 //!
-//! The way in is [`mod@unit`]: [`unit::VtdBuilder`], with an example, joins the parts of a virtual
-//! IOMMU and its devices, and [`unit::Vtd`] has the verbs that a VMM needs.
+//! The way in is [`mod@unit`]: [`unit::VtdBuilder`], with an example, and [`unit::Smmuv3Builder`]
+//! join the parts of a virtual IOMMU and its devices; [`unit::Vtd`] and [`unit::Smmuv3`] have the
+//! verbs that a VMM needs.
 //!
 //! A guest programs a virtual IOMMU ([`viommu`]); its tables become iommufd `HWPT_NESTED` objects
 //! on one nesting-parent `HWPT_PAGING` ([`nesting`]), through the verbs of the host ([`iommufd`]):

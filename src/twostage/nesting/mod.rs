@@ -122,6 +122,9 @@ pub enum NestingError {
     /// The process cannot create another thread.
     #[error("no thread can be started to deliver the events of streams: {0}")]
     NoThread(String),
+    /// The guest's interrupts, or the machine, take no events any more.
+    #[error("events of streams are still on their way to the guest: stop devices first")]
+    EventsPending,
     /// It was shut down.
     #[error("the host objects are gone already")]
     ShutDown,

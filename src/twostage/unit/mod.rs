@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One way in: a virtual IOMMU joined with its host side, for a VMM to use as one part.
 //!
-//! [`VtdBuilder`] takes all that cannot have a default (guest memory twice: as the host has it, and
-//! as the model reads it; where interrupts go) and makes the model, its nesting and the way of
-//! faults back to it. [`Vtd`] then has the verbs that a VMM needs: register accesses, devices that
-//! come and go, snapshot, reset and the end. Each error names the device and what it lacks, and
-//! leaves nothing of it on the host.
+//! [`VtdBuilder`] and [`Smmuv3Builder`] take all that cannot have a default (guest memory twice: as
+//! the host has it, and as the model reads it; where interrupts go) and make the model, its nesting
+//! and the way of faults back to it. [`Vtd`] and [`Smmuv3`] then have the verbs that a VMM needs,
+//! the same ones: register accesses, devices that come and go, snapshot, reset and the end. Each
+//! error names the device and what it lacks, and leaves nothing of it on the host.
 //!
 //! The parts can be used by themselves as well: [`crate::viommu`] and [`crate::nesting`].
 //!
@@ -16,16 +16,18 @@
 //! of `build`. To end: `halt`, join the threads, `shutdown` (or drop, which logs the errors that
 //! `shutdown` returns).
 
+pub mod smmuv3;
 #[cfg(test)]
 mod tests;
 pub mod vtd;
 
-use std::fmt::Display;
+use std::collections::BTreeMap;
 
 use crate::iommufd::ObjectId;
 use crate::nesting::NestingError;
 use crate::spec::pci::Bdf;
 use crate::viommu::{CapabilityConflict, HostSideError, RestoreError};
+pub use smmuv3::{Smmuv3, Smmuv3Builder};
 pub use vtd::{Vtd, VtdBuilder};
 
 /// Why a virtual IOMMU is not built or restored. Nothing of it is left on the host.
@@ -144,20 +146,30 @@ struct NewDevice {
     name: String,
 }
 
-/// Checks that `devices` are those of a snapshot of `model`, which has `requesters`.
-fn check_devices<R: From<Bdf> + PartialEq + Display>(
+/// Checks that `devices` are those of a snapshot of `model`, which has `rids`.
+fn check_devices(
     model: &'static str,
-    requesters: &[R],
+    rids: &[Bdf],
     devices: &[NewDevice],
 ) -> Result<(), BuildError> {
     if let Some(NewDevice { rid, name, .. }) =
-        devices.iter().find(|device| !requesters.contains(&device.rid.into()))
+        devices.iter().find(|device| !rids.contains(&device.rid))
     {
         return Err(BuildError::NotInSnapshot { device: name.clone(), rid: *rid });
     }
-    let given = |requester: &&R| devices.iter().any(|device| R::from(device.rid) == **requester);
-    match requesters.iter().find(|requester| !given(requester)) {
-        Some(requester) => Err(BuildError::Absent { model, requester: requester.to_string() }),
+    match rids.iter().find(|rid| !devices.iter().any(|device| device.rid == **rid)) {
+        Some(rid) => Err(BuildError::Absent { model, requester: rid.to_string() }),
+        None => Ok(()),
+    }
+}
+
+/// Checks that no other device is in the place of `device`.
+fn check_place(names: &BTreeMap<Bdf, String>, device: &NewDevice) -> Result<(), AddError> {
+    let NewDevice { rid, name, .. } = device;
+    match names.get(rid) {
+        Some(other) => {
+            Err(AddError::Exists { device: name.clone(), rid: *rid, other: other.clone() })
+        }
         None => Ok(()),
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::{check_devices, AddError, BuildError, NewDevice, RemoveError};
+use super::{check_devices, check_place, AddError, BuildError, NewDevice, RemoveError};
 use crate::iommufd::{Extensions, ObjectId};
 use crate::nesting::vtd::VtdNesting;
 use crate::nesting::{host_vtd, GuestIoas, NestingError};
@@ -245,17 +245,6 @@ impl Side {
     }
 }
 
-/// Checks that no other device is in the place of `device`.
-fn check_place(names: &BTreeMap<Bdf, String>, device: &NewDevice) -> Result<(), AddError> {
-    let NewDevice { rid, name, .. } = device;
-    match names.get(rid) {
-        Some(other) => {
-            Err(AddError::Exists { device: name.clone(), rid: *rid, other: other.clone() })
-        }
-        None => Ok(()),
-    }
-}
-
 /// Adds `device` to the host side. Returns its IOMMU.
 fn take_in(
     nesting: &VtdNesting,
@@ -370,7 +359,8 @@ impl Vtd {
         Ok(())
     }
 
-    /// The state at one moment, for [`VtdBuilder::restore`]. See [`VtdIommu::snapshot`].
+    /// The state at one moment, for [`VtdBuilder::restore`]. Devices are to be stopped before; the
+    /// host has no faults then that were not delivered. See [`VtdIommu::snapshot`].
     ///
     /// # Errors
     /// The unit is halted.

@@ -17,6 +17,14 @@ pub enum SnapshotError {
         /// VT-d or SMMUv3.
         model: &'static str,
     },
+    /// The host has faults for the guest that were not delivered in time.
+    #[error("faults of the virtual {model} are on their way: {what}")]
+    Pending {
+        /// VT-d or SMMUv3.
+        model: &'static str,
+        /// What delays them.
+        what: String,
+    },
 }
 
 /// Why a snapshot is not restored. The host is then as before: what it was given is blocked again.

@@ -162,7 +162,7 @@ fn record(data: &[u8]) -> Option<EventRecordWords> {
 
 /// What the thread waits for.
 #[derive(Debug, Default)]
-struct Signal {
+pub(super) struct Signal {
     wanted: Mutex<Wanted>,
     changed: Condvar,
 }
@@ -171,6 +171,10 @@ struct Signal {
 struct Wanted {
     readable: bool,
     stop: bool,
+    /// The thread waits.
+    idle: bool,
+    /// The thread has ended.
+    over: bool,
 }
 
 impl Signal {
@@ -180,12 +184,32 @@ impl Signal {
 
     /// Waits until there is something to read (true) or it is time to stop (false).
     fn wait(&self) -> bool {
-        let idle = |wanted: &mut Wanted| !wanted.readable && !wanted.stop;
+        let mut wanted = self.wanted();
+        wanted.idle = true;
+        self.changed.notify_all();
+        let nothing = |wanted: &mut Wanted| !wanted.readable && !wanted.stop;
         let mut wanted =
-            self.changed.wait_while(self.wanted(), idle).unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait_while(wanted, nothing).unwrap_or_else(PoisonError::into_inner);
         // Anything that arrives after the queue was found empty is signalled again.
-        wanted.readable = false;
+        (wanted.readable, wanted.idle) = (false, false);
         !wanted.stop
+    }
+
+    /// Waits until the thread has delivered all that can be read now; false when it has not after
+    /// `time`.
+    pub fn quiesce(&self, time: Duration) -> bool {
+        let mut wanted = self.wanted();
+        // Whether or not it was noticed already.
+        wanted.readable = true;
+        self.changed.notify_all();
+        let busy = |wanted: &mut Wanted| !wanted.over && (wanted.readable || !wanted.idle);
+        let waited = self.changed.wait_timeout_while(wanted, time, busy);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    fn end(&self) {
+        self.wanted().over = true;
+        self.changed.notify_all();
     }
 
     /// Waits for `time`; false when it is time to stop.
@@ -228,6 +252,7 @@ impl EventThread {
         let thread = thread::Builder::new().name("smmu-events".into()).spawn(move || {
             let pause = |time| waited_for.pause(time);
             while waited_for.wait() && reader.drain(pause) == Drained::Empty {}
+            waited_for.end();
         })?;
         watched.watch(signal.clone());
         Ok(Self { object, signal, thread: Some(thread) })
@@ -236,6 +261,11 @@ impl EventThread {
     /// The vEVENTQ.
     pub fn object(&self) -> ObjectId {
         self.object
+    }
+
+    /// For [`Signal::quiesce`], without any lock.
+    pub fn signal(&self) -> Arc<Signal> {
+        self.signal.clone()
     }
 
     /// Ends the thread and closes the vEVENTQ, which can then be destroyed.
@@ -392,6 +422,21 @@ mod tests {
             wait_until("the thread's end", is_over);
             assert_eq!(thread.stop(), ObjectId(6));
         }
+    }
+
+    #[test]
+    fn delivery_is_waited_for_until_the_queue_is_empty_or_cannot_be_read() {
+        let (route, target) = route();
+        let queue = Script::new([Ok(event(0, 1)), Ok(event(1, 2))]);
+        let thread = EventThread::start(queue.clone(), route).unwrap();
+        // Nobody has said that there is something to read.
+        assert!(thread.signal().quiesce(Duration::from_secs(60)));
+        assert_eq!(*target.0.lock(), [Some(1), Some(2)]);
+        queue.reads.lock().push_back(refused(Errno::EIO));
+        assert!(thread.signal().quiesce(Duration::from_secs(60)));
+        assert!(thread.signal().quiesce(Duration::from_secs(60)), "of a thread that has ended");
+        // Without a thread, nothing is delivered.
+        assert!(!Signal::default().quiesce(Duration::from_millis(1)));
     }
 
     #[test]

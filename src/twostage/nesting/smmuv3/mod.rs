@@ -28,6 +28,7 @@ mod tests;
 
 use crate::sync::Mutex;
 use std::sync::{Arc, MutexGuard, Weak};
+use std::time::Duration;
 
 use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
@@ -43,6 +44,9 @@ use state::{Entry, State, Unit};
 
 /// How many events the host keeps for the guest by default.
 pub const DEFAULT_EVENT_DEPTH: u32 = 256;
+
+/// How long [`SmmuNesting::quiesce`] waits.
+const DELIVERY_TIME: Duration = Duration::from_secs(5);
 
 /// The host side of one virtual SMMUv3. See the [module](self).
 ///
@@ -109,6 +113,21 @@ impl SmmuNesting {
     /// From now on events go to `target`, while it lives.
     pub fn set_event_target(&self, target: Weak<dyn EventTarget>) {
         self.route.set_target(target);
+    }
+
+    /// Waits until all events have been delivered that the host has for the guest now. For a
+    /// snapshot, once devices do no more DMA: events that nobody has read are not part of it. Not
+    /// to be called by the target of events.
+    ///
+    /// # Errors
+    /// That took longer than 5 s.
+    pub fn quiesce(&self) -> Result<(), NestingError> {
+        // Not with the lock: what an event sets off may wait for that.
+        let signal = self.state().unit.as_ref().and_then(Unit::signal);
+        match signal {
+            Some(signal) if !signal.quiesce(DELIVERY_TIME) => Err(NestingError::EventsPending),
+            _ => Ok(()),
+        }
     }
 
     /// Statistics.

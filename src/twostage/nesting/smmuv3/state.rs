@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::faults::{EventRoute, EventThread};
+use super::faults::{EventRoute, EventThread, Signal};
 use super::SmmuNestingCounters;
 use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3};
 use crate::nesting::objects::{NestedHwpts, Objects};
@@ -267,6 +267,11 @@ impl Unit {
     /// The vEVENTQ, while events are delivered.
     pub fn event_queue(&self) -> Option<ObjectId> {
         self.events.as_ref().map(EventThread::object)
+    }
+
+    /// What the event thread waits for.
+    pub fn signal(&self) -> Option<Arc<Signal>> {
+        self.events.as_ref().map(EventThread::signal)
     }
 
     /// The event thread, to be stopped.

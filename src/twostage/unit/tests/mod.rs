@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Virtual IOMMUs with their host sides, on a host that records its calls.
 
+mod smmuv3;
 mod vtd;
 
 use std::sync::Arc;

@@ -8,6 +8,7 @@
 use super::config::SmmuConfig;
 use crate::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, TTF_AARCH64};
 use crate::spec::smmuv3::translation::Granule;
+use crate::viommu::host_side::OFFERED_BEFORE;
 use crate::viommu::CapabilityConflict;
 
 /// IDR0.STALL_MODEL: every fault that can stall does.
@@ -131,6 +132,38 @@ impl SmmuConfig {
         lowered.host_stalls |= !hosts.is_empty()
             && hosts.iter().all(|host| host.idr0.stall_model() == STALL_OR_TERMINATE);
         Ok(lowered)
+    }
+
+    /// Whether `host` supports all of this configuration: a guest that knows it already cannot do
+    /// with less.
+    pub(crate) fn check_late(&self, host: &HostSmmu) -> Result<(), CapabilityConflict> {
+        let stalls = host.idr0.stall_model() == STALL_OR_TERMINATE;
+        if self.host_stalls != stalls {
+            let needed_for = format!(
+                "the virtual SMMUv3 was built with host_stalls={}; build it with {stalls}, or with \
+                 this device",
+                self.host_stalls
+            );
+            return Err(host.lacks("the expected IDR0.STALL_MODEL", needed_for));
+        }
+        // ATS is a matter of each device.
+        let offered = Self { ats: false, ..self.clone() };
+        let lowered = offered.intersect(std::slice::from_ref(host))?;
+        let lost = [
+            ("IDR5.GRAN4K", self.granule_4k && !lowered.granule_4k),
+            ("IDR5.GRAN16K", self.granule_16k && !lowered.granule_16k),
+            ("IDR5.GRAN64K", self.granule_64k && !lowered.granule_64k),
+            ("IDR0.ASID16", self.asid16 && !lowered.asid16),
+            ("IDR0.CD2L", self.two_level_contexts && !lowered.two_level_contexts),
+            ("IDR3.RIL", self.range_invalidation && !lowered.range_invalidation),
+            ("IDR3.BBML", lowered.break_before_make_level < self.break_before_make_level),
+            ("AIDR", lowered.minor_revision < self.minor_revision),
+            ("IDR0.TERM_MODEL of 0", lowered.always_abort && !self.always_abort),
+        ];
+        match lost.into_iter().find(|(_, lost)| *lost) {
+            None => Ok(()),
+            Some((bit, _)) => Err(host.lacks(bit, OFFERED_BEFORE.into())),
+        }
     }
 
     /// As many SubstreamID bits as requested, on the unit with the fewest.

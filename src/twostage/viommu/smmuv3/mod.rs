@@ -52,14 +52,14 @@ pub use policy::ConfigFault;
 pub use state::{DecisionState, Registers, SmmuCounters, SmmuState, StreamState, TableRegisters};
 
 use super::registers::FairMutex;
-use super::{Observer, TableMemory};
+use super::{HostSideError, Observer, TableMemory};
 use crate::ratelimit::RateLimit;
 use crate::spec::smmuv3::regs::Gerror;
 use crate::spec::smmuv3::StreamId;
 use fault_log::{Offered, Signal};
 use policy::{policy_while_disabled, StreamTable};
 use queue::Slice;
-use requesters::Streams;
+use requesters::{Decision, Streams};
 use state::Counters;
 
 /// A virtual SMMUv3.
@@ -130,16 +130,33 @@ impl Smmu {
     /// logged; the stream is then blocked.
     pub fn add_stream(&self, stream: StreamId) {
         let registers = self.lock();
-        if !self.streams.add(stream) {
-            return;
+        if self.streams.add(stream) {
+            // The host blocks it until it is configured, so a refusal leaves it blocked.
+            let _ = self.give(stream, self.decision_of(stream, &registers));
         }
-        let decision = if self.streams.is_translating() {
+    }
+
+    /// The same, but a stream that the host refuses to serve is not added.
+    pub(crate) fn try_add_stream(&self, stream: StreamId) -> Result<(), HostSideError> {
+        let registers = self.lock();
+        if !self.streams.add(stream) {
+            return Ok(());
+        }
+        self.try_give(stream, self.decision_of(stream, &registers)).inspect_err(|error| {
+            // Counted and logged: the caller may have nothing to say to anybody.
+            let _ = self.host_failed(error);
+            self.streams.remove(stream);
+            self.take_away(stream);
+        })
+    }
+
+    /// What a new stream follows.
+    fn decision_of(&self, stream: StreamId, registers: &Registers) -> Decision {
+        if self.streams.is_translating() {
             self.stream_table(registers.table_registers()).policy(stream)
         } else {
             Ok(policy_while_disabled(registers.gbpa))
-        };
-        // The host blocks it until it is configured, so a refusal leaves it blocked.
-        let _ = self.give(stream, decision);
+        }
     }
 
     /// Removes a stream: it is blocked. Does nothing for an unknown stream. If the host fails to

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual SMMUv3 with its host side.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use super::{check_devices, check_place, AddError, BuildError, NewDevice, RemoveError};
+use crate::iommufd::ObjectId;
+use crate::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use crate::nesting::{host_smmu, GuestIoas, NestingError};
+use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::StreamId;
+use crate::sync::Mutex;
+use crate::viommu::smmuv3::{EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuInterrupts, SmmuState};
+use crate::viommu::{HostSideError, InterruptRemapper, Observer, SnapshotError, TableMemory};
+
+const MODEL: &str = "SMMUv3";
+
+/// See [`Smmuv3Builder::config_for`].
+type Choice = Box<dyn FnOnce(&[HostSmmu]) -> SmmuConfig>;
+/// See [`Smmuv3Builder::fault_target`].
+type Wrap = Box<dyn FnOnce(Arc<Smmu>) -> Arc<dyn EventTarget>>;
+
+/// Makes a [`Smmuv3`].
+///
+/// Used like [`VtdBuilder`](super::VtdBuilder), which has an example.
+#[must_use = "nothing exists before build() or restore()"]
+pub struct Smmuv3Builder {
+    ioas: Arc<GuestIoas>,
+    memory: Arc<dyn TableMemory>,
+    interrupts: Arc<dyn SmmuInterrupts>,
+    config: Choice,
+    event_depth: u32,
+    devices: Vec<NewDevice>,
+    without_devices: bool,
+    observer: Option<Arc<dyn Observer>>,
+    fault_target: Wrap,
+}
+
+impl Smmuv3Builder {
+    /// For a guest with the memory `ioas` on the host, in which the unit reads tables and queues
+    /// through `memory`. `interrupts` receives the unit's own interrupts.
+    pub fn new(
+        ioas: Arc<GuestIoas>,
+        memory: Arc<dyn TableMemory>,
+        interrupts: Arc<dyn SmmuInterrupts>,
+    ) -> Self {
+        Self {
+            ioas,
+            memory,
+            interrupts,
+            config: Box::new(|_| SmmuConfig::default()),
+            event_depth: DEFAULT_EVENT_DEPTH,
+            devices: Vec::new(),
+            without_devices: false,
+            observer: None,
+            fault_target: Box::new(|model| model),
+        }
+    }
+
+    /// What the guest is offered, as far as the hosts' units have it; they must have what is
+    /// requested by value ([`SmmuConfig::intersect`]). Without this call: the default.
+    pub fn config(self, config: SmmuConfig) -> Self {
+        self.config_for(move |_| config)
+    }
+
+    /// The same, for a choice that depends on the hosts' units, one for each device.
+    pub fn config_for(mut self, choose: impl FnOnce(&[HostSmmu]) -> SmmuConfig + 'static) -> Self {
+        self.config = Box::new(choose);
+        self
+    }
+
+    /// Adds `dev`, a device bound to the host, as the guest's `rid`. Errors call it `name`.
+    pub fn device(mut self, rid: Bdf, dev: ObjectId, name: impl Into<String>) -> Self {
+        self.devices.push(NewDevice { rid, dev, name: name.into() });
+        self
+    }
+
+    /// The unit may start without devices: its configuration is then not reduced to what hosts
+    /// support, and devices that come later have to support all of it.
+    pub fn without_devices(mut self) -> Self {
+        self.without_devices = true;
+        self
+    }
+
+    /// Who sees what the unit does.
+    pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    /// Faults of DMA go to what `wrap` makes of the unit, which is to hand them on, rather than
+    /// directly to the unit.
+    pub fn fault_target(
+        mut self,
+        wrap: impl FnOnce(Arc<Smmu>) -> Arc<dyn EventTarget> + 'static,
+    ) -> Self {
+        self.fault_target = Box::new(wrap);
+        self
+    }
+
+    /// How many unread events the host keeps for the guest; [`DEFAULT_EVENT_DEPTH`] without this.
+    pub fn event_depth(mut self, events: u32) -> Self {
+        self.event_depth = events;
+        self
+    }
+
+    /// The unit as after power-on, with its devices.
+    ///
+    /// # Errors
+    /// No device was given; one cannot be behind this unit; or the configuration is impossible.
+    pub fn build(self) -> Result<Smmuv3, BuildError> {
+        if self.devices.is_empty() && !self.without_devices {
+            return Err(BuildError::NoDevices { model: MODEL });
+        }
+        let side = Side::new(self.ioas, self.event_depth, &self.devices)?;
+        let wanted = (self.config)(&side.hosts);
+        let offered = match side.hosts.as_slice() {
+            [] => wanted,
+            hosts => wanted.intersect(hosts).map_err(AddError::Lacks)?,
+        };
+        let host = side.nesting.clone();
+        let model = Smmu::new(&offered, self.memory, host, self.interrupts, self.observer)
+            .map_err(|error| BuildError::Config { model: MODEL, what: error.to_string() })?;
+        let unit = side.join(model, offered, self.fault_target);
+        for device in &self.devices {
+            unit.give(device)?;
+        }
+        Ok(unit)
+    }
+
+    /// The unit that `state` is a snapshot of, on this host, with the memory of then. Devices are
+    /// those of then, with the same Requester IDs; the configuration is the snapshot's. See
+    /// [`Smmu::restore`].
+    ///
+    /// # Errors
+    /// The devices are not those of the snapshot; one cannot do what the guest was offered; or the
+    /// snapshot is not restored.
+    pub fn restore(self, state: &SmmuState) -> Result<Smmuv3, BuildError> {
+        let streams = state.streams.iter().map(|stream| stream.stream);
+        let streams: Vec<Bdf> = streams.map(rid_of).collect::<Result<_, _>>()?;
+        check_devices(MODEL, &streams, &self.devices)?;
+        let side = Side::new(self.ioas, self.event_depth, &self.devices)?;
+        for host in &side.hosts {
+            state.config.check_late(host).map_err(AddError::Lacks)?;
+        }
+        let host = side.nesting.clone();
+        let model = Smmu::restore(state, self.memory, host, self.interrupts, self.observer)?;
+        Ok(side.join(model, state.config.clone(), self.fault_target))
+    }
+}
+
+impl fmt::Debug for Smmuv3Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Smmuv3Builder").field("devices", &self.devices).finish_non_exhaustive()
+    }
+}
+
+/// The function with a StreamID.
+fn rid_of(stream: StreamId) -> Result<Bdf, BuildError> {
+    let absent = || BuildError::Absent { model: MODEL, requester: format!("stream {stream}") };
+    stream.bdf().ok_or_else(absent)
+}
+
+/// The host side, with devices.
+struct Side {
+    nesting: Arc<SmmuNesting>,
+    names: BTreeMap<Bdf, String>,
+    hosts: Vec<HostSmmu>,
+}
+
+impl Side {
+    fn new(ioas: Arc<GuestIoas>, depth: u32, devices: &[NewDevice]) -> Result<Self, AddError> {
+        let nesting = Arc::new(SmmuNesting::new(ioas, depth));
+        let mut side = Self { nesting, names: BTreeMap::new(), hosts: Vec::new() };
+        for device in devices {
+            check_place(&side.names, device)?;
+            side.hosts.push(take_in(&side.nesting, device)?);
+            side.names.insert(device.rid, device.name.clone());
+        }
+        Ok(side)
+    }
+
+    fn join(self, model: Arc<Smmu>, config: SmmuConfig, wrap: Wrap) -> Smmuv3 {
+        let Self { nesting, names, .. } = self;
+        let target = wrap(model.clone());
+        nesting.set_event_target(Arc::downgrade(&target) as Weak<dyn EventTarget>);
+        let names = Mutex::new(names);
+        Smmuv3 { model, nesting, config, names, _target: target }
+    }
+}
+
+/// Adds `device` to the host side. Returns its IOMMU.
+fn take_in(nesting: &SmmuNesting, device: &NewDevice) -> Result<HostSmmu, AddError> {
+    let NewDevice { rid, dev, name } = device;
+    let wrong = || AddError::WrongIommu { device: name.clone(), a_model: "an SMMUv3" };
+    nesting.add_device(*rid, *dev).map_err(|source| match source {
+        NestingError::NoSmmu(_) => wrong(),
+        source => AddError::Nesting { device: name.clone(), source },
+    })?;
+    let known = nesting.hw_infos().into_iter().find(|known| known.rid == *rid);
+    known.and_then(|known| host_smmu(name.clone(), &known.info)).ok_or_else(wrong)
+}
+
+/// A virtual SMMUv3 with its host side and devices.
+///
+/// All verbs may be called from any thread. Adding and removing devices exclude each other. On
+/// drop, it is halted and shut down; errors are then logged.
+pub struct Smmuv3 {
+    model: Arc<Smmu>,
+    nesting: Arc<SmmuNesting>,
+    config: SmmuConfig,
+    /// The VMM's names of the devices. Its lock is taken before all others.
+    names: Mutex<BTreeMap<Bdf, String>>,
+    /// Kept alive for nesting, which has a weak reference.
+    _target: Arc<dyn EventTarget>,
+}
+
+impl Smmuv3 {
+    /// The model, for what has no verb here.
+    pub fn model(&self) -> &Arc<Smmu> {
+        &self.model
+    }
+
+    /// The host side, for what has no verb here.
+    pub fn nesting(&self) -> &Arc<SmmuNesting> {
+        &self.nesting
+    }
+
+    /// What the guest is offered.
+    pub fn config(&self) -> &SmmuConfig {
+        &self.config
+    }
+
+    /// Reads registers. See [`Smmu::mmio_read`].
+    pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        self.model.mmio_read(offset, data);
+    }
+
+    /// Writes registers. See [`Smmu::mmio_write`].
+    pub fn mmio_write(&self, offset: u64, data: &[u8]) {
+        self.model.mmio_write(offset, data);
+    }
+
+    /// Adds `dev`, a device bound to the host, as the guest's `rid`, which is its StreamID: it
+    /// follows GBPA while translation is disabled, and its stream table entry while it is enabled.
+    /// Errors call it `name`.
+    ///
+    /// # Errors
+    /// The place is taken; its IOMMU lacks something that the guest was offered; or the host
+    /// refuses it.
+    pub fn add_device(&self, rid: Bdf, dev: ObjectId, name: &str) -> Result<(), AddError> {
+        let mut names = self.names.lock();
+        let device = NewDevice { rid, dev, name: name.to_owned() };
+        check_place(&names, &device)?;
+        let added = take_in(&self.nesting, &device)
+            .and_then(|host| self.config.check_late(&host).map_err(AddError::Lacks))
+            .and_then(|()| self.give(&device));
+        match &added {
+            Ok(()) => {
+                names.insert(rid, device.name);
+            }
+            Err(_) => match self.nesting.remove_device(rid) {
+                Ok(()) | Err(NestingError::NoDevice(_)) => {}
+                Err(error) => log::error!("{name} was not added, but is not released: {error}"),
+            },
+        }
+        added
+    }
+
+    /// Gives the model a device that the host side has.
+    fn give(&self, device: &NewDevice) -> Result<(), AddError> {
+        let refused = |source| AddError::Refused { device: device.name.clone(), source };
+        self.model.try_add_stream(device.rid.into()).map_err(refused)
+    }
+
+    /// Removes the guest's `rid`, in use or not: when this returns, it does no more DMA, its
+    /// stream is unknown to the unit (commands that name it have no effect), and no host object is
+    /// left that others do not use. The device object stays with its owner, to be unbound.
+    ///
+    /// # Errors
+    /// There is no such device; or the host does not let go of it. For the guest it is then gone,
+    /// too, and the removal can be repeated.
+    pub fn remove_device(&self, rid: Bdf) -> Result<(), RemoveError> {
+        let mut names = self.names.lock();
+        self.model.remove_stream(rid.into());
+        match self.nesting.remove_device(rid) {
+            Ok(()) => {}
+            Err(NestingError::NoDevice(_)) => return Err(RemoveError::Unknown { rid }),
+            Err(source) => {
+                let device = names.get(&rid).cloned().unwrap_or_else(|| rid.to_string());
+                return Err(RemoveError::Host { device, source });
+            }
+        }
+        names.remove(&rid);
+        Ok(())
+    }
+
+    /// The state at one moment, for [`Smmuv3Builder::restore`], after the events that the host has
+    /// for the guest were delivered. Devices are to be stopped before. See [`Smmu::snapshot`].
+    ///
+    /// # Errors
+    /// The unit is halted, or events are not delivered in time.
+    pub fn snapshot(&self) -> Result<SmmuState, SnapshotError> {
+        let pending =
+            |error: NestingError| SnapshotError::Pending { model: MODEL, what: error.to_string() };
+        self.nesting.quiesce().map_err(pending)?;
+        self.model.snapshot()
+    }
+
+    /// The unit is as after power-on, with the same devices. See [`Smmu::reset`].
+    ///
+    /// # Errors
+    /// The host refused part of it; the reset can be repeated.
+    pub fn reset(&self) -> Result<(), HostSideError> {
+        self.model.reset()
+    }
+
+    /// The machine is stopping. See [`Smmu::halt`].
+    pub fn halt(&self) {
+        self.model.halt();
+    }
+
+    /// Halts, detaches every device and destroys every host object of the unit; the IOAS goes with
+    /// its last user. May be called again to retry.
+    ///
+    /// # Errors
+    /// The host refused to release something.
+    pub fn shutdown(&self) -> Result<(), NestingError> {
+        self.halt();
+        self.nesting.shutdown()
+    }
+
+    /// Nobody: an SMMU translates the messages of devices like any write.
+    pub fn interrupt_remapper(&self) -> Option<Arc<dyn InterruptRemapper>> {
+        None
+    }
+}
+
+impl fmt::Debug for Smmuv3 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, config, names, .. } = self;
+        f.debug_struct("Smmuv3")
+            .field("model", model)
+            .field("config", config)
+            .field("names", names)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Smmuv3 {
+    fn drop(&mut self) {
+        if let Err(error) = self.shutdown() {
+            log::error!("host objects of a virtual SMMUv3 are left behind: {error}");
+        }
+    }
+}
