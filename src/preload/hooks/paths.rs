@@ -213,22 +213,50 @@ of_paths! {
     fn fstatat64[directory: c_int](path, status, flags: c_int);
 }
 
+/// The node of `fd`, whose mode is this to the kernel: a socket that came without a hook, as in a
+/// message of another process, may be one of ours.
+fn node_of_socket(fd: RawFd, mode: u32) -> Option<Node> {
+    if mode & libc::S_IFMT != libc::S_IFSOCK || !state::is_emulated(fd) {
+        return None;
+    }
+    state::current().recognise(fd)?;
+    node_of(fd).ok()?
+}
+
 macro_rules! of_descriptors {
     ($($name:ident)*) => { $(
         #[cfg_attr(not(test), no_mangle)]
         unsafe extern "C" fn $name(fd: c_int, status: *mut libc::stat64) -> c_int {
             match node_of(fd) {
                 // SAFETY: libc's contract for the status.
-                Ok(Some(node)) => unsafe { fill(node, status) },
-                Err(errno) => answer_int(Err(errno)),
-                // SAFETY: the arguments are as the program gave them.
-                Ok(None) => unsafe { next::$name(fd, status) },
+                Ok(Some(node)) => return unsafe { fill(node, status) },
+                Err(errno) => return answer_int(Err(errno)),
+                Ok(None) => {}
             }
+            // SAFETY: the arguments are as the program gave them.
+            let result = unsafe { next::$name(fd, status) };
+            if result == 0 {
+                // SAFETY: the kernel has filled it.
+                if let Some(node) = node_of_socket(fd, unsafe { (*status).st_mode }) {
+                    // SAFETY: as above.
+                    return unsafe { fill(node, status) };
+                }
+            }
+            result
         }
     )* };
 }
 
 of_descriptors!(fstat fstat64);
+
+/// Whether a call with these arguments is about a descriptor: how Rust's `File::metadata` asks.
+///
+/// # Safety
+/// `path` is null or a C string.
+unsafe fn is_descriptor(path: *const c_char, flags: c_int) -> bool {
+    // SAFETY: guaranteed by the caller: a C string has a first byte.
+    flags & libc::AT_EMPTY_PATH != 0 && !path.is_null() && unsafe { *path } == 0
+}
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn statx(
@@ -239,9 +267,25 @@ unsafe extern "C" fn statx(
     status: *mut libc::statx,
 ) -> c_int {
     // SAFETY: libc's contract for the path.
-    let Some((_, node)) = (unsafe { node(path) }) else {
-        // SAFETY: the arguments are as the program gave them.
-        return unsafe { next::statx(directory, path, flags, mask, status) };
+    let named = unsafe { node(path) }.map(|(_, node)| node);
+    // SAFETY: as above.
+    let of_descriptor = named.is_none() && unsafe { is_descriptor(path, flags) };
+    let node = match if of_descriptor { node_of(directory) } else { Ok(named) } {
+        Ok(Some(node)) => node,
+        Err(errno) => return answer_int(Err(errno)),
+        Ok(None) => {
+            // SAFETY: the arguments are as the program gave them.
+            let result = unsafe { next::statx(directory, path, flags, mask, status) };
+            if result != 0 || !of_descriptor {
+                return result;
+            }
+            // SAFETY: the kernel has filled it.
+            let mode = u32::from(unsafe { (*status).stx_mode });
+            match node_of_socket(directory, mode) {
+                Some(node) => node,
+                None => return result,
+            }
+        }
     };
     if status.is_null() {
         return answer_int(Err(Errno::EFAULT));
