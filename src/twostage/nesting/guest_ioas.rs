@@ -12,8 +12,8 @@ use crate::spec::pci::Bdf;
 /// The guest's memory map (GPA → host memory) as one IOAS of the host, shared by every virtual
 /// IOMMU of the guest and by devices without one, so that memory is pinned and accounted once.
 ///
-/// The IOAS is destroyed with the last reference. Its lock is taken after the lock of a virtual
-/// IOMMU's nesting.
+/// The IOAS is destroyed with the last reference, unless it was adopted. Its lock is taken after
+/// the lock of a virtual IOMMU's nesting.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -34,8 +34,8 @@ use crate::spec::pci::Bdf;
 pub struct GuestIoas {
     host: Arc<dyn HostIommu>,
     id: ObjectId,
-    /// Somebody else destroys it.
-    given_up: bool,
+    /// Destroyed with the last reference; otherwise by somebody else.
+    ours: bool,
     users: Mutex<Users>,
 }
 
@@ -55,7 +55,35 @@ impl GuestIoas {
     /// The host's error.
     pub fn new(host: Arc<dyn HostIommu>) -> Result<Arc<Self>> {
         let id = host.ioas_alloc().context(|| "allocating the IOAS".into())?;
-        Ok(Arc::new(Self { host, id, given_up: false, users: Mutex::default() }))
+        Ok(Arc::new(Self { host, id, ours: true, users: Mutex::default() }))
+    }
+
+    /// An IOAS that the VMM has already on `host`, with its memory mapped: it is neither mapped
+    /// again nor destroyed here. `read_only` lists the start addresses (bytes) of its read-only
+    /// mappings.
+    ///
+    /// What this maps besides is the host's to keep, and the VMM's to unmap. The VMM keeps the IOAS
+    /// and its memory until the last reference is gone.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use twostage::iommufd::{HostIommu, ObjectId};
+    /// use twostage::nesting::vtd::VtdNesting;
+    /// use twostage::nesting::{GuestIoas, NestingError};
+    ///
+    /// /// `ioas` maps the RAM, and the firmware at 4 GiB - 2 MiB, which is read-only.
+    /// fn host_side(host: Arc<dyn HostIommu>, ioas: u32) -> Result<VtdNesting, NestingError> {
+    ///     let memory = GuestIoas::adopt(host, ObjectId(ioas), &[0xffe0_0000])?;
+    ///     Ok(VtdNesting::new(memory))
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// The host has no IOAS `id`.
+    pub fn adopt(host: Arc<dyn HostIommu>, id: ObjectId, read_only: &[u64]) -> Result<Arc<Self>> {
+        host.ioas_iova_ranges(id).context(|| format!("adopting the IOAS {id}"))?;
+        let users = Users { read_only: read_only.iter().copied().collect(), ..Users::default() };
+        Ok(Arc::new(Self { host, id, ours: false, users: Mutex::new(users) }))
     }
 
     /// The host it belongs to.
@@ -105,17 +133,16 @@ impl GuestIoas {
         self.users.lock()
     }
 
-    /// Gives up this reference; returns the object to the last owner, to be destroyed.
+    /// Gives up this reference; returns the object to the last owner, if it is to be destroyed.
     pub(super) fn give_up(self: Arc<Self>) -> Option<ObjectId> {
         let mut last = Arc::into_inner(self)?;
-        last.given_up = true;
-        Some(last.id)
+        std::mem::take(&mut last.ours).then_some(last.id)
     }
 }
 
 impl Drop for GuestIoas {
     fn drop(&mut self) {
-        if self.given_up {
+        if !self.ours {
             return;
         }
         // Retry once: nobody else will.
@@ -160,5 +187,69 @@ impl Users {
     /// `dev` no longer nests on the IOAS.
     pub fn remove_device(&mut self, dev: ObjectId) {
         self.erratum.remove(&dev);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommufd::fake::RecordingHost;
+    use crate::iommufd::{iommu_hw_info_vtd, Errno, Extensions, HwCapabilities, HwInfoData, Verb};
+    use crate::nesting::vtd::VtdNesting;
+
+    #[test]
+    fn an_adopted_ioas_is_neither_made_nor_mapped_nor_destroyed_here() {
+        let host = RecordingHost::new(Extensions::default());
+        let info = HwInfo {
+            data: HwInfoData::Vtd(iommu_hw_info_vtd::default()),
+            capabilities: HwCapabilities::new(),
+            max_pasid_log2: 0,
+        };
+        let dev = host.add_device(0, info);
+        let ioas = host.ioas_alloc().unwrap();
+        host.take_log();
+        let adopted = GuestIoas::adopt(host.clone(), ioas, &[]).unwrap();
+        assert_eq!(host.take_log(), [format!("IOAS_IOVA_RANGES {ioas:?}")]);
+        let nesting = VtdNesting::new(adopted.clone());
+        nesting.add_passing_device(Bdf::from_raw(8), dev).unwrap();
+        assert!(host.reaches(dev, None).is_some());
+        // The last reference: nesting's.
+        drop(adopted);
+        nesting.shutdown().unwrap();
+        assert_eq!(host.live_objects(), [ioas]);
+        drop(GuestIoas::adopt(host.clone(), ioas, &[]).unwrap());
+        assert_eq!(host.live_objects(), [ioas]);
+    }
+
+    #[test]
+    fn adopting_what_is_no_ioas_is_refused() {
+        let host = RecordingHost::new(Extensions::default());
+        host.fail_next(Verb::IoasIovaRanges, Errno::ENOENT);
+        let error = GuestIoas::adopt(host, ObjectId(7), &[]).unwrap_err();
+        assert!(error.to_string().starts_with("adopting the IOAS 7"), "{error}");
+    }
+
+    #[test]
+    fn the_read_only_mappings_of_an_adopted_ioas_count() {
+        let host = RecordingHost::new(Extensions::default());
+        let ioas = host.ioas_alloc().unwrap();
+        let erratum = iommu_hw_info_vtd {
+            flags: crate::iommufd::HW_INFO_VTD_ERRATA_772415_SPR17,
+            ..Default::default()
+        };
+        let info = HwInfo {
+            data: HwInfoData::Vtd(erratum),
+            capabilities: HwCapabilities::new(),
+            max_pasid_log2: 0,
+        };
+        let rid = Bdf::from_raw(8);
+        let add = |read_only: &[u64]| {
+            let adopted = GuestIoas::adopt(host.clone(), ioas, read_only).unwrap();
+            let added = adopted.users().add_device(rid, ObjectId(9), &info);
+            added
+        };
+        let refused = add(&[0x20_0000, 0x1000]).unwrap_err();
+        assert!(matches!(refused, NestingError::ReadOnlyErratum { gpa: 0x1000, .. }), "{refused}");
+        add(&[]).unwrap();
     }
 }

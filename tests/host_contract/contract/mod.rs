@@ -10,7 +10,7 @@ mod memory;
 mod smmuv3;
 #[allow(dead_code)] // shared with programs that use more of it
 #[path = "../../preload/program/uapi.rs"]
-mod uapi;
+pub mod uapi;
 mod vtd;
 
 use std::env;

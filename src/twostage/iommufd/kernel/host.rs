@@ -2,7 +2,6 @@
 //! The verbs.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -10,7 +9,7 @@ use std::sync::Arc;
 use iommufd_bindings::*;
 use vm_memory::GuestMemoryRegion;
 
-use super::device::{self, Device};
+use super::device::Device;
 use super::ioctls::{self, errno_of, size, IommuFdExt, VfioCdev};
 use super::queues::{self, Queue};
 use super::{detach_all, meaning, KernelHost};
@@ -23,7 +22,7 @@ use crate::iommufd::{
 impl KernelHost {
     /// `IOMMU_GET_HW_INFO`.
     #[allow(non_upper_case_globals)] // bindgen's names
-    fn hw_info(&self, dev: u32) -> std::result::Result<HwInfo, Errno> {
+    pub(super) fn hw_info(&self, dev: u32) -> std::result::Result<HwInfo, Errno> {
         let mut room = ioctls::HwInfoRoom::new();
         let asked = self.iommufd.hw_info_of(dev, &mut room)?;
         let data = match ioctls::hw_info_type(&asked) {
@@ -117,23 +116,7 @@ fn file_of(memory: &UserMemory) -> Option<(&File, u64)> {
 
 impl HostIommu for KernelHost {
     fn device_bind(&self, name: &str) -> Result<ObjectId> {
-        let refused = |(errno, detail)| HostError::new(Verb::DeviceBind, None, errno, detail);
-        let cdev = device::cdev_of(name).map_err(refused)?;
-        let mut devices = self.devices();
-        if devices.values().any(|device| device.cdev == cdev) {
-            return Err(refused((Errno::EBUSY, format!("{name} is bound here already"))));
-        }
-        let file = device::open_cdev(&cdev).map_err(refused)?;
-        let dev = file.bind_iommufd(&self.iommufd).map_err(|errno| {
-            refused((errno, format!("{name}: {}", meaning::of(Verb::DeviceBind, errno))))
-        })?;
-        // If this fails, closing the file unbinds it.
-        let info =
-            self.hw_info(dev).map_err(|errno| error(Verb::GetHwInfo, ObjectId(dev), errno))?;
-        let name = name.to_owned();
-        let device = Device { name, cdev, file: Arc::new(file), info, attached: BTreeSet::new() };
-        devices.insert(ObjectId(dev), device);
-        Ok(ObjectId(dev))
+        self.bind_name(name)
     }
 
     fn device_unbind(&self, dev: ObjectId) -> Result<()> {

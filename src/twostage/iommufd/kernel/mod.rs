@@ -15,23 +15,27 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 
 use iommufd_ioctls::IommuFd;
 
-use super::{Errno, HostError, HwInfo, ObjectId, Result, UserMemory, Verb};
+use super::{Errno, HostError, HostIommu, HwInfo, ObjectId, Result, UserMemory, Verb};
 use device::Device;
 use ioctls::{errno_of, VfioCdev};
 
 /// An open `/dev/iommu`.
 ///
 /// A device is bound by the path of its VFIO character device (`/dev/vfio/devices/vfio0`) or of its
-/// folder in sysfs (`/sys/bus/pci/devices/0000:01:00.0`).
+/// folder in sysfs (`/sys/bus/pci/devices/0000:01:00.0`). A VMM that may open neither, nor
+/// `/dev/iommu`, is passed the descriptors: [`KernelHost::from_fd`], [`KernelHost::bind_fd`], and
+/// [`KernelHost::adopt`] of a device that is bound already.
 ///
 /// Memory that an IOAS maps is kept until it is unmapped or the IOAS is destroyed. Dropping the
-/// host detaches every device; each is unbound when its file is closed, after the last user of
-/// [`KernelHost::device_file`], and the other objects are destroyed with the last file.
+/// host detaches every device, and unmaps what it mapped; each device is unbound when its file is
+/// closed, after the last user of [`KernelHost::device_file`] and the last duplicate, and the other
+/// objects are destroyed with the last file.
 ///
 /// When a *replacing* attach fails, Linux's VT-d driver may have blocked the device, although
 /// [`HostIommu`](crate::iommufd::HostIommu) promises that nothing has changed: callers detach then.
@@ -39,12 +43,13 @@ pub struct KernelHost {
     // Fields are closed in this order: unbinding ends the use of the iommufd, and memory is
     // released when the kernel can no longer look up its pages.
     devices: Mutex<BTreeMap<ObjectId, Device>>,
-    iommufd: IommuFd,
+    iommufd: Arc<IommuFd>,
     memory: Mutex<MappedMemory>,
 }
 
-/// There is no iommufd at the path.
+/// There is no iommufd at the path, or behind the descriptor.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// The path does not exist.
     #[error(
@@ -58,6 +63,9 @@ pub enum OpenError {
     /// Not an iommufd.
     #[error("{} is not an iommufd", .0.display())]
     NotIommufd(PathBuf),
+    /// A descriptor that was given is not an iommufd.
+    #[error("descriptor {0} is not an iommufd: pass one of an open /dev/iommu")]
+    Descriptor(RawFd),
     /// Another error of the open.
     #[error("{} cannot be opened: {}", .0.display(), .1)]
     Other(PathBuf, #[source] io::Error),
@@ -75,13 +83,67 @@ impl KernelHost {
             io::ErrorKind::PermissionDenied => OpenError::Permission(path.to_owned()),
             _ => OpenError::Other(path.to_owned(), error),
         })?;
+        Self::of(IommuFd::new_from_fd(file)).ok_or_else(|| OpenError::NotIommufd(path.to_owned()))
+    }
+
+    /// A host of the iommufd `fd`, which somebody else opened: as passed over a socket.
+    ///
+    /// Whoever has a duplicate has the same objects; see [`KernelHost::adopt`] for its devices, and
+    /// [`GuestIoas::adopt`](crate::nesting::GuestIoas::adopt) for its memory.
+    ///
+    /// ```
+    /// use std::fs::File;
+    /// use twostage::iommufd::{KernelHost, OpenError};
+    ///
+    /// # let received = File::open("/dev/null")?;
+    /// match KernelHost::from_fd(received.into()) {
+    ///     Ok(host) => println!("{host:?}"),
+    ///     Err(error @ OpenError::Descriptor(_)) => println!("{error}"),
+    ///     Err(error) => return Err(error.into()),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`OpenError::Descriptor`]: it is not an iommufd, and is closed.
+    pub fn from_fd(fd: OwnedFd) -> std::result::Result<Self, OpenError> {
+        Self::from_iommufd(Arc::new(IommuFd::new_from_fd(fd.into())))
+    }
+
+    /// A host of an iommufd that the VMM uses elsewhere, too.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use iommufd_ioctls::IommuFd;
+    /// use twostage::iommufd::{KernelHost, OpenError};
+    ///
+    /// fn host(of_the_vmm: &Arc<IommuFd>) -> Result<KernelHost, OpenError> {
+    ///     KernelHost::from_iommufd(of_the_vmm.clone())
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// [`OpenError::Descriptor`]: it is not an iommufd.
+    pub fn from_iommufd(iommufd: Arc<IommuFd>) -> std::result::Result<Self, OpenError> {
+        let number = iommufd.as_raw_fd();
+        Self::of(iommufd).ok_or(OpenError::Descriptor(number))
+    }
+
+    /// A host of `iommufd`, if it is one.
+    fn of(iommufd: impl Into<Arc<IommuFd>>) -> Option<Self> {
+        let iommufd = iommufd.into();
         // Only an iommufd answers this way about object 0.
-        let iommufd = IommuFd::new_from_fd(file);
         let asked = iommufd.destroy_iommu_object(0).map_err(errno_of);
-        if asked != Err(Errno::ENOENT) {
-            return Err(OpenError::NotIommufd(path.to_owned()));
-        }
-        Ok(Self { devices: Mutex::default(), iommufd, memory: Mutex::default() })
+        (asked == Err(Errno::ENOENT)).then(|| Self::unchecked(iommufd))
+    }
+
+    fn unchecked(iommufd: Arc<IommuFd>) -> Self {
+        Self { devices: Mutex::default(), iommufd, memory: Mutex::default() }
+    }
+
+    /// The iommufd, for what else the VMM does with it.
+    pub fn iommufd(&self) -> &Arc<IommuFd> {
+        &self.iommufd
     }
 
     /// The VFIO file of a bound device, for its regions and interrupts. While anybody holds it, the
@@ -133,6 +195,17 @@ impl Drop for KernelHost {
         for device in devices.values() {
             detach_all(&device.file, &device.attached);
         }
+        // The IOASes live on if somebody else has the iommufd, but nobody keeps the memory.
+        let mapped = self.memory().all();
+        for (ioas, iova, memory) in mapped {
+            match self.ioas_unmap(ioas, iova, memory.length()) {
+                Err(error) if error.errno != Errno::ENOENT => {
+                    log::error!("memory stays mapped, and is kept: {error}");
+                    std::mem::forget(memory);
+                }
+                _ => {}
+            }
+        }
     }
 }
 
@@ -181,6 +254,16 @@ impl MappedMemory {
     /// The object was destroyed; it may have been an IOAS.
     pub fn destroyed(&mut self, id: ObjectId) {
         self.ioases.remove(&id);
+    }
+
+    /// Every mapping: its IOAS, its first IOVA, and the memory.
+    pub fn all(&self) -> Vec<(ObjectId, u64, UserMemory)> {
+        let of_one = |(ioas, mappings): (&ObjectId, &BTreeMap<u64, UserMemory>)| {
+            let ioas = *ioas;
+            let of = move |(iova, memory): (&u64, &UserMemory)| (ioas, *iova, memory.clone());
+            mappings.iter().map(of).collect::<Vec<_>>()
+        };
+        self.ioases.iter().flat_map(of_one).collect()
     }
 
     /// The mappings of `ioas` that overlap the `length` bytes from `iova` on.
@@ -251,5 +334,22 @@ mod tests {
         let absent = words("/dev/no-such-iommu");
         assert!(absent.contains("there is no /dev/no-such-iommu") && absent.contains("modprobe"));
         assert_eq!(words("/dev/null"), "/dev/null is not an iommufd");
+    }
+
+    fn null() -> OwnedFd {
+        File::options().read(true).write(true).open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_iommufd_is_named() {
+        let fd = null();
+        let expected =
+            format!("descriptor {} is not an iommufd: pass one of an open", fd.as_raw_fd());
+        let error = KernelHost::from_fd(fd).unwrap_err();
+        assert!(error.to_string().starts_with(&expected), "{error}");
+        let shared = Arc::new(IommuFd::new_from_fd(null().into()));
+        let error = KernelHost::from_iommufd(shared.clone()).unwrap_err();
+        assert!(matches!(error, OpenError::Descriptor(fd) if fd == shared.as_raw_fd()));
+        assert_eq!(Arc::strong_count(&shared), 1);
     }
 }
