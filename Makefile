@@ -45,8 +45,8 @@ run: binary
 demo: guest kvm binary
 	$(binary) run $(demo_flags)
 
-# Without KVM, everything else is tested first; then the target fails, unless KVM=off skips the guest.
-# NESTED=off skips Linux guests, TSAN=off skips make tsan.
+# Without KVM, everything else is tested first; then the target fails, unless KVM=off skips the
+# guest. NESTED=off skips Linux guests.
 test: lint guest
 	@$(need) cc cargo
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
@@ -57,6 +57,7 @@ test: lint guest
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 
+# TSAN=off skips make tsan.
 test-all: test loom
 	@[ "$(TSAN)" = off ] || scripts/check/tsan
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 \
@@ -117,6 +118,7 @@ lint:
 	@$(need) cc cargo rustfmt cargo-clippy
 	cargo fmt --all --check
 	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
+	cargo test --locked --quiet -p twostage-tests --test house
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the features that other packages enable.
 	cargo clippy --locked -p twostage -- -D warnings

@@ -11,9 +11,8 @@ use crate::host::machine::{Machine, Opened, Part};
 use crate::host::mmaps::Mmap;
 use crate::host::objects::Objects;
 use crate::host::refusal::{refuse, Outcome};
-use crate::ioas::{Pages, PAGE_SIZE};
+use crate::ioas::Pages;
 use crate::units::page_requests::PageRequestSink;
-use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, PageRequest};
 
 /// One open iommufd. It is closed with the last file that refers to it: itself, a device bound to
@@ -32,6 +31,15 @@ impl Context {
         let opened: Weak<Self> = Arc::downgrade(&context);
         context.machine.opened(opened);
         context
+    }
+
+    /// Maps the pages that a driver has offered at `offset`, if they are exactly these.
+    pub fn map(self: &Arc<Self>, offset: u64, length: u64) -> Option<MappedPages> {
+        let mut objects = self.objects();
+        let mmap = objects.mmaps().get(offset, length)?;
+        let epoch = objects.epoch();
+        objects.map_pages(epoch, mmap.owner);
+        Some(MappedPages { mmap, epoch, context: self.clone() })
     }
 
     /// What it was opened on.
@@ -136,27 +144,5 @@ impl Clone for MappedPages {
 impl Drop for MappedPages {
     fn drop(&mut self) {
         self.context.objects().unmap_pages(self.epoch, self.mmap.owner);
-    }
-}
-
-impl EmulatedHost {
-    /// `mmap(2)` on `/dev/iommu`: what to map instead.
-    ///
-    /// # Errors
-    /// `EINVAL` not a whole number of pages, or not shared; `EPERM` executable; `ENXIO` not exactly
-    /// what a driver has offered.
-    pub fn mmap(&self, request: MmapRequest) -> Result<MappedPages, Errno> {
-        let MmapRequest { offset, length, shared, executable } = request;
-        if !length.is_multiple_of(PAGE_SIZE) || !shared {
-            return Err(Errno::EINVAL);
-        }
-        if executable {
-            return Err(Errno::EPERM);
-        }
-        let mut objects = self.objects();
-        let mmap = objects.mmaps().get(offset, length).ok_or(Errno::ENXIO)?;
-        let epoch = objects.epoch();
-        objects.map_pages(epoch, mmap.owner);
-        Ok(MappedPages { mmap, epoch, context: self.context().clone() })
     }
 }

@@ -7,14 +7,14 @@ use std::sync::{Arc, MutexGuard, Weak};
 use crate::dma::DmaPort;
 use crate::drivers::{DriverInfo, OwnArray, OwnData, Partial, UserData};
 use crate::host::bitmap;
-use crate::host::context::Context;
+use crate::host::context::{Context, MappedPages, MmapRequest};
 use crate::host::device::DeviceConfig;
 use crate::host::event_file::{OpenFaultQueue, OpenVeventq};
 use crate::host::graph::ObjectGraph;
 use crate::host::machine::{EmulatedUnit, Machine, MachineError, UnitId};
 use crate::host::objects::{HwptRequest, MapRequest, Objects, Stop, Unmap};
 use crate::host::refusal::{refuse, Outcome};
-use crate::ioas::Source;
+use crate::ioas::{Source, PAGE_SIZE};
 use twostage::iommufd::{
     DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostIommu, HwInfo,
     HwInfoData, HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
@@ -189,6 +189,22 @@ impl EmulatedHost {
             }
             listeners.iter().for_each(|listener| listener.unmap(iova, length));
         }
+    }
+
+    /// `mmap(2)` on `/dev/iommu`: what to map instead.
+    ///
+    /// # Errors
+    /// `EINVAL` not a whole number of pages, or not shared; `EPERM` executable; `ENXIO` not exactly
+    /// what a driver has offered.
+    pub fn mmap(&self, request: MmapRequest) -> std::result::Result<MappedPages, Errno> {
+        let MmapRequest { offset, length, shared, executable } = request;
+        if !length.is_multiple_of(PAGE_SIZE) || !shared {
+            return Err(Errno::EINVAL);
+        }
+        if executable {
+            return Err(Errno::EPERM);
+        }
+        self.context().map(offset, length).ok_or(Errno::ENXIO)
     }
 }
 

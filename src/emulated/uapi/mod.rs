@@ -8,6 +8,7 @@
 mod argument;
 mod hwpt;
 mod ioas;
+mod process;
 #[cfg(test)]
 mod tests;
 mod vfio;
@@ -15,8 +16,9 @@ mod vfio_compat;
 mod viommu;
 
 pub use crate::host::user_space::{
-    Credentials, LockedMemory, Process, RegionSpace, TestFile, UserFault, UserSpace,
+    Credentials, LockedMemory, RegionSpace, TestFile, UserFault, UserSpace,
 };
+pub use process::Process;
 pub use vfio::{vfio_request, DeviceFile, ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 pub(crate) use argument::Argument;
