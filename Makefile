@@ -24,8 +24,8 @@ help:
 	@echo '                   emulated arm64 host'
 	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make preload       libtwostage_iommufd.so: an emulated /dev/iommu for any program'
-	@echo 'make package       in target/package: the crates as crates.io takes them, and the library as a'
-	@echo '                   Debian package'
+	@echo 'make package       in target/package: the crates as crates.io takes them, and the library'
+	@echo '                   as a Debian package'
 	@echo 'make selftests     Linux'"'"'s iommufd selftests, unmodified, under that library'
 	@echo 'make bench         benchmarks (criterion), then comparisons with QEMU'
 	@echo 'make compare-arm64 /dev/iommu calls for the same arm64 guest, compared with QEMU'"'"'s'
@@ -62,7 +62,8 @@ test-all: test loom
 	@[ "$(TSAN)" = off ] || scripts/check/tsan
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 \
 		cargo test --locked --release -- --include-ignored
-	PROPTEST_CASES=10000 cargo test --locked --release -p twostage-tests --test two_stages restored_lives
+	PROPTEST_CASES=10000 \
+		cargo test --locked --release -p twostage-tests --test two_stages restored_lives
 	scripts/package
 	scripts/check/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
@@ -109,7 +110,8 @@ fuzz:
 # A separate target directory, as --cfg loom applies to all dependencies.
 loom:
 	@$(need) cc cargo
-	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --locked -p twostage-emulated --lib gate::model
+	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom \
+		cargo test --locked -p twostage-emulated --lib gate::model
 
 tsan:
 	@scripts/check/tsan
@@ -122,20 +124,23 @@ lint:
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the features that other packages enable.
 	cargo clippy --locked -p twostage -- -D warnings
-	cargo clippy --locked -p twostage-emulated -p twostage-iommufd-preload --all-targets --features selftest -- -D warnings
+	cargo clippy --locked -p twostage-emulated -p twostage-iommufd-preload --all-targets \
+		--features selftest -- -D warnings
 	@ARM64=$(ARM64) scripts/check/lint-arm64
 	@# The fuzz targets compile. Nothing is linked, so libFuzzer is not built.
 	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
 	@# As docs.rs does.
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --all-features --quiet -p twostage -p twostage-emulated
+	RUSTDOCFLAGS='-D warnings' \
+		cargo doc --locked --no-deps --all-features --quiet -p twostage -p twostage-emulated
 	scripts/check/cargo-deny --log-level error check licenses bans sources
 	@# A mutation whose line is gone tests nothing.
 	scripts/check/mutate-invalidations --lines
 
 doc:
 	@$(need) cc cargo
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --all-features -p twostage -p twostage-emulated
+	RUSTDOCFLAGS='-D warnings' \
+		cargo doc --locked --no-deps --all-features -p twostage -p twostage-emulated
 	@echo 'open target/doc/twostage/index.html'
 
 guest:
@@ -156,6 +161,6 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all test-arm64 nested-check preload package selftests bench compare-arm64 \
-	fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
+.PHONY: help run demo test test-all test-arm64 nested-check preload package selftests bench \
+	compare-arm64 fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help

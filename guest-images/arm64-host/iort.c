@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * iort 1|2: writes the I/O remapping table (Arm DEN 0049, IORT) of QEMU's arm64 machine `virt`, with its
- * built-in SMMUv3, or with two `arm-smmuv3` devices, the second behind root bus 0x10. It differs from
- * QEMU's in two respects:
+ * iort 1|2: writes the I/O remapping table (Arm DEN 0049, IORT) of QEMU's arm64 machine `virt`,
+ * with its built-in SMMUv3, or with two `arm-smmuv3` devices, the second behind root bus 0x10. It
+ * differs from QEMU's in two respects:
  *
- *  - The root complex has CANWBS: its DMA is coherent whatever memory attributes a stage-1 table requests.
- *    Linux offers stage 1 to user space only with CANWBS or S2FWB. It is true on an emulated machine, which
- *    has no caches.
- *  - All requester IDs are mapped to an SMMU, including those of buses that QEMU's table does not have.
+ *  - The root complex has CANWBS: its DMA is coherent whatever memory attributes a stage-1 table
+ *    requests. Linux offers stage 1 to user space only with CANWBS or S2FWB. It is true on an
+ *    emulated machine, which has no caches.
+ *  - All requester IDs are mapped to an SMMU, including those of buses that QEMU's table does not
+ *    have.
  *
- * Linux uses the table in its initramfs (CONFIG_ACPI_TABLE_UPGRADE) because it has a higher revision.
+ * Linux uses the table in its initramfs (CONFIG_ACPI_TABLE_UPGRADE) because it has a higher
+ * revision.
  */
 #include <stdint.h>
 #include <stdio.h>

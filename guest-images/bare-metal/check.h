@@ -20,9 +20,9 @@ struct check_group {
     void (*teardown)(void);
 };
 
-#define CHECK_GROUP(group_name, list, setup_function, teardown_function)                              \
-    const struct check_group group_name##_checks = {#group_name, list, ARRAY_LEN(list), setup_function, \
-                                                    teardown_function}
+#define CHECK_GROUP(group_name, list, setup_function, teardown_function)                          \
+    const struct check_group group_name##_checks = {#group_name, list, ARRAY_LEN(list),           \
+                                                    setup_function, teardown_function}
 
 void check_run(const struct check_group *group);
 
@@ -34,25 +34,25 @@ __attribute__((format(printf, 1, 2))) void check_fail(const char *format, ...);
 void check_skip(const char *why);
 bool check_is_over(void);
 
-#define EXPECT(condition, ...)                                                                        \
-    do {                                                                                              \
-        if (!(condition)) {                                                                           \
-            check_fail(__VA_ARGS__);                                                                  \
-            return;                                                                                   \
-        }                                                                                             \
+#define EXPECT(condition, ...)                                                                    \
+    do {                                                                                          \
+        if (!(condition)) {                                                                       \
+            check_fail(__VA_ARGS__);                                                              \
+            return;                                                                               \
+        }                                                                                         \
     } while (0)
 
 // For helpers that have already reported what was wrong.
-#define REQUIRE(helper)                                                                               \
-    do {                                                                                              \
-        if (!(helper))                                                                                \
-            return;                                                                                   \
+#define REQUIRE(helper)                                                                           \
+    do {                                                                                          \
+        if (!(helper))                                                                            \
+            return;                                                                               \
     } while (0)
 
-#define SKIP_UNLESS(condition, why)                                                                   \
-    do {                                                                                              \
-        if (!(condition)) {                                                                           \
-            check_skip(why);                                                                          \
-            return;                                                                                   \
-        }                                                                                             \
+#define SKIP_UNLESS(condition, why)                                                               \
+    do {                                                                                          \
+        if (!(condition)) {                                                                       \
+            check_skip(why);                                                                      \
+            return;                                                                               \
+        }                                                                                         \
     } while (0)

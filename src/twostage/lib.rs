@@ -22,7 +22,7 @@
 //! * `acpi`: the firmware tables DMAR and IORT, in the form of the package `acpi_tables`.
 //! * `devicetree`: the nodes of virtual SMMUs in device trees, with the package `vm-fdt`.
 //! * `serde`: `Serialize` for reports, counters and snapshots, and `Deserialize` for snapshots.
-//! * `test-support`: a host that records its calls, for tests of what stands on the verbs. It may
+//! * `test-support`: a host that records its calls, for tests of code that uses the verbs. It may
 //!   change in any version.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]

@@ -143,7 +143,7 @@ impl<T: Copy + PartialEq> Runs<T> {
 
     /// Bytes of the runs, including spare capacity.
     #[cfg(test)]
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.blocks.values().map(|runs| runs.capacity() * size_of::<Run<T>>()).sum()
     }
 }

@@ -15,7 +15,7 @@ static bool nothing_mapped(void)
     struct page_table space;
 
     if (devices_assigned()) {
-        check_skip("nobody tells of the faults of assigned devices");
+        check_skip("faults of assigned devices are not reported");
         return false;
     }
     space = space_new();

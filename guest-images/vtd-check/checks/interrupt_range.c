@@ -29,7 +29,7 @@ static void output_in_range(void)
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     EXPECT(edu_write_to(DEVICE, NO_PASID, IOVA, 0, 4), "the write does not end");
-    SKIP_UNLESS(!devices_assigned(), "nobody tells of the faults of assigned devices");
+    SKIP_UNLESS(!devices_assigned(), "faults of assigned devices are not reported");
     EXPECT(fault_take(&fault), "no fault record");
     EXPECT(fault.source == DEVICE->id && fault.address == IOVA, "the record names %04x, 0x%lx", fault.source,
            fault.address);

@@ -100,7 +100,7 @@ static void own_fault_events(void)
     volatile u64 *page = page_new();
     bool told;
 
-    SKIP_UNLESS(!devices_assigned(), "nobody tells of the faults of assigned devices");
+    SKIP_UNLESS(!devices_assigned(), "faults of assigned devices are not reported");
     REQUIRE(attach_both(&space));
     interrupt_count_clear(VECTOR_FAULT_EVENT);
     interrupt_count_clear(VECTOR_INVALIDATION_EVENT);

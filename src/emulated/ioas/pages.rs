@@ -162,7 +162,7 @@ impl Pages {
 
     /// Pin count of the page at `offset`.
     #[cfg(test)]
-    pub fn pins(&self, offset: u64) -> u32 {
+    pub(crate) fn pins(&self, offset: u64) -> u32 {
         self.lock().pins.at(self.page_numbers(offset, 1).0)
     }
 

@@ -39,7 +39,7 @@ impl IovaSpace {
 
     /// Number of reservations of `owner`.
     #[cfg(test)]
-    pub fn reservations_of(&self, owner: ObjectId) -> usize {
+    pub(crate) fn reservations_of(&self, owner: ObjectId) -> usize {
         self.reserved.iter().filter(|(of, _)| *of == owner).count()
     }
 

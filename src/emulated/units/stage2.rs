@@ -54,7 +54,7 @@ impl Stage2 {
 
     /// Removes the mapping that starts at `start`.
     #[cfg(test)]
-    pub fn remove(&self, start: u64) -> Option<Mapping> {
+    pub(crate) fn remove(&self, start: u64) -> Option<Mapping> {
         self.mappings.write().remove(&start)
     }
 

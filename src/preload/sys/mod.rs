@@ -189,7 +189,7 @@ pub fn is_eventfd(fd: RawFd) -> bool {
 
 /// A non-blocking eventfd with close-on-exec.
 #[cfg(test)]
-pub fn eventfd() -> Result<OwnedFd, Errno> {
+pub(crate) fn eventfd() -> Result<OwnedFd, Errno> {
     use rustix::event::EventfdFlags;
 
     let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -198,7 +198,7 @@ pub fn eventfd() -> Result<OwnedFd, Errno> {
 
 /// Reads eight bytes from `fd`.
 #[cfg(test)]
-pub fn read_number(fd: RawFd) -> Result<u64, Errno> {
+pub(crate) fn read_number(fd: RawFd) -> Result<u64, Errno> {
     let mut bytes = [0; 8];
     rustix::io::read(numbered(fd)?, &mut bytes).map_err(errno)?;
     Ok(u64::from_ne_bytes(bytes))

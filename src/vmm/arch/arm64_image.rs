@@ -115,7 +115,7 @@ fn known_mistake(bytes: &[u8]) -> Option<&'static str> {
 
 /// Images for tests.
 #[cfg(test)]
-pub mod testing {
+pub(crate) mod testing {
     /// An image that goes to `text_offset` and takes `memory_size` bytes; `code` follows its
     /// header.
     pub fn image(text_offset: u64, memory_size: u64, code: &[u8]) -> Vec<u8> {

@@ -256,7 +256,7 @@ mod tests {
             u32::from_le_bytes(bytes)
         }
 
-        /// The function interrupts; whether the message went through.
+        /// Sends `message` from the function; whether it was remapped and delivered.
         fn interrupt(&self, message: MsiMessage) -> bool {
             let remapper = self.iommu().model.interrupt_remapper().unwrap().upgrade().unwrap();
             assert_eq!(remapper.translate(FUNCTION.bdf, message), None, "nobody may keep it");

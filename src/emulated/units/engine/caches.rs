@@ -420,7 +420,7 @@ impl Caches {
     /// How many sets of the IOTLB and paging-structure cache were searched so far for entries to
     /// drop.
     #[cfg(test)]
-    pub fn looks(&self) -> u64 {
+    pub(crate) fn looks(&self) -> u64 {
         self.iotlb.looks + self.paging_structures.looks
     }
 

@@ -216,7 +216,7 @@ impl Slots {
 
     /// The number of entries stored for the PASIDs of all functions.
     #[cfg(test)]
-    pub fn kept(&self) -> usize {
+    pub(crate) fn kept(&self) -> usize {
         self.functions.values().map(|function| function.pasids.runs()).sum()
     }
 

@@ -139,7 +139,7 @@ impl Requesters {
 
     /// The number of entries stored for the PASIDs of `rid`.
     #[cfg(test)]
-    pub fn kept(&self, rid: Bdf) -> usize {
+    pub(crate) fn kept(&self, rid: Bdf) -> usize {
         self.read().functions.get(&rid).map_or(0, |function| function.pasids.runs())
     }
 

@@ -221,7 +221,7 @@ fn closing_the_iommufd_takes_open_queues_with_it() {
     assert_eq!((bench.host.live_objects(), bench.host.pinned_bytes()), (0, 0));
     let ioas = bench.ioas();
     drop((events, faults));
-    bench.host.destroy(ioas).expect("an id of before means nothing");
+    bench.host.destroy(ioas).expect("queues of the closed iommufd destroy nothing");
 }
 
 #[test]

@@ -399,7 +399,7 @@ impl Doorbells for KvmDoorbells {
 /// No doorbells: every notification is an exit.
 #[cfg(test)]
 #[derive(Debug)]
-pub struct NoDoorbells;
+pub(crate) struct NoDoorbells;
 
 #[cfg(test)]
 impl Doorbells for NoDoorbells {
