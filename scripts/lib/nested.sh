@@ -130,8 +130,8 @@ make_log() {
     } >"$log/versions"
 }
 
-# end_when_silent: ends QEMU, and makes $work/silent, when the guest has printed nothing for $silence
-# seconds. A nested host that hangs shows nothing else.
+# end_when_silent: ends QEMU, and makes $work/silent, when the guest has printed nothing for
+# $silence seconds. A nested host that hangs shows nothing else.
 end_when_silent() {
     size='' since=$(date +%s)
     while sleep 5; do

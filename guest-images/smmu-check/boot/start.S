@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The way from the loader to C: the header of a Linux Image (Documentation/arch/arm64/booting.rst), then an
-// identity map. The loader enters with translation off and the device tree's address in X0. It may have put
-// the image anywhere, so pointers in it are corrected first.
+// The way from the loader to C: the header of a Linux Image (Documentation/arch/arm64/booting.rst),
+// then an identity map. The loader enters with translation off and the device tree's address in X0.
+// It may have put the image anywhere, so pointers in it are corrected first.
 
         .equ    IMAGE_FLAGS, 1 << 3 | 1 << 1    // anywhere in memory; pages of 4 KiB
         .equ    R_AARCH64_RELATIVE, 1027
 
-        // Translation: 39 bits, pages of 4 KiB, from level 1, where an entry is 1 GiB; tables cached.
+        // Translation: 39 bits, pages of 4 KiB, from level 1, where an entry is 1 GiB; tables
+        // cached.
         .equ    TCR, (64 - 39) | 1 << 8 | 1 << 10 | 3 << 12 | 1 << 23 | 2 << 32
         .equ    MAIR, 0xff << 8                 // attribute 0: device; 1: memory, cached
         .equ    BLOCK_DEVICE, 1 | 1 << 10 | 3 << 53

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The SMMUv3 that the device tree names (Arm IHI 0070): its registers, command queue and event queue, and a
-// linear stream table for bus 0.
+// The SMMUv3 that the device tree names (Arm IHI 0070): its registers, command queue and event
+// queue, and a linear stream table for bus 0.
 #pragma once
 #include "hw/pci.h"
 

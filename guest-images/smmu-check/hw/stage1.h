@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Stream-table entries, context descriptors and stage-1 tables of VMSAv8-64: 39 bits, pages of 4 KiB.
+// Stream-table entries, context descriptors and stage-1 tables of VMSAv8-64: 39 bits, pages of 4
+// KiB.
 #pragma once
 #include "hw/smmu.h"
 
