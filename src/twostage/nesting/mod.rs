@@ -122,8 +122,8 @@ pub enum NestingError {
     /// The process cannot create another thread.
     #[error("no thread can be started to deliver the events of streams: {0}")]
     NoThread(String),
-    /// The guest's interrupts, or the machine, take no events any more.
-    #[error("events of streams are still on their way to the guest: stop devices first")]
+    /// The host still has events for the guest, or their target does not take them.
+    #[error("events of streams are still on their way to the guest; stop the devices first")]
     EventsPending,
     /// It was shut down.
     #[error("the host objects are gone already")]
