@@ -4,6 +4,7 @@
 //! statements.
 
 use std::sync::{MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 /// A [`std::sync::Mutex`] without poisoning.
 #[derive(Debug, Default)]
@@ -70,6 +71,62 @@ impl<T: ?Sized> RwLock<T> {
     }
 }
 
+/// A [`std::sync::Condvar`] for the guards of a [`Mutex`].
+#[derive(Debug, Default)]
+pub struct Condvar(std::sync::Condvar);
+
+impl Condvar {
+    /// A condition variable that nobody waits for.
+    pub const fn new() -> Self {
+        Self(std::sync::Condvar::new())
+    }
+
+    /// Wakes one waiter.
+    pub fn notify_one(&self) {
+        self.0.notify_one();
+    }
+
+    /// Wakes every waiter.
+    pub fn notify_all(&self) {
+        self.0.notify_all();
+    }
+
+    /// Waits for a notification; may return without one.
+    pub fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits as long as `waits` says.
+    pub fn wait_while<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        waits: impl FnMut(&mut T) -> bool,
+    ) -> MutexGuard<'a, T> {
+        self.0.wait_while(guard, waits).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a notification, at most for `limit`; may return without one.
+    pub fn wait_timeout<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        limit: Duration,
+    ) -> MutexGuard<'a, T> {
+        self.0.wait_timeout(guard, limit).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Waits as long as `waits` says, at most for `limit`; true if it waited in vain.
+    pub fn wait_timeout_while<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        limit: Duration,
+        waits: impl FnMut(&mut T) -> bool,
+    ) -> (MutexGuard<'a, T>, bool) {
+        let waited = self.0.wait_timeout_while(guard, limit, waits);
+        let (guard, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        (guard, result.timed_out())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,5 +146,30 @@ mod tests {
         assert_eq!(*lock.write(), 3);
         assert_eq!((mutex.try_lock().map(|guard| *guard), *mutex.get_mut()), (Some(2), 2));
         assert_eq!((*lock.get_mut(), mutex.into_inner()), (3, 2));
+    }
+
+    #[test]
+    fn a_panic_ends_no_wait() {
+        let (mutex, condvar) = (Mutex::new(1), Condvar::new());
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let _guard = mutex.lock();
+            panic!("on purpose");
+        }));
+        assert!(panicked.is_err());
+        let (guard, in_vain) =
+            condvar.wait_timeout_while(mutex.lock(), Duration::ZERO, |value| *value == 1);
+        assert!(in_vain);
+        let guard = condvar.wait_while(guard, |value| *value != 1);
+        assert_eq!(*condvar.wait_timeout(guard, Duration::ZERO), 1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                *mutex.lock() = 2;
+                condvar.notify_all();
+            });
+            let mut guard = mutex.lock();
+            while *guard == 1 {
+                guard = condvar.wait(guard);
+            }
+        });
     }
 }

@@ -9,8 +9,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
-use twostage::sync::Mutex;
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::{Condvar, Mutex};
 
 use crate::host::refusal::Outcome;
 use crate::units::engine::Request;
@@ -99,7 +99,7 @@ impl PageRequests {
             if let Some(code) = take(&mut devices, rid, group) {
                 return code;
             }
-            devices = self.answered.wait(devices).unwrap_or_else(PoisonError::into_inner);
+            devices = self.answered.wait(devices);
         }
     }
 

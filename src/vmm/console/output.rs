@@ -9,10 +9,10 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Condvar, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
-use twostage::sync::Mutex;
+use twostage::sync::{Condvar, Mutex};
 
 use crate::console::deadline::{self, write_some, Patient, Turn, PATIENCE, PIECE};
 use crate::{Error, Result};
@@ -188,8 +188,7 @@ impl Output {
                 given_up = true;
                 continue;
             }
-            let waited = shared.taken.wait_timeout(state, BETWEEN_LOOKS);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = shared.taken.wait_timeout(state, BETWEEN_LOOKS);
         }
         let loss = state.loss(true);
         drop(state);
@@ -302,7 +301,7 @@ impl Shared {
             if state.closed {
                 return false;
             }
-            state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.filled.wait(state);
         }
         piece.clear();
         let length = state.waiting.len().min(PIECE);
@@ -382,7 +381,7 @@ mod tests {
         output.take(b"lost");
         let mut state = output.shared().lock();
         while !state.is_written() {
-            state = output.shared().taken.wait(state).unwrap();
+            state = output.shared().taken.wait(state);
         }
         // It was reported at once.
         assert!(state.said.is_some());

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The way back: delivers the events of a vEVENTQ to the virtual SMMU.
 
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Condvar, Mutex, RwLock};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -188,8 +188,7 @@ impl Signal {
         wanted.idle = true;
         self.changed.notify_all();
         let nothing = |wanted: &mut Wanted| !wanted.readable && !wanted.stop;
-        let mut wanted =
-            self.changed.wait_while(wanted, nothing).unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = self.changed.wait_while(wanted, nothing);
         // Anything that arrives after the queue was found empty is signalled again.
         (wanted.readable, wanted.idle) = (false, false);
         !wanted.stop
@@ -203,8 +202,7 @@ impl Signal {
         wanted.readable = true;
         self.changed.notify_all();
         let busy = |wanted: &mut Wanted| !wanted.over && (wanted.readable || !wanted.idle);
-        let waited = self.changed.wait_timeout_while(wanted, time, busy);
-        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+        !self.changed.wait_timeout_while(wanted, time, busy).1
     }
 
     fn end(&self) {
@@ -215,8 +213,7 @@ impl Signal {
     /// Waits for `time`; false when it is time to stop.
     fn pause(&self, time: Duration) -> bool {
         let going = |wanted: &mut Wanted| !wanted.stop;
-        let waited = self.changed.wait_timeout_while(self.wanted(), time, going);
-        !waited.unwrap_or_else(PoisonError::into_inner).0.stop
+        !self.changed.wait_timeout_while(self.wanted(), time, going).0.stop
     }
 
     fn stop(&self) {

@@ -3,10 +3,10 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use twostage::sync::Mutex;
+use twostage::sync::{Condvar, Mutex};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use serde_json::json;
@@ -61,8 +61,7 @@ impl Ended {
     /// Waits until it has ended, at most for `limit`. Returns whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
         let over = self.over.lock();
-        let waited = self.changed.wait_timeout_while(over, limit, |over| !*over);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
+        *self.changed.wait_timeout_while(over, limit, |over| !*over).0
     }
 
     fn set(&self) {
