@@ -184,9 +184,9 @@ impl VtdBuilder {
         Ok(unit)
     }
 
-    /// The unit that `state` is a snapshot of, on this host, with the memory of then. Devices are
-    /// those of then, with the same Requester IDs; the configuration is the snapshot's. See
-    /// [`VtdIommu::restore`].
+    /// The unit that `state` is a snapshot of, on this host, with guest memory as it was. Devices
+    /// are those of the snapshot, with the same Requester IDs; so is the configuration. See
+    /// [`VtdIommu::restore`], also for what is left to do: [`VtdIommu::drain_queue`].
     ///
     /// # Errors
     /// The devices are not those of the snapshot; one cannot do what the guest was offered; or the

@@ -27,7 +27,8 @@ pub enum SnapshotError {
     },
 }
 
-/// Why a snapshot is not restored. The host is then as before: what it was given is blocked again.
+/// Why a snapshot is not restored. The host is then as before: what it was given is blocked again,
+/// except where it failed to block, see [`RestoreError::Refused`].
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
@@ -57,7 +58,8 @@ pub enum RestoreError {
         /// What is inconsistent.
         what: String,
     },
-    /// The host refused a decision. Whatever it was given before is blocked again.
+    /// The host refused a decision. Whatever it was given before is blocked again, unless the
+    /// source says [`HostSideError::still_reachable`]: the host then failed to block part of it.
     #[error(
         "the host refused what {requester} had at the snapshot, which is not restored: {source}"
     )]

@@ -32,6 +32,30 @@ pub(super) fn copy_of(memory: &GuestMemoryMmap) -> GuestMemoryMmap {
     copy
 }
 
+/// Where `snapshot`, in JSON, has an object, and the snapshot with one more field there.
+#[cfg(feature = "serde")]
+pub(super) fn with_unknown_fields(
+    snapshot: &serde_json::Value,
+) -> Vec<(String, serde_json::Value)> {
+    fn objects(value: &serde_json::Value, place: &str, found: &mut Vec<String>) {
+        if value.is_object() {
+            found.push(place.into());
+        }
+        let fields = value.as_object().into_iter().flatten();
+        fields.for_each(|(name, field)| objects(field, &format!("{place}/{name}"), found));
+        let items = value.as_array().into_iter().flatten().enumerate();
+        items.for_each(|(index, item)| objects(item, &format!("{place}/{index}"), found));
+    }
+    let mut places = Vec::new();
+    objects(snapshot, "", &mut places);
+    let changed = places.into_iter().map(|place| {
+        let mut changed = snapshot.clone();
+        changed.pointer_mut(&place).unwrap()["new"] = 1.into();
+        (place, changed)
+    });
+    changed.collect()
+}
+
 /// Which calls the host refuses.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {

@@ -15,7 +15,11 @@ pub type EventRecordWords = [u64; 4];
 
 /// The treatment of a stream's DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub enum StreamPolicy {
     /// Every transaction is terminated.
     Abort,

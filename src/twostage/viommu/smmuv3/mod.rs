@@ -51,6 +51,7 @@ pub use host_unit::HostSmmu;
 pub use policy::ConfigFault;
 pub use state::{DecisionState, Registers, SmmuCounters, SmmuState, StreamState, TableRegisters};
 
+use super::ledger::Applied;
 use super::registers::FairMutex;
 use super::{HostSideError, Observer, TableMemory};
 use crate::ratelimit::RateLimit;
@@ -146,7 +147,7 @@ impl Smmu {
             // Counted and logged: the caller may have nothing to say to anybody.
             let _ = self.host_failed(error);
             self.streams.remove(stream);
-            self.take_away(stream);
+            let _ = self.take_away(stream);
         })
     }
 
@@ -165,16 +166,15 @@ impl Smmu {
         // Held so that nobody gives the stream a policy meanwhile.
         let _registers = self.lock();
         if self.streams.remove(stream) {
-            self.take_away(stream);
+            let _ = self.take_away(stream);
         }
     }
 
-    /// Blocks a stream that is not one of this SMMU any more.
-    fn take_away(&self, stream: StreamId) {
-        if let Err(error) = self.host.configure(stream, &StreamPolicy::Abort) {
-            // Not reported: the guest is not involved.
-            let _ = self.host_failed(&error);
-        }
+    /// Blocks a stream that is not one of this SMMU any more. A failure is logged, and left to the
+    /// owner of the device: the guest is not involved.
+    fn take_away(&self, stream: StreamId) -> Applied {
+        let blocked = self.host.configure(stream, &StreamPolicy::Abort);
+        blocked.or_else(|error| self.host_failed(&error))
     }
 
     /// Works through the command queue up to its end or its first error. Register writes do so

@@ -169,6 +169,15 @@ fn stage1(ste: &Ste, caps: &Capabilities) -> Result<StreamPolicy, ConfigFault> {
     Ok(StreamPolicy::Stage1 { ste: [qw0.into_bits(), qw1.into_bits()] })
 }
 
+/// Whether some entry of a guest leads to a stage 1 with the words `ste`.
+pub(super) fn is_possible(ste: [u64; 2], caps: &Capabilities) -> bool {
+    let [qw0, qw1] = ste;
+    let (qw0, qw1) = (Ste0::from_bits(qw0), Ste1::from_bits(qw1));
+    // This is not from the entry where all stalls are disabled.
+    let qw1 = qw1.with_s1stalld(qw1.s1stalld() && !caps.disable_stalls);
+    stage1(&Ste { qw0, qw1, ..Ste::default() }, caps) == Ok(StreamPolicy::Stage1 { ste })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

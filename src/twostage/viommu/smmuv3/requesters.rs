@@ -78,7 +78,7 @@ impl Streams {
         self.read().streams.keys().copied().collect()
     }
 
-    /// What a snapshot has of them: the location of the stream table, and the streams.
+    /// Their part of a snapshot: the location of the stream table, and the streams.
     pub fn snapshot(&self) -> (Option<TableRegisters>, Vec<StreamState>) {
         let published = self.read();
         let streams = published

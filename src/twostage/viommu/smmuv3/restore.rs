@@ -9,10 +9,11 @@
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
+use super::config::Capabilities;
 use super::fault_log::FaultLog;
-use super::policy::policy_while_disabled;
+use super::policy::{is_possible, policy_while_disabled};
 use super::state::{Registers, SmmuState, StreamState, MODEL};
-use super::{Smmu, SmmuHostSide, SmmuInterrupts, StreamPolicy};
+use super::{ConfigFault, Smmu, SmmuHostSide, SmmuInterrupts, StreamPolicy};
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::event::EventId;
 use crate::viommu::ledger::Entries;
@@ -23,7 +24,8 @@ impl Smmu {
     /// The state at one moment, for [`Smmu::restore`].
     ///
     /// For a state that is worth restoring, vCPUs and the DMA of devices have been stopped before,
-    /// and events that the host had for them were delivered.
+    /// and events that the host had for them were delivered. No [`Smmu::add_stream`] or
+    /// [`Smmu::remove_stream`] may be under way: the state may or may not have the stream.
     ///
     /// # Errors
     /// The SMMU is halted: it may have dropped a command that the guest waits for.
@@ -44,15 +46,20 @@ impl Smmu {
         })
     }
 
-    /// An SMMU that goes on where [`Smmu::snapshot`] left off, with the memory of then.
+    /// An SMMU that goes on where [`Smmu::snapshot`] left off, with guest memory as it was.
     ///
     /// `host` has all of the streams, blocked, and nothing else: it is given every decision again.
-    /// The command queue goes on with the guest's next access, or by [`Smmu::drain_queue`].
+    /// It must be able to serve `state.config`:
+    /// [`SmmuConfig::intersect`](super::SmmuConfig::intersect) with its SMMUs changes nothing.
     /// Counters start at 0.
+    ///
+    /// Afterwards, the host is given the SMMU as its event target. Then, with interrupt controllers
+    /// restored and before vCPUs start, [`Smmu::drain_queue`] goes on with the command queue: the
+    /// guest may do nothing but wait for its end.
     ///
     /// # Errors
     /// The state is of another version or not one of an SMMU, or the host refused part of it. The
-    /// host then blocks all that it was given.
+    /// host then blocks all that it was given, see [`RestoreError::Refused`].
     pub fn restore(
         state: &SmmuState,
         memory: Arc<dyn TableMemory>,
@@ -63,7 +70,8 @@ impl Smmu {
         check_version(MODEL, state.version, SmmuState::VERSION)?;
         let smmu = Self::build(&state.config, memory, host, interrupts, observer)
             .map_err(|error| RestoreError::Config { model: MODEL, what: error.to_string() })?;
-        check(state).map_err(|what| RestoreError::Inconsistent { model: MODEL, what })?;
+        check(state, &smmu.caps)
+            .map_err(|what| RestoreError::Inconsistent { model: MODEL, what })?;
         *smmu.lock() = state.registers.clone();
         *smmu.fault_log() = state.faults.clone();
         smmu.streams.set_table(state.table);
@@ -85,10 +93,12 @@ impl Smmu {
             let policy = decision.policy.unwrap_or(StreamPolicy::Abort);
             let result = self.host.configure(stream, &policy);
             self.policy_given(stream, &policy, &result);
-            if let Err(source) = result {
+            if let Err(mut source) = result {
                 let given = streams.iter().take(index + 1).rev();
                 let given = given.filter(|stream| stream.decision.is_some());
-                given.for_each(|stream| self.take_away(stream.stream));
+                // The refused one is among them, so this is all that is reachable by now.
+                let left = given.filter(|stream| self.take_away(stream.stream).is_err());
+                source.still_reachable = left.count() > 0;
                 let requester = format!("stream {stream}");
                 return Err(RestoreError::Refused { requester, source });
             }
@@ -106,14 +116,15 @@ impl Smmu {
     ///
     /// # Errors
     /// The host refused part of it. What it did not let go of the tables it blocks, unless the
-    /// error says [`HostSideError::still_reachable`]; and the reset can be repeated.
+    /// error says [`HostSideError::still_reachable`]. Until a repeated reset succeeds, nothing else
+    /// may be done with the SMMU.
     pub fn reset(&self) -> Result<(), HostSideError> {
         let mut registers = self.lock();
         if let (Some(observer), true) = (&self.observer, registers.cr0ack.smmuen()) {
             observer.disabling_translation();
         }
         *registers = Registers::default();
-        // From here on, no event is recorded.
+        // From here on, no new event is recorded.
         self.streams.set_table(None);
         self.streams.set_recording_bad_streams(false);
         *self.fault_log() = FaultLog::default();
@@ -143,17 +154,35 @@ impl Smmu {
 }
 
 /// Whether an SMMU can be in this state, which may be from a file that someone changed.
-fn check(state: &SmmuState) -> Result<(), String> {
+fn check(state: &SmmuState, caps: &Capabilities) -> Result<(), String> {
     if !state.streams.is_sorted_by(|one, next| one.stream < next.stream) {
         return Err("the streams do not ascend".into());
     }
-    for StreamState { stream, decision } in &state.streams {
-        let fault = decision.and_then(|decision| decision.policy.err());
-        let possible = [EventId::BadStreamId, EventId::SteFetch, EventId::BadSte];
-        if let Some(fault) = fault.filter(|fault| !possible.contains(&fault.event)) {
-            let event = fault.event.name();
-            return Err(format!("stream {stream} is blocked by {event}, which no entry causes"));
+    state.streams.iter().try_for_each(|stream| check_stream(stream, caps))
+}
+
+/// Whether a stream can have this decision.
+fn check_stream(state: &StreamState, caps: &Capabilities) -> Result<(), String> {
+    let StreamState { stream, decision } = *state;
+    let Some(decision) = decision else { return Ok(()) };
+    let bits = caps.idr1.sidsize();
+    match decision.policy {
+        // One beyond the table can be behind an SMMU all the same, but no entry is for it.
+        Ok(StreamPolicy::Bypass | StreamPolicy::Stage1 { .. })
+            if u64::from(stream.raw()) >> bits != 0 =>
+        {
+            Err(format!("stream {stream} has an entry, but StreamIDs have {bits} bits"))
         }
+        Ok(StreamPolicy::Stage1 { ste }) if !is_possible(ste, caps) => {
+            let [qw0, qw1] = ste;
+            Err(format!("stream {stream} cannot have a stage 1 of {qw0:#x} {qw1:#x}"))
+        }
+        Err(ConfigFault { event, .. })
+            if ![EventId::BadStreamId, EventId::SteFetch, EventId::BadSte].contains(&event) =>
+        {
+            let event = event.name();
+            Err(format!("stream {stream} is blocked by {event}, which no entry causes"))
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }

@@ -58,6 +58,7 @@ pub use state::{
     VtdCounters, VtdState,
 };
 
+use super::ledger::Applied;
 use super::registers::FairMutex;
 use super::{HostSideError, InterruptSink, MsiMessage, Observer, Requester, TableMemory};
 use crate::ratelimit::RateLimit;
@@ -160,7 +161,7 @@ impl VtdIommu {
             // Counted and logged: the caller may have nothing to say to anybody.
             let _ = self.host_failed(&error);
             self.requesters.remove(rid);
-            self.take_away(Requester::rid(rid));
+            let _ = self.take_away(Requester::rid(rid));
             return Err(error);
         }
         self.evaluate_new(rid, registers);
@@ -191,7 +192,7 @@ impl VtdIommu {
         let mut next = pasids.from(0);
         let mut slice = 0;
         while let Some(requester) = next {
-            self.take_away(requester);
+            let _ = self.take_away(requester);
             next = requester.pasid.and_then(|pasid| pasids.from(pasid.raw() + 1));
             slice += 1;
             if slice % REMOVED_AT_ONCE == 0 {
@@ -199,17 +200,15 @@ impl VtdIommu {
                 registers = self.lock();
             }
         }
-        self.take_away(Requester::rid(rid));
+        let _ = self.take_away(Requester::rid(rid));
     }
 
-    /// Blocks a requester of a removed function.
-    fn take_away(&self, requester: Requester) {
+    /// Blocks a requester of a removed function. A failure is logged, and left to the owner of the
+    /// device: the guest is not involved.
+    fn take_away(&self, requester: Requester) -> Applied {
         let gone = Blocked { reason: FaultReason::ContextNotPresent, fault_disabled: true };
         let config = blocked_config(requester, gone);
-        if let Err(error) = self.host.configure(requester, &config) {
-            // Not reported: the guest is not involved.
-            let _ = self.host_failed(&error);
-        }
+        self.host.configure(requester, &config).or_else(|error| self.host_failed(&error))
     }
 
     /// Works through the invalidation queue up to its tail or its first error. Register writes do

@@ -102,7 +102,7 @@ impl Requesters {
         self.read().functions.keys().copied().collect()
     }
 
-    /// What a snapshot has of them.
+    /// Their part of a snapshot.
     pub fn snapshot(&self) -> (Translating, Vec<FunctionState>) {
         let published = self.read();
         let pasids = |function: &Function| -> Vec<_> {

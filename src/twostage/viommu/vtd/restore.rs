@@ -10,11 +10,12 @@
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
+use super::config::Capabilities;
 use super::control::UnderWay;
 use super::evaluation::{PASID_GONE, PASSING};
 use super::fault_log::FaultLog;
 use super::host_side::{HostSide, Invalidation, Progress};
-use super::policy::blocked_config;
+use super::policy::{blocked_config, is_possible};
 use super::requesters::{can_keep, Given};
 use super::state::{FunctionState, PasidState, Registers, VtdState, MODEL};
 use super::VtdIommu;
@@ -30,7 +31,9 @@ impl VtdIommu {
     /// The state at one moment, for [`VtdIommu::restore`]. A command under way is completed first.
     ///
     /// For a state that is worth restoring, vCPUs and the DMA of devices have been stopped before,
-    /// and guest memory is saved after, as this may write status words.
+    /// and guest memory is saved after, as this may write status words. No
+    /// [`VtdIommu::add_device`] or [`VtdIommu::remove_device`] may be under way: the state would
+    /// have a part of the function.
     ///
     /// # Errors
     /// The unit is halted: it may have dropped a command that the guest waits for.
@@ -52,15 +55,20 @@ impl VtdIommu {
         })
     }
 
-    /// A unit that goes on where [`VtdIommu::snapshot`] left off, with the memory of then.
+    /// A unit that goes on where [`VtdIommu::snapshot`] left off, with guest memory as it was.
     ///
     /// `host` has all of the functions, blocked, and nothing else: it is given every decision
-    /// again. Invalidations at the head of the queue are repeated with the guest's next access, or
-    /// by [`VtdIommu::drain_queue`]. Counters start at 0.
+    /// again. It must be able to serve `state.config`:
+    /// [`VtdConfig::intersect`](super::VtdConfig::intersect) with its units changes nothing.
+    /// Counters start at 0.
+    ///
+    /// Afterwards, the host is given the unit as its fault target. Then, with interrupt controllers
+    /// restored and before vCPUs start, [`VtdIommu::drain_queue`] repeats the invalidations at the
+    /// head of the queue: the guest may do nothing but wait for their end.
     ///
     /// # Errors
     /// The state is of another version or not one of a unit, or the host refused part of it. The
-    /// host then blocks all that it was given.
+    /// host then blocks all that it was given, see [`RestoreError::Refused`].
     pub fn restore(
         state: &VtdState,
         memory: Arc<dyn TableMemory>,
@@ -71,7 +79,8 @@ impl VtdIommu {
         check_version(MODEL, state.version, VtdState::VERSION)?;
         let unit = Self::build(state.config.clone(), memory, host, interrupts, observer)
             .map_err(|error| RestoreError::Config { model: MODEL, what: error.to_string() })?;
-        check(state).map_err(|what| RestoreError::Inconsistent { model: MODEL, what })?;
+        check(state, &unit.caps)
+            .map_err(|what| RestoreError::Inconsistent { model: MODEL, what })?;
         *unit.fault_log() = state.faults.clone();
         unit.remapping.set_cached(&state.interrupt_entries);
         unit.requesters.set_translating(state.translating.enabled, state.translating.root);
@@ -94,10 +103,12 @@ impl VtdIommu {
         for (requester, given) in decisions(functions) {
             let result = self.host.configure(requester, &given.decision);
             self.policy_given(requester, &given.decision, &result);
-            if let Err(source) = result {
+            if let Err(mut source) = result {
                 let all = decisions(functions).rev().map(|(requester, _)| requester);
                 let given = all.skip_while(|other| *other != requester);
-                given.for_each(|requester| self.take_away(requester));
+                // The refused one is among them, so this is all that is reachable by now.
+                let left = given.filter(|requester| self.take_away(*requester).is_err());
+                source.still_reachable = left.count() > 0;
                 return Err(RestoreError::Refused { requester: requester.to_string(), source });
             }
             // One that was not applied is given once more when its tables are read again.
@@ -114,7 +125,8 @@ impl VtdIommu {
     ///
     /// # Errors
     /// The host refused part of it. What it did not let go of the tables it blocks, unless the
-    /// error says [`HostSideError::still_reachable`]; and the reset can be repeated.
+    /// error says [`HostSideError::still_reachable`]. Until a repeated reset succeeds, nothing else
+    /// may be done with the unit: it does not hold up the guest for what the host still owes.
     pub fn reset(&self) -> Result<(), HostSideError> {
         let mut registers = self.lock();
         if let (Some(observer), true) = (&self.observer, registers.gsts.tes()) {
@@ -122,7 +134,7 @@ impl VtdIommu {
         }
         *self.under_way() = UnderWay::default();
         *registers = Registers::default();
-        // From here on, no fault is recorded.
+        // From here on, no new fault is recorded.
         self.requesters.set_translating(false, None);
         *self.fault_log() = FaultLog::new(self.config.fault_records);
         self.remapping.set_cached(&[]);
@@ -196,7 +208,7 @@ fn given_to(run: &PasidState, pasid: Pasid) -> Given {
 }
 
 /// Whether a unit can be in this state, which may be from a file that someone changed.
-fn check(state: &VtdState) -> Result<(), String> {
+fn check(state: &VtdState, caps: &Capabilities) -> Result<(), String> {
     let VtdState { config, registers, faults, functions, interrupt_entries, .. } = state;
     let records = faults.records.len();
     if records != usize::from(config.fault_records) {
@@ -220,12 +232,21 @@ fn check(state: &VtdState) -> Result<(), String> {
     if !functions.is_sorted_by(|one, next| one.rid < next.rid) {
         return Err("the functions do not ascend".into());
     }
-    functions.iter().try_for_each(check_pasids)
+    functions.iter().try_for_each(|function| check_function(function, caps, config.pasid_bits))
 }
 
-/// Whether a function can have these PASIDs.
-fn check_pasids(function: &FunctionState) -> Result<(), String> {
+/// Whether a function can have these decisions.
+fn check_function(
+    function: &FunctionState,
+    caps: &Capabilities,
+    pasid_bits: u8,
+) -> Result<(), String> {
     let rid = function.rid;
+    if let Some(config) = function.decision.map(|decision| decision.config) {
+        if !is_possible(config.policy, caps) {
+            return Err(format!("{rid} cannot have {config:?}"));
+        }
+    }
     // PASID 0 is never configured apart from its function.
     let mut from = 1;
     for run in &function.pasids {
@@ -237,8 +258,11 @@ fn check_pasids(function: &FunctionState) -> Result<(), String> {
         let (Some(pasid), Some(_)) = (Pasid::new(first), Pasid::new(last)) else {
             return Err(format!("{} have more than {} bits", pasids(), Pasid::BITS));
         };
-        if !can_keep(pasid, run.decision.into()) {
-            let config = run.decision.config;
+        if last >> pasid_bits != 0 {
+            return Err(format!("{} have more than {pasid_bits} bits", pasids()));
+        }
+        let config = run.decision.config;
+        if !can_keep(pasid, run.decision.into()) || !is_possible(config.policy, caps) {
             return Err(format!("{} cannot have {config:?}", pasids()));
         }
         from = last + 1;

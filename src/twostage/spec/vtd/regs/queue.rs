@@ -276,7 +276,11 @@ pub struct FaultRecordHigh {
 
 /// A fault recording register (FRCD, §11.4.7): 128 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct FaultRecord {
     /// Bits 63:0.
     pub low: FaultRecordLow,

@@ -75,7 +75,7 @@ fn a_new_host_is_given_the_decisions_of_then_and_nothing_else() {
     assert_eq!(restored.every_register(), guest.every_register());
     assert_eq!(restored.smmu.snapshot().unwrap(), state);
     assert_eq!((restored.smmu.counters().policies, restored.interrupts()), (3, vec![]));
-    // The event of before is still there, and the reason of the block is still known.
+    // The earlier event is still there, and the reason of the block is still known.
     assert_eq!(restored.take_event().map(|event| event.stream()), Some(WRONG));
     assert_eq!(restored.told(WRONG), Some(EventId::BadSte));
     assert_eq!(restored.told(STREAM), Some(EventId::Translation));
@@ -185,12 +185,30 @@ fn another_version_is_refused_by_name() {
     }
 }
 
+#[cfg(feature = "serde")]
+#[test]
+fn no_part_of_a_snapshot_may_have_an_unknown_field() {
+    let state = Guest::lived().smmu.snapshot().unwrap();
+    let good = serde_json::to_value(&state).unwrap();
+    assert_eq!(serde_json::from_value::<SmmuState>(good.clone()).unwrap(), state);
+    for (place, changed) in crate::viommu::testing::with_unknown_fields(&good) {
+        assert!(serde_json::from_value::<SmmuState>(changed).is_err(), "{place}");
+    }
+}
+
 #[test]
 fn what_no_smmu_can_have_is_refused_and_the_host_is_not_called() {
     let guest = Guest::lived();
     let good = guest.smmu.snapshot().unwrap();
     let damaged = "this SMMUv3 snapshot was changed or damaged: ";
-    let changes: [(Change, String); 4] = [
+    let has = |state: &mut SmmuState, index: usize, policy| {
+        state.streams[index].decision.as_mut().unwrap().policy = Ok(policy);
+    };
+    let [qw0, qw1] = stage1_entry(CONTEXTS);
+    let words = |qw0, qw1| StreamPolicy::Stage1 { ste: [qw0, qw1] };
+    let stage_1 = |words: &str| format!("{damaged}stream 0x3 cannot have a stage 1 of {words}");
+    let beyond = || format!("{damaged}stream 0x10000 has an entry, but StreamIDs have 16 bits");
+    let changes: [(Change, String); 9] = [
         (
             &|state| state.config.stream_bits = 0,
             "this SMMUv3 snapshot has an impossible configuration: 0 StreamID bits are not \
@@ -207,6 +225,25 @@ fn what_no_smmu_can_have_is_refused_and_the_host_is_not_called() {
             },
             format!("{damaged}stream 0x5 is blocked by F_ACCESS, which no entry causes"),
         ),
+        // Nested; with more context descriptors than offered; without stalls, as the host would ask
+        // for.
+        (&|state| has(state, 0, words(qw0 | 2 << 1, qw1)), stage_1("0x600f 0x0")),
+        (&|state| has(state, 0, words(qw0 | 1 << 59, qw1)), stage_1("0x80000000000600b 0x0")),
+        (&|state| has(state, 0, words(qw0, qw1 | 1 << 27)), stage_1("0x600b 0x8000000")),
+        (
+            &|state| {
+                state.streams[2].stream = StreamId(1 << 16);
+                has(state, 2, StreamPolicy::Bypass);
+            },
+            beyond(),
+        ),
+        (
+            &|state| {
+                state.streams[2].stream = StreamId(1 << 16);
+                has(state, 2, stage1(CONTEXTS));
+            },
+            beyond(),
+        ),
     ];
     for (change, told) in changes {
         let mut state = good.clone();
@@ -215,6 +252,18 @@ fn what_no_smmu_can_have_is_refused_and_the_host_is_not_called() {
         let error = guest.restored_on(host.clone(), &state).err().unwrap();
         assert_eq!((error.to_string(), host.calls.lock().len()), (told, 0));
     }
+}
+
+#[test]
+fn what_an_smmu_can_have_is_restored() {
+    // The host is asked for no stalls, which is not from the entry; a stream beyond the table.
+    let guest = Guest::new(&SmmuConfig { host_stalls: true, ..Default::default() });
+    guest.smmu.add_stream(StreamId(1 << 16));
+    guest.start();
+    let state = guest.smmu.snapshot().unwrap();
+    let restored = guest.restored(&state).unwrap();
+    assert_eq!(restored.smmu.snapshot().unwrap(), state);
+    assert_eq!(restored.told(StreamId(1 << 16)), Some(EventId::BadStreamId));
 }
 
 #[test]
@@ -243,6 +292,26 @@ fn after_a_refusal_nothing_is_left_on_the_host() {
         assert_eq!(called[failing + 1..], undone);
         // Another attempt on the same host.
         assert_eq!(guest.restored_on(host, &state).unwrap().smmu.snapshot().unwrap(), state);
+    }
+}
+
+#[test]
+fn what_the_host_fails_to_block_after_a_refusal_is_told() {
+    let guest = Guest::lived();
+    let state = guest.smmu.snapshot().unwrap();
+    // The blocks fail as well, or just the second decision and its own block.
+    for all in [true, false] {
+        let host = Arc::new(FakeHost::default());
+        host.refusals.block_nothing(true);
+        if all {
+            host.refusals.everything(true);
+        } else {
+            host.refusals.after(1);
+        }
+        let Err(RestoreError::Refused { source, .. }) = guest.restored_on(host, &state) else {
+            panic!()
+        };
+        assert_eq!(source.still_reachable, all);
     }
 }
 
@@ -286,6 +355,7 @@ fn a_reset_that_the_host_refuses_is_told_and_can_be_repeated() {
         // The others are done.
         assert_eq!(calls.len(), 4, "{call:?}");
         assert!(guest.smmu.snapshot().is_err(), "{call:?}");
+        assert_ne!(guest.smmu.streams.unapplied(), [], "{call:?}");
         guest.smmu.reset().unwrap();
         let state = guest.smmu.snapshot().unwrap();
         assert!(!state.unapplied && state.streams.len() == 3, "{call:?}");

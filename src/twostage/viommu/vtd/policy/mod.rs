@@ -9,12 +9,13 @@ mod legacy;
 mod scalable;
 
 use super::config::Capabilities;
-use super::host_side::{DomainTag, Policy, RequesterConfig, Stage1};
+use super::host_side::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::spec::vtd::root::AddressWidth;
-use crate::spec::vtd::{above_width, HOST_ADDRESS_WIDTH};
+use crate::spec::vtd::{above_width, HOST_ADDRESS_WIDTH, PAGE_SHIFT};
 use crate::viommu::{BadAddress, Requester, TableMemory};
 use scalable::{PasidTable, PasidTables};
 
@@ -87,21 +88,17 @@ impl Tables<'_> {
 
     /// Whether the table pointer `address` has bits beyond the unit's address width.
     fn is_beyond_width(&self, address: u64) -> bool {
-        address & above_width(HOST_ADDRESS_WIDTH) != 0
+        is_beyond_width(address)
     }
 
     /// The width of `aw`, if second-stage tables may have it.
     fn second_stage_width(&self, aw: u8) -> Option<AddressWidth> {
-        AddressWidth::from_bits(aw).filter(|width| self.offers_width(*width))
+        AddressWidth::from_bits(aw).filter(|width| offers_width(self.caps, *width))
     }
 
     /// The width of the widest possible second-stage table.
     fn widest_second_stage(&self) -> Option<AddressWidth> {
-        AddressWidth::ALL.into_iter().rfind(|width| self.offers_width(*width))
-    }
-
-    fn offers_width(&self, width: AddressWidth) -> bool {
-        self.caps.cap.sagaw() >> width.into_bits() & 1 != 0
+        AddressWidth::ALL.into_iter().rfind(|width| offers_width(self.caps, *width))
     }
 
     /// `N` 64-bit words at `address`, each read atomically.
@@ -113,6 +110,35 @@ impl Tables<'_> {
         }
         Ok(words)
     }
+}
+
+/// Whether the table pointer `address` has bits beyond the unit's address width.
+fn is_beyond_width(address: u64) -> bool {
+    address & above_width(HOST_ADDRESS_WIDTH) != 0
+}
+
+/// Whether second-stage tables may have this width.
+fn offers_width(caps: &Capabilities, width: AddressWidth) -> bool {
+    caps.cap.sagaw() >> width.into_bits() & 1 != 0
+}
+
+/// Whether some tables of a guest lead to `policy` on a unit with `caps`.
+pub(super) fn is_possible(policy: Policy, caps: &Capabilities) -> bool {
+    let Capabilities { cap, ecap } = caps;
+    let (table, offered) = match policy {
+        Policy::Blocked(_) | Policy::Bypass => return true,
+        Policy::Stage1(Stage1::VtdFirstStage(first)) => {
+            let VtdFirstStage { table, paging_mode, .. } = first;
+            let not_offered = paging_mode == PagingMode::Level5 && !cap.fs5lp()
+                || first.supervisor_requests && !ecap.srs()
+                || first.extended_accessed && !ecap.eafs();
+            (table, ecap.fsts() && !not_offered)
+        }
+        Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width })) => {
+            (table, offers_width(caps, address_width))
+        }
+    };
+    offered && table.trailing_zeros() >= PAGE_SHIFT && !is_beyond_width(table)
 }
 
 impl PasidTable<'_> {

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use super::slices::{PASIDS, PASID_CACHE, RTPS, TES};
 use super::*;
 use crate::spec::vtd::qi::{IotlbScope, StatusWrite};
+use crate::spec::vtd::root::AddressWidth;
+use crate::viommu::vtd::VtdSecondStage;
 use crate::viommu::{RestoreError, SnapshotError};
 
 const GLOBAL: Descriptor =
@@ -13,6 +15,19 @@ const GLOBAL: Descriptor =
 
 /// The root entry has no upper half.
 const UPPER_BLOCKED: Policy = Policy::Blocked(FaultReason::RootNotPresent);
+
+fn second_stage() -> Policy {
+    let address_width = AddressWidth::Bits48;
+    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table: FIRST_STAGE, address_width }))
+}
+
+fn five_levels() -> Policy {
+    let Policy::Stage1(Stage1::VtdFirstStage(mut tables)) = first_stage(FIRST_STAGE) else {
+        unreachable!()
+    };
+    tables.paging_mode = PagingMode::Level5;
+    Policy::Stage1(Stage1::VtdFirstStage(tables))
+}
 
 /// Damage to a state.
 type Change<'a> = &'a dyn Fn(&mut VtdState);
@@ -208,6 +223,19 @@ fn another_version_is_refused_by_name() {
     }
 }
 
+#[cfg(feature = "serde")]
+#[test]
+fn no_part_of_a_snapshot_may_have_an_unknown_field() {
+    let mut state = Guest::lived().iommu.snapshot().unwrap();
+    state.interrupt_entries = vec![InterruptEntryState { index: 3, entry: [0; 2] }];
+    state.functions[1].decision.as_mut().unwrap().config.policy = second_stage();
+    let good = serde_json::to_value(&state).unwrap();
+    assert_eq!(serde_json::from_value::<VtdState>(good.clone()).unwrap(), state);
+    for (place, changed) in crate::viommu::testing::with_unknown_fields(&good) {
+        assert!(serde_json::from_value::<VtdState>(changed).is_err(), "{place}");
+    }
+}
+
 #[test]
 fn what_no_unit_can_have_is_refused_and_the_host_is_not_called() {
     let guest = Guest::lived();
@@ -227,7 +255,10 @@ fn what_no_unit_can_have_is_refused_and_the_host_is_not_called() {
          it is 48 or 57"
     );
     let entry = |index| InterruptEntryState { index, entry: [0; 2] };
-    let changes: [(Change, &str); 14] = [
+    let of_rid = |state: &mut VtdState, policy| {
+        state.functions[0].decision.as_mut().unwrap().config.policy = policy;
+    };
+    let changes: [(Change, &str); 20] = [
         (&|state| state.faults.records.truncate(7), "7 fault records, but 8 are configured"),
         (&|state| state.faults.next = 8, "fault record 8 is the next one, but there are 8"),
         (
@@ -269,11 +300,31 @@ fn what_no_unit_can_have_is_refused_and_the_host_is_not_called() {
             &|state| state.functions[0].pasids[1].decision.config.policy = first_stage(0x7010),
             "PASIDs 0x9 to 0x9 of 01:01.0 cannot have RequesterConfig",
         ),
+        (
+            &|state| state.functions[0].pasids[1].decision.config.policy = second_stage(),
+            "PASIDs 0x9 to 0x9 of 01:01.0 cannot have RequesterConfig",
+        ),
+        (
+            &|state| state.functions[0].pasids[1].last = 0x100,
+            "PASIDs 0x9 to 0x100 of 01:01.0 have more than 8 bits",
+        ),
+        (&|state| of_rid(state, first_stage(0x5010)), "01:01.0 cannot have RequesterConfig"),
+        (&|state| of_rid(state, first_stage(1 << 52)), "01:01.0 cannot have RequesterConfig"),
+        (&|state| of_rid(state, second_stage()), "01:01.0 cannot have RequesterConfig"),
+        (&|state| of_rid(state, five_levels()), "01:01.0 cannot have RequesterConfig"),
     ];
     for (change, what) in changes {
         let told = refused(change);
         let expected = format!("this VT-d snapshot was changed or damaged: {what}");
         assert!(told.starts_with(&expected), "{told}");
+    }
+    // Where they are offered, these are possible.
+    let mut state = good.clone();
+    state.config.address_width = 57;
+    state.config.second_stage = true;
+    for policy in [second_stage(), five_levels()] {
+        of_rid(&mut state, policy);
+        assert!(guest.restored(&state).is_ok(), "{policy:?}");
     }
     // A head beyond the queue is the guest's to find out.
     let mut state = good.clone();
@@ -316,6 +367,26 @@ fn after_a_refusal_nothing_is_left_on_the_host() {
         assert!(undone.eq(backwards), "{called:?}");
         // Another attempt on the same host.
         assert_eq!(guest.restored_on(host, &state).unwrap().iommu.snapshot().unwrap(), state);
+    }
+}
+
+#[test]
+fn what_the_host_fails_to_block_after_a_refusal_is_told() {
+    let guest = Guest::lived();
+    let state = guest.iommu.snapshot().unwrap();
+    // The blocks fail as well, or just the second decision and its own block.
+    for all in [true, false] {
+        let host = FakeHost::new(guest.memory.clone());
+        host.refusals.block_nothing(true);
+        if all {
+            host.refusals.everything(true);
+        } else {
+            host.refusals.after(1);
+        }
+        let Err(RestoreError::Refused { source, .. }) = guest.restored_on(host, &state) else {
+            panic!()
+        };
+        assert_eq!(source.still_reachable, all);
     }
 }
 
@@ -380,6 +451,12 @@ fn a_reset_that_the_host_refuses_is_told_and_can_be_repeated() {
         // The others are done.
         assert_eq!(calls.len(), 6, "{call:?}");
         assert!(guest.iommu.snapshot().is_err(), "{call:?}");
+        let (_, functions) = guest.iommu.requesters.snapshot();
+        let owed = functions.iter().any(|function| {
+            let pasids = function.pasids.iter().map(|pasids| pasids.decision);
+            pasids.chain(function.decision).any(|decision| !decision.applied)
+        });
+        assert!(owed, "{call:?}");
         guest.iommu.reset().unwrap();
         let state = guest.iommu.snapshot().unwrap();
         assert!(!state.unapplied && state.functions.len() == 2, "{call:?}");
