@@ -312,7 +312,7 @@ impl Smmuv3 {
     /// The unit is as after power-on, with the same devices. See [`Smmu::reset`].
     ///
     /// # Errors
-    /// The host refused part of it; the reset can be repeated.
+    /// The host refused part of it; nothing but a repeated reset may follow.
     pub fn reset(&self) -> Result<(), HostSideError> {
         self.model.reset()
     }

@@ -371,7 +371,7 @@ impl Vtd {
     /// The unit is as after power-on, with the same devices. See [`VtdIommu::reset`].
     ///
     /// # Errors
-    /// The host refused part of it; the reset can be repeated.
+    /// The host refused part of it; nothing but a repeated reset may follow.
     pub fn reset(&self) -> Result<(), HostSideError> {
         self.model.reset()
     }
