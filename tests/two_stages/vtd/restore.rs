@@ -11,7 +11,7 @@ use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs::{self, Gcmd};
-use twostage::viommu::vtd::{VtdState, MMIO_SIZE};
+use twostage::viommu::vtd::{FunctionState, VtdState, MMIO_SIZE};
 use twostage_emulated::{DmaError, ObjectKind};
 
 use super::guest::{Completion, Entry};
@@ -65,9 +65,15 @@ fn forget_all(machine: &Machine, state: &VtdState) -> Completion {
             _ => break,
         }
     }
-    let tables = state.unapplied.then_some(Descriptor::PasidCache(PasidCacheScope::Global));
+    let refused = state.unapplied || state.functions.iter().any(has_refused);
+    let tables = refused.then_some(Descriptor::PasidCache(PasidCacheScope::Global));
     let descriptors: Vec<_> = tables.into_iter().chain([all]).collect();
     machine.guest.submit(&descriptors)
+}
+
+fn has_refused(function: &FunctionState) -> bool {
+    let of_pasids = function.pasids.iter().map(|run| run.decision);
+    function.decision.into_iter().chain(of_pasids).any(|decision| !decision.applied)
 }
 
 /// What each requester finds at each address.
