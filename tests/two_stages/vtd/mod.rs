@@ -233,6 +233,25 @@ fn what_cannot_be_blocked_is_not_told_to_be() {
     }
 }
 
+#[test]
+fn what_could_not_be_blocked_is_by_a_later_invalidation_that_completes() {
+    for pasid in [None, Some(7)] {
+        let (machine, table, _) = nested();
+        let guest = &machine.guest;
+        guest.set_entry(A, pasid.unwrap_or(0), Entry::FirstStage { table, domain: DOMAIN });
+        assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+        guest.set_entry(A, pasid.unwrap_or(0), Entry::NotPresent);
+        machine.fail_next(100);
+        assert!(matches!(guest.flush_pasid_cache(), Completion::Stopped(_)));
+        machine.fail_next(0);
+        // The guest takes back the invalidation that was refused.
+        assert_eq!(guest.replace_and_resume(iotlb(IotlbScope::Global)), Completion::Done);
+        assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+        assert!(machine.read(A, pasid, IOVA).is_err(), "{pasid:?}");
+        assert_eq!(machine.end(), 0);
+    }
+}
+
 /// A machine whose guest may use second-stage tables, and device A is on one.
 fn second_stage() -> (Machine, u64) {
     let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };

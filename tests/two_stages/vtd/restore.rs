@@ -55,15 +55,12 @@ fn registers(machine: &Machine) -> Vec<u64> {
 /// invalidation that would have done so.
 fn forget_all(machine: &Machine, state: &VtdState) -> Completion {
     let all = iotlb(IotlbScope::Global);
-    let mut completion = machine.guest.submit(&[all]);
-    // As many as the queue has room for.
+    // As many as the queue has room for. A wait in it may be done before the last error.
     for _ in 0..128 {
-        match completion {
-            Completion::Stopped(status) if status.iqe() => {
-                completion = machine.guest.replace_and_resume(all);
-            }
-            _ => break,
+        if !machine.guest.faults().iqe() {
+            break;
         }
+        machine.guest.replace_and_resume(all);
     }
     let refused = state.unapplied || state.functions.iter().any(has_refused);
     let tables = refused.then_some(Descriptor::PasidCache(PasidCacheScope::Global));
