@@ -92,6 +92,14 @@ impl Guest {
         guest
     }
 
+    /// The same driver on a copy of its memory.
+    pub fn moved(&self, memory: Memory, smmu: Arc<Smmu>) -> Self {
+        let Self { streams, commands, events, .. } = *self;
+        let contexts = Mutex::new(self.contexts.lock().unwrap().clone());
+        let submitted = Mutex::new(*self.submitted.lock().unwrap());
+        Self { memory, smmu, streams, commands, events, contexts, submitted }
+    }
+
     pub fn read32(&self, offset: u64) -> u32 {
         let mut bytes = [0; 4];
         self.smmu.mmio_read(offset, &mut bytes);
@@ -149,13 +157,19 @@ impl Guest {
 
     /// Puts `commands` and a CMD_SYNC into the queue, and writes CMDQ_PROD.
     pub fn submit(&self, commands: &[Command]) -> Completion {
+        let words: Vec<_> = commands.iter().map(Command::encode).collect();
+        self.submit_words(&words)
+    }
+
+    /// As [`Self::submit`], with commands of any contents.
+    pub fn submit_words(&self, commands: &[[u64; 2]]) -> Completion {
         let queue = self.command_queue();
         let start = CmdqProd::from_bits(self.read32(regs::CMDQ_PROD)).wr();
         let sync = Command::Sync { signal: SyncSignal::None };
         let mut prod = start;
-        for command in commands.iter().chain([&sync]) {
-            for (at, word) in (queue.address(prod)..).step_by(8).zip(command.encode()) {
-                self.store(at, word);
+        for command in commands.iter().chain([&sync.encode()]) {
+            for (at, word) in (queue.address(prod)..).step_by(8).zip(command) {
+                self.store(at, *word);
             }
             prod = queue.next(prod);
         }
@@ -180,6 +194,16 @@ impl Guest {
     pub fn resume(&self) -> Completion {
         self.write32(regs::GERRORN, self.read32(regs::GERROR));
         self.completion()
+    }
+
+    /// As [`Self::resume`], after it replaced the command at which the unit stopped.
+    pub fn replace_and_resume(&self, command: Command) -> Completion {
+        let cons = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS));
+        let at = self.command_queue().address(cons.rd());
+        for (at, word) in (at..).step_by(8).zip(command.encode()) {
+            self.store(at, word);
+        }
+        self.resume()
     }
 
     fn completion(&self) -> Completion {

@@ -5,13 +5,15 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
 
 use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
-use twostage::nesting::host_smmu;
 use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
-use twostage::nesting::GuestIoas;
+use twostage::nesting::{host_smmu, GuestIoas, NestingError};
 use twostage::patience::wait_for;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::event::EventRecord;
-use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
+use twostage::viommu::smmuv3::{
+    EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts, SmmuState,
+};
+use twostage::viommu::RestoreError;
 use twostage_emulated::{
     DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
 };
@@ -63,34 +65,96 @@ pub fn host() -> (Arc<Host>, Arc<SmmuV3Unit>) {
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
 }
 
+/// What a VMM has before there is a virtual SMMU: guest memory in the host, and bound devices.
+pub struct Ground {
+    pub host: Arc<Host>,
+    pub unit: Arc<SmmuV3Unit>,
+    ioas: Arc<GuestIoas>,
+    memory: Memory,
+    /// The device objects of [`A`] and [`B`].
+    devices: Vec<ObjectId>,
+}
+
+impl Ground {
+    /// On `host`, with the memory that `memory` maps.
+    fn new(
+        host: Arc<Host>,
+        unit: Arc<SmmuV3Unit>,
+        memory: impl FnOnce(&GuestIoas) -> Result<Memory, NestingError>,
+    ) -> Result<Self, String> {
+        let ioas = GuestIoas::new(host.clone()).map_err(text)?;
+        let memory = memory(&ioas).map_err(text)?;
+        let devices = ["a", "b"].into_iter().map(|name| host.device_bind(name));
+        let devices = devices.collect::<Result<_, _>>().map_err(text)?;
+        Ok(Self { host, unit, ioas, memory, devices })
+    }
+
+    /// Nesting with both devices, which are blocked.
+    pub fn nest(&self) -> Result<Arc<SmmuNesting>, String> {
+        let nesting = Arc::new(SmmuNesting::new(self.ioas.clone(), DEFAULT_EVENT_DEPTH));
+        for (rid, dev) in [A, B].into_iter().zip(&self.devices) {
+            nesting.add_device(rid, *dev).map_err(text)?;
+        }
+        Ok(nesting)
+    }
+}
+
 impl Machine {
     /// Builds everything on `host`, as a VMM does before it starts its guest.
     pub fn on(host: Arc<Host>, unit: Arc<SmmuV3Unit>) -> Result<Self, String> {
-        let text = |error: &dyn Display| error.to_string();
-        let ioas = GuestIoas::new(host.clone()).map_err(|error| text(&error))?;
-        let memory = Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
-            .map_err(|error| text(&error))?;
-        let nesting = Arc::new(SmmuNesting::new(ioas, DEFAULT_EVENT_DEPTH));
-        let mut devices = Vec::new();
-        for (name, rid) in [("a", A), ("b", B)] {
-            let dev = host.device_bind(name).map_err(|error| text(&error))?;
-            devices.push(dev);
-            nesting.add_device(rid, dev).map_err(|error| text(&error))?;
-        }
+        let ground = Ground::new(host, unit, |ioas| {
+            Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+        })?;
+        let nesting = ground.nest()?;
         let units: Vec<_> = nesting
             .hw_infos()
             .iter()
             .filter_map(|device| host_smmu(device.rid.to_string(), &device.info))
             .collect();
-        let config = SmmuConfig::default().intersect(&units).map_err(|error| text(&error))?;
+        let config = SmmuConfig::default().intersect(&units).map_err(text)?;
         let messages = Arc::<Messages>::default();
-        let smmu = Smmu::new(&config, memory.map.clone(), nesting.clone(), messages.clone(), None)
-            .map_err(|error| text(&error))?;
-        nesting.set_event_target(Arc::downgrade(&smmu) as Weak<dyn EventTarget>);
+        let map = ground.memory.map.clone();
+        let smmu =
+            Smmu::new(&config, map, nesting.clone(), messages.clone(), None).map_err(text)?;
         smmu.add_stream(A.into());
         smmu.add_stream(B.into());
-        let guest = Guest::new(memory, smmu);
-        Ok(Self { guest, nesting, host, messages, unit, devices })
+        let guest = Guest::new(ground.memory.clone(), smmu);
+        Ok(Self::joined(&ground, nesting, messages, guest))
+    }
+
+    /// A host with a copy of this machine's memory, for a machine that goes on where this one is.
+    pub fn next_ground(&self) -> Ground {
+        let (host, unit) = host();
+        let copied = |ioas: &GuestIoas| {
+            self.guest.copied(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+        };
+        Ground::new(host, unit, copied).unwrap()
+    }
+
+    /// This machine as it was at `state`, on `ground` with `nesting`, which blocks its devices.
+    pub fn restored(
+        &self,
+        state: &SmmuState,
+        ground: &Ground,
+        nesting: Arc<SmmuNesting>,
+    ) -> Result<Self, RestoreError> {
+        let messages = Arc::<Messages>::default();
+        let map = ground.memory.map.clone();
+        let smmu = Smmu::restore(state, map, nesting.clone(), messages.clone(), None)?;
+        let guest = self.guest.moved(ground.memory.clone(), smmu);
+        Ok(Self::joined(ground, nesting, messages, guest))
+    }
+
+    fn joined(
+        ground: &Ground,
+        nesting: Arc<SmmuNesting>,
+        messages: Arc<Messages>,
+        guest: Guest,
+    ) -> Self {
+        let Ground { host, unit, devices, .. } = ground;
+        nesting.set_event_target(Arc::downgrade(&guest.smmu) as Weak<dyn EventTarget>);
+        let (host, unit, devices) = (host.clone(), unit.clone(), devices.clone());
+        Self { guest, nesting, host, messages, unit, devices }
     }
 
     /// The device object of `rid`.
@@ -105,9 +169,7 @@ impl Machine {
 
     /// Eight bytes read by `rid` at `iova`.
     pub fn read(&self, rid: Bdf, iova: u64) -> Result<u64, DmaError> {
-        let mut bytes = [0; 8];
-        self.port(rid).read(DmaAttributes::default(), iova, &mut bytes)?;
-        Ok(u64::from_le_bytes(bytes))
+        read(&self.unit, rid, iova)
     }
 
     /// Makes `rid` write eight bytes at `iova`.
@@ -138,4 +200,15 @@ impl Machine {
         }
         host.inner().inner().live_objects()
     }
+}
+
+/// Eight bytes read by `rid` at `iova`.
+pub fn read(unit: &Arc<SmmuV3Unit>, rid: Bdf, iova: u64) -> Result<u64, DmaError> {
+    let mut bytes = [0; 8];
+    unit.port(rid.raw()).read(DmaAttributes::default(), iova, &mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+fn text(error: impl Display) -> String {
+    error.to_string()
 }

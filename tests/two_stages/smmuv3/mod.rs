@@ -4,6 +4,7 @@
 mod granularity;
 mod guest;
 mod machine;
+mod restore;
 mod stack;
 
 use twostage::iommufd::{Errno, HostIommu as _};
