@@ -26,6 +26,7 @@ use std::collections::BTreeMap;
 use crate::iommufd::ObjectId;
 use crate::nesting::NestingError;
 use crate::spec::pci::Bdf;
+use crate::sync::Mutex;
 use crate::viommu::{CapabilityConflict, HostSideError, RestoreError};
 pub use smmuv3::{Smmuv3, Smmuv3Builder};
 pub use vtd::{Vtd, VtdBuilder};
@@ -171,5 +172,54 @@ fn check_place(names: &BTreeMap<Bdf, String>, device: &NewDevice) -> Result<(), 
             Err(AddError::Exists { device: name.clone(), rid: *rid, other: other.clone() })
         }
         None => Ok(()),
+    }
+}
+
+/// The VMM's names of the devices behind a virtual IOMMU. Its lock is taken before all others, and
+/// held while one is added or removed.
+#[derive(Debug)]
+struct Names(Mutex<BTreeMap<Bdf, String>>);
+
+impl Names {
+    /// Adds `device` with `add`, if its place is free. If that fails, `release` takes back what the
+    /// host side has of it.
+    fn add(
+        &self,
+        device: NewDevice,
+        add: impl FnOnce(&NewDevice) -> Result<(), AddError>,
+        release: impl FnOnce(Bdf) -> Result<(), NestingError>,
+    ) -> Result<(), AddError> {
+        let mut names = self.0.lock();
+        check_place(&names, &device)?;
+        let added = add(&device);
+        let NewDevice { rid, name, .. } = device;
+        if added.is_ok() {
+            names.insert(rid, name);
+            return added;
+        }
+        match release(rid) {
+            Ok(()) | Err(NestingError::NoDevice(_)) => {}
+            Err(error) => log::error!("{name} was not added, but is not released: {error}"),
+        }
+        added
+    }
+
+    /// Removes `rid` with `remove`.
+    fn remove(
+        &self,
+        rid: Bdf,
+        remove: impl FnOnce(Bdf) -> Result<(), NestingError>,
+    ) -> Result<(), RemoveError> {
+        let mut names = self.0.lock();
+        match remove(rid) {
+            Ok(()) => {}
+            Err(NestingError::NoDevice(_)) => return Err(RemoveError::Unknown { rid }),
+            Err(source) => {
+                let device = names.get(&rid).cloned().unwrap_or_else(|| rid.to_string());
+                return Err(RemoveError::Host { device, source });
+            }
+        }
+        names.remove(&rid);
+        Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::{check_devices, check_place, AddError, BuildError, NewDevice, RemoveError};
+use super::{check_devices, check_place, AddError, BuildError, Names, NewDevice, RemoveError};
 use crate::iommufd::ObjectId;
 use crate::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
 use crate::nesting::{host_smmu, GuestIoas, NestingError};
@@ -186,7 +186,7 @@ impl Side {
         let Self { nesting, names, .. } = self;
         let target = wrap(model.clone());
         nesting.set_event_target(Arc::downgrade(&target) as Weak<dyn EventTarget>);
-        let names = Mutex::new(names);
+        let names = Names(Mutex::new(names));
         Smmuv3 { model, nesting, config, names, _target: target }
     }
 }
@@ -211,8 +211,7 @@ pub struct Smmuv3 {
     model: Arc<Smmu>,
     nesting: Arc<SmmuNesting>,
     config: SmmuConfig,
-    /// The VMM's names of the devices. Its lock is taken before all others.
-    names: Mutex<BTreeMap<Bdf, String>>,
+    names: Names,
     /// Kept alive for nesting, which has a weak reference.
     _target: Arc<dyn EventTarget>,
 }
@@ -251,22 +250,13 @@ impl Smmuv3 {
     /// The place is taken; its IOMMU lacks something that the guest was offered; or the host
     /// refuses it.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId, name: &str) -> Result<(), AddError> {
-        let mut names = self.names.lock();
         let device = NewDevice { rid, dev, name: name.to_owned() };
-        check_place(&names, &device)?;
-        let added = take_in(&self.nesting, &device)
-            .and_then(|host| self.config.check_late(&host).map_err(AddError::Lacks))
-            .and_then(|()| self.give(&device));
-        match &added {
-            Ok(()) => {
-                names.insert(rid, device.name);
-            }
-            Err(_) => match self.nesting.remove_device(rid) {
-                Ok(()) | Err(NestingError::NoDevice(_)) => {}
-                Err(error) => log::error!("{name} was not added, but is not released: {error}"),
-            },
-        }
-        added
+        let add = |device: &NewDevice| {
+            let host = take_in(&self.nesting, device)?;
+            self.config.check_late(&host).map_err(AddError::Lacks)?;
+            self.give(device)
+        };
+        self.names.add(device, add, |rid| self.nesting.remove_device(rid))
     }
 
     /// Gives the model a device that the host side has.
@@ -283,18 +273,10 @@ impl Smmuv3 {
     /// There is no such device; or the host does not let go of it. For the guest it is then gone,
     /// too, and the removal can be repeated.
     pub fn remove_device(&self, rid: Bdf) -> Result<(), RemoveError> {
-        let mut names = self.names.lock();
-        self.model.remove_stream(rid.into());
-        match self.nesting.remove_device(rid) {
-            Ok(()) => {}
-            Err(NestingError::NoDevice(_)) => return Err(RemoveError::Unknown { rid }),
-            Err(source) => {
-                let device = names.get(&rid).cloned().unwrap_or_else(|| rid.to_string());
-                return Err(RemoveError::Host { device, source });
-            }
-        }
-        names.remove(&rid);
-        Ok(())
+        self.names.remove(rid, |rid| {
+            self.model.remove_stream(rid.into());
+            self.nesting.remove_device(rid)
+        })
     }
 
     /// The state at one moment, for [`Smmuv3Builder::restore`], after the events that the host has

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::{check_devices, check_place, AddError, BuildError, NewDevice, RemoveError};
+use super::{check_devices, check_place, AddError, BuildError, Names, NewDevice, RemoveError};
 use crate::iommufd::{Extensions, ObjectId};
 use crate::nesting::vtd::VtdNesting;
 use crate::nesting::{host_vtd, GuestIoas, NestingError};
@@ -240,7 +240,7 @@ impl Side {
         let Self { nesting, extensions, names, .. } = self;
         let target = wrap(model.clone());
         nesting.set_fault_target(Arc::downgrade(&target) as Weak<dyn FaultTarget>);
-        let names = Mutex::new(names);
+        let names = Names(Mutex::new(names));
         Vtd { model, nesting, extensions, config, names, _target: target }
     }
 }
@@ -273,8 +273,7 @@ pub struct Vtd {
     nesting: Arc<VtdNesting>,
     extensions: Extensions,
     config: VtdConfig,
-    /// The VMM's names of the devices. Its lock is taken before all others.
-    names: Mutex<BTreeMap<Bdf, String>>,
+    names: Names,
     /// Kept alive for nesting, which has a weak reference.
     _target: Arc<dyn FaultTarget>,
 }
@@ -312,22 +311,13 @@ impl Vtd {
     /// The place is taken; its IOMMU lacks something that the guest was offered; or the host
     /// refuses it.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId, name: &str) -> Result<(), AddError> {
-        let mut names = self.names.lock();
         let device = NewDevice { rid, dev, name: name.to_owned() };
-        check_place(&names, &device)?;
-        let added = take_in(&self.nesting, self.extensions, &device, false)
-            .and_then(|host| self.config.check_late(&host).map_err(AddError::Lacks))
-            .and_then(|()| self.give(&device));
-        match &added {
-            Ok(()) => {
-                names.insert(rid, device.name);
-            }
-            Err(_) => match self.nesting.remove_device(rid) {
-                Ok(()) | Err(NestingError::NoDevice(_)) => {}
-                Err(error) => log::error!("{name} was not added, but is not released: {error}"),
-            },
-        }
-        added
+        let add = |device: &NewDevice| {
+            let host = take_in(&self.nesting, self.extensions, device, false)?;
+            self.config.check_late(&host).map_err(AddError::Lacks)?;
+            self.give(device)
+        };
+        self.names.add(device, add, |rid| self.nesting.remove_device(rid))
     }
 
     /// Gives the model a device that the host side has.
@@ -345,18 +335,10 @@ impl Vtd {
     /// There is no such device; or the host does not let go of it. For the guest it is then gone,
     /// too, and the removal can be repeated.
     pub fn remove_device(&self, rid: Bdf) -> Result<(), RemoveError> {
-        let mut names = self.names.lock();
-        self.model.remove_device(rid);
-        match self.nesting.remove_device(rid) {
-            Ok(()) => {}
-            Err(NestingError::NoDevice(_)) => return Err(RemoveError::Unknown { rid }),
-            Err(source) => {
-                let device = names.get(&rid).cloned().unwrap_or_else(|| rid.to_string());
-                return Err(RemoveError::Host { device, source });
-            }
-        }
-        names.remove(&rid);
-        Ok(())
+        self.names.remove(rid, |rid| {
+            self.model.remove_device(rid);
+            self.nesting.remove_device(rid)
+        })
     }
 
     /// The state at one moment, for [`VtdBuilder::restore`]. Devices are to be stopped before; the
