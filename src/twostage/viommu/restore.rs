@@ -2,6 +2,7 @@
 //! Common to the snapshots of all virtual IOMMUs: their versions, and why there is none, or it
 //! cannot be restored.
 
+use super::ledger::Applied;
 use super::HostSideError;
 
 /// Why there is no snapshot.
@@ -81,6 +82,26 @@ pub(super) fn check_version(
         return Ok(());
     }
     Err(RestoreError::Version { model, found, known })
+}
+
+/// Gives `all` decisions to the host with `give`, or none of them: at a refusal, `take_away` blocks
+/// what was given, the last one first. Returns whose decision was refused, and whether something
+/// is reachable then.
+pub(super) fn give_all<R: Copy + PartialEq, D, I: DoubleEndedIterator<Item = (R, D)>>(
+    all: impl Fn() -> I,
+    give: impl Fn(R, D) -> Result<(), HostSideError>,
+    take_away: impl Fn(R) -> Applied,
+) -> Result<(), (R, HostSideError)> {
+    for (requester, decision) in all() {
+        if let Err(mut source) = give(requester, decision) {
+            let given = all().rev().map(|(given, _)| given).skip_while(|given| *given != requester);
+            // The refused one is among them, so this is all that is reachable by now.
+            let left = given.filter(|given| take_away(*given).is_err());
+            source.still_reachable = left.count() > 0;
+            return Err((requester, source));
+        }
+    }
+    Ok(())
 }
 
 /// The version of a snapshot that is being read: any but `known` ends that before the next field.

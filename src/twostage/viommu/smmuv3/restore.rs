@@ -12,12 +12,12 @@ use std::sync::Arc;
 use super::config::Capabilities;
 use super::fault_log::FaultLog;
 use super::policy::{is_possible, policy_while_disabled};
-use super::state::{Registers, SmmuState, StreamState, MODEL};
+use super::state::{DecisionState, Registers, SmmuState, StreamState, MODEL};
 use super::{ConfigFault, Smmu, SmmuHostSide, SmmuInterrupts, StreamPolicy};
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::event::EventId;
 use crate::viommu::ledger::Entries;
-use crate::viommu::restore::check_version;
+use crate::viommu::restore::{check_version, give_all};
 use crate::viommu::{HostSideError, Observer, RestoreError, SnapshotError, TableMemory};
 
 impl Smmu {
@@ -88,24 +88,20 @@ impl Smmu {
 
     /// Gives the decisions of `streams` to the host, or none of them.
     fn give_again(&self, streams: &[StreamState]) -> Result<(), RestoreError> {
-        for (index, &StreamState { stream, decision }) in streams.iter().enumerate() {
-            let Some(decision) = decision else { continue };
+        let decisions = || streams.iter().filter_map(|it| Some((it.stream, it.decision?)));
+        let give = |stream, decision: DecisionState| {
             let policy = decision.policy.unwrap_or(StreamPolicy::Abort);
             let result = self.host.configure(stream, &policy);
             self.policy_given(stream, &policy, &result);
-            if let Err(mut source) = result {
-                let given = streams.iter().take(index + 1).rev();
-                let given = given.filter(|stream| stream.decision.is_some());
-                // The refused one is among them, so this is all that is reachable by now.
-                let left = given.filter(|stream| self.take_away(stream.stream).is_err());
-                source.still_reachable = left.count() > 0;
-                let requester = format!("stream {stream}");
-                return Err(RestoreError::Refused { requester, source });
+            if result.is_ok() {
+                // One that was not applied is given once more when its entry is read again.
+                self.streams.write().set(stream, decision.into());
             }
-            // One that was not applied is given once more when its entry is read again.
-            self.streams.write().set(stream, decision.into());
-        }
-        Ok(())
+            result
+        };
+        give_all(decisions, give, |stream| self.take_away(stream)).map_err(|(stream, source)| {
+            RestoreError::Refused { requester: format!("stream {stream}"), source }
+        })
     }
 
     /// The SMMU is as after power-on, with the same streams behind it, and no longer halted.

@@ -22,7 +22,7 @@ use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::viommu::ledger::Entries;
-use crate::viommu::restore::check_version;
+use crate::viommu::restore::{check_version, give_all};
 use crate::viommu::{
     HostSideError, InterruptSink, Observer, Requester, RestoreError, SnapshotError, TableMemory,
 };
@@ -100,21 +100,21 @@ impl VtdIommu {
 
     /// Gives the decisions of `functions` to the host, or none of them.
     fn give_again(&self, functions: &[FunctionState]) -> Result<(), RestoreError> {
-        for (requester, given) in decisions(functions) {
+        let give = |requester, given: Given| {
             let result = self.host.configure(requester, &given.decision);
             self.policy_given(requester, &given.decision, &result);
-            if let Err(mut source) = result {
-                let all = decisions(functions).rev().map(|(requester, _)| requester);
-                let given = all.skip_while(|other| *other != requester);
-                // The refused one is among them, so this is all that is reachable by now.
-                let left = given.filter(|requester| self.take_away(*requester).is_err());
-                source.still_reachable = left.count() > 0;
-                return Err(RestoreError::Refused { requester: requester.to_string(), source });
+            if result.is_ok() {
+                // One that was not applied is given once more when its tables are read again.
+                self.requesters.write().set(requester, given);
             }
-            // One that was not applied is given once more when its tables are read again.
-            self.requesters.write().set(requester, given);
-        }
-        Ok(())
+            result
+        };
+        give_all(|| decisions(functions), give, |requester| self.take_away(requester)).map_err(
+            |(requester, source)| RestoreError::Refused {
+                requester: requester.to_string(),
+                source,
+            },
+        )
     }
 
     /// The unit is as after power-on, with the same functions behind it, and no longer halted.
