@@ -7,7 +7,7 @@ use std::mem::{offset_of, size_of};
 
 use iommufd_bindings::*;
 use twostage::iommufd::Errno;
-use twostage_emulated::uapi::vfio_request;
+use twostage_emulated::uapi::{iommufd_request, vfio_request};
 use vfio_bindings::bindings::vfio::*;
 
 use crate::callers::process::Process;
@@ -30,10 +30,6 @@ struct Field {
 /// The size of the field that `_field` returns, in bytes.
 const fn size_of_field<S, F>(_field: fn(&S) -> &F) -> usize {
     size_of::<F>()
-}
-
-const fn iommufd_request(number: u32) -> u32 {
-    (IOMMUFD_TYPE as u32) << 8 | number
 }
 
 /// The operations `request`, `NAME`: `structure { fields }`.

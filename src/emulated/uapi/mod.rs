@@ -134,8 +134,8 @@ fn operation(number: u32) -> Option<&'static Operation> {
         .or_else(|| OPERATIONS.get(number.checked_sub(IOMMUFD_CMD_BASE)? as usize))
 }
 
-/// `_IO(IOMMUFD_TYPE, number)`: no direction and no size.
-const fn request_of(number: u32) -> u32 {
+/// The number of an ioctl of `linux/iommufd.h`: `_IO(IOMMUFD_TYPE, number)`.
+pub const fn iommufd_request(number: u32) -> u32 {
     (IOMMUFD_TYPE as u32) << 8 | number
 }
 
@@ -158,7 +158,7 @@ impl EmulatedHost {
             return Err(Errno::ENOTTY);
         };
         let size = Argument::declared_size(argument)?;
-        if request != request_of(operation.number) {
+        if request != iommufd_request(operation.number) {
             return Err(Errno::ENOTTY);
         }
         let mut copy = Argument::copy_in(argument, size, operation.size, operation.min_size)?;

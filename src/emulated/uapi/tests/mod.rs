@@ -14,7 +14,7 @@ use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
-use super::{request_of, Credentials, RegionSpace, UserFault, UserSpace};
+use super::{iommufd_request, Credentials, RegionSpace, UserFault, UserSpace};
 use crate::host::objects::tests::fake::{Bench, Fake};
 use crate::{DeviceConfig, DmaBuf, EmulatedHost, EventFile, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
@@ -157,7 +157,7 @@ impl Process {
         bytes.extend(flat(fields));
         let size = bytes.len() as u32;
         bytes[..4].copy_from_slice(&size.to_ne_bytes());
-        let outcome = self.bench.host.ioctl(request_of(number), &mut bytes, &self.caller());
+        let outcome = self.bench.host.ioctl(iommufd_request(number), &mut bytes, &self.caller());
         (outcome.map(drop), bytes)
     }
 

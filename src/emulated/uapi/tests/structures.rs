@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use iommufd_bindings::*;
 
-use super::super::{request_of, OPERATIONS};
+use super::super::{iommufd_request, OPERATIONS};
 use super::{flat, id, u32_at, Field, Process, D, NOWHERE, Q};
 use crate::host::objects::tests::fake::{Bench, PARENT};
 use crate::host::objects::tests::viommus::KIND;
@@ -55,7 +55,7 @@ fn zeroes(declared: usize, size: usize) -> Vec<u8> {
 fn an_unknown_number_is_no_ioctl_whatever_its_argument() {
     let process = Process::new();
     for number in [0, IOMMUFD_CMD_BASE - 1, IOMMUFD_CMD_HW_QUEUE_ALLOC + 1, 0xff] {
-        let outcome = process.bench.host.ioctl(request_of(number), &mut [], &process.space);
+        let outcome = process.bench.host.ioctl(iommufd_request(number), &mut [], &process.space);
         assert_eq!(outcome, Err(Errno::ENOTTY), "{number:#x}");
     }
 }
@@ -67,7 +67,7 @@ fn a_bad_pointer_comes_before_a_wrong_request() {
         process.bench.host.ioctl(request, bytes, &process.space).unwrap_err()
     };
     for operation in &OPERATIONS {
-        let request = request_of(operation.number);
+        let request = iommufd_request(operation.number);
         assert_eq!(ioctl(request, &mut []), Errno::EFAULT);
         assert_eq!(ioctl(request, &mut [8, 0, 0]), Errno::EFAULT);
         assert_eq!(ioctl(request | 1 << 30, &mut []), Errno::EFAULT);
@@ -82,7 +82,7 @@ fn a_structure_shorter_than_its_first_version_is_refused() {
     for operation in &OPERATIONS {
         let short = operation.min_size - 1;
         let mut bytes = zeroes(short, operation.size);
-        let request = request_of(operation.number);
+        let request = iommufd_request(operation.number);
         let outcome = process.bench.host.ioctl(request, &mut bytes, &process.space);
         assert_eq!(outcome, Err(Errno::EINVAL), "{:#x}", operation.number);
     }
@@ -93,7 +93,7 @@ fn a_longer_structure_is_accepted_only_if_the_excess_is_zero() {
     let process = Process::new();
     for operation in &OPERATIONS {
         let ioctl = |bytes: &mut [u8]| {
-            let request = request_of(operation.number);
+            let request = iommufd_request(operation.number);
             let outcome = process.bench.host.ioctl(request, bytes, &process.space);
             // So that the next call starts from the same state.
             process.bench.host.close();
@@ -120,7 +120,7 @@ fn a_shorter_structure_is_extended_with_zeroes_and_answered_in_its_own_size() {
     let dev = process.bench.bind("a");
     let ioas = process.bench.ioas();
     let mut bytes = flat(&[D(24), D(0), D(dev.0), D(ioas.0), D(0), D(0), Q(!0), Q(!0)]);
-    let request = request_of(IOMMUFD_CMD_HWPT_ALLOC);
+    let request = iommufd_request(IOMMUFD_CMD_HWPT_ALLOC);
     process.bench.host.ioctl(request, &mut bytes, &process.space).unwrap();
     assert_eq!(u32_at(&bytes, 16), 3, "out_hwpt_id");
     assert_eq!(bytes[24..], [0xff; 16], "data_type and what follows were not looked at");
@@ -258,7 +258,7 @@ fn refused(rig: &Rig, number: u32, bytes: &[u8], expected: Errno) {
     let before = state(rig);
     let mut argument = bytes.to_vec();
     let outcome =
-        rig.process.bench.host.ioctl(request_of(number), &mut argument, &rig.process.caller());
+        rig.process.bench.host.ioctl(iommufd_request(number), &mut argument, &rig.process.caller());
     assert_eq!(outcome, Err(expected), "{number:#x}: {bytes:x?}");
     assert!(state(rig) == before, "{number:#x}: {bytes:x?}");
     // The number of completed entries is always written back, and the sample has one entry.
@@ -281,7 +281,8 @@ fn the_samples_are_of_every_ioctl_and_succeed() {
         let mut bytes = structure(&call.fields, operation.size);
         assert_eq!(bytes.len(), operation.size, "{:#x}", call.number);
         let process = rig.process.caller();
-        let outcome = rig.process.bench.host.ioctl(request_of(call.number), &mut bytes, &process);
+        let outcome =
+            rig.process.bench.host.ioctl(iommufd_request(call.number), &mut bytes, &process);
         assert_eq!(outcome, Ok(0), "{:#x}", call.number);
     }
 }

@@ -179,9 +179,8 @@ impl KernelHost {
         })?;
         let dev = ObjectId(dev);
         // If this fails, closing the file unbinds it.
-        let info = self.hw_info(dev.0).map_err(|errno| {
-            HostError::new(Verb::GetHwInfo, dev, errno, meaning::of(Verb::GetHwInfo, errno))
-        })?;
+        let info =
+            self.hw_info(dev.0).map_err(|errno| meaning::error(Verb::GetHwInfo, dev, errno))?;
         devices.insert(dev, Device::new(name, number, file, info));
         Ok(dev)
     }

@@ -11,8 +11,9 @@ use vm_memory::GuestMemoryRegion;
 
 use super::device::Device;
 use super::ioctls::{self, errno_of, size, IommuFdExt, VfioCdev};
+use super::meaning::{self, error};
 use super::queues::{self, Queue};
-use super::{detach_all, meaning, KernelHost};
+use super::{detach_all, KernelHost};
 use crate::iommufd::{
     DirtyRange, Errno, EventQueue, FaultQueue, HostError, HostIommu, HwCapabilities, HwInfo,
     HwInfoData, HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget,
@@ -86,11 +87,6 @@ impl KernelHost {
             (done, errno)
         })
     }
-}
-
-/// An error of the kernel, with its meaning.
-fn error(verb: Verb, object: impl Into<Option<ObjectId>>, errno: Errno) -> HostError {
-    HostError::new(verb, object, errno, meaning::of(verb, errno))
 }
 
 fn map_flags(target: MapTarget, protection: Protection) -> (u32, u64) {

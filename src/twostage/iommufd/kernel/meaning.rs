@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use crate::iommufd::{Errno, HwInfo, HwInfoData, HwptAlloc, HwptData, Verb};
+use crate::iommufd::{Errno, HostError, HwInfo, HwInfoData, HwptAlloc, HwptData, ObjectId, Verb};
 
 /// The meaning of `errno` of `verb`.
 pub(super) fn of(verb: Verb, errno: Errno) -> Cow<'static, str> {
@@ -14,6 +14,11 @@ pub(super) fn of(verb: Verb, errno: Errno) -> Cow<'static, str> {
         Some(text) => text.into(),
         None => std::io::Error::from_raw_os_error(errno.raw()).to_string().into(),
     }
+}
+
+/// An error of the kernel, with its meaning.
+pub(super) fn error(verb: Verb, object: impl Into<Option<ObjectId>>, errno: Errno) -> HostError {
+    HostError::new(verb, object, errno, of(verb, errno))
 }
 
 fn known(verb: Verb, errno: Errno) -> Option<&'static str> {
