@@ -65,10 +65,6 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
-#![cfg_attr(
-    not(feature = "selftest"),
-    allow(dead_code, reason = "some is for the test operations alone; with them, all is used")
-)]
 
 mod dma;
 mod drivers;

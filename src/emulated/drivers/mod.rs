@@ -32,7 +32,7 @@ use crate::host::device::{Requester, Slot};
 use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome, Refusal};
 use crate::units::hardware::CacheTag;
-use crate::units::page_requests::PageRequestSink;
+use crate::units::page_requests::{PageRequestSink, PageRequests};
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId,
@@ -47,6 +47,7 @@ pub(crate) enum DriverInfo {
     /// `IOMMU_HW_INFO_TYPE_ARM_SMMUV3`.
     ArmSmmuV3(iommu_hw_info_arm_smmuv3),
     /// Another type, as its structure's bytes.
+    #[cfg_attr(not(feature = "selftest"), expect(dead_code, reason = "the mock driver's"))]
     Other { data_type: u32, bytes: Vec<u8> },
 }
 
@@ -290,12 +291,25 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
         false
     }
 
+    /// The page requests of the devices of the IOMMU, if `device` makes any.
+    fn page_requests(&self, _device: &Requester) -> Option<&PageRequests> {
+        None
+    }
+
     /// From now on `sink` serves the page requests of `device`, if it makes any, or nobody does.
-    fn set_page_request_sink(&self, _device: &Requester, _sink: Option<Arc<dyn PageRequestSink>>) {}
+    fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.set_sink(device.rid.raw(), sink);
+        }
+    }
 
     /// Responds to a group of page requests of `device`, the last of which was `request`. Called
     /// with a fault queue locked.
-    fn page_response(&self, _device: &Requester, _request: &PageRequest, _code: PageResponseCode) {}
+    fn page_response(&self, device: &Requester, request: &PageRequest, code: PageResponseCode) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.answer(device.rid.raw(), request.group, code);
+        }
+    }
 
     /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything
     /// cached through it. When it returns no DMA uses what was unmapped, and none writes a page
@@ -304,6 +318,25 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
 
     /// Where faults of `device` go, and under which device object; `None`: nowhere.
     fn set_fault_sink(&self, _device: &Requester, _sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {}
+}
+
+/// `domain`, as the `T` of the driver that asks.
+///
+/// # Errors
+/// `EINVAL` it is another driver's.
+fn own_paging<T: PagingDomain>(domain: &dyn PagingDomain) -> Outcome<&T> {
+    match (domain as &dyn Any).downcast_ref() {
+        Some(own) => Ok(own),
+        None => refuse(Errno::EINVAL, "the page table is another driver's"),
+    }
+}
+
+/// As [`own_paging`], for the user's tables.
+fn own_nested<T: NestedDomain>(domain: &dyn NestedDomain) -> Outcome<&T> {
+    match (domain as &dyn Any).downcast_ref() {
+        Some(own) => Ok(own),
+        None => refuse(Errno::EINVAL, "the nested page table is another driver's"),
+    }
 }
 
 /// The tags of all page tables of a machine.

@@ -46,6 +46,7 @@ pub(crate) trait UserData {
     ///
     /// # Errors
     /// `EFAULT`.
+    #[cfg(any(test, feature = "selftest"))]
     fn write(&self, bytes: &[u8]) -> Outcome<()>;
 }
 
@@ -148,6 +149,7 @@ impl UserData for OwnData {
         copy(&self.bytes, 0, bytes)
     }
 
+    #[cfg(any(test, feature = "selftest"))]
     fn write(&self, _: &[u8]) -> Outcome<()> {
         refuse(Errno::EFAULT, "the structure is read-only")
     }

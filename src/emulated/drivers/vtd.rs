@@ -2,7 +2,6 @@
 //! The driver of a VT-d unit, like Linux's: page tables filled from an IOAS take no data, the
 //! user's first-stage tables are nested on a second stage, and there are no vIOMMUs.
 
-use std::any::Any;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
@@ -10,18 +9,18 @@ use twostage::sync::Mutex;
 use super::user_data::{split, VTD_S1, VTD_S1_INVALIDATE};
 use super::vtd_tables::{DomainIds, Features, Tables};
 use super::{
-    CacheTags, Domain, Driver, DriverInfo, NestedDomain, OwnedTag, PagingDomain, Partial,
-    UserArray, UserData, VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
+    own_nested, own_paging, CacheTags, Domain, Driver, DriverInfo, NestedDomain, OwnedTag,
+    PagingDomain, Partial, UserArray, UserData, VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
 };
 use crate::host::device::{Requester, Slot};
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
 use crate::units::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
-use crate::units::page_requests::{PageRequestSink, PageRequests};
+use crate::units::page_requests::PageRequests;
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags,
-    HwptVtdSecondStage, ObjectId, PageRequest, PageResponseCode, VTD_INV_FLAGS_LEAF,
+    HwptVtdSecondStage, ObjectId, VTD_INV_FLAGS_LEAF,
 };
 use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 use twostage::spec::vtd::PageRange;
@@ -180,14 +179,9 @@ impl VtdDriver {
         }
     }
 
-    /// The page requests of the unit's devices, if `device` makes any.
-    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
-        self.hardware.page_requests().filter(|_| device.config.pri)
-    }
-
     /// The translation for `domain`, if the hardware can use it for `devices`.
     fn translation(&self, devices: &[&Requester], domain: &Domain) -> Outcome<Translation> {
-        let paging = own_paging(&*domain.paging)?;
+        let paging = own_paging::<VtdPaging>(&*domain.paging)?;
         self.features.compatible(&paging.tables)?;
         if domain.page_requests && devices.iter().any(|it| self.page_requests(it).is_none()) {
             return refuse(Errno::ENODEV, "the device, or its IOMMU, has no page requests");
@@ -200,7 +194,7 @@ impl VtdDriver {
                 dirty: paging.dirty.clone(),
             });
         };
-        let nested = own_nested(&**nested)?;
+        let nested = own_nested::<VtdNested>(&**nested)?;
         if !self.hardware.walks(&nested.tables) {
             return refuse(
                 Errno::EINVAL,
@@ -230,14 +224,14 @@ impl VtdDriver {
     /// The tag of the page table of `domain`.
     fn tag(domain: &Domain) -> Option<CacheTag> {
         match &domain.nested {
-            Some(nested) => Some(own_nested(&**nested).ok()?.tag.tag()),
-            None => Some(own_paging(&*domain.paging).ok()?.tag.tag()),
+            Some(nested) => Some(own_nested::<VtdNested>(&**nested).ok()?.tag.tag()),
+            None => Some(own_paging::<VtdPaging>(&*domain.paging).ok()?.tag.tag()),
         }
     }
 
     /// Counts attachments of the user's tables of `domain`, if it has any.
     fn count(&self, domain: &Domain, change: impl FnOnce(&VtdNested)) {
-        if let Some(Ok(nested)) = domain.nested.as_deref().map(own_nested) {
+        if let Some(Ok(nested)) = domain.nested.as_deref().map(own_nested::<VtdNested>) {
             change(nested);
         }
     }
@@ -288,7 +282,7 @@ impl Driver for VtdDriver {
         if !self.features.nest() || flags.with_pasid(false) != HwptFlags::new() {
             return refuse(Errno::EOPNOTSUPP, "the IOMMU has no nested translation");
         }
-        own_paging(&**parent)?;
+        own_paging::<VtdPaging>(&**parent)?;
         let tables = self.user_tables(data)?;
         Ok(Arc::new(VtdNested { tables, tag: self.tags.next(), attached: Mutex::default() }))
     }
@@ -325,16 +319,8 @@ impl Driver for VtdDriver {
         self.hardware.remove(device.rid.raw(), None);
     }
 
-    fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
-        if let Some(requests) = self.page_requests(device) {
-            requests.set_sink(device.rid.raw(), sink);
-        }
-    }
-
-    fn page_response(&self, device: &Requester, request: &PageRequest, code: PageResponseCode) {
-        if let Some(requests) = self.page_requests(device) {
-            requests.answer(device.rid.raw(), request.group, code);
-        }
+    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
+        self.hardware.page_requests().filter(|_| device.config.pri)
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {
@@ -343,20 +329,6 @@ impl Driver for VtdDriver {
 
     fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
         self.hardware.set_fault_sink(device.rid.raw(), sink);
-    }
-}
-
-fn own_paging(domain: &dyn PagingDomain) -> Outcome<&VtdPaging> {
-    match (domain as &dyn Any).downcast_ref() {
-        Some(paging) => Ok(paging),
-        None => refuse(Errno::EINVAL, "the page table is another driver's"),
-    }
-}
-
-fn own_nested(domain: &dyn NestedDomain) -> Outcome<&VtdNested> {
-    match (domain as &dyn Any).downcast_ref() {
-        Some(nested) => Ok(nested),
-        None => refuse(Errno::EINVAL, "the nested page table is another driver's"),
     }
 }
 

@@ -11,7 +11,6 @@ use crate::host::machine::{Machine, Opened, Part};
 use crate::host::mmaps::Mmap;
 use crate::host::objects::Objects;
 use crate::host::refusal::{refuse, Outcome};
-use crate::ioas::Pages;
 use crate::units::page_requests::PageRequestSink;
 use twostage::iommufd::{Errno, ObjectId, PageRequest};
 
@@ -70,7 +69,8 @@ impl Drop for Context {
 }
 
 impl Opened for Context {
-    fn pages(&self) -> Vec<Arc<Pages>> {
+    #[cfg(feature = "selftest")]
+    fn pages(&self) -> Vec<Arc<crate::ioas::Pages>> {
         self.objects().pages()
     }
 }

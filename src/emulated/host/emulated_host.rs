@@ -98,7 +98,7 @@ impl EmulatedHost {
         unit: UnitId,
         rid: Bdf,
         config: DeviceConfig,
-    ) -> std::result::Result<(), MachineError> {
+    ) -> Result<(), MachineError> {
         self.machine().add_device(name, unit, rid, config)
     }
 
@@ -196,7 +196,7 @@ impl EmulatedHost {
     /// # Errors
     /// `EINVAL` not a whole number of pages, or not shared; `EPERM` executable; `ENXIO` not exactly
     /// what a driver has offered.
-    pub fn mmap(&self, request: MmapRequest) -> std::result::Result<MappedPages, Errno> {
+    pub fn mmap(&self, request: MmapRequest) -> Result<MappedPages, Errno> {
         let MmapRequest { offset, length, shared, executable } = request;
         if !length.is_multiple_of(PAGE_SIZE) || !shared {
             return Err(Errno::EINVAL);
@@ -312,7 +312,7 @@ impl HostIommu for EmulatedHost {
         &self,
         hwpt: ObjectId,
         data: InvalidateData<'_>,
-    ) -> std::result::Result<(), InvalidateError> {
+    ) -> Result<(), InvalidateError> {
         let entries = OwnArray::of_invalidations(&data);
         self.objects().hwpt_invalidate(hwpt, &entries).map_err(|Partial { done, refusal }| {
             InvalidateError { done, error: refusal.of(Verb::HwptInvalidate, hwpt) }

@@ -7,7 +7,6 @@
 //!
 //! Its lock is only held for lookups: nothing else is locked or called with it held.
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
@@ -19,7 +18,6 @@ use crate::dma::DmaPort;
 use crate::drivers::{CacheTags, Driver, SmmuDriver, VtdDriver};
 use crate::host::device::{DeviceConfig, Requester};
 use crate::host::refusal::{refuse, Outcome};
-use crate::ioas::Pages;
 use crate::units::smmuv3::SmmuV3Unit;
 use crate::units::vtd::VtdUnit;
 use twostage::iommufd::{Errno, Extensions};
@@ -79,7 +77,8 @@ pub(crate) struct ContextId(u64);
 /// An open iommufd, for its machine.
 pub(crate) trait Opened: Debug + Send + Sync {
     /// The pages mapped by its IOASes: each set of pages once.
-    fn pages(&self) -> Vec<Arc<Pages>>;
+    #[cfg(feature = "selftest")]
+    fn pages(&self) -> Vec<Arc<crate::ioas::Pages>>;
 }
 
 /// An invalid machine, or an impossible change.
@@ -201,10 +200,11 @@ impl Machine {
 
     /// The IOMMU whose driver is a `D`, added if there is none; devices of this process do no DMA
     /// through it.
+    #[cfg(feature = "selftest")]
     pub(crate) fn unit_of<D: Driver + Default>(&self) -> (UnitId, Arc<D>) {
         let mut state = self.state();
         let driver_of = |unit: &Unit| {
-            let driver: Arc<dyn Any + Send + Sync> = unit.driver.clone();
+            let driver: Arc<dyn std::any::Any + Send + Sync> = unit.driver.clone();
             driver.downcast::<D>().ok()
         };
         let units = state.units.iter().enumerate();
@@ -330,7 +330,8 @@ impl Machine {
     }
 
     /// The pages mapped by the IOASes of all its iommufds.
-    pub(crate) fn pages(&self) -> Vec<Arc<Pages>> {
+    #[cfg(feature = "selftest")]
+    pub(crate) fn pages(&self) -> Vec<Arc<crate::ioas::Pages>> {
         let opened: Vec<_> = self.opened.lock().iter().filter_map(Weak::upgrade).collect();
         // Their locks are taken one after the other.
         opened.iter().flat_map(|iommufd| iommufd.pages()).collect()

@@ -156,6 +156,7 @@ impl Pages {
     }
 
     /// The memory of all pinned pages, in whole pages except the first and the last.
+    #[cfg(feature = "selftest")]
     pub fn places(&self) -> Vec<UserMemory> {
         self.lock().places.values().cloned().collect()
     }

@@ -74,11 +74,13 @@ impl Argument {
     }
 
     /// All bytes from `offset` on.
+    #[cfg(feature = "selftest")]
     pub fn rest(&self, offset: usize) -> &[u8] {
         self.bytes.get(offset..).unwrap_or_default()
     }
 
     /// Sets the return value of the ioctl.
+    #[cfg(feature = "selftest")]
     pub fn set_result(&mut self, result: i32) {
         self.result = result;
     }
@@ -162,6 +164,7 @@ impl UserData for PointedData<'_> {
         Ok(self.user.read(self.address, bytes)?)
     }
 
+    #[cfg(any(test, feature = "selftest"))]
     fn write(&self, bytes: &[u8]) -> Outcome<()> {
         Ok(self.user.write(self.address, bytes)?)
     }

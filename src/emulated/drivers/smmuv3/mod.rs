@@ -7,27 +7,24 @@
 mod tests;
 mod vsmmu;
 
-use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
 use super::{
-    CacheTags, Domain, Driver, DriverInfo, NestedDomain, OwnedTag, PagingDomain, UserData,
-    ViommuDriver, ViommuRequest,
+    own_nested, own_paging, CacheTags, Domain, Driver, DriverInfo, NestedDomain, OwnedTag,
+    PagingDomain, UserData, ViommuDriver, ViommuRequest,
 };
 use crate::host::device::{Requester, Slot};
 use crate::host::refusal::{refuse, Outcome};
 use crate::units::hardware::CacheTag;
-use crate::units::page_requests::{PageRequestSink, PageRequests};
+use crate::units::page_requests::PageRequests;
 use crate::units::smmuv3::{SmmuV3Unit, StreamEntry};
 use crate::units::stage2::Stage2;
-use twostage::iommufd::{
-    Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
-};
+use twostage::iommufd::{Errno, Extensions, FaultSink, HwptFlags, ObjectId, ViommuKind};
 use twostage::spec::smmuv3::translation::Granule;
-use vsmmu::{own_nested, Master, Vmaster, Vsmmu};
+use vsmmu::{Master, SmmuNested, Vmaster, Vsmmu};
 
 /// Linux's window for the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device
 /// behind an SMMU can map anything else there.
@@ -87,12 +84,6 @@ impl SmmuDriver {
         self.unit.config().nesting
     }
 
-    /// The page requests of the unit's devices, if `device` makes any. One that makes none can
-    /// still have a page table with a fault queue, as in Linux.
-    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
-        self.unit.page_requests().filter(|_| device.config.pri)
-    }
-
     /// The stream table entry for `domain`, and the destination of events of `device`.
     fn prepare(
         &self,
@@ -101,7 +92,7 @@ impl SmmuDriver {
         domain: &Domain,
         stream: &StreamState,
     ) -> Outcome<Prepared> {
-        let paging = own_paging(&*domain.paging)?;
+        let paging = own_paging::<SmmuPaging>(&*domain.paging)?;
         let host = |stage1| StreamEntry {
             tag: paging.tag(),
             stage2: domain.stage2.clone(),
@@ -128,7 +119,7 @@ impl SmmuDriver {
             let (stage, entry) = (paging.stage(), Some(host(None)));
             return Ok(Prepared { entry, stage, vmaster: None });
         };
-        let nested = own_nested(&**nested)?;
+        let nested = own_nested::<SmmuNested>(&**nested)?;
         if slot.is_some() {
             return refuse(Errno::EOPNOTSUPP, "a PASID of a nested page table is the user's");
         }
@@ -224,7 +215,7 @@ impl Driver for SmmuDriver {
     }
 
     fn alloc_viommu(&self, request: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
-        let parent = own_paging(&**request.parent)?;
+        let parent = own_paging::<SmmuPaging>(&**request.parent)?;
         parent.check_unit(&self.unit)?;
         Ok(Arc::new(Vsmmu::new(&self.unit, parent.tag(), request.parent, request.events)))
     }
@@ -291,16 +282,9 @@ impl Driver for SmmuDriver {
         true
     }
 
-    fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
-        if let Some(requests) = self.page_requests(device) {
-            requests.set_sink(device.rid.raw(), sink);
-        }
-    }
-
-    fn page_response(&self, device: &Requester, request: &PageRequest, code: PageResponseCode) {
-        if let Some(requests) = self.page_requests(device) {
-            requests.answer(device.rid.raw(), request.group, code);
-        }
+    /// A device that makes none can still have a page table with a fault queue, as in Linux.
+    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
+        self.unit.page_requests().filter(|_| device.config.pri)
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {
@@ -393,16 +377,5 @@ impl PagingDomain for SmmuPaging {
 
     fn enforces_coherency(&self) -> bool {
         self.unit.config().canwbs
-    }
-}
-
-/// Downcasts `domain` to this driver's.
-///
-/// # Errors
-/// `EINVAL` it is another's.
-fn own_paging(domain: &dyn PagingDomain) -> Outcome<&SmmuPaging> {
-    match (domain as &dyn Any).downcast_ref() {
-        Some(paging) => Ok(paging),
-        None => refuse(Errno::EINVAL, "the page table is another driver's"),
     }
 }

@@ -2,7 +2,6 @@
 //! A vIOMMU of an SMMU: the user's streams and their events, the user's stream table entries, and
 //! invalidation commands.
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
@@ -412,17 +411,6 @@ fn allowed1() -> u64 {
         .with_s1stalld(true)
         .with_eats(3)
         .into_bits()
-}
-
-/// Downcasts `domain` to this driver's.
-///
-/// # Errors
-/// `EINVAL` it is another's.
-pub(super) fn own_nested(domain: &dyn NestedDomain) -> Outcome<&SmmuNested> {
-    match (domain as &dyn Any).downcast_ref() {
-        Some(nested) => Ok(nested),
-        None => refuse(Errno::EINVAL, "the nested page table is another driver's"),
-    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,6 @@
 //! Devices: bind, attach, replace, detach, unbind; and mock devices, each of which belongs to an
 //! object that represents the program that has it.
 
-use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 
 use super::group::Attachment;
@@ -33,6 +32,7 @@ pub(crate) struct DeviceInfo {
 }
 
 /// The IDs of a new mock device.
+#[cfg(feature = "selftest")]
 #[derive(Debug)]
 pub(crate) struct MockDeviceIds {
     pub selftest: ObjectId,
@@ -345,6 +345,26 @@ impl Objects {
         Ok(())
     }
 
+    /// Ends the device of `selftest`, if it still exists.
+    pub(super) fn end_mock_device(&mut self, selftest: ObjectId) -> Outcome<()> {
+        let Selftest { dev, ref name } = *self.table.selftest(selftest)?;
+        let name = name.clone();
+        // When the iommufd is closed, all devices are unbound before other objects are destroyed.
+        if self.table.device(dev).is_ok() {
+            self.device_unbind(dev)?;
+        }
+        self.remove_mock_device(&name);
+        Ok(())
+    }
+
+    fn remove_mock_device(&self, name: &str) {
+        // Fails if it is already removed.
+        let _ = self.machine.remove_device(name);
+    }
+}
+
+#[cfg(feature = "selftest")]
+impl Objects {
     /// Binds the mock device `name`, and attaches it to `pt`. Removes the device from the machine
     /// if that fails.
     pub fn add_mock_device(&mut self, name: &str, pt: ObjectId) -> Outcome<MockDeviceIds> {
@@ -384,30 +404,17 @@ impl Objects {
     ///
     /// # Errors
     /// `ENOENT` there is no such IOAS; `EADDRINUSE` something is mapped or allowed there.
-    pub fn reserve_iovas(&mut self, ioas: ObjectId, range: RangeInclusive<u64>) -> Outcome<()> {
+    pub fn reserve_iovas(
+        &mut self,
+        ioas: ObjectId,
+        range: std::ops::RangeInclusive<u64>,
+    ) -> Outcome<()> {
         let space = &mut self.table.ioas_mut(ioas)?.space;
         let range = [range];
         space.check_reservable(&range)?;
         // Owned by itself, so nothing removes the reservation.
         space.reserve(ioas, &range);
         Ok(())
-    }
-
-    /// Ends the device of `selftest`, if it still exists.
-    pub(super) fn end_mock_device(&mut self, selftest: ObjectId) -> Outcome<()> {
-        let Selftest { dev, ref name } = *self.table.selftest(selftest)?;
-        let name = name.clone();
-        // When the iommufd is closed, all devices are unbound before other objects are destroyed.
-        if self.table.device(dev).is_ok() {
-            self.device_unbind(dev)?;
-        }
-        self.remove_mock_device(&name);
-        Ok(())
-    }
-
-    fn remove_mock_device(&self, name: &str) {
-        // Fails if it is already removed.
-        let _ = self.machine.remove_device(name);
     }
 }
 

@@ -142,6 +142,7 @@ impl Objects {
     }
 
     /// The attachment of `dev` in `slot`.
+    #[cfg(feature = "selftest")]
     pub fn attached_to(&self, dev: ObjectId, slot: Slot) -> Option<ObjectId> {
         let group = self.table.device(dev).ok()?.part.group;
         let attachment = self.attachment(group, slot)?;

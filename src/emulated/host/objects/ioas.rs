@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The verbs of an IOAS, and the IOAS that VFIO's ioctls implicitly work on.
 
-use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
@@ -64,8 +63,9 @@ impl Objects {
     }
 
     /// The pages mapped by the IOASes: each set of pages once.
+    #[cfg(feature = "selftest")]
     pub fn pages(&self) -> Vec<Arc<Pages>> {
-        let mut all = BTreeMap::new();
+        let mut all = std::collections::BTreeMap::new();
         for (_, object) in self.table.iter() {
             let Object::Ioas(ioas) = object else { continue };
             let areas = ioas.space.areas();

@@ -83,6 +83,7 @@ pub(crate) enum Object {
     Fault(Fault),
     Veventq(Veventq),
     HwQueue(HwQueue),
+    #[cfg_attr(not(feature = "selftest"), expect(dead_code, reason = "made by test operations"))]
     Selftest(Selftest),
 }
 

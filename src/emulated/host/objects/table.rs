@@ -156,6 +156,10 @@ typed_mut! {
     ioas_mut => Ioas;
     device_mut => Device;
     access_mut => Access;
+}
+
+#[cfg(feature = "selftest")]
+typed_mut! {
     selftest_mut => Selftest;
 }
 

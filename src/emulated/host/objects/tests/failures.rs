@@ -122,7 +122,7 @@ impl Scene {
 }
 
 /// The errno of a call that is not a verb of the trait.
-fn errno_of<T>(outcome: std::result::Result<T, AccessError>) -> Result<()> {
+fn errno_of<T>(outcome: Result<T, AccessError>) -> Result<()> {
     let error = |error: AccessError| HostError::new(Verb::IoasMap, None, error.errno, "");
     outcome.map(drop).map_err(error)
 }
@@ -307,20 +307,15 @@ impl UserSpace for Fragile {
         Arc::new(self.clone())
     }
 
-    fn read(&self, address: u64, bytes: &mut [u8]) -> std::result::Result<(), UserFault> {
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
         self.space.read(address, bytes)
     }
 
-    fn write(&self, address: u64, bytes: &[u8]) -> std::result::Result<(), UserFault> {
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
         self.space.write(address, bytes)
     }
 
-    fn memory(
-        &self,
-        address: u64,
-        length: u64,
-        writable: bool,
-    ) -> std::result::Result<UserMemory, UserFault> {
+    fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
         if self.left.fetch_sub(1, Ordering::Relaxed) == 0 {
             return Err(UserFault { address, length });
         }
@@ -353,7 +348,7 @@ impl Rig {
         Self { bench, dev, src, dst, access, user: Fragile { space, left }, start }
     }
 
-    fn map(&self, ioas: ObjectId, iova: u64, pages: u64) -> std::result::Result<(), Errno> {
+    fn map(&self, ioas: ObjectId, iova: u64, pages: u64) -> Result<(), Errno> {
         let source = Source::User(self.user.share(), self.start);
         let (target, length) = (MapTarget::Fixed(iova), pages * PAGE);
         let request = MapRequest { target, source, length, protection: RW };
@@ -362,7 +357,7 @@ impl Rig {
     }
 
     /// Everything that pins, in sequence; stops at the first failure.
-    fn everything(&self) -> std::result::Result<(), Errno> {
+    fn everything(&self) -> Result<(), Errno> {
         self.map(self.src, 0x10000, 3)?;
         self.map(self.src, 0x13000, 3)?;
         self.access.pin_pages(0x11000, 3 * PAGE, true).map_err(|error| error.errno)?;
