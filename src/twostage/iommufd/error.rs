@@ -213,8 +213,8 @@ fn object_suffix(object: &Option<ObjectId>) -> String {
     object.map(|id| format!(" on object {id}")).unwrap_or_default()
 }
 
-/// The result of a verb.
-pub type Result<T> = std::result::Result<T, HostError>;
+/// The result of a verb; of anything else, if its error is given.
+pub type Result<T, E = HostError> = std::result::Result<T, E>;
 
 #[cfg(test)]
 mod tests {

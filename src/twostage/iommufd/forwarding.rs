@@ -87,8 +87,8 @@ impl Forwarding for CountedHost {
         verb: Verb,
         named: &[ObjectId],
         made: fn(&T) -> Option<ObjectId>,
-        call: impl FnOnce(&Self::Inner) -> std::result::Result<T, E>,
-    ) -> std::result::Result<T, E> {
+        call: impl FnOnce(&Self::Inner) -> Result<T, E>,
+    ) -> Result<T, E> {
         let started = self.observer.is_some().then(Instant::now);
         let result = call(&*self.inner);
         self.counters.count(verb, result.is_err());
@@ -183,8 +183,8 @@ impl<H: HostIommu + ?Sized> Forwarding for FailNth<H> {
         verb: Verb,
         named: &[ObjectId],
         _made: fn(&T) -> Option<ObjectId>,
-        call: impl FnOnce(&H) -> std::result::Result<T, E>,
-    ) -> std::result::Result<T, E> {
+        call: impl FnOnce(&H) -> Result<T, E>,
+    ) -> Result<T, E> {
         let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let mut failing = self.failing();
         if let Some(Failure { last, errno, .. }) =
@@ -215,8 +215,8 @@ trait Forwarding: Debug + Send + Sync {
         verb: Verb,
         named: &[ObjectId],
         made: fn(&T) -> Option<ObjectId>,
-        call: impl FnOnce(&Self::Inner) -> std::result::Result<T, E>,
-    ) -> std::result::Result<T, E>;
+        call: impl FnOnce(&Self::Inner) -> Result<T, E>,
+    ) -> Result<T, E>;
 }
 
 fn nothing<T>(_: &T) -> Option<ObjectId> {
@@ -306,7 +306,7 @@ impl<F: Forwarding> HostIommu for F {
         &self,
         hwpt: ObjectId,
         data: InvalidateData<'_>,
-    ) -> std::result::Result<(), InvalidateError> {
+    ) -> Result<(), InvalidateError> {
         self.call(Verb::HwptInvalidate, &[hwpt], nothing, |host| host.hwpt_invalidate(hwpt, data))
     }
 

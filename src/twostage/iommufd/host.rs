@@ -145,7 +145,7 @@ pub trait HostIommu: Debug + Send + Sync {
         &self,
         hwpt: ObjectId,
         data: InvalidateData<'_>,
-    ) -> std::result::Result<(), InvalidateError>;
+    ) -> Result<(), InvalidateError>;
 
     /// Starts or stops tracking which pages DMA writes through `hwpt`, a HWPT_PAGING, and through
     /// the HWPTs nested on it. Nothing is dirty initially.
@@ -304,7 +304,7 @@ impl UserMemory {
         region: Arc<GuestRegionMmap>,
         offset: u64,
         length: u64,
-    ) -> std::result::Result<Self, UserMemoryError> {
+    ) -> Result<Self, UserMemoryError> {
         match offset.checked_add(length) {
             Some(end) if end <= region.len() => Ok(Self { region, offset, length }),
             _ => Err(UserMemoryError { offset, length, region: region.len() }),
@@ -321,7 +321,7 @@ impl UserMemory {
     ///
     /// # Errors
     /// They are not within this piece.
-    pub fn part(&self, offset: u64, length: u64) -> std::result::Result<Self, UserMemoryError> {
+    pub fn part(&self, offset: u64, length: u64) -> Result<Self, UserMemoryError> {
         match offset.checked_add(length) {
             Some(end) if end <= self.length => {
                 Self::new(self.region.clone(), self.offset + offset, length)

@@ -139,7 +139,7 @@ impl NestingError {
 }
 
 /// The result of nesting's parts.
-type Result<T> = std::result::Result<T, NestingError>;
+type Result<T, E = NestingError> = std::result::Result<T, E>;
 
 /// Describes the purpose of a host call in its error.
 trait Context<T> {

@@ -99,7 +99,7 @@ fn translations(bound: &mut Bound, memory: &Memory, nested: ObjectId) {
 }
 
 #[track_caller]
-fn stopped(result: std::result::Result<(), InvalidateError>, errno: Errno, done: usize) {
+fn stopped(result: Result<(), InvalidateError>, errno: Errno, done: usize) {
     let error = result.expect_err("an entry is wrong");
     assert_eq!((error.error.errno, error.done), (errno, done), "{error}");
 }

@@ -134,7 +134,7 @@ impl RecordingHost {
         verb: Verb,
         object: Option<ObjectId>,
         text: impl FnOnce() -> String,
-        serve: impl FnOnce(&mut State) -> std::result::Result<T, Errno>,
+        serve: impl FnOnce(&mut State) -> Result<T, Errno>,
     ) -> Result<T> {
         let mut state = self.state();
         let result = match state.ordered_failure(verb) {
@@ -274,7 +274,7 @@ impl HostIommu for RecordingHost {
         &self,
         hwpt: ObjectId,
         data: InvalidateData<'_>,
-    ) -> std::result::Result<(), InvalidateError> {
+    ) -> Result<(), InvalidateError> {
         let text = || format!("{hwpt:?} {}", entries_text(data));
         let mut done = 0;
         self.call(Verb::HwptInvalidate, Some(hwpt), text, |state| {

@@ -47,7 +47,7 @@ type Refusal = (Errno, String);
 
 /// The VFIO character device for `name`: its path, or a device in sysfs
 /// (`/sys/bus/pci/devices/0000:01:00.0`) that is bound to vfio-pci.
-fn cdev_of(name: &str) -> std::result::Result<PathBuf, Refusal> {
+fn cdev_of(name: &str) -> Result<PathBuf, Refusal> {
     let path = Path::new(name);
     if path.starts_with("/dev") {
         return Ok(path.to_owned());
@@ -93,7 +93,7 @@ fn not_vfio(path: &Path) -> String {
 }
 
 /// Opens the character device.
-fn open_cdev(cdev: &Path) -> std::result::Result<File, Refusal> {
+fn open_cdev(cdev: &Path) -> Result<File, Refusal> {
     let shown = cdev.display();
     File::options().read(true).write(true).open(cdev).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => (
@@ -120,7 +120,7 @@ fn number_if_free(
     devices: &BTreeMap<ObjectId, Device>,
     file: &File,
     name: &str,
-) -> std::result::Result<u64, Refusal> {
+) -> Result<u64, Refusal> {
     let status = file.metadata().ok().filter(|status| status.file_type().is_char_device());
     let Some(status) = status else {
         let fd = file.as_raw_fd();

@@ -23,7 +23,7 @@ use crate::iommufd::{
 impl KernelHost {
     /// `IOMMU_GET_HW_INFO`.
     #[allow(non_upper_case_globals)] // bindgen's names
-    pub(super) fn hw_info(&self, dev: u32) -> std::result::Result<HwInfo, Errno> {
+    pub(super) fn hw_info(&self, dev: u32) -> Result<HwInfo, Errno> {
         let mut room = ioctls::HwInfoRoom::new();
         let asked = self.iommufd.hw_info_of(dev, &mut room)?;
         let data = match ioctls::hw_info_type(&asked) {
@@ -42,12 +42,7 @@ impl KernelHost {
     }
 
     /// `IOMMU_HWPT_ALLOC` with a structure of user-owned tables.
-    fn alloc_hwpt<T>(
-        &self,
-        args: &HwptAlloc,
-        kind: u32,
-        data: &T,
-    ) -> std::result::Result<u32, Errno> {
+    fn alloc_hwpt<T>(&self, args: &HwptAlloc, kind: u32, data: &T) -> Result<u32, Errno> {
         let length = size::<T>();
         let mut alloc = iommu_hwpt_alloc {
             size: size::<iommu_hwpt_alloc>(),
@@ -70,7 +65,7 @@ impl KernelHost {
         hwpt: ObjectId,
         kind: u32,
         entries: &[T],
-    ) -> std::result::Result<(), (usize, Errno)> {
+    ) -> Result<(), (usize, Errno)> {
         let mut invalidate = iommu_hwpt_invalidate {
             size: size::<iommu_hwpt_invalidate>(),
             hwpt_id: hwpt.0,
@@ -306,7 +301,7 @@ impl HostIommu for KernelHost {
         &self,
         hwpt: ObjectId,
         data: InvalidateData<'_>,
-    ) -> std::result::Result<(), InvalidateError> {
+    ) -> Result<(), InvalidateError> {
         use iommufd_bindings as uapi;
         let outcome = match data {
             InvalidateData::VtdS1(entries) => self.invalidate(

@@ -76,7 +76,7 @@ impl KernelHost {
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open(path: &Path) -> std::result::Result<Self, OpenError> {
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
         let opened = File::options().read(true).write(true).open(path);
         let file = opened.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => OpenError::Absent(path.to_owned()),
@@ -106,7 +106,7 @@ impl KernelHost {
     ///
     /// # Errors
     /// [`OpenError::Descriptor`]: it is not an iommufd, and is closed.
-    pub fn from_fd(fd: OwnedFd) -> std::result::Result<Self, OpenError> {
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, OpenError> {
         Self::from_iommufd(Arc::new(IommuFd::new_from_fd(fd.into())))
     }
 
@@ -124,7 +124,7 @@ impl KernelHost {
     ///
     /// # Errors
     /// [`OpenError::Descriptor`]: it is not an iommufd.
-    pub fn from_iommufd(iommufd: Arc<IommuFd>) -> std::result::Result<Self, OpenError> {
+    pub fn from_iommufd(iommufd: Arc<IommuFd>) -> Result<Self, OpenError> {
         let number = iommufd.as_raw_fd();
         Self::of(iommufd).ok_or(OpenError::Descriptor(number))
     }

@@ -31,7 +31,7 @@ pub(super) struct Refused {
 
 impl State {
     /// See [`crate::viommu::smmuv3::SmmuHostSide::invalidate`].
-    pub fn invalidate(&mut self, batch: &[Command]) -> std::result::Result<(), Refused> {
+    pub fn invalidate(&mut self, batch: &[Command]) -> Result<(), Refused> {
         self.counters.commands_in += batch.len() as u64;
         let (commands, foreign) = own(batch);
         let commands = self.needed(commands);
@@ -39,7 +39,7 @@ impl State {
         foreign.map_or(Ok(()), Err)
     }
 
-    fn forward(&mut self, commands: &[Numbered]) -> std::result::Result<(), Refused> {
+    fn forward(&mut self, commands: &[Numbered]) -> Result<(), Refused> {
         // A stream that could not be blocked when a flush failed is still there.
         let behind = self.flush_due && self.any_translates();
         if commands.is_empty() && !behind {

@@ -72,7 +72,7 @@ pub(super) struct Refused {
 
 impl State {
     /// See [`crate::viommu::vtd::HostSide::invalidate`].
-    pub fn invalidate(&mut self, batch: &[Invalidation]) -> std::result::Result<(), Refused> {
+    pub fn invalidate(&mut self, batch: &[Invalidation]) -> Result<(), Refused> {
         let (mut progress, mut refused) = (Progress::default(), None);
         while !progress.is_done() {
             self.invalidate_some(batch, &mut progress, &mut refused);
@@ -174,7 +174,7 @@ impl State {
         &mut self,
         hwpt: ObjectId,
         entries: &[iommu_hwpt_vtd_s1_invalidate],
-    ) -> std::result::Result<(), InvalidateError> {
+    ) -> Result<(), InvalidateError> {
         let data = match self.nested.stage1(hwpt) {
             Some(Stage1::VtdSecondStage(_)) => InvalidateData::VtdSecondStage(entries),
             _ => InvalidateData::VtdS1(entries),
