@@ -8,11 +8,11 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
-use bitfield_struct::bitfield;
 pub use iommufd_bindings::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, iommu_hwpt_arm_smmuv3, iommu_hwpt_vtd_s1,
     iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate,
 };
+use twostage_bits::bitfield;
 
 /// The ID of an object of one iommufd: IOAS, HWPT, device, vIOMMU, vDEVICE. Never 0.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

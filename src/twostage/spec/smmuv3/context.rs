@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Context descriptors (§5.4) and level 1 context descriptors (§5.3).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::translation::Granule;
 

@@ -4,7 +4,7 @@
 //! All records have the same words; [`EventId`] says which fields an event defines. The others are
 //! zero.
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::{StreamId, SubstreamId};
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The circular queues: base, indices with wrap and overflow flags, errors (§3.5, §6.3, §7.1).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 /// Size of a command, in bytes.
 pub const COMMAND_SIZE: u64 = 16;

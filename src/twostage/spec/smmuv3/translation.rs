@@ -5,7 +5,7 @@
 //! granule; the top level is 0 for the 4K and 16K granules, 1 for the 64K granule. 52-bit addresses
 //! need the 64K granule: CD.DS is not supported.
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 /// Size of a descriptor, in bytes.
 pub const DESCRIPTOR_SIZE: u64 = 8;

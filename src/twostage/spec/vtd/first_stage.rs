@@ -4,7 +4,7 @@
 //! Levels are numbered from the leaf up: 1 is the page table, 2 the page directory, 3 the page
 //! directory pointer table, 4 PML4, 5 PML5.
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::PAGE_SHIFT;
 

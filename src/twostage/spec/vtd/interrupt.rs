@@ -3,7 +3,7 @@
 
 use std::ops::RangeInclusive;
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 /// Bits 31:20 of the address of every interrupt request.
 const INTERRUPT_PREFIX: u16 = 0xfee;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! PASID directory entries (§9.5) and PASID table entries (§9.6).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::PAGE_SHIFT;
 

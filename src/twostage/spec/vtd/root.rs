@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Root and context entries, legacy (§9.1, §9.3) and scalable mode (§9.2, §9.4).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::PAGE_SHIFT;
 

@@ -3,7 +3,7 @@
 //!
 //! Levels are numbered from the leaf up, as in [`super::first_stage`].
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::first_stage::{address, is_leaf};
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The words of commands: conversion, and the layouts of their 64-bit words (§4).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::{AddressRange, Command, DecodeError, SyncSignal, Words};
 use crate::spec::pci::Pasid;

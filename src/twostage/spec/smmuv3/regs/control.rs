@@ -2,7 +2,7 @@
 //! The registers that software writes (§6.3): CR0, CR0ACK, CR1, CR2, GBPA; the address of the
 //! stream table; interrupts and global errors (§3.18, §7.5).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 /// Control register 0, and CR0ACK.
 #[bitfield(u32)]

@@ -4,7 +4,7 @@
 
 mod control;
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use crate::spec::smmuv3::address_size;
 pub use control::{

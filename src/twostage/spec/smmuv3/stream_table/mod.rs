@@ -3,7 +3,7 @@
 
 mod words;
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 pub use words::{Ste0, Ste1, Ste2, Ste3};
 

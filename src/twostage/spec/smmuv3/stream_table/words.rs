@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The words of a stream table entry (§5.2).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 /// Bits 63:0 of a stream table entry (§5.2).
 #[bitfield(u64)]

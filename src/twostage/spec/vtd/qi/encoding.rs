@@ -2,7 +2,7 @@
 //! The words of descriptors: conversion, the layouts of their 64-bit words (§6.5.2), and their
 //! reserved bits.
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use super::{
     AddressMask, ContextScope, DecodeError, Descriptor, DeviceTlbRange, InterruptEntryScope,

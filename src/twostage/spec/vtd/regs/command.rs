@@ -2,7 +2,7 @@
 //! Commands, table pointers and the register-based invalidation interface (§11.4.4–§11.4.6,
 //! §11.4.8, §11.4.10).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use crate::spec::vtd::PAGE_SHIFT;
 

@@ -4,7 +4,7 @@
 mod command;
 mod queue;
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 pub use command::{
     Ccmd, ContextGranularity, Gcmd, Gsts, IotlbGranularity, IotlbReg, Irta, Iva, Pmen, Rtaddr,

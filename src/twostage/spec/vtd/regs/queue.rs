@@ -2,7 +2,7 @@
 //! Registers of the invalidation queue (§11.4.9) and the page request queue (§11.4.11); fault
 //! status, events and records (§11.4.7).
 
-use bitfield_struct::bitfield;
+use twostage_bits::bitfield;
 
 use crate::spec::vtd::PAGE_SHIFT;
 
