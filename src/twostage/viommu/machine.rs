@@ -105,7 +105,7 @@ pub trait InterruptRemapper: Send + Sync {
 pub trait InterruptListener: Send + Sync {
     /// Every translation may have changed. When this returns, no old translation may be in use:
     /// only then is the guest told that its change is complete. Called with locks of the virtual
-    /// IOMMU held: only its [`InterruptRemapper`] may be called.
+    /// IOMMU held: only [`InterruptRemapper`]s may be called.
     fn interrupts_changed(&self);
 }
 

@@ -12,7 +12,7 @@
 //! descriptor or command), `policy` (from tables), `apply` and `requesters` (to the host), `faults`
 //! and `fault_log` (back to the guest), `config`, `host_unit` (what hosts can serve), `host_side`,
 //! `state` (and statistics), `restore` (and snapshot, and reset). What is the same protocol is in
-//! `ledger`.
+//! `ledger`. [`routes`] is for VMMs whose hypervisor sends remapped messages by itself.
 
 mod host_side;
 mod ledger;
@@ -20,6 +20,7 @@ mod machine;
 mod observer;
 mod registers;
 mod restore;
+pub mod routes;
 pub mod smmuv3;
 #[cfg(test)]
 mod testing;

@@ -8,20 +8,17 @@ use std::sync::{Arc, Weak};
 use kvm_bindings::{kvm_msi, KVM_MSI_VALID_DEVID};
 use kvm_ioctls::VmFd;
 
-use super::SentMessage;
 use crate::trace::{decoded, Trace, TracedInterrupts};
 use twostage::spec::pci::Bdf;
+use twostage::viommu::routes::MsiSource;
 use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
 
-/// A function as its interrupts show it.
+/// A function as its interrupts show it, traced.
 #[derive(Clone)]
 pub struct InterruptSource {
-    bdf: Bdf,
+    source: MsiSource,
     /// What it is called in a trace.
     name: Arc<str>,
-    /// The virtual IOMMU it is behind, if that remaps interrupts. Its registers keep it alive; when
-    /// they are gone, so is the guest.
-    remapper: Option<Weak<dyn InterruptRemapper>>,
     trace: Option<Arc<Trace>>,
 }
 
@@ -33,7 +30,12 @@ impl InterruptSource {
         remapper: Option<Weak<dyn InterruptRemapper>>,
         trace: Option<Arc<Trace>>,
     ) -> Self {
-        Self { bdf, name: name.into(), remapper, trace }
+        Self { source: MsiSource::new(bdf, remapper), name: name.into(), trace }
+    }
+
+    /// The function, for routes.
+    pub fn untraced(&self) -> &MsiSource {
+        &self.source
     }
 
     /// Traces what a route became: it is sent past everybody here.
@@ -46,40 +48,18 @@ impl InterruptSource {
         }
     }
 
-    /// What `message` becomes, for whoever keeps it until the next change; `None` when it would be
-    /// blocked, or must not be kept.
-    pub fn translate(&self, message: MsiMessage) -> Option<MsiMessage> {
-        match &self.remapper {
-            None => Some(message),
-            Some(remapper) => remapper.upgrade()?.translate(self.bdf, message),
-        }
-    }
-
-    /// As [`Self::translate`], with who sends it.
-    pub(crate) fn sent(&self, message: MsiMessage) -> Option<SentMessage> {
-        self.translate(message).map(|message| SentMessage { source: self.bdf, message })
-    }
-
     /// Sends `message` to `sink`. `false` when it is blocked, and the guest is told.
     pub fn send(&self, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
         if let Some(trace) = &self.trace {
             trace.instant("interrupt", &self.name, decoded(message));
         }
-        match &self.remapper {
-            None => {
-                sink.send_msi(message.address, message.data);
-                true
-            }
-            Some(remapper) => remapper
-                .upgrade()
-                .is_some_and(|remapper| remapper.send_remapped(self.bdf, message, sink)),
-        }
+        self.source.send(message, sink)
     }
 }
 
 impl fmt::Debug for InterruptSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, {}", self.bdf, if self.remapper.is_some() { "remapped" } else { "direct" })
+        self.source.fmt(f)
     }
 }
 

@@ -15,8 +15,8 @@ use kvm_ioctls::VmFd;
 
 pub(super) use device_line::{DeviceLine, ResampledLine};
 #[cfg(target_arch = "x86_64")]
-pub(super) use gsi::Routing;
-pub(super) use gsi::{GsiTable, SentMessage};
+pub(super) use gsi::set_routing;
+use gsi::KvmRouting;
 pub use messages::InterruptSource;
 pub(super) use messages::Messages;
 pub use routes::MsiRoutes;
@@ -28,6 +28,7 @@ use crate::report::InterruptReport;
 use crate::trace::Trace;
 use crate::Result;
 use twostage::spec::pci::Bdf;
+use twostage::viommu::routes::RouteTable;
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 
 /// What a machine's interrupts need.
@@ -44,7 +45,7 @@ pub(super) struct Ways {
 /// The interrupts of one machine.
 pub(super) struct Interrupts {
     chip: IrqChip,
-    table: Arc<GsiTable>,
+    table: Arc<RouteTable>,
     lines: Lines,
     routes: Arc<MsiRoutes>,
     messages: Messages,
@@ -55,7 +56,9 @@ impl Interrupts {
     /// Interrupts through `ways`; `remapper` remaps those that an interrupt controller turns into
     /// messages.
     pub fn new(ways: Ways, remapper: Option<Weak<dyn InterruptRemapper>>) -> Self {
-        let table = Arc::new(GsiTable::new(ways.vm.clone(), ways.chip.pin_routes()));
+        let routing = KvmRouting { vm: ways.vm.clone(), pins: ways.chip.pin_routes() };
+        let gsis = routing.message_gsis();
+        let table = Arc::new(RouteTable::new(Arc::new(routing), gsis));
         let routes = MsiRoutes::new(table.clone(), ways.vm.clone());
         let lines = Lines::new(&ways, &table, remapper);
         let Ways { chip, messages, trace, .. } = ways;
@@ -79,8 +82,7 @@ impl Interrupts {
 
     /// The listeners for changes of interrupt remapping.
     pub fn listeners(&self) -> Vec<Weak<dyn InterruptListener>> {
-        let routes: Arc<dyn InterruptListener> = self.routes.clone();
-        self.lines.listener().into_iter().chain([Arc::downgrade(&routes)]).collect()
+        self.lines.listener().into_iter().chain([self.routes.listener()]).collect()
     }
 
     /// The event loop's subscriber for devices that trigger their vectors themselves.

@@ -24,9 +24,10 @@ use crate::arch::layout::{
     DISTRIBUTOR_ADDRESS, FIRST_SPI, ITS_ADDRESS, PINS, REDISTRIBUTORS_ADDRESS,
 };
 use crate::config::MachineConfig;
-use crate::interrupts::{DeviceLine, GsiTable, ResampledLine, Ways};
+use crate::interrupts::{DeviceLine, ResampledLine, Ways};
 use crate::pci::IntxPin;
 use crate::{Error, Result};
+use twostage::viommu::routes::RouteTable;
 use twostage::viommu::{InterruptListener, InterruptRemapper};
 use twostage::warn_limited;
 
@@ -124,7 +125,7 @@ impl Lines {
     /// start, and are no messages that `_remapper` could remap.
     pub fn new(
         ways: &Ways,
-        _table: &Arc<GsiTable>,
+        _table: &Arc<RouteTable>,
         _remapper: Option<Weak<dyn InterruptRemapper>>,
     ) -> Self {
         Self { vm: ways.vm.clone() }

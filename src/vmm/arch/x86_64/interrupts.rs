@@ -24,9 +24,10 @@ use super::ioapic::{EndListener, Ioapic, OwnedPinLine, PinLine, PinOutput, Watch
 use crate::arch::layout::{IOAPIC_BDF, IOAPIC_ID, PINS, TIMER_ISA_IRQ, TIMER_PIN};
 use crate::config::MachineConfig;
 use crate::interrupts::device_line::LineEvents;
-use crate::interrupts::{DeviceLine, GsiTable, InterruptSource, ResampledLine, Routing, Ways};
+use crate::interrupts::{set_routing, DeviceLine, InterruptSource, ResampledLine, Ways};
 use crate::pci::IntxPin;
 use crate::{Error, Result};
+use twostage::viommu::routes::{RouteId, RouteTable};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 use twostage::warn_limited;
 
@@ -154,8 +155,8 @@ fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
     // Port 0x61 is emulated, too, so that guests that use it to measure time do not hang.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
     vm.create_pit2(pit).map_err(Error::kvm("creating the interval timer"))?;
-    Routing::set(vm, &IrqChip::InKernel.pin_routes(), &BTreeMap::new())
-        .map_err(Error::kvm("routing interrupts"))?;
+    set_routing(vm, &IrqChip::InKernel.pin_routes(), &BTreeMap::new())
+        .map_err(Error::os("KVM_SET_GSI_ROUTING"))?;
     Ok(IrqChip::InKernel)
 }
 
@@ -198,7 +199,7 @@ impl Lines {
     /// messages of an IOAPIC here.
     pub fn new(
         ways: &Ways,
-        table: &Arc<GsiTable>,
+        table: &Arc<RouteTable>,
         remapper: Option<Weak<dyn InterruptRemapper>>,
     ) -> Self {
         let ioapic = (ways.chip == IrqChip::Split).then(|| {
@@ -296,7 +297,7 @@ impl Trigger for EdgeLine {
 
 /// Connects the IOAPIC here to the LAPICs in the kernel.
 struct IoapicOutput {
-    table: Arc<GsiTable>,
+    table: Arc<RouteTable>,
     source: InterruptSource,
     messages: Arc<dyn InterruptSink>,
 }
@@ -305,9 +306,9 @@ impl PinOutput for IoapicOutput {
     /// KVM exits at the end of an interrupt whose vector is that of a level-triggered message among
     /// the first GSIs.
     fn watch(&self, messages: &[Option<MsiMessage>]) {
-        let sent =
-            |message: &Option<MsiMessage>| message.and_then(|message| self.source.sent(message));
-        if let Err(error) = self.table.update((0..).zip(messages.iter().map(sent))) {
+        let source = self.source.untraced();
+        let routes = messages.iter().map(|message| message.and_then(|it| source.route(it)));
+        if let Err(error) = self.table.update((0..).map(RouteId).zip(routes)) {
             warn_limited!("ends of interrupts will be missed: {error}");
         }
     }

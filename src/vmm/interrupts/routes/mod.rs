@@ -23,10 +23,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::gsi::{GsiTable, SentMessage};
 use super::InterruptSource;
 use crate::pci::{EventVector, InterruptVector};
 use crate::{Error, Result};
+use twostage::viommu::routes::{MsiRoute, MsiSource, RemappedRoutes, RouteEnd, RouteId};
+use twostage::viommu::routes::{RouteState, RouteTable};
 use twostage::viommu::{InterruptListener, InterruptSink, MsiMessage};
 use twostage::warn_limited;
 
@@ -53,21 +54,31 @@ impl Irqfds for kvm_ioctls::VmFd {
 }
 
 /// Every route of a machine.
-///
-/// Lock order: the list of routes, a route, the remapper, KVM's table.
 pub struct MsiRoutes {
-    table: Arc<GsiTable>,
+    routes: Arc<RemappedRoutes>,
+    kvm: Arc<Kvm>,
+}
+
+/// What the routes of a machine share.
+struct Kvm {
+    table: Arc<RouteTable>,
     irqfds: Arc<dyn Irqfds>,
-    routes: Mutex<Vec<Weak<VectorRoute>>>,
     unrouted: Arc<Unrouted>,
     triggered: AtomicU64,
 }
 
 impl MsiRoutes {
-    /// No routes yet.
-    pub(super) fn new(table: Arc<GsiTable>, irqfds: Arc<dyn Irqfds>) -> Arc<Self> {
-        let (routes, triggered) = (Mutex::default(), AtomicU64::new(0));
-        Arc::new(Self { table, irqfds, routes, unrouted: Arc::default(), triggered })
+    /// No routes yet; they will be in `table`.
+    pub(super) fn new(table: Arc<RouteTable>, irqfds: Arc<dyn Irqfds>) -> Arc<Self> {
+        let routes = RemappedRoutes::new(table.clone());
+        let (unrouted, triggered) = (Arc::default(), AtomicU64::new(0));
+        Arc::new(Self { routes, kvm: Arc::new(Kvm { table, irqfds, unrouted, triggered }) })
+    }
+
+    /// What listens to changes of remapping.
+    pub(super) fn listener(&self) -> Weak<dyn InterruptListener> {
+        let listener: Arc<dyn InterruptListener> = self.routes.clone();
+        Arc::downgrade(&listener)
     }
 
     /// The event loop's subscriber for routes whose eventfd is read here.
@@ -75,12 +86,12 @@ impl MsiRoutes {
     /// # Errors
     /// The process has no file descriptors left.
     pub(super) fn unrouted(&self) -> Result<UnroutedInterrupts> {
-        UnroutedInterrupts::new(self.unrouted.clone()).map_err(Error::os("epoll"))
+        UnroutedInterrupts::new(self.kvm.unrouted.clone()).map_err(Error::os("epoll"))
     }
 
     /// How often a route was triggered with KVM doing the rest.
     pub fn triggered(&self) -> u64 {
-        self.triggered.load(Ordering::Relaxed)
+        self.kvm.triggered.load(Ordering::Relaxed)
     }
 
     /// A route for a vector of `source`, without a message, whose eventfd `writer` writes. Messages
@@ -89,64 +100,31 @@ impl MsiRoutes {
     /// # Errors
     /// KVM has no more GSIs, or the process no more file descriptors.
     pub fn allocate(
-        self: &Arc<Self>,
+        &self,
         source: InterruptSource,
         messages: Arc<dyn InterruptSink>,
         writer: Writer,
     ) -> Result<Arc<VectorRoute>> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
-        let gsi = self.table.allocate()?;
-        let tied = writer == Writer::Here;
-        if tied {
-            if let Err(error) = self.irqfds.tie(&event, gsi) {
-                self.table.release(gsi);
-                return Err(Error::kvm("making an interrupt route")(error));
-            }
-        }
-        let state = Mutex::new(State { message: None, routed: None, tied });
-        let routes = self.clone();
-        let route = Arc::new_cyclic(|this| {
-            let this = this.clone();
-            VectorRoute { this, routes, source, messages, gsi, event, writer, state }
+        let gsi = self.kvm.table.allocate();
+        let gsi = gsi.ok_or(Error::Interrupts("KVM has no more interrupt routes".into()))?;
+        let remapped = source.untraced().clone();
+        let (kvm, tied) = (self.kvm.clone(), Mutex::new(false));
+        let wire = |this| Wire { this, kvm, source, messages, gsi, event, writer, tied };
+        let route = Arc::new_cyclic(|this: &Weak<VectorRoute>| {
+            let wire = Arc::new(wire(this.clone()));
+            VectorRoute { route: self.routes.add(gsi, remapped, wire.clone()), wire }
         });
-        let mut routes = self.list();
-        routes.retain(|route| route.strong_count() > 0);
-        routes.push(Arc::downgrade(&route));
+        if writer == Writer::Here {
+            route.wire.tie().map_err(Error::kvm("making an interrupt route"))?;
+        }
         Ok(route)
-    }
-
-    fn list(&self) -> MutexGuard<'_, Vec<Weak<VectorRoute>>> {
-        self.routes.lock()
-    }
-}
-
-impl InterruptListener for MsiRoutes {
-    fn interrupts_changed(&self) {
-        let routes: Vec<_> = self.list().iter().filter_map(Weak::upgrade).collect();
-        // All are locked until KVM has the new table: nobody triggers by the old one meanwhile.
-        let mut states: Vec<_> = routes.iter().map(|route| route.state()).collect();
-        let changes: Vec<_> = routes
-            .iter()
-            .zip(&states)
-            .map(|(route, state)| (route.gsi, route.translate(state.message)))
-            .collect();
-        for ((route, state), (_, sent)) in routes.iter().zip(&mut states).zip(&changes) {
-            route.prepare(state, *sent);
-        }
-        let left_out = self.table.update(changes.iter().copied()).map_err(|error| {
-            warn_limited!("interrupt routes: {error}; messages are sent one by one");
-        });
-        for ((route, state), (gsi, sent)) in routes.iter().zip(&mut states).zip(&changes) {
-            let routed = left_out.as_ref().is_ok_and(|left_out| !left_out.contains(gsi));
-            state.routed = sent.filter(|_| routed).map(|sent| sent.message);
-            route.settle(state);
-        }
     }
 }
 
 impl fmt::Debug for MsiRoutes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("MsiRoutes").field(&self.table).finish()
+        f.debug_tuple("MsiRoutes").field(&self.kvm.table).finish()
     }
 }
 
@@ -160,169 +138,138 @@ pub enum Writer {
 }
 
 /// The route of one vector. Dropping it frees it.
-pub struct VectorRoute {
-    this: Weak<Self>,
-    routes: Arc<MsiRoutes>,
-    source: InterruptSource,
-    messages: Arc<dyn InterruptSink>,
-    gsi: u32,
-    event: EventFd,
-    writer: Writer,
-    state: Mutex<State>,
-}
-
 #[derive(Debug)]
-struct State {
-    /// The message as set up by software, unless masked.
-    message: Option<MsiMessage>,
-    /// The remapped message in KVM's routing: writing the eventfd sends it.
-    routed: Option<MsiMessage>,
-    /// The eventfd is connected to KVM, which reads it.
-    tied: bool,
+pub struct VectorRoute {
+    // Dropped first: KVM has no message of a GSI that is free.
+    route: MsiRoute,
+    wire: Arc<Wire>,
 }
 
 impl InterruptVector for VectorRoute {
     /// When this returns, the old message is no longer sent.
     fn update(&self, message: Option<MsiMessage>) {
-        self.install(&mut self.state(), message);
+        self.route.set(message);
     }
 
     /// Nothing is sent without a message.
     fn trigger(&self) {
-        let mut state = self.state();
-        let Some(message) = state.message else { return };
-        if let Some(routed) = state.routed {
-            self.routes.triggered.fetch_add(1, Ordering::Relaxed);
-            self.source.trace_route(self.gsi, routed);
-            if let Err(error) = self.event.write(1) {
-                log::debug!("interrupt route {}: {error}", self.gsi);
-            }
-        } else {
-            self.send_one(&mut state, message);
-        }
+        self.route.fire();
     }
 
     fn is_pending(&self) -> bool {
-        let state = self.state();
-        if self.writer == Writer::Here || state.message.is_some() {
-            return false;
-        }
-        // Masked: nobody else reads it.
-        match self.event.read() {
-            Ok(count) => self.event.write(count).is_ok(),
-            Err(_) => false,
-        }
+        let event = &self.wire.event;
+        self.route.with_state(|state| match (self.wire.writer, state) {
+            // Nobody else reads it.
+            (Writer::Device, RouteState::Masked) => {
+                event.read().is_ok_and(|count| event.write(count).is_ok())
+            }
+            _ => false,
+        })
     }
 }
 
 impl EventVector for VectorRoute {
     fn event(&self) -> &EventFd {
-        &self.event
+        &self.wire.event
     }
 }
 
 impl VectorRoute {
-    /// The eventfd of this route, which may be blocked, was written.
+    /// The eventfd of this route, which may be blocked, was written. It may have been routed or
+    /// masked since: then KVM reads it, or nobody.
     fn serve_blocked(&self) {
-        let mut state = self.state();
-        // It may have been routed or masked since: then KVM reads it, or nobody.
-        let (Some(message), None) = (state.message, state.routed) else { return };
-        if self.event.read().is_ok() {
-            self.send_one(&mut state, message);
-        }
+        self.route.fire_unrouted(|| self.wire.event.read().is_ok());
     }
+}
 
-    /// Sends `message` directly, without KVM's routing.
-    fn send_one(&self, state: &mut State, message: MsiMessage) {
-        if self.source.send(message, &*self.messages) {
-            // It was blocked and no longer is, without a notification; or it is always sent like
-            // this, and this changes nothing.
-            self.install(state, Some(message));
-        }
-    }
+/// An eventfd and its way into KVM.
+struct Wire {
+    this: Weak<VectorRoute>,
+    kvm: Arc<Kvm>,
+    source: InterruptSource,
+    messages: Arc<dyn InterruptSink>,
+    gsi: RouteId,
+    event: EventFd,
+    writer: Writer,
+    /// It is connected to KVM, which reads it.
+    tied: Mutex<bool>,
+}
 
-    /// Before KVM's routing becomes `sent`: without a route, the eventfd is disconnected from KVM,
-    /// which would discard writes.
-    fn prepare(&self, state: &mut State, sent: Option<SentMessage>) {
-        if self.writer == Writer::Device && sent.is_none() && std::mem::take(&mut state.tied) {
-            self.untie();
+impl Wire {
+    fn tie(&self) -> std::result::Result<(), errno::Error> {
+        let mut tied = self.tied.lock();
+        if !*tied {
+            self.kvm.irqfds.tie(&self.event, self.gsi.0)?;
+            *tied = true;
         }
-    }
-
-    /// After a change: connects the eventfd to its new reader.
-    fn settle(&self, state: &mut State) {
-        if self.writer == Writer::Here {
-            return;
-        }
-        if state.routed.is_some() && !state.tied {
-            self.routes.unrouted.remove(self.gsi, &self.event);
-            match self.routes.irqfds.tie(&self.event, self.gsi) {
-                Ok(()) => state.tied = true,
-                Err(error) => {
-                    self.complain(&error, "; sent one by one");
-                    state.routed = None;
-                }
-            }
-        } else if state.routed.is_none() && std::mem::take(&mut state.tied) {
-            self.untie();
-        }
-        match (state.message, state.routed) {
-            (Some(_), None) => self.routes.unrouted.add(self.gsi, &self.event, self.this.clone()),
-            (None, _) => self.routes.unrouted.remove(self.gsi, &self.event),
-            (Some(_), Some(_)) => {}
-        }
+        Ok(())
     }
 
     fn untie(&self) {
-        if let Err(error) = self.routes.irqfds.untie(&self.event, self.gsi) {
-            self.complain(&error, "");
+        if std::mem::take(&mut *self.tied.lock()) {
+            if let Err(error) = self.kvm.irqfds.untie(&self.event, self.gsi.0) {
+                warn_limited!("interrupt route {}: {error}", self.gsi);
+            }
         }
     }
 
-    fn complain(&self, error: &errno::Error, so: &str) {
-        warn_limited!("interrupt route {}: {error}{so}", self.gsi);
-    }
-
-    fn install(&self, state: &mut State, message: Option<MsiMessage>) {
-        let translated = self.translate(message);
-        self.prepare(state, translated);
-        let routed = match self.routes.table.update([(self.gsi, translated)]) {
-            Ok(left_out) => translated.filter(|_| left_out.is_empty()),
-            Err(error) => {
-                self.complain(&error, "; messages are sent one by one");
-                None
-            }
-        };
-        (state.message, state.routed) = (message, routed.map(|sent| sent.message));
-        self.settle(state);
-    }
-
-    fn translate(&self, message: Option<MsiMessage>) -> Option<SentMessage> {
-        message.and_then(|message| self.source.sent(message))
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock()
+    /// From now on the eventfd is, or is not, read here.
+    fn read_here(&self, here: bool) {
+        let Self { kvm, gsi: RouteId(gsi), event, .. } = self;
+        if here {
+            kvm.unrouted.add(*gsi, event, self.this.clone());
+        } else {
+            kvm.unrouted.remove(*gsi, event);
+        }
     }
 }
 
-impl Drop for VectorRoute {
-    fn drop(&mut self) {
-        if self.state().tied {
+impl RouteEnd for Wire {
+    fn kick(&self, message: MsiMessage) {
+        self.kvm.triggered.fetch_add(1, Ordering::Relaxed);
+        self.source.trace_route(self.gsi.0, message);
+        if let Err(error) = self.event.write(1) {
+            log::debug!("interrupt route {}: {error}", self.gsi);
+        }
+    }
+
+    fn send(&self, _: &MsiSource, message: MsiMessage) -> bool {
+        self.source.send(message, &*self.messages)
+    }
+
+    fn unrouting(&self) {
+        if self.writer == Writer::Device {
             self.untie();
         }
-        self.routes.unrouted.remove(self.gsi, &self.event);
-        self.routes.table.release(self.gsi);
+    }
+
+    fn settled(&self, state: RouteState) -> io::Result<()> {
+        if self.writer == Writer::Here {
+            return Ok(());
+        }
+        if let RouteState::Routed(_) = state {
+            self.read_here(false);
+            return self.tie().map_err(|error| {
+                self.read_here(true);
+                error.into()
+            });
+        }
+        self.untie();
+        self.read_here(state != RouteState::Masked);
+        Ok(())
     }
 }
 
-impl fmt::Debug for VectorRoute {
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.untie();
+        self.kvm.table.release(self.gsi);
+    }
+}
+
+impl fmt::Debug for Wire {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VectorRoute")
-            .field("source", &self.source)
-            .field("gsi", &self.gsi)
-            .field("state", &self.state)
-            .finish_non_exhaustive()
+        f.debug_struct("Wire").field("gsi", &self.gsi).finish_non_exhaustive()
     }
 }
 

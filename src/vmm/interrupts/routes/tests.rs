@@ -2,15 +2,35 @@
 //! Routes on a fake table, remapper and irqfds that record calls.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
-use super::super::gsi::tests::FakeRouting;
 use super::*;
 use crate::arch::layout::PINS;
 use twostage::spec::pci::Bdf;
+use twostage::viommu::routes::{MsiRouting, Route};
 use twostage::viommu::InterruptRemapper;
 
 const SOURCE: Bdf = Bdf::from_raw(0x18);
+
+/// Like KVM, it refuses messages with an upper address that is no APIC's.
+#[derive(Default)]
+struct FakeRouting {
+    calls: AtomicUsize,
+    refuse: AtomicBool,
+}
+
+impl MsiRouting for FakeRouting {
+    fn set(&self, table: &BTreeMap<RouteId, Route>) -> io::Result<()> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        if self.refuse.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        if table.values().any(|route| route.message.address >> 32 & 0xff != 0) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok(())
+    }
+}
 
 #[derive(Default)]
 struct Ties {
@@ -80,7 +100,7 @@ impl Machine {
     fn new(add: Option<u32>) -> Self {
         let (routing, irqfds) = (Arc::new(FakeRouting::default()), Arc::new(Ties::default()));
         let sink = Arc::new(Sink::default());
-        let table = Arc::new(GsiTable::new(routing.clone(), Vec::new()));
+        let table = Arc::new(RouteTable::new(routing.clone(), PINS..4096));
         let routes = MsiRoutes::new(table, irqfds.clone());
         let adder = Arc::new(Adder { add: Mutex::new(add), blocked: Mutex::default() });
         Self { routing, irqfds, sink, adder, routes }
@@ -98,17 +118,17 @@ impl Machine {
 
     fn change(&self, add: Option<u32>) {
         *self.adder.add.lock() = add;
-        self.routes.interrupts_changed();
+        self.routes.routes.interrupts_changed();
     }
 
     /// Number of tables given to KVM, and the data of the first GSI.
     fn routed(&self) -> (usize, Option<u32>) {
-        let table = format!("{:?}", self.routes.table);
-        let data = table.split(&format!("{PINS}: SentMessage")).nth(1).map(|rest| {
+        let table = format!("{:?}", self.routes.kvm.table);
+        let data = table.split(&format!("RouteId({PINS}): Route")).nth(1).map(|rest| {
             let data = rest.split("data: ").nth(1).unwrap();
             data[..data.find(' ').unwrap()].parse().unwrap()
         });
-        (self.routing.calls.lock().len(), data)
+        (self.routing.calls.load(Ordering::SeqCst), data)
     }
 
     fn sent(&self) -> Vec<(u64, u32)> {
@@ -122,7 +142,7 @@ fn message(data: u32) -> Option<MsiMessage> {
 
 /// How often the eventfd was written since the last call.
 fn written(route: &VectorRoute) -> u64 {
-    route.event.read().unwrap_or(0)
+    route.wire.event.read().unwrap_or(0)
 }
 
 #[test]
@@ -206,7 +226,7 @@ fn a_message_that_kvm_refuses_is_sent_one_by_one_and_the_others_are_routed() {
         machine.change(Some(0));
         good.trigger();
         assert_eq!(written(&good), 1);
-        machine.routes.triggered.store(0, Ordering::SeqCst);
+        machine.routes.kvm.triggered.store(0, Ordering::SeqCst);
     }
     // A right one is routed again.
     bad.update(message(8));
@@ -221,7 +241,7 @@ fn a_route_that_is_dropped_is_given_back() {
     route.update(message(5));
     drop(route);
     assert_eq!((machine.routed(), &machine.irqfds.undone.lock()[..]), ((2, None), &[PINS][..]));
-    assert_eq!(machine.route().gsi, PINS);
+    assert_eq!(machine.route().wire.gsi, RouteId(PINS));
     machine.change(Some(1));
 }
 
@@ -239,7 +259,7 @@ fn a_route_that_kvm_refuses_is_none() {
         .unwrap_err();
     assert!(error.to_string().contains("interrupt route"), "{error}");
     machine.irqfds.refuse.store(false, Ordering::SeqCst);
-    assert_eq!(machine.route().gsi, PINS);
+    assert_eq!(machine.route().wire.gsi, RouteId(PINS));
 }
 
 #[test]
@@ -256,7 +276,7 @@ fn a_remapper_that_is_gone_blocks() {
 /// A machine with a vector whose eventfd a device writes, and what serves it in the event loop.
 fn with_device(add: Option<u32>) -> (Machine, Arc<VectorRoute>, Arc<Unrouted>, Arc<Epoll>) {
     let machine = Machine::new(add);
-    let unrouted = machine.routes.unrouted.clone();
+    let unrouted = machine.routes.kvm.unrouted.clone();
     let epoll = unrouted.epoll().unwrap();
     let route = machine.route_written_by(Writer::Device);
     (machine, route, unrouted, epoll)
