@@ -34,6 +34,7 @@ pub mod counters;
 #[cfg(feature = "devicetree")]
 pub mod devicetree;
 pub mod iommufd;
+pub mod jail;
 pub mod nesting;
 #[cfg(any(test, feature = "test-support"))]
 #[doc(hidden)]
@@ -42,5 +43,6 @@ pub mod ratelimit;
 pub mod runs;
 pub mod spec;
 pub mod sync;
+pub mod threads;
 pub mod unit;
 pub mod viommu;

@@ -12,6 +12,7 @@ use crate::nesting::{host_smmu, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
 use crate::sync::Mutex;
+use crate::threads::{StdThreads, ThreadStart};
 use crate::viommu::smmuv3::{EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuInterrupts, SmmuState};
 use crate::viommu::{HostSideError, InterruptRemapper, Observer, SnapshotError, TableMemory};
 
@@ -32,6 +33,7 @@ pub struct Smmuv3Builder {
     interrupts: Arc<dyn SmmuInterrupts>,
     config: Choice,
     event_depth: u32,
+    threads: Arc<dyn ThreadStart>,
     devices: Vec<NewDevice>,
     without_devices: bool,
     observer: Option<Arc<dyn Observer>>,
@@ -52,6 +54,7 @@ impl Smmuv3Builder {
             interrupts,
             config: Box::new(|_| SmmuConfig::default()),
             event_depth: DEFAULT_EVENT_DEPTH,
+            threads: Arc::new(StdThreads),
             devices: Vec::new(),
             without_devices: false,
             observer: None,
@@ -100,6 +103,12 @@ impl Smmuv3Builder {
         self
     }
 
+    /// Who starts the unit's thread, the one that delivers events; [`StdThreads`] without this.
+    pub fn threads(mut self, threads: Arc<dyn ThreadStart>) -> Self {
+        self.threads = threads;
+        self
+    }
+
     /// How many unread events the host keeps for the guest; [`DEFAULT_EVENT_DEPTH`] without this.
     pub fn event_depth(mut self, events: u32) -> Self {
         self.event_depth = events;
@@ -114,7 +123,8 @@ impl Smmuv3Builder {
         if self.devices.is_empty() && !self.without_devices {
             return Err(BuildError::NoDevices { model: MODEL });
         }
-        let side = Side::new(self.ioas, self.event_depth, &self.devices)?;
+        let nesting = SmmuNesting::new(self.ioas, self.event_depth).with_threads(self.threads);
+        let side = Side::new(nesting, &self.devices)?;
         let wanted = (self.config)(&side.hosts);
         let offered = match side.hosts.as_slice() {
             [] => wanted,
@@ -141,7 +151,8 @@ impl Smmuv3Builder {
         let streams = state.streams.iter().map(|stream| stream.stream);
         let streams: Vec<Bdf> = streams.map(rid_of).collect::<Result<_, _>>()?;
         check_devices(MODEL, &streams, &self.devices)?;
-        let side = Side::new(self.ioas, self.event_depth, &self.devices)?;
+        let nesting = SmmuNesting::new(self.ioas, self.event_depth).with_threads(self.threads);
+        let side = Side::new(nesting, &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }
@@ -171,8 +182,8 @@ struct Side {
 }
 
 impl Side {
-    fn new(ioas: Arc<GuestIoas>, depth: u32, devices: &[NewDevice]) -> Result<Self, AddError> {
-        let nesting = Arc::new(SmmuNesting::new(ioas, depth));
+    fn new(nesting: SmmuNesting, devices: &[NewDevice]) -> Result<Self, AddError> {
+        let nesting = Arc::new(nesting);
         let mut side = Self { nesting, names: BTreeMap::new(), hosts: Vec::new() };
         for device in devices {
             check_place(&side.names, device)?;

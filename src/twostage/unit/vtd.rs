@@ -11,6 +11,7 @@ use crate::nesting::vtd::VtdNesting;
 use crate::nesting::{host_vtd, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::sync::Mutex;
+use crate::threads::ThreadStart;
 use crate::viommu::vtd::{FaultTarget, HostUnit, VtdConfig, VtdIommu, VtdState};
 use crate::viommu::{
     HostSideError, InterruptRemapper, InterruptSink, Observer, SnapshotError, TableMemory,
@@ -148,6 +149,13 @@ impl VtdBuilder {
         wrap: impl FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget> + 'static,
     ) -> Self {
         self.fault_target = Box::new(wrap);
+        self
+    }
+
+    /// Who starts the unit's threads; [`StdThreads`](crate::threads::StdThreads) without this. A
+    /// virtual VT-d has none at present: no host has a queue of faults for it.
+    pub fn threads(self, threads: Arc<dyn ThreadStart>) -> Self {
+        drop(threads);
         self
     }
 

@@ -12,7 +12,7 @@ use vm_memory::GuestMemoryRegion;
 use super::device::Device;
 use super::ioctls::{self, errno_of, size, IommuFdExt, VfioCdev};
 use super::meaning::{self, error};
-use super::queues::{self, Queue};
+use super::queues::{self, Parse, Queue};
 use super::{detach_all, KernelHost};
 use crate::iommufd::{
     DirtyRange, Errno, EventQueue, FaultQueue, HostError, HostIommu, HwCapabilities, HwInfo,
@@ -81,6 +81,17 @@ impl KernelHost {
             let done = (invalidate.entry_num as usize).min(entries.len().saturating_sub(1));
             (done, errno)
         })
+    }
+
+    /// The queue `id`, which `verb` reads from `file`.
+    fn queue<T: Send + 'static>(
+        &self,
+        id: u32,
+        verb: Verb,
+        file: File,
+        parse: Parse<T>,
+    ) -> Arc<Queue<T>> {
+        Arc::new(Queue::new(ObjectId(id), verb, file, parse, self.threads.clone()))
     }
 }
 
@@ -390,7 +401,7 @@ impl HostIommu for KernelHost {
     fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
         let outcome = self.iommufd.alloc_fault_queue();
         let (id, file) = outcome.map_err(|errno| error(Verb::FaultQueueAlloc, None, errno))?;
-        Ok(Arc::new(Queue::new(ObjectId(id), Verb::PageRequest, file, queues::page_requests)))
+        Ok(self.queue(id, Verb::PageRequest, file, queues::page_requests))
     }
 
     fn veventq_alloc(
@@ -410,6 +421,6 @@ impl HostIommu for KernelHost {
         };
         let outcome = self.iommufd.alloc_veventq(&mut alloc).map_err(errno_of);
         let (id, file) = outcome.map_err(refused)?;
-        Ok(Arc::new(Queue::new(ObjectId(id), Verb::Vevent, file, parse)))
+        Ok(self.queue(id, Verb::Vevent, file, parse))
     }
 }

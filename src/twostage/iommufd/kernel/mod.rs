@@ -11,6 +11,7 @@ mod meaning;
 mod queues;
 
 use crate::sync::Mutex;
+use crate::threads::{StdThreads, ThreadStart};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::fs::File;
@@ -45,6 +46,8 @@ pub struct KernelHost {
     devices: Mutex<BTreeMap<ObjectId, Device>>,
     iommufd: Arc<IommuFd>,
     memory: Mutex<MappedMemory>,
+    /// Starts the threads that wait for queues.
+    threads: Arc<dyn ThreadStart>,
 }
 
 /// There is no iommufd at the path, or behind the descriptor.
@@ -138,7 +141,15 @@ impl KernelHost {
     }
 
     fn unchecked(iommufd: Arc<IommuFd>) -> Self {
-        Self { devices: Mutex::default(), iommufd, memory: Mutex::default() }
+        let (devices, memory) = (Mutex::default(), Mutex::default());
+        Self { devices, iommufd, memory, threads: Arc::new(StdThreads) }
+    }
+
+    /// The same host, with `threads` to start the threads that wait for its queues; without this
+    /// call, that is [`StdThreads`].
+    pub fn with_threads(mut self, threads: Arc<dyn ThreadStart>) -> Self {
+        self.threads = threads;
+        self
     }
 
     /// The iommufd, for what else the VMM does with it.

@@ -6,7 +6,9 @@
 //! polling the file again, so that the last one is always right. A file that polls as broken is
 //! reported as readable, so that the reader finds the error.
 
+use crate::jail;
 use crate::sync::Mutex;
+use crate::threads::{Started, ThreadStart};
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
@@ -14,7 +16,6 @@ use std::io::{self, Read, Write};
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, MutexGuard};
-use std::thread::JoinHandle;
 
 use iommufd_bindings::*;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -35,6 +36,7 @@ pub(super) struct Queue<T> {
     /// The verb for reading it.
     verb: Verb,
     shared: Arc<Shared<T>>,
+    threads: Arc<dyn ThreadStart>,
     poller: Mutex<Option<Poller>>,
 }
 
@@ -101,13 +103,19 @@ fn is_readable(file: &File) -> io::Result<bool> {
 }
 
 impl<T: Send + 'static> Queue<T> {
-    /// The queue `object`, which `verb` reads from `file`.
-    pub fn new(object: ObjectId, verb: Verb, file: File, parse: Parse<T>) -> Self {
+    /// The queue `object`, which `verb` reads from `file`; one of `threads` waits for it.
+    pub fn new(
+        object: ObjectId,
+        verb: Verb,
+        file: File,
+        parse: Parse<T>,
+        threads: Arc<dyn ThreadStart>,
+    ) -> Self {
         let buffer = vec![0; READ].into_boxed_slice();
         let state =
             State { pending: VecDeque::new(), buffer, watcher: None, told: false, broken: false };
         let shared = Arc::new(Shared { file, parse, state: Mutex::new(state) });
-        Self { object, verb, shared, poller: Mutex::new(None) }
+        Self { object, verb, shared, threads, poller: Mutex::new(None) }
     }
 
     fn next(&self) -> Result<Option<T>> {
@@ -134,7 +142,7 @@ impl<T: Send + 'static> Queue<T> {
         }
         let mut poller = self.poller.lock();
         if poller.is_none() {
-            match Poller::start(self.object, self.shared.clone()) {
+            match Poller::start(&*self.threads, self.object, self.shared.clone()) {
                 Ok(started) => *poller = Some(started),
                 Err(error) => log::error!("queue {} is not read: {error}", self.object),
             }
@@ -151,7 +159,7 @@ impl<T> fmt::Debug for Queue<T> {
 /// The thread that polls a queue. Dropping it ends the thread and releases the file.
 struct Poller {
     stop: EventFd,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Started>,
 }
 
 /// The file is readable.
@@ -159,7 +167,11 @@ const FILE: u64 = 0;
 const STOP: u64 = 1;
 
 impl Poller {
-    fn start<T: Send + 'static>(object: ObjectId, shared: Arc<Shared<T>>) -> io::Result<Self> {
+    fn start<T: Send + 'static>(
+        threads: &dyn ThreadStart,
+        object: ObjectId,
+        shared: Arc<Shared<T>>,
+    ) -> io::Result<Self> {
         let stop = EventFd::new(0)?;
         let epoll = Epoll::new()?;
         // An edge for each addition, even with unread data.
@@ -173,7 +185,7 @@ impl Poller {
                 log::error!("queue {object} is no longer read: {error}");
             }
         };
-        let thread = std::thread::Builder::new().name(name).spawn(wait)?;
+        let thread = Started::new(threads, name, &jail::QUEUE, wait)?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }
@@ -204,10 +216,9 @@ impl Drop for Poller {
             log::error!("the thread of a queue cannot be told to stop: {error}");
             return;
         }
-        let Some(thread) = self.thread.take() else { return };
-        // A watcher may drop the queue from this thread.
-        if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
-            log::error!("the thread of a queue panicked");
+        // A watcher may drop the queue from the thread, which then does not wait for itself.
+        if let Some(thread) = self.thread.take() {
+            thread.join();
         }
     }
 }
@@ -338,6 +349,7 @@ fn vevents<T>(mut bytes: &[u8]) -> Option<Vec<Vevent>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::threads::StdThreads;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::{UnixDatagram, UnixStream};
     use std::sync::mpsc::{channel, Sender};
@@ -356,7 +368,7 @@ mod tests {
         theirs.set_nonblocking(true).unwrap();
         let parse = vevent_parser(iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3).unwrap();
         let file = File::from(OwnedFd::from(theirs));
-        (Queue::new(ObjectId(1), Verb::Vevent, file, parse), ours)
+        (Queue::new(ObjectId(1), Verb::Vevent, file, parse, Arc::new(StdThreads)), ours)
     }
 
     fn event(sequence: u32) -> Vec<u8> {
@@ -405,7 +417,8 @@ mod tests {
         theirs.set_nonblocking(true).unwrap();
         let parse = vevent_parser(iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3).unwrap();
         let file = File::from(OwnedFd::from(theirs));
-        let queue = Queue::new(ObjectId(7), Verb::Vevent, file, parse);
+        let threads = Arc::new(StdThreads);
+        let queue = Queue::new(ObjectId(7), Verb::Vevent, file, parse, threads);
         let (sender, told) = channel();
         queue.watch(Arc::new(Told(Mutex::new(sender))));
         assert_eq!(told.recv(), Ok(false));

@@ -5,11 +5,12 @@ use crate::sync::{Condvar, Mutex, RwLock};
 use std::fmt;
 use std::io;
 use std::sync::{Arc, MutexGuard, Weak};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::counters::Counter;
 use crate::iommufd::{Errno, EventQueue, HostError, ObjectId, Readiness, Vevent};
+use crate::jail;
+use crate::threads::{Started, ThreadStart};
 use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 use crate::warn_limited;
 
@@ -235,22 +236,27 @@ impl Readiness for Signal {
 pub(super) struct EventThread {
     object: ObjectId,
     signal: Arc<Signal>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Started>,
 }
 
 impl EventThread {
-    /// Starts delivering the events of `queue` along `route`.
-    pub fn start(queue: Arc<dyn EventQueue>, route: Arc<EventRoute>) -> io::Result<Self> {
+    /// Has `threads` start delivering the events of `queue` along `route`.
+    pub fn start(
+        threads: &dyn ThreadStart,
+        queue: Arc<dyn EventQueue>,
+        route: Arc<EventRoute>,
+    ) -> io::Result<Self> {
         let object = queue.object();
         let signal = Arc::<Signal>::default();
         let waited_for = signal.clone();
         let watched = queue.clone();
         let mut reader = Reader { queue, route, expected: 0 };
-        let thread = thread::Builder::new().name("smmu-events".into()).spawn(move || {
+        let read = move || {
             let pause = |time| waited_for.pause(time);
             while waited_for.wait() && reader.drain(pause) == Drained::Empty {}
             waited_for.end();
-        })?;
+        };
+        let thread = Started::new(threads, "smmu-events".into(), &jail::EVENTS, read)?;
         watched.watch(signal.clone());
         Ok(Self { object, signal, thread: Some(thread) })
     }
@@ -275,11 +281,10 @@ impl Drop for EventThread {
     /// Ends the thread, and closes the queue with it.
     fn drop(&mut self) {
         self.signal.stop();
-        let Some(thread) = self.thread.take() else { return };
         // The last owner of the virtual SMMU may be the thread itself, in a call to it: then it
         // ends by itself, right after.
-        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-            log::error!("the event thread ended early");
+        if let Some(thread) = self.thread.take() {
+            thread.join();
         }
     }
 }
@@ -291,6 +296,7 @@ mod tests {
     use super::*;
     use crate::iommufd::Verb;
     use crate::patience::wait_until;
+    use crate::threads::StdThreads;
 
     #[derive(Default)]
     struct Target(Mutex<Vec<Option<u64>>>);
@@ -411,11 +417,11 @@ mod tests {
             assert_eq!(reader.drain(pause), Drained::Over);
             assert_eq!(*target.0.lock(), [Some(1), None]);
             // The thread has ended as well: more to read wakes nobody.
-            let thread = EventThread::start(queue.clone(), Arc::default()).unwrap();
+            let thread = EventThread::start(&StdThreads, queue.clone(), Arc::default()).unwrap();
             wait_until("the thread's read", || queue.reads.lock().len() != 1);
             queue.reads.lock().push_back(refused(errno));
             thread.signal.changed(true);
-            let is_over = || thread.thread.as_ref().is_some_and(JoinHandle::is_finished);
+            let is_over = || thread.thread.as_ref().is_some_and(Started::is_over);
             wait_until("the thread's end", is_over);
             assert_eq!(thread.stop(), ObjectId(6));
         }
@@ -425,7 +431,7 @@ mod tests {
     fn delivery_is_waited_for_until_the_queue_is_empty_or_cannot_be_read() {
         let (route, target) = route();
         let queue = Script::new([Ok(event(0, 1)), Ok(event(1, 2))]);
-        let thread = EventThread::start(queue.clone(), route).unwrap();
+        let thread = EventThread::start(&StdThreads, queue.clone(), route).unwrap();
         // Nobody has said that there is something to read.
         assert!(thread.signal().quiesce(Duration::from_secs(60)));
         assert_eq!(*target.0.lock(), [Some(1), Some(2)]);

@@ -36,6 +36,7 @@ use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
+use crate::threads::ThreadStart;
 use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
 use crate::viommu::HostSideError;
 use faults::{EventRoute, EventThread};
@@ -65,6 +66,13 @@ impl SmmuNesting {
         let route = Arc::new(EventRoute::default());
         let state = State::new(Objects::new(ioas), route.clone(), event_depth);
         Self { state: Mutex::new(state), route }
+    }
+
+    /// The same, with `threads` to start the thread that delivers events; without this call, that
+    /// is [`StdThreads`](crate::threads::StdThreads).
+    pub fn with_threads(mut self, threads: Arc<dyn ThreadStart>) -> Self {
+        self.state.get_mut().threads = threads;
+        self
     }
 
     /// The guest's memory, for another virtual SMMU of the same guest.

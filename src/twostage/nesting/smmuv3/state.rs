@@ -3,16 +3,20 @@
 //! entries that a `HWPT_NESTED` stands for.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 
 use super::faults::{EventRoute, EventThread, Signal};
 use super::SmmuNestingCounters;
-use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3};
+use crate::iommufd::{
+    Errno, EventQueue, HwInfo, HwInfoData, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3,
+};
 use crate::nesting::objects::{NestedHwpts, Objects};
 use crate::nesting::{hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
 use crate::spec::smmuv3::StreamId;
+use crate::threads::{StdThreads, ThreadStart};
 use crate::viommu::smmuv3::StreamPolicy;
 
 /// A device of the guest.
@@ -39,6 +43,8 @@ pub(super) struct State {
     pub objects: Objects,
     route: Arc<EventRoute>,
     event_depth: u32,
+    /// Starts the thread that reads the vEVENTQ.
+    pub threads: Arc<dyn ThreadStart>,
     /// Present while there are devices.
     pub unit: Option<Unit>,
     pub devices: BTreeMap<StreamId, Device>,
@@ -59,6 +65,7 @@ impl State {
             objects,
             route,
             event_depth,
+            threads: Arc::new(StdThreads),
             unit: None,
             devices: BTreeMap::new(),
             nested: NestedHwpts::default(),
@@ -96,8 +103,9 @@ impl State {
         let viommu = match &self.unit {
             Some(unit) => unit.viommu(),
             None => {
-                let (depth, route) = (self.event_depth, &self.route);
-                let unit = Unit::new(&mut self.objects, rid, dev, &info, depth, route)?;
+                let start = |queue| EventThread::start(&*self.threads, queue, self.route.clone());
+                let depth = self.event_depth;
+                let unit = Unit::new(&mut self.objects, rid, dev, &info, depth, start)?;
                 self.unit.insert(unit).viommu()
             }
         };
@@ -212,14 +220,14 @@ pub(super) struct Unit {
 
 impl Unit {
     /// Creates the objects for the SMMU of `dev`, the guest's `rid`, which the host describes by
-    /// `info`.
+    /// `info`. `start` starts delivering the events of the vEVENTQ.
     pub fn new(
         objects: &mut Objects,
         rid: Bdf,
         dev: ObjectId,
         info: &HwInfo,
         event_depth: u32,
-        route: &Arc<EventRoute>,
+        start: impl FnOnce(Arc<dyn EventQueue>) -> io::Result<EventThread>,
     ) -> Result<Self> {
         let parent = objects.alloc_parent(rid, dev, false)?;
         let viommu = objects
@@ -234,7 +242,7 @@ impl Unit {
             .veventq_alloc(viommu, VEVENTQ_ARM_SMMUV3, event_depth)
             .context(|| format!("allocating an event queue for the SMMU of {rid}"));
         let (object, started) = match queue {
-            Ok(queue) => (queue.object(), EventThread::start(queue, route.clone())),
+            Ok(queue) => (queue.object(), start(queue)),
             Err(error) => {
                 unit.end(None, objects);
                 return Err(error);
