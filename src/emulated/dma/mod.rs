@@ -6,18 +6,22 @@
 //! into pieces of at most 64 KiB, each a section of its own, so that nobody waits long.
 
 pub(crate) mod error;
-mod port;
 pub(crate) mod port_iommu;
+mod section;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+use vm_memory::{Bytes, VolatileSlice};
 
-use port::{Port, PortSection, PortTranslated};
+use section::{error, report, request, walk, Interrupts, Section, Unreported};
 
 use crate::dma::error::DmaError;
-use crate::units::smmuv3::SmmuV3Unit;
-use crate::units::vtd::VtdUnit;
+use crate::units::engine::{
+    Blocked, ConfigCache, Counters, Engine, Fault, LocalCounters, Request, Target,
+};
+use crate::units::gate::{Gate, ReadGuard, Reader};
+use crate::units::page_requests::PageRequests;
 use twostage::iommufd::PageResponseCode;
 
 /// Attributes of a DMA request besides address and data.
@@ -41,31 +45,54 @@ pub enum DmaAccess {
 }
 
 /// A device's access point to its IOMMU. Each thread of a device uses its own clone.
-#[derive(Debug, Clone)]
-pub struct DmaPort(AnyPort);
-
-/// A port of a unit of either architecture.
-#[derive(Debug, Clone)]
-enum AnyPort {
-    Vtd(Port<VtdUnit>),
-    SmmuV3(Port<SmmuV3Unit>),
+#[derive(Debug)]
+pub struct DmaPort {
+    rid: u16,
+    reader: Reader<Engine>,
+    config: ConfigCache,
+    counters: Arc<LocalCounters>,
+    interrupts: Interrupts,
+    /// Those of the unit, for a share of them per port.
+    all_counters: Arc<Counters>,
+    page_requests: Arc<PageRequests>,
 }
 
-impl VtdUnit {
-    /// A port for DMA by requester id `rid`.
-    pub fn port(self: &Arc<Self>, rid: u16) -> DmaPort {
-        DmaPort(AnyPort::Vtd(Port::new(Arc::clone(self), rid)))
-    }
-}
-
-impl SmmuV3Unit {
-    /// A port for DMA of the stream `sid`.
-    pub fn port(self: &Arc<Self>, sid: u16) -> DmaPort {
-        DmaPort(AnyPort::SmmuV3(Port::new(Arc::clone(self), sid)))
+impl Clone for DmaPort {
+    fn clone(&self) -> Self {
+        Self {
+            rid: self.rid,
+            reader: self.reader.clone(),
+            config: ConfigCache::default(),
+            counters: self.all_counters.share(),
+            interrupts: self.interrupts.clone(),
+            all_counters: Arc::clone(&self.all_counters),
+            page_requests: Arc::clone(&self.page_requests),
+        }
     }
 }
 
 impl DmaPort {
+    /// A port for DMA by requester id `rid` through the unit whose engine is behind `gate`.
+    /// `interrupts` are the IOVAs that are interrupt messages regardless of the configuration, in
+    /// requests without PASID.
+    pub(crate) fn new(
+        rid: u16,
+        gate: Arc<Gate<Engine>>,
+        counters: Arc<Counters>,
+        page_requests: Arc<PageRequests>,
+        interrupts: Option<RangeInclusive<u64>>,
+    ) -> Self {
+        Self {
+            rid,
+            reader: gate.reader(),
+            config: ConfigCache::default(),
+            counters: counters.share(),
+            interrupts: Interrupts(interrupts),
+            all_counters: counters,
+            page_requests,
+        }
+    }
+
     /// Reads memory at `iova` (bytes) into `bytes`.
     ///
     /// A device that sends page requests ([`DeviceConfig::pri`](crate::DeviceConfig::pri)) waits
@@ -174,31 +201,36 @@ impl DmaPort {
         length: usize,
         access: DmaAccess,
     ) -> Result<Translated<'_>, DmaError> {
-        Ok(Translated(match &mut self.0 {
-            AnyPort::Vtd(port) => {
-                AnyTranslated::Vtd(port.translate(attributes, iova, length, access)?)
+        self.interrupts.check(attributes, iova)?;
+        let request = request(self.rid, attributes, iova, access);
+        let mut engine = self.reader.enter();
+        // Separate and first, as it is all that most requests need.
+        if let Some(target) = engine.common.cached(&self.config, &self.counters, &request) {
+            let length = length.min(self.interrupts.piece(attributes, iova, target.length));
+            return Ok(Translated { engine, target, length });
+        }
+        match walk(&mut engine, &mut self.config, &self.counters, &request) {
+            Ok(target) => {
+                let length = length.min(self.interrupts.piece(attributes, iova, target.length));
+                Ok(Translated { engine, target, length })
             }
-            AnyPort::SmmuV3(port) => {
-                AnyTranslated::SmmuV3(port.translate(attributes, iova, length, access)?)
+            Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
+            Err(Blocked::Fault(fault)) => {
+                drop(engine);
+                Err(stopped(&self.page_requests, &self.counters, &request, &fault))
             }
-        }))
+        }
     }
 
     /// Takes the response to the page requests of `group` ([`DmaError::PageRequested`]), once;
     /// `None` until there is one, which is when the attachment ends at the latest.
     pub fn page_response(&self, group: u16) -> Option<PageResponseCode> {
-        match &self.0 {
-            AnyPort::Vtd(port) => port.page_response(group),
-            AnyPort::SmmuV3(port) => port.page_response(group),
-        }
+        self.page_requests.take_answer(self.rid, group)
     }
 
     /// The same, but blocks until there is one.
     pub fn wait_for_page(&self, group: u16) -> PageResponseCode {
-        match &self.0 {
-            AnyPort::Vtd(port) => port.wait_for_page(group),
-            AnyPort::SmmuV3(port) => port.wait_for_page(group),
-        }
+        self.page_requests.wait_for_answer(self.rid, group)
     }
 
     /// Waits if `error` says that a page was requested.
@@ -217,70 +249,25 @@ impl DmaPort {
 
     /// Starts a critical section for several accesses: see [`Section`].
     pub(crate) fn enter(&mut self) -> Section<'_> {
-        Section(match &mut self.0 {
-            AnyPort::Vtd(port) => AnySection::Vtd(port.enter()),
-            AnyPort::SmmuV3(port) => AnySection::SmmuV3(port.enter()),
-        })
-    }
-}
-
-/// A read-side critical section around any number of translations and the accesses that use them.
-/// Invalidations wait until it is dropped, so nothing in it may wait for a page: devices that use
-/// sections make no page requests. Faults are reported at the end only, as the sink may invalidate.
-#[derive(Debug)]
-pub(crate) struct Section<'a>(AnySection<'a>);
-
-#[derive(Debug)]
-enum AnySection<'a> {
-    Vtd(PortSection<'a, VtdUnit>),
-    SmmuV3(PortSection<'a, SmmuV3Unit>),
-}
-
-impl Section<'_> {
-    /// Translates `iova` (bytes): the memory's address within the mapped regions, and how many
-    /// bytes from there on are contiguous; at least one.
-    ///
-    /// # Errors
-    /// As [`DmaPort::read`], but the fault is reported at the end of the section.
-    pub fn translate(
-        &mut self,
-        attributes: DmaAttributes,
-        iova: u64,
-        access: DmaAccess,
-    ) -> Result<(GuestAddress, usize), DmaError> {
-        match &mut self.0 {
-            AnySection::Vtd(section) => section.translate(attributes, iova, access),
-            AnySection::SmmuV3(section) => section.translate(attributes, iova, access),
-        }
-    }
-
-    /// Translates `iova` (bytes): the memory of the next `length` bytes, as far as they are
-    /// contiguous; at least one.
-    ///
-    /// # Errors
-    /// As [`Section::translate`].
-    fn slice(
-        &mut self,
-        attributes: DmaAttributes,
-        iova: u64,
-        length: usize,
-        access: DmaAccess,
-    ) -> Result<VolatileSlice<'_>, DmaError> {
-        match &mut self.0 {
-            AnySection::Vtd(section) => section.slice(attributes, iova, length, access),
-            AnySection::SmmuV3(section) => section.slice(attributes, iova, length, access),
+        let counters = &*self.counters;
+        Section {
+            rid: self.rid,
+            interrupts: &self.interrupts,
+            config: &mut self.config,
+            counters,
+            engine: self.reader.enter(),
+            translated: false,
+            faults: Unreported { counters, list: Vec::new() },
         }
     }
 }
 
 /// A read-side critical section around one translation.
 #[derive(Debug)]
-pub struct Translated<'a>(AnyTranslated<'a>);
-
-#[derive(Debug)]
-enum AnyTranslated<'a> {
-    Vtd(PortTranslated<'a, VtdUnit>),
-    SmmuV3(PortTranslated<'a, SmmuV3Unit>),
+pub struct Translated<'a> {
+    engine: ReadGuard<'a, Engine>,
+    target: Target,
+    length: usize,
 }
 
 impl Translated<'_> {
@@ -288,9 +275,28 @@ impl Translated<'_> {
     /// in one page, at most 64 KiB; at least one, if one was requested.
     #[inline]
     pub fn slice(&self) -> VolatileSlice<'_> {
-        match &self.0 {
-            AnyTranslated::Vtd(translated) => translated.slice(),
-            AnyTranslated::SmmuV3(translated) => translated.slice(),
+        // A mapping lies within its memory ([`twostage::iommufd::UserMemory`]), so this never
+        // fails.
+        let slice = self.engine.common.caches.slice(self.target.place, self.length);
+        slice.unwrap_or_else(|| (&mut [][..]).into())
+    }
+}
+
+/// Requests the page if that can help and somebody serves requests; otherwise the request faults.
+/// The gate must have been left. Never inlined, to keep [`DmaPort::translate`] small.
+#[cold]
+#[inline(never)]
+fn stopped(
+    page_requests: &PageRequests,
+    counters: &LocalCounters,
+    request: &Request,
+    fault: &Fault,
+) -> DmaError {
+    match fault.asks_for_page.then(|| page_requests.ask(request)).flatten() {
+        Some(group) => DmaError::PageRequested { address: request.address, group },
+        None => {
+            report(counters, fault);
+            error(request, fault)
         }
     }
 }

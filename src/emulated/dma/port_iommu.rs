@@ -7,7 +7,8 @@ use twostage::sync::Mutex;
 use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
 use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
 
-use crate::dma::{DmaAccess, DmaAttributes, DmaPort, Section};
+use crate::dma::section::Section;
+use crate::dma::{DmaAccess, DmaAttributes, DmaPort};
 
 /// One requester's DMA as a [`vm_memory::Iommu`] for the duration of one critical section: with it
 /// and the guest's memory in a [`vm_memory::IommuMemory`], a device that knows nothing of IOMMUs

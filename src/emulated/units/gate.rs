@@ -66,18 +66,19 @@ struct CachePadded<T>(T);
 type Slot = CachePadded<AtomicBool>;
 
 /// See the [module's documentation](self).
-pub(crate) struct Gate<T> {
+pub(crate) struct Gate<T: ?Sized> {
     /// A writer is inside or waits for readers to leave. Written with `slots` locked.
     closed: CachePadded<AtomicBool>,
     /// Held by writers; the slots of all readers.
     slots: Mutex<Vec<Arc<Slot>>>,
+    /// Last, so that a gate in front of a value is one in front of a trait object, too.
     value: UnsafeCell<T>,
 }
 
 // SAFETY: a gate hands out `&T` to readers on several threads at once (hence `T: Sync`) and `&mut
 // T` to one writer on any thread (hence `T: Send`), never both at a time: see the module's
 // documentation. Everything else in it is `Sync` by itself.
-unsafe impl<T: Send + Sync> Sync for Gate<T> {}
+unsafe impl<T: ?Sized + Send + Sync> Sync for Gate<T> {}
 
 impl<T> Gate<T> {
     /// A gate in front of `value`, open.
@@ -88,7 +89,9 @@ impl<T> Gate<T> {
             value: UnsafeCell::new(value),
         })
     }
+}
 
+impl<T: ?Sized> Gate<T> {
     /// A new reader.
     pub fn reader(self: &Arc<Self>) -> Reader<T> {
         let slot = Arc::new(CachePadded(AtomicBool::new(false)));
@@ -121,7 +124,7 @@ impl<T> Gate<T> {
     }
 }
 
-impl<T> fmt::Debug for Gate<T> {
+impl<T: ?Sized> fmt::Debug for Gate<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The value may be in the middle of a change.
         f.debug_struct("Gate").finish_non_exhaustive()
@@ -148,12 +151,12 @@ fn wait(round: u32) {
 use model::wait;
 
 /// The gate is closed while this exists.
-struct Closed<'a, T> {
+struct Closed<'a, T: ?Sized> {
     gate: &'a Gate<T>,
     slots: MutexGuard<'a, Vec<Arc<Slot>>>,
 }
 
-impl<T> Closed<'_, T> {
+impl<T: ?Sized> Closed<'_, T> {
     /// Waits until every reader that was inside has left.
     fn wait_until_idle(&self) {
         for slot in self.slots.iter() {
@@ -166,7 +169,7 @@ impl<T> Closed<'_, T> {
     }
 }
 
-impl<T> Drop for Closed<'_, T> {
+impl<T: ?Sized> Drop for Closed<'_, T> {
     fn drop(&mut self) {
         // Before the mutex is released, with `slots`.
         self.gate.closed.0.store(false, Ordering::Release);
@@ -174,13 +177,13 @@ impl<T> Drop for Closed<'_, T> {
 }
 
 /// A reader: at most one read section at a time.
-pub(crate) struct Reader<T> {
+pub(crate) struct Reader<T: ?Sized> {
     gate: Arc<Gate<T>>,
     /// Busy while this reader is inside. Nobody else writes it.
     slot: Arc<Slot>,
 }
 
-impl<T> Reader<T> {
+impl<T: ?Sized> Reader<T> {
     /// Starts a read section, which ends when the guard is dropped. Keep it short: writers wait.
     #[inline]
     pub fn enter(&mut self) -> ReadGuard<'_, T> {
@@ -191,7 +194,7 @@ impl<T> Reader<T> {
 
 /// Starts a read section of the reader whose slot is `slot`, which is idle.
 #[inline]
-fn enter<T>(gate: &Gate<T>, slot: &Slot) {
+fn enter<T: ?Sized>(gate: &Gate<T>, slot: &Slot) {
     // A swap, not a store: on x86 both are the same locked instruction, and elsewhere a swap is
     // never more expensive than a store and a fence.
     slot.0.swap(true, Ordering::SeqCst);
@@ -201,38 +204,38 @@ fn enter<T>(gate: &Gate<T>, slot: &Slot) {
 }
 
 #[cold]
-fn enter_after_writer<T>(gate: &Gate<T>, slot: &Slot) {
+fn enter_after_writer<T: ?Sized>(gate: &Gate<T>, slot: &Slot) {
     slot.0.store(false, Ordering::Release);
     let _no_writer = gate.lock();
     slot.0.swap(true, Ordering::SeqCst);
 }
 
-impl<T> Clone for Reader<T> {
+impl<T: ?Sized> Clone for Reader<T> {
     /// Another reader of the same gate, with its own slot.
     fn clone(&self) -> Self {
         self.gate.reader()
     }
 }
 
-impl<T> fmt::Debug for Reader<T> {
+impl<T: ?Sized> fmt::Debug for Reader<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reader").finish_non_exhaustive()
     }
 }
 
 /// A read section: the value does not change while this exists.
-pub(crate) struct ReadGuard<'a, T> {
+pub(crate) struct ReadGuard<'a, T: ?Sized> {
     gate: &'a Gate<T>,
     slot: &'a Slot,
 }
 
-impl<T> ReadGuard<'_, T> {
+impl<T: ?Sized> ReadGuard<'_, T> {
     /// Leaves the section while `pause` runs, which may write, and starts another one: nothing read
     /// before is valid after it.
     pub fn outside<R>(&mut self, pause: impl FnOnce() -> R) -> R {
         /// Enters again even if `pause` panics, as the guard still exists.
-        struct Outside<'a, T>(&'a Gate<T>, &'a Slot);
-        impl<T> Drop for Outside<'_, T> {
+        struct Outside<'a, T: ?Sized>(&'a Gate<T>, &'a Slot);
+        impl<T: ?Sized> Drop for Outside<'_, T> {
             fn drop(&mut self) {
                 enter(self.0, self.1);
             }
@@ -243,7 +246,7 @@ impl<T> ReadGuard<'_, T> {
     }
 }
 
-impl<T> Deref for ReadGuard<'_, T> {
+impl<T: ?Sized> Deref for ReadGuard<'_, T> {
     type Target = T;
 
     #[inline]
@@ -254,14 +257,14 @@ impl<T> Deref for ReadGuard<'_, T> {
     }
 }
 
-impl<T> Drop for ReadGuard<'_, T> {
+impl<T: ?Sized> Drop for ReadGuard<'_, T> {
     #[inline]
     fn drop(&mut self) {
         self.slot.0.store(false, Ordering::Release);
     }
 }
 
-impl<T> fmt::Debug for ReadGuard<'_, T> {
+impl<T: ?Sized> fmt::Debug for ReadGuard<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ReadGuard").finish_non_exhaustive()
     }

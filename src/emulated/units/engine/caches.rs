@@ -15,7 +15,7 @@ use super::cache::Cache;
 use super::counters::LocalCounters;
 use super::format::{Path, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::host_stage2::{Gone, HostStage2};
-use super::key::{size, IovaRange, Key, Scope, Source};
+use super::key::{size, IovaRange, Key, Lookup, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::origins::{CachesOfWalk, Origins};
 use crate::units::stage2::Mapping;
@@ -116,6 +116,8 @@ pub(crate) struct Caches {
     memories: Memories,
     /// Some IOTLB entry is a piece of a larger stage-1 page.
     fragments: AtomicBool,
+    /// Some IOTLB entry serves several address spaces.
+    globals: AtomicBool,
     guest_address_width: u8,
     /// What entries were made from, if there is a sanitizer.
     origins: Option<Arc<Origins>>,
@@ -131,23 +133,23 @@ impl Caches {
             stage2: Cache::new(sizes.stage2),
             memories: Memories::new(),
             fragments: AtomicBool::new(false),
+            globals: AtomicBool::new(false),
             guest_address_width,
             origins,
         }
     }
 
-    /// The IOTLB's translation for requests of `kind`, as a page of one of `shifts`.
+    /// The IOTLB's translation for requests of `kind` with the configuration of `at`.
     // Always inlined, so that a hit's `Target` stays in registers: storing it in pieces and copying
     // it doubles the cost of a hit.
     #[inline(always)]
-    pub fn translation(
-        &self,
-        shifts: &[u8],
-        source: Source,
-        iova: u64,
-        kind: RequestKind,
-    ) -> Option<Target> {
-        let (value, shift) = self.cached_page(shifts, source, iova, kind)?;
+    pub fn translation(&self, at: &Lookup, iova: u64, kind: RequestKind) -> Option<Target> {
+        let (iova, shifts) = at.half(iova);
+        let page = self.cached_page(shifts, at.source, iova, kind);
+        let (value, shift) = page.or_else(|| match self.globals.load(Ordering::Relaxed) {
+            true => self.cached_page(shifts, at.global, iova, kind),
+            false => None,
+        })?;
         let offset = iova & (size(shift) - 1);
         let place = CachedPlace::from_bits(value.get()).place(offset);
         Some(Target { place, length: size(shift) - offset })
@@ -209,14 +211,17 @@ impl Caches {
         }
     }
 
-    /// Caches that `page` translates `iova`.
+    /// Caches that `page` translates `iova`; `global` is whether in several address spaces.
     pub fn add_translation(
         &self,
-        source: Source,
+        (source, global): (Source, bool),
         iova: u64,
         page: &CachedPage,
         counters: &LocalCounters,
     ) {
+        if global {
+            self.globals.store(true, Ordering::Relaxed);
+        }
         let &CachedPage { place, shift, whole, rights } = page;
         let offset = iova & (size(shift) - 1);
         let mut flags = rights.flags();
@@ -235,6 +240,7 @@ impl Caches {
 
     /// The lowest cached table on the way to `iova`, and the combined permissions of the entries
     /// above it.
+    #[inline]
     pub fn table<F: TableFormat>(
         &self,
         tables: &F,
@@ -362,6 +368,7 @@ impl Caches {
     }
 
     /// The entry number `index` of `table`, if it can be read.
+    #[inline]
     pub fn entry(&self, table: &Table, index: u64) -> Option<&AtomicU64> {
         let offset = (index * 8).checked_sub(table.skipped)?;
         if offset + 8 > table.length {

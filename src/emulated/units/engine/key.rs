@@ -48,6 +48,58 @@ impl fmt::Debug for Source {
     }
 }
 
+/// The bit of an address that selects the half of its address space, whatever the bits above.
+const HALF: u32 = 55;
+
+/// Where the IOTLB has what serves the requests of one configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Lookup {
+    /// The source of their translations.
+    pub source: Source,
+    /// The source of those that serve other address spaces, too; the same if there are none.
+    pub global: Source,
+    /// The lower and the upper half of the addresses.
+    pub halves: [Half; 2],
+}
+
+/// One half of an address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Half {
+    /// Sizes of pages, as powers of two; none without translations.
+    pub shifts: &'static [u8],
+    /// The upper byte of an address does not matter.
+    pub top_byte_ignored: bool,
+}
+
+impl Lookup {
+    /// One source, and the same page sizes (`shifts`) for all addresses.
+    pub fn plain(source: Source, shifts: &'static [u8]) -> Self {
+        let halves = [Half { shifts, top_byte_ignored: false }; 2];
+        Self { source, global: source, halves }
+    }
+
+    /// `address` as it is cached, and the page sizes of its half.
+    #[inline]
+    pub fn half(&self, address: u64) -> (u64, &'static [u8]) {
+        // In bounds: an index of 0 or 1 into two.
+        let half = &self.halves[half(address)];
+        let address = if half.top_byte_ignored { without_top_byte(address) } else { address };
+        (address, half.shifts)
+    }
+}
+
+/// The number of the half that `address` is in: 0 or 1.
+#[inline]
+pub(crate) fn half(address: u64) -> usize {
+    (address >> HALF & 1) as usize
+}
+
+/// `address` with an upper byte that repeats the bit below, as tables take it.
+#[inline]
+pub(crate) fn without_top_byte(address: u64) -> u64 {
+    ((address << 8).cast_signed() >> 8).cast_unsigned()
+}
+
 /// A set of entries: those of a tag, in some of its address spaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Scope {

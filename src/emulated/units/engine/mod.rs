@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What emulated IOMMUs of all architectures have in common: caches, page walks and the DMA
-//! interface.
+//! What emulated IOMMUs of all architectures have in common: caches, page walks and the engine that
+//! DMA is translated by.
 //!
-//! An IOMMU of an architecture (its *unit*) is an [`Engine`] behind a gate: readers translate, with
-//! shared access; a writer changes the configuration and drops cached entries, with exclusive
-//! access. The architecture determines which configuration serves a request, the format of its
-//! tables and its faults; the IOTLB, the paging-structure cache and the cache of stage-2
-//! translations are common.
+//! A unit has an [`Engine`] behind a gate: readers translate, with shared access; a writer changes
+//! the configuration and drops cached entries, with exclusive access. The IOTLB, the
+//! paging-structure cache and the cache of stage-2 translations are common, and so is a hit. The
+//! rest of a translation is the [`Architecture`]'s: which configuration serves a request, the
+//! format of its tables and its faults. Ports know that part of an engine as a trait object.
 
 mod cache;
 mod caches;
@@ -22,12 +22,10 @@ pub(crate) mod testing;
 mod walk;
 
 use std::fmt::Debug;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::dma::error::DmaFaultReason;
-use crate::units::gate::Gate;
-use crate::units::page_requests::PageRequests;
+use crate::units::stage2::Stage2;
 
 pub(crate) use caches::{CacheSizes, Caches, Table, Target};
 pub(crate) use counters::{Counters, LocalCounters, Totals};
@@ -35,7 +33,9 @@ pub(crate) use format::{
     At, Entry, Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat,
 };
 pub(crate) use host_stage2::{Gone, HostStage2, Sharing};
-pub(crate) use key::{ascending, size, IovaRange, Scope, Source, Spaces};
+pub(crate) use key::{
+    ascending, half, size, without_top_byte, Half, IovaRange, Lookup, Scope, Source, Spaces,
+};
 pub(crate) use origins::{Origins, Trail};
 pub(crate) use sanitizer::{Sanitizer, Used};
 pub(crate) use walk::Walk;
@@ -45,113 +45,199 @@ pub use sanitizer::{
     StaleUse, TlbInvalidation,
 };
 
+/// The translations of one unit: what all have, and what its architecture adds.
+#[derive(Debug)]
+pub(crate) struct Engine<A: ?Sized = dyn Architecture> {
+    pub common: Common,
+    /// Last, so that ports can have it as a trait object.
+    pub own: A,
+}
+
+/// An architecture's part of an engine.
+pub(crate) trait Architecture: Debug + Send + Sync {
+    /// Translates `request` and caches what it used, also in `config`, the port's.
+    fn translate(
+        &self,
+        common: &Common,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Result<Target, Blocked>;
+}
+
 /// Why a request does not reach memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Blocked<F> {
+#[derive(Debug)]
+pub(crate) enum Blocked {
     /// It is a fault.
-    Fault(F),
+    Fault(Fault),
     /// It is an interrupt message, to this GPA (bytes).
     Interrupt(u64),
 }
 
-impl<F> From<F> for Blocked<F> {
-    fn from(fault: F) -> Self {
-        Self::Fault(fault)
+/// A fault: what a port needs to know of it.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    /// The reason, for the requester.
+    pub reason: DmaFaultReason,
+    /// The host's stage 2 refused.
+    pub stage2: bool,
+    /// A device with PRI requests the page, as software can fix the translation.
+    pub asks_for_page: bool,
+    /// Nothing is attached for the requester: whoever gets the report may attach something.
+    pub nothing_attached: bool,
+    /// The report; none if there is to be none.
+    pub report: Option<Box<dyn Report>>,
+}
+
+/// The report of a fault. Not to be used inside the gate, as whoever gets it may invalidate.
+pub(crate) trait Report: Debug + Send {
+    /// Delivers it.
+    fn deliver(&self);
+
+    /// Asks whoever would get it to attach something for the requester, on demand; returns whether
+    /// they did.
+    fn attached_late(&self) -> bool {
+        false
     }
 }
 
-/// The translations of one unit: configuration, tables and caches.
-pub(crate) trait Engine: Debug + Send + Sync {
-    /// Why a request is blocked.
-    type Fault: Copy + Debug;
+/// What the engines of all architectures have.
+#[derive(Debug)]
+pub(crate) struct Common {
+    pub caches: Caches,
+    pub sharing: Sharing,
+    /// Of what happens with exclusive access.
+    pub counters: Arc<LocalCounters>,
+    /// Checks translations and invalidations.
+    pub sanitizer: Option<Arc<Sanitizer>>,
+    /// Counts changes of the configurations that ports may have cached.
+    generation: u64,
+}
 
-    /// IOVAs that are interrupt messages regardless of the configuration, in requests without
-    /// PASID.
-    const INTERRUPTS: Option<RangeInclusive<u64>>;
+impl Common {
+    /// Empty caches of these sizes, for guest addresses of so many bits.
+    pub fn new(
+        sizes: CacheSizes,
+        guest_address_width: u8,
+        counters: Arc<LocalCounters>,
+        sanitizer: Option<Arc<Sanitizer>>,
+    ) -> Self {
+        let origins = sanitizer.as_ref().map(|sanitizer| sanitizer.origins());
+        let caches = Caches::new(sizes, guest_address_width, origins);
+        Self { caches, sharing: Sharing::default(), counters, sanitizer, generation: 0 }
+    }
 
     /// Translates `request` if everything needed is cached.
-    fn cached(
+    #[inline]
+    pub fn cached(
         &self,
         config: &ConfigCache,
         counters: &LocalCounters,
         request: &Request,
-    ) -> Option<Target>;
+    ) -> Option<Target> {
+        let known = config.get(self.generation, request.pasid)?;
+        let target = self.caches.translation(&known.lookup, request.address, request.kind)?;
+        counters.config_hits.count();
+        counters.iotlb_hits.count();
+        Some(target)
+    }
 
-    /// Translates `request` and caches what it used.
-    fn translate(
+    /// The number of the configuration of requests with `pasid`, if the port has it.
+    pub fn known(&self, config: &ConfigCache, pasid: Option<u32>) -> Option<usize> {
+        Some(config.get(self.generation, pasid)?.number)
+    }
+
+    /// Caches in the port which configuration requests with `pasid` have; not with a sanitizer,
+    /// which must see every request.
+    pub fn note(
         &self,
         config: &mut ConfigCache,
         counters: &LocalCounters,
-        request: &Request,
-    ) -> Result<Target, Blocked<Self::Fault>>;
+        pasid: Option<u32>,
+        known: Known,
+    ) {
+        if self.sanitizer.is_none() {
+            let evicted = config.fill(self.generation, pasid, known);
+            counters.config_evictions.add(evicted.into());
+        }
+    }
 
-    /// The caches.
-    fn caches(&self) -> &Caches;
-}
+    /// Some configuration has changed or is no longer cached: what ports have of them is invalid.
+    pub fn configurations_changed(&mut self) {
+        self.generation += 1;
+    }
 
-/// One IOMMU, as seen by DMA.
-pub(crate) trait Unit: Debug + Send + Sync {
-    /// The translation engine.
-    type Engine: Engine;
+    /// The IOTLB's translation of `request`, whose configuration is that of `at`.
+    #[inline]
+    pub fn hit(&self, at: &Lookup, counters: &LocalCounters, request: &Request) -> Option<Target> {
+        let found = self.caches.translation(at, request.address, request.kind);
+        match found {
+            Some(_) => counters.iotlb_hits.count(),
+            None => counters.iotlb_misses.count(),
+        }
+        found
+    }
 
-    /// The gate in front of the engine.
-    fn gate(&self) -> &Arc<Gate<Self::Engine>>;
+    /// Counts `invalidations`, which dropped so many entries.
+    pub fn count_invalidations(&self, invalidations: u64, dropped: u64) {
+        self.counters.invalidations.add(invalidations);
+        self.counters.invalidated_entries.add(dropped);
+    }
 
-    /// A share of the counters for one more thread.
-    fn counters_share(&self) -> Arc<LocalCounters>;
+    /// Drops what is cached through `stage2`, including the knowledge that pages are dirty.
+    pub fn stage2_changed(&mut self, stage2: &Arc<Stage2>) {
+        let gone = self.sharing.through(stage2);
+        self.forget(gone);
+    }
 
-    /// Reports that `request` was blocked. Not to be called inside the gate, as the sink may
-    /// invalidate.
-    fn report(&self, request: &Request, fault: <Self::Engine as Engine>::Fault);
-
-    /// Whether `fault` means that nothing is attached for the requester, so that its user may
-    /// attach something on demand.
-    fn nothing_attached(fault: <Self::Engine as Engine>::Fault) -> bool;
-
-    /// Asks the user of the requester of `request`, for which nothing is attached, to attach
-    /// something; returns whether it did. The rules of [`Unit::report`] apply.
-    fn attached_late(&self, request: &Request) -> bool;
-
-    /// The page requests of its devices; of none if it takes none.
-    fn page_requests(&self) -> &PageRequests;
-
-    /// Whether a device with PRI requests the page that a request of `kind` did not get because of
-    /// `fault`, as software can fix the translation.
-    fn asks_for_page(fault: <Self::Engine as Engine>::Fault, kind: RequestKind) -> bool;
-
-    /// The reason of `fault` for the requester, and whether the host's stage 2 refused.
-    fn reason(fault: <Self::Engine as Engine>::Fault) -> (DmaFaultReason, bool);
+    /// Drops what is cached of `gone`.
+    pub fn forget(&mut self, gone: Option<Gone>) {
+        let Some(gone) = gone else { return };
+        let dropped = self.caches.drop_gone(&gone);
+        self.count_invalidations(1, dropped);
+        if let Some(sanitizer) = &self.sanitizer {
+            sanitizer.forget(&gone);
+        }
+    }
 }
 
 /// Lines of a [`ConfigCache`], each for the PASIDs of one remainder.
 const CONFIG_LINES: usize = 8;
 
-/// Per-thread cache: the indices of one requester's configurations in a table of the engine, by
-/// PASID. Invalid as soon as the table has changed, which gives it another *generation*.
+/// What a port caches of a configuration.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Known {
+    /// Its number in a table of the engine.
+    pub number: usize,
+    /// Where the IOTLB has its translations.
+    pub lookup: Lookup,
+}
+
+/// Per-thread cache: the configurations of one requester by PASID. Invalid as soon as some
+/// configuration of the engine has changed, which makes another *generation*.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct ConfigCache {
     generation: u64,
-    /// The PASID and the index of its configuration.
-    lines: [Option<(Option<u32>, usize)>; CONFIG_LINES],
+    /// The PASID and its configuration.
+    lines: [Option<(Option<u32>, Known)>; CONFIG_LINES],
 }
 
 impl ConfigCache {
-    /// The index of the configuration for requests with `pasid`, if cached in the table's
-    /// `generation`.
+    /// The configuration for requests with `pasid`, if cached in this `generation`.
     #[inline]
-    pub fn get(&self, generation: u64, pasid: Option<u32>) -> Option<usize> {
+    fn get(&self, generation: u64, pasid: Option<u32>) -> Option<&Known> {
         // In bounds: a remainder of a division by the length.
-        let (held, index) = self.lines[config_line(pasid)]?;
-        (self.generation == generation && held == pasid).then_some(index)
+        let (held, known) = self.lines[config_line(pasid)].as_ref()?;
+        (self.generation == generation && *held == pasid).then_some(known)
     }
 
-    /// Caches the `index` for requests with `pasid`; returns whether another one was evicted.
-    pub fn fill(&mut self, generation: u64, pasid: Option<u32>, index: usize) -> bool {
+    /// Caches `known` for requests with `pasid`; returns whether another one was evicted.
+    fn fill(&mut self, generation: u64, pasid: Option<u32>, known: Known) -> bool {
         if self.generation != generation {
             *self = Self { generation, ..Self::default() };
         }
         // In bounds: a remainder of a division by the length.
-        self.lines[config_line(pasid)].replace((pasid, index)).is_some()
+        self.lines[config_line(pasid)].replace((pasid, known)).is_some()
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::caches::{CachedPage, Caches, Stage2Page, Table};
+use super::caches::{CachedPage, Caches, Stage2Page, Table, Target};
 use super::counters::LocalCounters;
 use super::format::{At, Entry, Path, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
@@ -24,21 +24,21 @@ const MAX_PAGE_SHIFT: u8 = 30;
 const DIRTY_SHIFT: u8 = 12;
 
 /// The translation of an IOVA by both stages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Output {
+#[derive(Clone, Copy)]
+struct Output {
     /// Stage 2's translation of stage 1's GPA.
-    pub page: Stage2Page,
+    page: Stage2Page,
     /// Bytes from the requested one to the end of what is contiguous in both stages.
-    pub length: u64,
+    length: u64,
     /// Size of the page that is contiguous in both stages, as a power of two; none if it is smaller
     /// than 4 KiB.
-    pub shift: Option<u8>,
+    shift: Option<u8>,
     /// Size of the page of stage 1, as a power of two.
-    pub whole: u8,
+    whole: u8,
     /// The requests that both stages allow, without a further walk.
-    pub rights: Rights,
+    rights: Rights,
     /// Source of the page.
-    pub source: Source,
+    source: Source,
 }
 
 impl Output {
@@ -53,12 +53,6 @@ impl Output {
             rights: Rights::of(|kind| rights.allow(kind) && page.allows(kind)),
             source,
         }
-    }
-
-    /// What can be cached of it.
-    pub fn cached(&self) -> Option<CachedPage> {
-        let Self { page, whole, rights, .. } = *self;
-        Some(CachedPage { place: page.place, shift: self.shift?, whole, rights })
     }
 }
 
@@ -90,9 +84,8 @@ struct Step<'a> {
     table: Option<(Table, Path)>,
 }
 
-/// All entries of a walk, and where it ended.
-struct Descent<'a> {
-    steps: [Option<Step<'a>>; MAX_LEVELS],
+/// Where the entries of a walk lead.
+struct Descent {
     /// The combined permissions of the entries.
     path: Path,
     /// Where the IOVA leads.
@@ -106,19 +99,20 @@ struct Descent<'a> {
 }
 
 impl Walk<'_> {
-    /// Translates `iova` for a request of `kind`, setting accessed and dirty flags.
+    /// Translates `iova` for a request of `kind`, setting accessed and dirty flags, and caches the
+    /// result.
     pub fn walk<F: TableFormat>(
         &self,
         tables: &F,
         iova: u64,
         kind: RequestKind,
-    ) -> Result<Output, F::Fault> {
+    ) -> Result<Target, F::Fault> {
         self.counters.walks.count();
         tables.check_request(kind)?;
         tables.check_address(iova)?;
         for _ in 0..ATTEMPTS {
-            if let Some(output) = self.attempt(tables, iova, kind)? {
-                return Ok(output);
+            if let Some(target) = self.attempt(tables, iova, kind)? {
+                return Ok(target);
             }
         }
         Err(tables.flags_unsettled())
@@ -130,8 +124,9 @@ impl Walk<'_> {
         tables: &F,
         iova: u64,
         kind: RequestKind,
-    ) -> Result<Option<Output>, F::Fault> {
-        let Descent { steps, path, gpa, level, leaf, global } = self.descend(tables, iova)?;
+    ) -> Result<Option<Target>, F::Fault> {
+        let mut steps = [const { None }; MAX_LEVELS];
+        let Descent { path, gpa, level, leaf, global } = self.descend(tables, iova, &mut steps)?;
         tables.check_path(path, kind)?;
         let page = self.page(gpa, kind).map_err(|why| tables.page_refused(gpa, why))?;
         // Nothing blocks the request any more.
@@ -156,11 +151,17 @@ impl Walk<'_> {
         let start = level + read().skip(1).count() as u8;
         let page = output.shift.map(|shift| (source, shift));
         self.caches.record_origin(tables, (self.source, iova), start, read(), page);
-        Ok(Some(output))
+        Ok(Some(self.cache(&output, iova)))
     }
 
-    /// Reads the entries from the lowest cached table, or the top table, to the leaf.
-    fn descend<F: TableFormat>(&self, tables: &F, iova: u64) -> Result<Descent<'_>, F::Fault> {
+    /// Reads the entries from the lowest cached table, or the top table, to the leaf, and puts them
+    /// into `steps`, which are empty. (The caller's: they are large, and moving them is not free.)
+    fn descend<'a, F: TableFormat>(
+        &'a self,
+        tables: &F,
+        iova: u64,
+        steps: &mut [Option<Step<'a>>; MAX_LEVELS],
+    ) -> Result<Descent, F::Fault> {
         let cached = match self.dirty {
             None => self.caches.table(tables, self.source, iova, self.counters),
             // Setting an entry's flags makes the page of its table dirty, so its address must be
@@ -171,8 +172,7 @@ impl Walk<'_> {
         let mut path = cached.map_or(Path::UNLIMITED, |(_, path)| path);
         let mut cached = cached.map(|(table, _)| table);
         let mut table_gpa = tables.table();
-        let mut steps: [Option<Step>; MAX_LEVELS] = Default::default();
-        for slot in &mut steps {
+        for slot in steps {
             let index = tables.index(iova, level);
             let top = level == tables.levels();
             let (at, table) = match cached.take() {
@@ -194,7 +194,7 @@ impl Walk<'_> {
             *slot = Some(Step { entry, at, word, leaf, writable, table: table_found });
             if leaf {
                 let gpa = address | iova & (size(tables.shift(level)) - 1);
-                return Ok(Descent { steps, path, gpa, level, leaf: word, global });
+                return Ok(Descent { path, gpa, level, leaf: word, global });
             }
             // Not below level 1: an entry of that level is a leaf.
             (level, table_gpa) = (level - 1, address);
@@ -203,16 +203,30 @@ impl Walk<'_> {
         Err(tables.entry_unreadable(At { gpa: None, top: false }))
     }
 
-    /// Translates `gpa` for a request of `kind` by stage 2 only, which serves `served`.
+    /// Translates `gpa` for a request of `kind` by stage 2 only, which serves `served`, and caches
+    /// the result.
     pub fn stage2_only(
         &self,
         gpa: u64,
         kind: RequestKind,
         served: Rights,
-    ) -> Result<Output, Stage2Refusal> {
+    ) -> Result<Target, Stage2Refusal> {
         let page = self.page(gpa, kind)?;
         let output = Output::new(page, gpa, MAX_PAGE_SHIFT, served, self.source);
-        Ok(self.track(output, gpa, kind))
+        Ok(self.cache(&self.track(output, gpa, kind), gpa))
+    }
+
+    /// Caches what can be cached of `output`, the translation of `iova`; returns where it leads.
+    // Inlined, as a `Target` that is stored in pieces and then copied is slow.
+    #[inline(always)]
+    fn cache(&self, output: &Output, iova: u64) -> Target {
+        let Output { page, length, shift, whole, rights, source } = *output;
+        if let Some(shift) = shift {
+            let cached = CachedPage { place: page.place, shift, whole, rights };
+            let source = (source, source != self.source);
+            self.caches.add_translation(source, iova, &cached, self.counters);
+        }
+        Target { place: page.place, length }
     }
 
     /// Restricts `output`, of a request of `kind` to `gpa`, when dirty pages are tracked: to a page

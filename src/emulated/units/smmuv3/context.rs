@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use super::config::SmmuV3UnitConfig;
 use super::fault::Fault;
 use super::tables::Stage1;
-use crate::units::engine::{Caches, HostStage2, LocalCounters, Stage2Refusal};
+use crate::units::engine::{
+    half, without_top_byte, Caches, Half, HostStage2, LocalCounters, Stage2Refusal,
+};
 use twostage::spec::smmuv3::address_size;
 use twostage::spec::smmuv3::context::{
     Cd, L1ContextDescriptor, CD_SIZE, CD_WORDS, L1_DESCRIPTOR_SIZE,
@@ -15,9 +17,6 @@ use twostage::spec::smmuv3::context::{
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 use twostage::spec::smmuv3::stream_table::{DefaultSubstream, Ste};
 use twostage::spec::smmuv3::translation::Granule;
-
-/// The address bit that selects the half, whatever the bits above.
-const HALF: u32 = 55;
 
 /// The smallest address space that tables may translate, in bits: IDR3.STT is 0.
 const MIN_INPUT_BITS: u8 = 25;
@@ -89,19 +88,21 @@ impl AddressSpace {
         self.halves.map(|half| half.map(|tables| tables.table))
     }
 
+    /// Both halves for lookups in the IOTLB.
+    pub fn lookup(&self) -> [Half; 2] {
+        [0, 1].map(|half| Half {
+            // In bounds: two of two.
+            shifts: self.halves[half].as_ref().map_or(&[], Stage1::shifts),
+            top_byte_ignored: self.top_byte_ignored[half],
+        })
+    }
+
     /// `address` as the tables take it, and the tables of its half.
-    #[inline]
     pub fn half(&self, address: u64) -> (u64, Option<&Stage1>) {
-        let upper = address >> HALF & 1 != 0;
+        let half = half(address);
         // In bounds: an index of 0 or 1 into two.
-        let (half, ignored) =
-            (&self.halves[usize::from(upper)], self.top_byte_ignored[usize::from(upper)]);
-        let address = match (ignored, upper) {
-            (false, _) => address,
-            (true, false) => address & (u64::MAX >> 8),
-            (true, true) => address | !(u64::MAX >> 8),
-        };
-        (address, half.as_ref())
+        let (tables, ignored) = (self.halves[half].as_ref(), self.top_byte_ignored[half]);
+        (if ignored { without_top_byte(address) } else { address }, tables)
     }
 }
 

@@ -1,9 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Why a transaction was terminated, and the event record (§7.3).
 
-use crate::units::engine::{Request, Stage2Refusal};
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+use twostage::sync::Mutex;
+
+use crate::dma::error::DmaFaultReason;
+use crate::units::engine::{self, Report, Request, Stage2Refusal};
 use twostage::spec::smmuv3::event::{EventClass, EventId, EventRecord, SecondAddress};
 use twostage::spec::smmuv3::{StreamId, SubstreamId};
+
+/// Destination of the events of one stream: what its driver does with the event queue.
+pub(crate) trait EventSink: Debug + Send + Sync {
+    /// A transaction was terminated; `record` has the reason and the physical StreamID.
+    fn event(&self, record: &EventRecord);
+}
+
+/// Where the events of each stream go. The lock is never held together with the gate.
+#[derive(Debug, Default)]
+pub(super) struct Sinks(Mutex<BTreeMap<u16, Arc<dyn EventSink>>>);
+
+impl Sinks {
+    /// Events of `sid` go to `sink`.
+    pub fn set(&self, sid: u16, sink: Arc<dyn EventSink>) {
+        self.0.lock().insert(sid, sink);
+    }
+
+    fn get(&self, sid: u16) -> Option<Arc<dyn EventSink>> {
+        self.0.lock().get(&sid).cloned()
+    }
+}
+
+/// The event of a fault.
+#[derive(Debug)]
+struct Event {
+    sid: u16,
+    record: EventRecord,
+    sinks: Arc<Sinks>,
+}
+
+impl Report for Event {
+    fn deliver(&self) {
+        if let Some(sink) = self.sinks.get(self.sid) {
+            sink.event(&self.record);
+        }
+    }
+}
 
 /// A transaction was terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,16 +95,34 @@ impl Fault {
         Self::Event { id, stage2: true, class, second_address: ipa, recorded: true }
     }
 
+    /// The fault of `request`, for its port; `sinks` are those of the unit.
+    pub fn of(self, request: &Request, sinks: &Arc<Sinks>) -> engine::Fault {
+        let (reason, stage2) = match self {
+            Self::Abort => (DmaFaultReason::SmmuV3Abort, false),
+            Self::Event { id, stage2, .. } => (DmaFaultReason::SmmuV3(id), stage2),
+        };
+        let event = |record| Event { sid: request.rid, record, sinks: Arc::clone(sinks) };
+        engine::Fault {
+            reason,
+            stage2,
+            asks_for_page: self.asks_for_page(),
+            // Any structure may be cached, valid or not (§3.21.3), so software must announce each
+            // that becomes valid: nobody is asked to.
+            nothing_attached: false,
+            report: self.record(request).map(|record| Box::new(event(record)) as Box<dyn Report>),
+        }
+    }
+
     /// Whether a device requests the page that a request did not get: it is not mapped, or not for
     /// that access. (A translation request for such a page raises no event, §3.9.1.)
-    pub fn asks_for_page(&self) -> bool {
+    fn asks_for_page(&self) -> bool {
         let Self::Event { id, class, .. } = *self else { return false };
         let mendable = matches!(id, EventId::Translation | EventId::Access | EventId::Permission);
         mendable && class != EventClass::Cd
     }
 
     /// The event record of the fault of `request`, if any.
-    pub fn record(&self, request: &Request) -> Option<EventRecord> {
+    fn record(&self, request: &Request) -> Option<EventRecord> {
         let Self::Event { id, stage2, class, second_address, recorded: true } = *self else {
             return None;
         };

@@ -19,31 +19,20 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
-use std::fmt::Debug;
-use std::sync::{Arc, MutexGuard};
-use twostage::sync::Mutex;
+use std::sync::Arc;
 
-use crate::dma::error::DmaFaultReason;
-use crate::units::engine::{
-    Counters, LocalCounters, Request, RequestKind, Sanitizer, SanitizerReport, Totals, Unit,
-};
+use crate::dma::DmaPort;
+use crate::units::engine::{Counters, Engine, Sanitizer, SanitizerReport, Totals};
 use crate::units::gate::Gate;
 use crate::units::page_requests::PageRequests;
 use crate::units::stage2::Stage2;
-use engine::Engine;
-use fault::Fault;
-use twostage::spec::smmuv3::event::EventRecord;
+use engine::SmmuV3;
+use fault::Sinks;
 
 pub use config::SmmuV3UnitConfig;
+pub(crate) use fault::EventSink;
 pub(crate) use invalidation::Invalidation;
 pub(crate) use streams::StreamEntry;
-
-/// Destination of the events of one stream: what its driver does with the event queue.
-pub(crate) trait EventSink: Debug + Send + Sync {
-    /// A transaction was terminated; `record` has the reason and the physical StreamID.
-    fn event(&self, record: &EventRecord);
-}
 
 /// An emulated SMMUv3, for devices of this process.
 ///
@@ -54,23 +43,29 @@ pub(crate) trait EventSink: Debug + Send + Sync {
 #[derive(Debug)]
 pub struct SmmuV3Unit {
     config: SmmuV3UnitConfig,
-    gate: Arc<Gate<Engine>>,
-    counters: Counters,
-    page_requests: PageRequests,
+    gate: Arc<Gate<Engine<SmmuV3>>>,
+    counters: Arc<Counters>,
     sanitizer: Option<Arc<Sanitizer>>,
-    /// Where the events of a stream go. Never held together with the gate.
-    sinks: Mutex<BTreeMap<u16, Arc<dyn EventSink>>>,
+    page_requests: Arc<PageRequests>,
+    sinks: Arc<Sinks>,
 }
 
 impl SmmuV3Unit {
     /// A unit with nothing attached: it aborts all DMA.
     pub fn new(config: SmmuV3UnitConfig) -> Arc<Self> {
-        let counters = Counters::default();
+        let (counters, sinks) = (Arc::<Counters>::default(), Arc::<Sinks>::default());
         let sanitizer = config.sanitize.then(Arc::<Sanitizer>::default);
-        let engine = Engine::new(config.clone(), counters.share(), sanitizer.clone());
-        let gate = Gate::new(engine);
-        let page_requests = PageRequests::default();
-        Arc::new(Self { config, gate, counters, sanitizer, page_requests, sinks: Mutex::default() })
+        let engine =
+            Engine::new(config.clone(), counters.share(), sanitizer.clone(), Arc::clone(&sinks));
+        let (gate, page_requests) = (Gate::new(engine), Arc::default());
+        Arc::new(Self { config, gate, counters, sanitizer, page_requests, sinks })
+    }
+
+    /// A port for DMA of the stream `sid`.
+    pub fn port(self: &Arc<Self>, sid: u16) -> DmaPort {
+        let (counters, page_requests) = (self.counters.clone(), self.page_requests.clone());
+        // Whether a request is an interrupt message depends on where the tables send it.
+        DmaPort::new(sid, self.gate.clone(), counters, page_requests, None)
     }
 
     /// Its counters so far. Requests in progress may or may not be counted.
@@ -113,61 +108,12 @@ impl SmmuV3Unit {
     /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything
     /// cached through it.
     pub(crate) fn stage2_changed(&self, stage2: &Arc<Stage2>) {
-        self.gate.write(|engine| engine.stage2_changed(stage2));
+        self.gate.write(|engine| engine.common.stage2_changed(stage2));
     }
 
     /// Sets the sink for events of `sid`.
     pub(crate) fn set_event_sink(&self, sid: u16, sink: Arc<dyn EventSink>) {
-        self.sinks().insert(sid, sink);
-    }
-
-    fn sinks(&self) -> MutexGuard<'_, BTreeMap<u16, Arc<dyn EventSink>>> {
-        self.sinks.lock()
-    }
-}
-
-impl Unit for SmmuV3Unit {
-    type Engine = Engine;
-
-    fn gate(&self) -> &Arc<Gate<Engine>> {
-        &self.gate
-    }
-
-    fn counters_share(&self) -> Arc<LocalCounters> {
-        self.counters.share()
-    }
-
-    fn report(&self, request: &Request, fault: Fault) {
-        let Some(record) = fault.record(request) else { return };
-        let sink = self.sinks().get(&request.rid).cloned();
-        if let Some(sink) = sink {
-            sink.event(&record);
-        }
-    }
-
-    /// Never: any structure may be cached, valid or not (§3.21.3), so software must announce each
-    /// that becomes valid.
-    fn nothing_attached(_: Fault) -> bool {
-        false
-    }
-
-    fn attached_late(&self, _: &Request) -> bool {
-        false
-    }
-
-    fn page_requests(&self) -> &PageRequests {
-        &self.page_requests
-    }
-
-    fn asks_for_page(fault: Fault, _: RequestKind) -> bool {
-        fault.asks_for_page()
-    }
-
-    fn reason(fault: Fault) -> (DmaFaultReason, bool) {
-        match fault {
-            Fault::Abort => (DmaFaultReason::SmmuV3Abort, false),
-            Fault::Event { id, stage2, .. } => (DmaFaultReason::SmmuV3(id), stage2),
-        }
+        self.sinks.set(sid, sink);
     }
 }
 

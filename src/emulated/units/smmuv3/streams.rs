@@ -7,7 +7,8 @@ use twostage::sync::Mutex;
 
 use super::config::SmmuV3UnitConfig;
 use super::context::AddressSpace;
-use crate::units::engine::HostStage2;
+use super::invalidation::{GLOBAL, STAGE2_ONLY};
+use crate::units::engine::{HostStage2, Lookup, Source};
 use crate::units::hardware::CacheTag;
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::spec::smmuv3::regs::Idr0;
@@ -16,6 +17,9 @@ use twostage::spec::smmuv3::stream_table::{S1Format, Ste};
 /// Maximum number of configurations. If a guest uses more, descriptors are read for every request
 /// that misses in its port, until something is invalidated.
 const CAPACITY: usize = 1024;
+
+/// Page sizes in the IOTLB without stage 1, as powers of two.
+const STAGE2_SHIFTS: &[u8] = &[30, 21, 12];
 
 /// What the driver writes into the stream table, or into its context descriptors.
 #[derive(Debug, Clone)]
@@ -120,8 +124,22 @@ pub(super) struct Configuration {
     pub host: HostStage2,
 }
 
+impl Configuration {
+    /// Where the IOTLB has its translations.
+    pub fn lookup(&self) -> Lookup {
+        match &self.space {
+            None => Lookup::plain(Source::new(self.tag, STAGE2_ONLY), STAGE2_SHIFTS),
+            Some(space) => Lookup {
+                source: Source::new(self.tag, space.asid.into()),
+                global: Source::new(self.tag, GLOBAL),
+                halves: space.lookup(),
+            },
+        }
+    }
+}
+
 /// Stream, and SubstreamID of requests that carry one.
-type Requester = (u16, Option<u32>);
+pub(super) type Requester = (u16, Option<u32>);
 
 /// The configuration cache: decoded stream table entries and context descriptors, per stream and
 /// substream. Entries stay until they are invalidated, whatever happens to the descriptors in
@@ -132,26 +150,17 @@ type Requester = (u16, Option<u32>);
 pub(super) struct Configurations {
     slots: Box<[OnceLock<Configuration>]>,
     indices: Mutex<BTreeMap<Requester, usize>>,
-    /// Counts drops: indices of earlier generations are invalid.
-    generation: u64,
 }
 
 impl Default for Configurations {
     fn default() -> Self {
         let slots = (0..CAPACITY).map(|_| OnceLock::new()).collect();
-        Self { slots, indices: Mutex::default(), generation: 0 }
+        Self { slots, indices: Mutex::default() }
     }
 }
 
 impl Configurations {
-    /// The current generation of indices.
-    #[inline]
-    pub fn generation(&self) -> u64 {
-        self.generation
-    }
-
     /// The configuration at `index`.
-    #[inline]
     pub fn get(&self, index: usize) -> Option<&Configuration> {
         self.slots.get(index)?.get()
     }
@@ -190,7 +199,7 @@ impl Configurations {
     /// Drops the configurations of the requesters for which `condemned` holds; all if the cache is
     /// full. Returns their number.
     pub fn drop_where(&mut self, condemned: impl Fn(Requester) -> bool) -> u64 {
-        let Self { slots, indices, generation } = self;
+        let Self { slots, indices } = self;
         let indices = indices.get_mut();
         let full = indices.len() >= slots.len();
         let before = indices.len();
@@ -201,11 +210,7 @@ impl Configurations {
             }
             !dropped
         });
-        let dropped = before - indices.len();
-        if dropped != 0 {
-            *generation += 1;
-        }
-        dropped as u64
+        (before - indices.len()) as u64
     }
 }
 
@@ -227,11 +232,8 @@ mod tests {
         let index = cache.find((8, Some(1))).unwrap();
         assert_eq!(cache.add((8, Some(1)), configuration(9)).unwrap(), index);
         assert_eq!(cache.get(index).unwrap().tag, 1);
-        let generation = cache.generation();
         assert_eq!(cache.drop_where(|requester| requester == (8, Some(5))), 0);
-        assert_eq!(cache.generation(), generation);
         assert_eq!(cache.drop_where(|requester| requester == (8, Some(1))), 1);
-        assert_ne!(cache.generation(), generation);
         assert!(cache.get(index).is_none() && cache.find((8, Some(1))).is_none());
         assert!(cache.find((8, Some(2))).is_some());
     }

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use super::config::VtdUnitConfig;
-use super::tables::Tables;
-use crate::units::engine::{ConfigCache, HostStage2, Source};
+use super::tables::{Tables, PAGE_SHIFTS};
+use crate::units::engine::{HostStage2, Lookup, Source};
 use crate::units::hardware::{CacheTag, Translation};
 use twostage::runs::Runs;
 
@@ -34,8 +34,12 @@ impl Context {
         }
     }
 
+    /// Where the IOTLB has the translations for requests with `pasid`.
+    pub fn lookup(&self, pasid: Option<u32>) -> Lookup {
+        Lookup::plain(self.source(pasid), &PAGE_SHIFTS)
+    }
+
     /// The source of cached translations for requests with `pasid`.
-    #[inline]
     pub fn source(&self, pasid: Option<u32>) -> Source {
         Source::new(self.tag.0, pasid.unwrap_or(RID_PASID))
     }
@@ -51,8 +55,6 @@ pub(super) struct PasidTable {
     /// The index of the context of each HWPT.
     by_tag: BTreeMap<u32, u32>,
     functions: BTreeMap<u16, Function>,
-    /// Counts changes: lookups of earlier generations are invalid.
-    generation: u64,
 }
 
 /// A context, and its number of requesters: at least one.
@@ -79,7 +81,6 @@ impl PasidTable {
         tag: CacheTag,
         new: impl FnOnce() -> Context,
     ) {
-        self.generation += 1;
         let index = match self.by_tag.get(&tag.0) {
             Some(index) => *index,
             None => self.add(tag, new()),
@@ -103,14 +104,19 @@ impl PasidTable {
         index
     }
 
-    /// The context of `rid` (or its `pasid`).
-    pub fn get(&self, rid: u16, pasid: Option<u32>) -> Option<&Context> {
-        self.context(self.index(rid, pasid)?)
+    /// The context of `rid` (or its `pasid`), and its index.
+    pub fn find(&self, rid: u16, pasid: Option<u32>) -> Option<(usize, &Context)> {
+        let index = self.index(rid, pasid)? as usize;
+        Some((index, self.get(index)?))
+    }
+
+    /// The context at `index`.
+    pub fn get(&self, index: usize) -> Option<&Context> {
+        Some(&self.contexts.get(index)?.as_ref()?.context)
     }
 
     /// Removes the context of `rid` (or its `pasid`); `gone` is called for it.
     pub fn remove(&mut self, rid: u16, pasid: Option<u32>, gone: impl FnOnce(&Context)) {
-        self.generation += 1;
         let Some(index) = self.index(rid, pasid) else { return };
         if let Some(function) = self.functions.get_mut(&rid) {
             function.set(pasid, None);
@@ -132,30 +138,6 @@ impl PasidTable {
     fn index(&self, rid: u16, pasid: Option<u32>) -> Option<u32> {
         let function = self.functions.get(&rid)?;
         pasid.map_or(function.own, |pasid| function.pasids.get(pasid))
-    }
-
-    #[inline]
-    fn context(&self, index: u32) -> Option<&Context> {
-        Some(&self.contexts.get(index as usize)?.as_ref()?.context)
-    }
-
-    /// The context of requests with `pasid`, if `cache` has it.
-    #[inline]
-    pub fn cached(&self, cache: &ConfigCache, pasid: Option<u32>) -> Option<&Context> {
-        Some(&self.contexts.get(cache.get(self.generation, pasid)?)?.as_ref()?.context)
-    }
-
-    /// Looks up the context of `rid` (or its `pasid`) and caches it in `cache`; returns it and
-    /// whether another was evicted. A missing context is not cached.
-    pub fn fill(
-        &self,
-        cache: &mut ConfigCache,
-        rid: u16,
-        pasid: Option<u32>,
-    ) -> Option<(&Context, bool)> {
-        let index = self.index(rid, pasid)?;
-        let context = self.context(index)?;
-        Some((context, cache.fill(self.generation, pasid, index as usize)))
     }
 }
 

@@ -1,8 +1,68 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Why a request was blocked, and the reasons of each format of tables.
 
-use crate::units::engine::{At, RequestKind, Stage2Refusal};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+use twostage::sync::Mutex;
+
+use crate::dma::error::DmaFaultReason;
+use crate::units::engine::{self, At, Report, Request, RequestKind, Stage2Refusal};
+use twostage::iommufd::{FaultSink, HostFault, ObjectId};
 use twostage::spec::vtd::fault::FaultReason;
+
+/// The device object that a fault names, and its sink.
+pub(super) type SinkOfDevice = (ObjectId, Weak<dyn FaultSink>);
+
+/// Where the faults of each requester id go. The lock is never held together with the gate.
+#[derive(Debug, Default)]
+pub(super) struct Sinks(Mutex<BTreeMap<u16, SinkOfDevice>>);
+
+impl Sinks {
+    /// Faults of `rid` go to `sink`; `None`: nowhere.
+    pub fn set(&self, rid: u16, sink: Option<SinkOfDevice>) {
+        let mut sinks = self.0.lock();
+        match sink {
+            Some(sink) => sinks.insert(rid, sink),
+            None => sinks.remove(&rid),
+        };
+    }
+
+    fn get(&self, rid: u16) -> Option<(ObjectId, Arc<dyn FaultSink>)> {
+        let sinks = self.0.lock();
+        sinks.get(&rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)))
+    }
+}
+
+/// The report of a fault.
+#[derive(Debug)]
+struct FaultReport {
+    request: Request,
+    fault: Fault,
+    sinks: Arc<Sinks>,
+}
+
+impl Report for FaultReport {
+    fn deliver(&self) {
+        let Self { request, fault, sinks } = self;
+        if let Some((dev, sink)) = sinks.get(request.rid) {
+            sink.dma_fault(&HostFault {
+                dev,
+                pasid: request.pasid,
+                address: request.address,
+                write: request.kind.write(),
+                execute: request.kind.execute(),
+                privileged: request.kind.privileged(),
+                reason: fault.reason.code(),
+                stage2: fault.stage2,
+            });
+        }
+    }
+
+    fn attached_late(&self) -> bool {
+        let sink = self.sinks.get(self.request.rid);
+        sink.is_some_and(|(dev, sink)| sink.attached_late(dev, self.request.pasid))
+    }
+}
 
 /// A request was blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,9 +84,21 @@ impl Fault {
         Self { reason, stage2: true }
     }
 
+    /// The fault of `request`, for its port; `sinks` are those of the unit.
+    pub fn of(self, request: &Request, sinks: &Arc<Sinks>) -> engine::Fault {
+        let report = FaultReport { request: *request, fault: self, sinks: Arc::clone(sinks) };
+        engine::Fault {
+            reason: DmaFaultReason::Vtd(self.reason),
+            stage2: self.stage2,
+            asks_for_page: self.asks_for_page(request.kind),
+            nothing_attached: self.reason == FaultReason::PasidEntryNotPresent,
+            report: Some(Box::new(report)),
+        }
+    }
+
     /// Whether a device requests the page that a request of `kind` did not get: an entry is not
     /// present or does not allow it (§7.1.3). Linux serves neither supervisor nor execute requests.
-    pub fn asks_for_page(&self, kind: RequestKind) -> bool {
+    fn asks_for_page(&self, kind: RequestKind) -> bool {
         let mendable = matches!(
             self.reason,
             FaultReason::FirstStageNotPresent

@@ -16,23 +16,19 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
-use twostage::sync::Mutex;
 
-use crate::dma::error::DmaFaultReason;
-use crate::units::engine::{
-    ContextTables, Counters, LocalCounters, Request, RequestKind, SanitizerReport, Totals, Unit,
-};
+use crate::dma::DmaPort;
+use crate::units::engine::{ContextTables, Counters, Engine, SanitizerReport, Totals};
 use crate::units::gate::Gate;
 use crate::units::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use crate::units::page_requests::PageRequests;
 use crate::units::stage2::Stage2;
-use engine::Engine;
-use fault::Fault;
+use engine::Vtd;
+use fault::{SinkOfDevice, Sinks};
 use sanitizer::Sanitizer;
-use twostage::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
-use twostage::spec::vtd::fault::FaultReason;
+use twostage::iommufd::{iommu_hw_info_vtd, Extensions};
+use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 pub use config::{AddressWidth, VtdUnitConfig};
 
@@ -45,31 +41,29 @@ pub use config::{AddressWidth, VtdUnitConfig};
 #[derive(Debug)]
 pub struct VtdUnit {
     config: VtdUnitConfig,
-    gate: Arc<Gate<Engine>>,
-    counters: Counters,
+    gate: Arc<Gate<Engine<Vtd>>>,
+    counters: Arc<Counters>,
     sanitizer: Option<Arc<Sanitizer>>,
-    page_requests: PageRequests,
-    /// Where the faults of a requester id go. Never held together with the gate.
-    sinks: Mutex<BTreeMap<u16, SinkOfDevice>>,
+    page_requests: Arc<PageRequests>,
+    sinks: Arc<Sinks>,
 }
-
-/// The device object that a fault names, and its sink.
-type SinkOfDevice = (ObjectId, Weak<dyn FaultSink>);
 
 impl VtdUnit {
     /// A unit with nothing attached: it blocks all DMA.
     pub fn new(config: VtdUnitConfig) -> Arc<Self> {
-        let counters = Counters::default();
+        let (counters, sinks) = (Arc::<Counters>::default(), Arc::<Sinks>::default());
         let sanitizer = config.sanitize.then(Arc::<Sanitizer>::default);
-        let engine = Engine::new(config.clone(), counters.share(), sanitizer.clone());
-        Arc::new(Self {
-            config,
-            gate: Gate::new(engine),
-            counters,
-            sanitizer,
-            page_requests: PageRequests::default(),
-            sinks: Mutex::new(BTreeMap::new()),
-        })
+        let engine =
+            Engine::new(config.clone(), counters.share(), sanitizer.clone(), Arc::clone(&sinks));
+        let (gate, page_requests) = (Gate::new(engine), Arc::default());
+        Arc::new(Self { config, gate, counters, sanitizer, page_requests, sinks })
+    }
+
+    /// A port for DMA by requester id `rid`.
+    pub fn port(self: &Arc<Self>, rid: u16) -> DmaPort {
+        let (counters, page_requests) = (self.counters.clone(), self.page_requests.clone());
+        // §3.14.
+        DmaPort::new(rid, self.gate.clone(), counters, page_requests, Some(INTERRUPT_RANGE))
     }
 
     /// Its counters so far. Requests in progress may or may not be counted.
@@ -89,61 +83,6 @@ impl VtdUnit {
         if let Some(sanitizer) = &self.sanitizer {
             sanitizer.set_context_tables(tables);
         }
-    }
-}
-
-impl VtdUnit {
-    fn sink(&self, rid: u16) -> Option<(ObjectId, Arc<dyn FaultSink>)> {
-        let sinks = self.sinks.lock();
-        sinks.get(&rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)))
-    }
-}
-
-impl Unit for VtdUnit {
-    type Engine = Engine;
-
-    fn gate(&self) -> &Arc<Gate<Engine>> {
-        &self.gate
-    }
-
-    fn counters_share(&self) -> Arc<LocalCounters> {
-        self.counters.share()
-    }
-
-    fn report(&self, request: &Request, fault: Fault) {
-        if let Some((dev, sink)) = self.sink(request.rid) {
-            sink.dma_fault(&HostFault {
-                dev,
-                pasid: request.pasid,
-                address: request.address,
-                write: request.kind.write(),
-                execute: request.kind.execute(),
-                privileged: request.kind.privileged(),
-                reason: fault.reason.code(),
-                stage2: fault.stage2,
-            });
-        }
-    }
-
-    fn nothing_attached(fault: Fault) -> bool {
-        fault.reason == FaultReason::PasidEntryNotPresent
-    }
-
-    fn attached_late(&self, request: &Request) -> bool {
-        let sink = self.sink(request.rid);
-        sink.is_some_and(|(dev, sink)| sink.attached_late(dev, request.pasid))
-    }
-
-    fn page_requests(&self) -> &PageRequests {
-        &self.page_requests
-    }
-
-    fn asks_for_page(fault: Fault, kind: RequestKind) -> bool {
-        fault.asks_for_page(kind)
-    }
-
-    fn reason(fault: Fault) -> (DmaFaultReason, bool) {
-        (DmaFaultReason::Vtd(fault.reason), fault.stage2)
     }
 }
 
@@ -177,7 +116,7 @@ impl Hardware for VtdUnit {
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {
-        self.gate.write(|engine| engine.stage2_changed(stage2));
+        self.gate.write(|engine| engine.common.stage2_changed(stage2));
     }
 
     fn page_requests(&self) -> Option<&PageRequests> {
@@ -185,11 +124,7 @@ impl Hardware for VtdUnit {
     }
 
     fn set_fault_sink(&self, rid: u16, sink: Option<SinkOfDevice>) {
-        let mut sinks = self.sinks.lock();
-        match sink {
-            Some(sink) => sinks.insert(rid, sink),
-            None => sinks.remove(&rid),
-        };
+        self.sinks.set(rid, sink);
     }
 }
 

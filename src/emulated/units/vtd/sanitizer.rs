@@ -4,7 +4,7 @@
 //! The host cannot read the guest's context and PASID tables. If a VMM provides them
 //! ([`ContextTables`]), a request that is translated differently is a finding, too.
 
-use std::sync::{OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use super::context::Context;
 use super::tables::{Tables, PAGE_SHIFTS};
@@ -18,7 +18,7 @@ use twostage::spec::pci::Bdf;
 #[derive(Debug, Default)]
 pub(super) struct Sanitizer {
     /// Compares tables and records findings.
-    pub common: engine::Sanitizer,
+    pub common: Arc<engine::Sanitizer>,
     contexts: OnceLock<Weak<dyn ContextTables>>,
 }
 

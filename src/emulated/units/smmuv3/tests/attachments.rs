@@ -3,6 +3,7 @@
 
 use super::*;
 use twostage::spec::smmuv3::{StreamId, SubstreamId};
+use twostage::sync::Mutex;
 
 const IOVA: u64 = 0x1234_5000;
 /// A byte in the middle of its page.

@@ -14,10 +14,10 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::units::engine::testing::{self, *};
 use crate::units::hardware::CacheTag;
-use crate::{DmaAttributes, DmaError, DmaPort};
+use crate::{DmaAttributes, DmaError, DmaFaultReason};
 use twostage::spec::smmuv3::command::AddressRange;
 use twostage::spec::smmuv3::context::{Cd, Cd0, Cd1, Cd2, CD_SIZE};
-use twostage::spec::smmuv3::event::EventId;
+use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::stream_table::{S1Format, Ste0, Ste1, StreamConfig};
 use twostage::spec::smmuv3::translation::{Descriptor, Granule, LAST_LEVEL};
 

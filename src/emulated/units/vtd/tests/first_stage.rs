@@ -2,8 +2,9 @@
 //! The walk through first-stage tables nested on stage 2.
 
 use super::*;
-use crate::units::engine::{Caches, RequestKind, Walk};
+use crate::units::engine::{Caches, LocalCounters, RequestKind, Walk};
 use crate::units::vtd::context::Context;
+use crate::units::vtd::fault::Fault;
 use crate::units::vtd::tables::{FirstStage, Tables};
 use twostage::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
 
@@ -191,7 +192,7 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     let machine = machine();
     let root = machine.table();
     let leaf = machine.map(root, 4, IOVA, 1, HIGH, RW);
-    let config = VtdUnitConfig { iotlb_entries: 0, ..VtdUnitConfig::default() };
+    let config = VtdUnitConfig::default();
     let caches = Caches::new(config.cache_sizes(), 48, None);
     let stage2 = Arc::clone(&machine.stage2);
     let translation = Translation { tag: CacheTag(1), tables: None, stage2, dirty: None };
@@ -212,12 +213,14 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
         no_execute: true,
     };
     let execute = RequestKind::new(false, false, true);
-    assert!(walk.walk(&tables, IOVA, execute).unwrap().rights.allow(execute));
+    let lookup = context.lookup(None);
+    let cached = |kind| caches.translation(&lookup, IOVA, kind).is_some();
+    assert!(walk.walk(&tables, IOVA, execute).is_ok() && cached(execute));
     machine.poke(leaf, machine.peek(leaf) | 1 << 63);
     let denied = Err(Fault::stage1(FaultReason::ExecuteDenied));
     assert_eq!(walk.walk(&tables, IOVA, execute), denied);
     let read = RequestKind::new(false, false, false);
-    assert!(!walk.walk(&tables, IOVA, read).unwrap().rights.allow(execute));
+    assert!(walk.walk(&tables, IOVA, read).is_ok() && cached(read) && !cached(execute));
     let ignoring = FirstStage { no_execute: false, ..tables };
     assert!(walk.walk(&ignoring, IOVA, execute).is_ok());
 }

@@ -16,8 +16,10 @@ use super::*;
 use crate::units::engine::testing::{self, *};
 use crate::units::hardware::UserTables;
 use crate::units::stage2::Mapping;
-use crate::{DmaAccess, DmaAttributes, DmaError, DmaPort};
-use twostage::iommufd::{iommu_hwpt_vtd_s1, HwptVtdSecondStage, Protection, UserMemory};
+use crate::{DmaAccess, DmaAttributes, DmaError, DmaFaultReason};
+use twostage::iommufd::{
+    iommu_hwpt_vtd_s1, FaultSink, HostFault, HwptVtdSecondStage, ObjectId, Protection, UserMemory,
+};
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::first_stage::{index, page_size, FirstStageEntry};

@@ -285,14 +285,14 @@ fn many_ranges_are_one_look_through_the_caches() {
     let (sets, before) = machine.unit.gate.write(|engine| {
         let config = VtdUnitConfig::default();
         let entries = config.iotlb_entries + config.paging_structure_entries;
-        (entries as u64 / 4, engine.caches().looks())
+        (entries as u64 / 4, engine.common.caches.looks())
     });
     // Each spans more pages than there are sets, the last the one that was read.
     let wide = |at: u64| pages(at << 33, 1 << 20, false);
     let mut ranges: Vec<_> = (1000..1255).map(wide).collect();
     ranges.push(pages(IOVA, 1 << 11, false));
     machine.unit.invalidate(CacheTag(1), &ranges);
-    let after = machine.unit.gate.write(|engine| engine.caches().looks());
+    let after = machine.unit.gate.write(|engine| engine.common.caches.looks());
     assert!(after - before <= 2 * sets, "{} sets are looked at", after - before);
     let counters = machine.unit.counters();
     assert_eq!(counters.invalidations, 256);

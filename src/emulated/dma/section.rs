@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Translations within one critical section of a port.
+
+use std::ops::RangeInclusive;
+
+use vm_memory::{Address, GuestAddress, VolatileSlice};
+
+use super::{DmaAccess, DmaAttributes};
+use crate::dma::error::DmaError;
+use crate::units::engine::{
+    Blocked, ConfigCache, Engine, Fault, LocalCounters, Request, RequestKind, Target,
+};
+use crate::units::gate::ReadGuard;
+
+/// Maximum number of bytes transferred in one critical section.
+const MAX_PIECE: usize = 64 << 10;
+
+/// A read-side critical section around any number of translations and the accesses that use them.
+/// Invalidations wait until it is dropped, so nothing in it may wait for a page: devices that use
+/// sections make no page requests. Faults are reported at the end only, as the sink may invalidate.
+#[derive(Debug)]
+pub(crate) struct Section<'a> {
+    pub(super) rid: u16,
+    pub(super) interrupts: &'a Interrupts,
+    pub(super) config: &'a mut ConfigCache,
+    pub(super) counters: &'a LocalCounters,
+    pub(super) engine: ReadGuard<'a, Engine>,
+    /// Something was translated, and is valid until the end of the section.
+    pub(super) translated: bool,
+    /// Dropped, and so reported, after leaving the gate: fields are dropped in order.
+    pub(super) faults: Unreported<'a>,
+}
+
+impl Section<'_> {
+    /// Translates `iova` (bytes): the memory's address within the mapped regions, and how many
+    /// bytes from there on are contiguous; at least one.
+    ///
+    /// # Errors
+    /// As [`DmaPort::read`](super::DmaPort::read), but the fault is reported at the end of the
+    /// section.
+    pub fn translate(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        access: DmaAccess,
+    ) -> Result<(GuestAddress, usize), DmaError> {
+        let target = self.target(attributes, iova, access)?;
+        let memory = self.engine.common.caches.memory(target.place);
+        let address = memory.and_then(|memory| memory.base.checked_add(target.place.offset));
+        let address = address.ok_or(DmaError::NoMemory { address: iova })?;
+        Ok((address, self.interrupts.piece(attributes, iova, target.length)))
+    }
+
+    /// Translates `iova` (bytes): the memory of the next `length` bytes, as far as they are
+    /// contiguous; at least one.
+    ///
+    /// # Errors
+    /// As [`Section::translate`].
+    pub fn slice(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        length: usize,
+        access: DmaAccess,
+    ) -> Result<VolatileSlice<'_>, DmaError> {
+        let target = self.target(attributes, iova, access)?;
+        let length = length.min(self.interrupts.piece(attributes, iova, target.length));
+        let slice = self.engine.common.caches.slice(target.place, length);
+        slice.ok_or(DmaError::NoMemory { address: iova })
+    }
+
+    fn target(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        access: DmaAccess,
+    ) -> Result<Target, DmaError> {
+        self.interrupts.check(attributes, iova)?;
+        let request = request(self.rid, attributes, iova, access);
+        let Self { engine, config, counters, .. } = self;
+        let found = match engine.common.cached(config, counters, &request) {
+            Some(target) => Ok(target),
+            // The earlier translation is valid until the section ends, so the section cannot be
+            // left. It need not: the requester has something attached, unless requests differ in
+            // PASID.
+            None if self.translated => {
+                engine.own.translate(&engine.common, config, counters, &request)
+            }
+            None => walk(engine, config, counters, &request),
+        };
+        match found {
+            Ok(target) => {
+                self.translated = true;
+                Ok(target)
+            }
+            Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
+            Err(Blocked::Fault(fault)) => {
+                let error = error(&request, &fault);
+                self.faults.list.push(fault);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Faults of a section that have not been reported.
+#[derive(Debug)]
+pub(super) struct Unreported<'a> {
+    pub counters: &'a LocalCounters,
+    pub list: Vec<Fault>,
+}
+
+impl Drop for Unreported<'_> {
+    fn drop(&mut self) {
+        for fault in &self.list {
+            report(self.counters, fault);
+        }
+    }
+}
+
+/// Translates `request` by tables, not by the caches. If nothing is attached for it, asks whoever
+/// may attach something, outside of the section, and tries again: only to be called while nothing
+/// read in the section is in use.
+#[inline]
+pub(super) fn walk(
+    engine: &mut ReadGuard<'_, Engine>,
+    config: &mut ConfigCache,
+    counters: &LocalCounters,
+    request: &Request,
+) -> Result<Target, Blocked> {
+    match engine.own.translate(&engine.common, config, counters, request) {
+        Ok(target) => Ok(target),
+        Err(blocked) if attached_late(engine, &blocked) => {
+            engine.own.translate(&engine.common, config, counters, request)
+        }
+        Err(blocked) => Err(blocked),
+    }
+}
+
+/// Whether something was attached now because of `blocked`.
+#[cold]
+fn attached_late(engine: &mut ReadGuard<'_, Engine>, blocked: &Blocked) -> bool {
+    match blocked {
+        Blocked::Fault(Fault { nothing_attached: true, report: Some(report), .. }) => {
+            engine.outside(|| report.attached_late())
+        }
+        _ => false,
+    }
+}
+
+/// Counts and reports `fault`. The gate must have been left.
+#[cold]
+pub(super) fn report(counters: &LocalCounters, fault: &Fault) {
+    counters.faults.count();
+    if let Some(report) = &fault.report {
+        report.deliver();
+    }
+}
+
+/// `fault` as the device sees it.
+pub(super) fn error(request: &Request, fault: &Fault) -> DmaError {
+    DmaError::Fault { address: request.address, reason: fault.reason, stage2: fault.stage2 }
+}
+
+#[inline]
+pub(super) fn request(
+    rid: u16,
+    attributes: DmaAttributes,
+    address: u64,
+    access: DmaAccess,
+) -> Request {
+    let DmaAttributes { pasid, privileged, execute } = attributes;
+    let with_pasid = pasid.is_some();
+    let write = access == DmaAccess::Write;
+    let kind = RequestKind::new(write, with_pasid && privileged, with_pasid && execute);
+    Request { rid, pasid, address, kind }
+}
+
+/// IOVAs that are interrupt messages regardless of the configuration, in requests without PASID.
+#[derive(Debug, Clone)]
+pub(super) struct Interrupts(pub Option<RangeInclusive<u64>>);
+
+impl Interrupts {
+    /// Whether a request to `iova` is a memory access and not an interrupt message.
+    #[inline]
+    pub fn check(&self, attributes: DmaAttributes, iova: u64) -> Result<(), DmaError> {
+        match &self.0 {
+            Some(range) if attributes.pasid.is_none() && range.contains(&iova) => {
+                Err(DmaError::Interrupt { address: iova })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How many bytes from `iova` on one section may access, if `target` bytes are in one page. A
+    /// 1 GiB page may contain addresses of interrupt messages.
+    #[inline]
+    pub fn piece(&self, attributes: DmaAttributes, iova: u64, target: u64) -> usize {
+        let length = target.min(MAX_PIECE as u64);
+        let length = match &self.0 {
+            Some(range) if attributes.pasid.is_none() && iova < *range.start() => {
+                length.min(*range.start() - iova)
+            }
+            _ => length,
+        };
+        length as usize
+    }
+}
