@@ -53,6 +53,7 @@ test: lint guest
 	cargo test --locked -p twostage-emulated --features selftest --lib selftest
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) \
 		cargo test --locked -p twostage-iommufd-preload
+	scripts/check/examples
 	scripts/check/iommufd-selftests
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]

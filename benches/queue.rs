@@ -17,20 +17,18 @@ use twostage::viommu::smmuv3::{
     StreamPolicy,
 };
 use twostage::viommu::HostSideError;
+use twostage_emulated::kit::vtd::{Completion, Entry};
+use twostage_emulated::kit::Mmio;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 #[allow(dead_code)] // The tests use all of these, the bench a part.
 #[path = "../tests/two_stages/common.rs"]
 mod common;
 #[allow(dead_code)]
-#[path = "../tests/two_stages/vtd/guest.rs"]
-mod guest;
-#[allow(dead_code)]
 #[path = "../tests/two_stages/vtd/machine.rs"]
 mod machine;
 
 use common::{A, PAGE};
-use guest::{Completion, Entry};
 use machine::Machine;
 
 const DOMAIN: u16 = 1;
@@ -78,7 +76,7 @@ fn tail_to_status(criterion: &mut Criterion) {
 fn register_read(criterion: &mut Criterion) {
     let machine = machine();
     criterion.bench_function("register read", |bencher| {
-        bencher.iter(|| machine.guest.read32(black_box(regs::FSTS)));
+        bencher.iter(|| machine.guest.registers.read32(black_box(regs::FSTS)));
     });
 }
 

@@ -62,6 +62,7 @@
 //!   same name of `twostage`.
 //! * `selftest`: the mock driver and the test operations that Linux's own iommufd selftests drive.
 //!   It is not for ordinary builds, and may change in any version.
+//! * `test-kit`: guest drivers of the virtual IOMMUs, for tests. It may change in any version.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
@@ -71,11 +72,22 @@ mod drivers;
 pub mod edu;
 mod host;
 mod ioas;
+#[cfg(feature = "test-kit")]
+pub mod kit;
 pub mod maps;
 #[cfg(feature = "selftest")]
 pub mod selftest;
 pub mod uapi;
 mod units;
+
+/// Whole programs, which the package's tests run: a VMM of a page, with its guest and a device.
+#[cfg(all(doc, not(doctest)))]
+pub mod examples {
+    #![doc = concat!("# `vtd`\n\n```\n", include_str!("examples/vtd.rs"), "```\n")]
+    #![doc = concat!("# `smmuv3`\n\n```\n", include_str!("examples/smmuv3.rs"), "```\n")]
+    #![doc = concat!("# `virtqueue`\n\n```\n", include_str!("examples/virtqueue.rs"), "```\n")]
+    #![doc = concat!("# `restore`\n\n```\n", include_str!("examples/restore.rs"), "```\n")]
+}
 
 /// The test ioctl of Linux's selftests, which ordinary builds do not have.
 #[cfg(feature = "selftest")]

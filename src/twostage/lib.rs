@@ -3,7 +3,8 @@
 //!
 //! The way in is [`mod@unit`]: [`unit::VtdBuilder`], with an example, and [`unit::Smmuv3Builder`]
 //! join the parts of a virtual IOMMU and its devices; [`unit::Vtd`] and [`unit::Smmuv3`] have the
-//! verbs that a VMM needs.
+//! verbs that a VMM needs. The package's `examples` has a whole program on the kernel's host; those
+//! on the emulated host are in `twostage-emulated`.
 //!
 //! A guest programs a virtual IOMMU ([`viommu`]); its tables become iommufd `HWPT_NESTED` objects
 //! on one nesting-parent `HWPT_PAGING` ([`nesting`]), through the verbs of the host ([`iommufd`]):
@@ -46,3 +47,9 @@ pub mod sync;
 pub mod threads;
 pub mod unit;
 pub mod viommu;
+
+/// A whole program, which the package's tests run. More are in `twostage-emulated`.
+#[cfg(all(doc, not(doctest)))]
+pub mod examples {
+    #![doc = concat!("# `kernel_host`\n\n```\n", include_str!("examples/kernel_host.rs"), "```\n")]
+}

@@ -7,8 +7,9 @@
 //! than required, and the stack does, the model does the same, with a comment.
 
 use proptest::prelude::*;
+use twostage_emulated::kit::Pages;
 
-use crate::common::{Memory, HIGH, PAGE};
+use crate::common::{HIGH, PAGE};
 
 /// Pages of 2 MiB that tests map, by GPA. Every 4 KiB page of them starts with its GPA.
 const BLOCKS: [u64; 4] = [0xc0_0000, 0xe0_0000, HIGH, HIGH + LARGE];
@@ -33,7 +34,7 @@ pub fn iova(slot: u64) -> u64 {
 }
 
 /// Writes its address into each page of [`BLOCKS`].
-pub fn number_pages(memory: &Memory) {
+pub fn number_pages(memory: &Pages) {
     for block in BLOCKS {
         (block..block + LARGE).step_by(PAGE as usize).for_each(|gpa| memory.store(gpa, gpa));
     }
@@ -88,7 +89,7 @@ pub fn write() -> impl Strategy<Value = Write> {
 
 impl Space {
     /// Tables in which every page is mapped.
-    pub fn new(memory: &Memory, format: &'static dyn Format) -> Self {
+    pub fn new(memory: &Pages, format: &'static dyn Format) -> Self {
         let [top, middle] = [(); 2].map(|()| memory.page());
         let (directories, tables) =
             ([(); 2].map(|()| memory.page()), [(); 3].map(|()| memory.page()));
@@ -104,7 +105,7 @@ impl Space {
     }
 
     /// Changes an entry, without invalidation.
-    pub fn write(&self, memory: &Memory, write: Write) {
+    pub fn write(&self, memory: &Pages, write: Write) {
         let Write { table, index, value, global } = write;
         let (at, word) = match table {
             0 => (self.middle, self.directories.get(value % 3).map(|at| self.format.pointer(*at))),
@@ -178,7 +179,7 @@ impl<Tag: Copy + PartialEq> Caches<Tag> {
     /// `global`.
     pub fn read(
         &mut self,
-        memory: &Memory,
+        memory: &Pages,
         space: &Space,
         (tag, global): (Tag, Option<Tag>),
         iova: u64,

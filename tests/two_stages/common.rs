@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Common parts of the machines: guest memory, two devices, and a host that fails.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use twostage::iommufd::{
     FailNth, FaultQueue, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId, UserMemory,
 };
 use twostage::spec::pci::Bdf;
+use twostage_emulated::kit::Pages;
+pub use twostage_emulated::kit::PAGE;
 use twostage_emulated::EmulatedHost;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -33,7 +34,6 @@ pub fn serve_page_requests(
 pub const A: Bdf = Bdf::from_raw(0x20);
 pub const B: Bdf = Bdf::from_raw(0x28);
 
-pub const PAGE: u64 = 0x1000;
 /// Start and size of each region, in bytes.
 const REGIONS: [(u64, usize); 2] = [(0, 16 << 20), (1 << 32, 4 << 20)];
 /// The start of the region above 4 GiB.
@@ -47,7 +47,7 @@ const FIRST_FREE: u64 = 0x10_0000;
 #[derive(Clone)]
 pub struct Memory {
     pub map: Arc<GuestMemoryMmap>,
-    free: Arc<AtomicU64>,
+    pub pages: Pages,
 }
 
 impl Memory {
@@ -64,7 +64,7 @@ impl Memory {
             mapped(*start, &UserMemory::whole(region.clone()))?;
         }
         let map = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
-        Ok(Self { map, free: Arc::new(AtomicU64::new(FIRST_FREE)) })
+        Ok(Self::from_free(map, FIRST_FREE))
     }
 
     /// Other memory with the same contents below 4 GiB and the same free pages; `mapped` as in
@@ -76,31 +76,19 @@ impl Memory {
         &self,
         mapped: impl FnMut(u64, &UserMemory) -> Result<(), E>,
     ) -> Result<Self, E> {
-        let copy = Self::new(mapped)?;
-        copy.map.write_slice(&self.contents(), GuestAddress(0)).unwrap();
-        copy.free.store(self.free.load(Ordering::Relaxed), Ordering::Relaxed);
-        Ok(copy)
+        let Self { map, .. } = Self::new(mapped)?;
+        map.write_slice(&self.contents(), GuestAddress(0)).unwrap();
+        Ok(Self::from_free(map, self.pages.free()))
+    }
+
+    fn from_free(map: Arc<GuestMemoryMmap>, free: u64) -> Self {
+        Self { pages: Pages::new(map.clone(), free), map }
     }
 
     /// What is below the first free page.
     pub fn contents(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.free.load(Ordering::Relaxed) as usize];
+        let mut bytes = vec![0; self.pages.free() as usize];
         self.map.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         bytes
-    }
-
-    /// A zeroed page.
-    pub fn page(&self) -> u64 {
-        let page = self.free.fetch_add(PAGE, Ordering::Relaxed);
-        self.map.write_slice(&[0; PAGE as usize], GuestAddress(page)).unwrap();
-        page
-    }
-
-    pub fn load(&self, address: u64) -> u64 {
-        self.map.load(GuestAddress(address), Ordering::SeqCst).unwrap()
-    }
-
-    pub fn store(&self, address: u64, value: u64) {
-        self.map.store(value, GuestAddress(address), Ordering::SeqCst).unwrap();
     }
 }

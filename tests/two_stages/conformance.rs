@@ -7,9 +7,10 @@ use std::thread;
 
 use twostage::iommufd::{FaultQueue, PageResponseCode};
 use twostage::spec::pci::Bdf;
+use twostage_emulated::kit::Pages;
 use twostage_emulated::{DmaError, GraphObject, ObjectGraph, ObjectKind};
 
-use crate::common::{Memory, A, B, HIGH, HIGH_SIZE, PAGE};
+use crate::common::{A, B, HIGH, HIGH_SIZE, PAGE};
 
 /// An address without guest memory, which only stage 1 can map.
 pub const IOVA: u64 = 0x7000_1234_5000;
@@ -76,7 +77,7 @@ pub trait Stack: Sized + Sync {
     /// The graph of the host's objects after the failure.
     fn start(failing: u64) -> Result<Self, (String, ObjectGraph)>;
 
-    fn memory(&self) -> &Memory;
+    fn memory(&self) -> &Pages;
     /// Enables translation, with tables that block every device except as set before.
     fn enable(&self);
     fn disable(&self);

@@ -269,7 +269,7 @@ proptest! {
         let spaces = [(); 2].map(|()| Space::new(guest, &Stage1));
         for (rid, space, asid) in layout {
             let cd = guest.context(spaces[space].top, asid);
-            guest.write_entry(rid.into(), Entry::Stage1 { cd });
+            guest.set_entry(rid.into(), Entry::Stage1 { cd });
         }
         guest.enable();
         let caches = RefCell::default();
@@ -319,7 +319,7 @@ proptest! {
                         Ste::Bypass => Entry::Bypass,
                         Ste::Context(number) => Entry::Stage1 { cd: stream.descriptors[number] },
                     };
-                    guest.write_entry(stream.rid.into(), entry);
+                    guest.set_entry(stream.rid.into(), entry);
                 }
                 Change::Cd(stream, number, table) => {
                     let stream = &mut streams[*stream];

@@ -14,11 +14,11 @@ use twostage::viommu::smmuv3::{
     EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts, SmmuState,
 };
 use twostage::viommu::RestoreError;
+use twostage_emulated::kit::smmuv3::Driver;
 use twostage_emulated::{
     DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
 };
 
-use super::guest::Guest;
 use crate::common::{Host, Memory, A, B};
 
 /// The MSIs of the virtual SMMU: address and data.
@@ -44,7 +44,8 @@ impl SmmuInterrupts for Messages {
 
 /// Host, unit, nesting, virtual SMMU and guest.
 pub struct Machine {
-    pub guest: Guest,
+    pub guest: Driver<Arc<Smmu>>,
+    pub memory: Memory,
     pub nesting: Arc<SmmuNesting>,
     pub host: Arc<Host>,
     pub messages: Arc<Messages>,
@@ -118,7 +119,7 @@ impl Machine {
             Smmu::new(&config, map, nesting.clone(), messages.clone(), None).map_err(text)?;
         smmu.add_stream(A.into());
         smmu.add_stream(B.into());
-        let guest = Guest::new(ground.memory.clone(), smmu);
+        let guest = Driver::new(ground.memory.pages.clone(), smmu);
         Ok(Self::joined(&ground, nesting, messages, guest))
     }
 
@@ -126,7 +127,7 @@ impl Machine {
     pub fn next_ground(&self) -> Ground {
         let (host, unit) = host();
         let copied = |ioas: &GuestIoas| {
-            self.guest.copied(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+            self.memory.copied(|start, region| ioas.map(start, region, Protection::READ_WRITE))
         };
         Ground::new(host, unit, copied).unwrap()
     }
@@ -141,7 +142,7 @@ impl Machine {
         let messages = Arc::<Messages>::default();
         let map = ground.memory.map.clone();
         let smmu = Smmu::restore(state, map, nesting.clone(), messages.clone(), None)?;
-        let guest = self.guest.moved(ground.memory.clone(), smmu);
+        let guest = self.guest.moved(ground.memory.pages.clone(), smmu);
         Ok(Self::joined(ground, nesting, messages, guest))
     }
 
@@ -149,12 +150,13 @@ impl Machine {
         ground: &Ground,
         nesting: Arc<SmmuNesting>,
         messages: Arc<Messages>,
-        guest: Guest,
+        guest: Driver<Arc<Smmu>>,
     ) -> Self {
         let Ground { host, unit, devices, .. } = ground;
-        nesting.set_event_target(Arc::downgrade(&guest.smmu) as Weak<dyn EventTarget>);
+        nesting.set_event_target(Arc::downgrade(&guest.registers) as Weak<dyn EventTarget>);
         let (host, unit, devices) = (host.clone(), unit.clone(), devices.clone());
-        Self { guest, nesting, host, messages, unit, devices }
+        let memory = ground.memory.clone();
+        Self { guest, memory, nesting, host, messages, unit, devices }
     }
 
     /// The device object of `rid`.

@@ -2,7 +2,6 @@
 //! SMMUv3: architecture-specific tests.
 
 mod granularity;
-mod guest;
 mod machine;
 mod restore;
 mod stack;
@@ -16,6 +15,7 @@ use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::queue::CommandError;
 use twostage::spec::smmuv3::stream_table::{Ste0, StreamConfig};
 use twostage::spec::smmuv3::StreamId;
+use twostage_emulated::kit::smmuv3 as guest;
 use twostage_emulated::{DeviceConfig, DmaAttributes, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig};
 
 use crate::common::{A, B, PAGE};
@@ -58,13 +58,13 @@ fn an_event_raises_its_message() {
 #[test]
 fn a_stream_that_aborts_is_no_event_and_one_with_a_bad_entry_is() {
     let (machine, _, page) = nested::<Machine>();
-    machine.guest.write_entry(A.into(), Entry::Abort);
+    machine.guest.set_entry(A.into(), Entry::Abort);
     assert_eq!(machine.guest.flush_entries(&[A]), Completion::Done);
     machine.read(A, page).unwrap_err();
     machine.read(A, IOVA).unwrap_err();
     // Guest-owned stage 2 is not supported.
     let stage2 = Ste0::new().with_v(true).with_config(StreamConfig::Stage2.into_bits());
-    machine.guest.write_raw_entry(A.into(), [stage2.into_bits(), 0]);
+    machine.guest.set_raw_entry(A.into(), [stage2.into_bits(), 0]);
     assert_eq!(machine.guest.flush_entries(&[A]), Completion::Done);
     machine.read(A, page).unwrap_err();
     let event = machine.event();
@@ -80,7 +80,7 @@ fn a_stream_that_bypasses_has_events_while_translation_is_on() {
     let beyond = 1 << 48;
     let with_pasid = DmaAttributes { pasid: Some(5), ..DmaAttributes::default() };
     machine.read(A, beyond).unwrap_err();
-    guest.write_entry(A.into(), Entry::Bypass);
+    guest.set_entry(A.into(), Entry::Bypass);
     guest.enable();
     machine.read(A, beyond).unwrap_err();
     // The first in the queue: the previous one was not recorded.
@@ -241,7 +241,7 @@ fn the_host_calls_of_a_guest() {
     // As Linux attaches a domain: the context descriptor, its invalidation, then the entry.
     let cd = guest.context(table, NAME);
     assert_eq!(guest.submit(&[cfgi_cd(A)]), Completion::Done);
-    guest.write_entry(A.into(), Entry::Stage1 { cd });
+    guest.set_entry(A.into(), Entry::Stage1 { cd });
     assert_eq!(guest.flush_entries(&[A]), Completion::Done);
     let at_rest = machine.nesting.counters();
     assert_eq!((at_rest.nested_allocs, at_rest.commands_out, at_rest.full_flushes), (2, 0, 0));

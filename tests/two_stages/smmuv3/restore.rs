@@ -14,6 +14,7 @@ use twostage::spec::smmuv3::event::EventId;
 use twostage::spec::smmuv3::regs::{self, Cr0};
 use twostage::spec::smmuv3::StreamId;
 use twostage::viommu::smmuv3::SmmuState;
+use twostage_emulated::kit::Mmio;
 use twostage_emulated::{DmaError, DmaFaultReason, ObjectKind};
 
 use super::guest::{cfgi_cd, Completion, Entry};
@@ -49,7 +50,7 @@ fn expect_blocked(ground: &Ground) {
 
 /// Every register.
 fn registers(machine: &Machine) -> Vec<u32> {
-    (0..MMIO_SIZE).step_by(4).map(|offset| machine.guest.read32(offset)).collect()
+    (0..MMIO_SIZE).step_by(4).map(|offset| machine.guest.registers.read32(offset)).collect()
 }
 
 /// All that is cached is dropped, also where the queue stopped at a command. What the host refused
@@ -81,7 +82,7 @@ fn settled(
 ) -> Result<u64, DmaError> {
     let events = machine.nesting.counters().events;
     let result = dma();
-    let on = Cr0::from_bits(machine.guest.read32(regs::CR0ACK)).smmuen();
+    let on = Cr0::from_bits(machine.guest.registers.read32(regs::CR0ACK)).smmuen();
     if let (true, Err(DmaError::Fault { reason: DmaFaultReason::SmmuV3(_), stage2: false, .. })) =
         (on, &result)
     {
@@ -111,10 +112,10 @@ fn what_was_decided_is_restored_and_not_what_entries_say_by_then() {
     machine.set(A, Way::Stage1 { table: other, name: NAME });
     machine.set(B, Way::Nowhere);
 
-    let state = machine.guest.smmu.snapshot().unwrap();
+    let state = machine.guest.registers.snapshot().unwrap();
     let next = restored(&machine, &state);
     assert_eq!(registers(&next), registers(&machine));
-    assert_eq!(next.guest.smmu.snapshot().unwrap(), state);
+    assert_eq!(next.guest.registers.snapshot().unwrap(), state);
     let event = next.guest.take_event().expect("it was pending");
     assert_eq!((event.id(), event.stream()), (Some(EventId::Translation), A.into()));
     assert_eq!(next.read(A, IOVA), Ok(1));
@@ -142,7 +143,7 @@ fn an_invalidation_that_the_host_refused_is_repeated_on_the_next_host() {
     machine.host.fail_next(100, Errno::ENOMEM);
     let stopped = guest.submit(&[page_of(IOVA)]);
     assert!(matches!(stopped, Completion::Stopped(..)), "{stopped:?}");
-    let next = restored(&machine, &machine.guest.smmu.snapshot().unwrap());
+    let next = restored(&machine, &machine.guest.registers.snapshot().unwrap());
     let commands = next.nesting.counters().commands_in;
     assert_eq!(next.guest.resume(), Completion::Done);
     assert_eq!(next.nesting.counters().commands_in, commands + 1);
@@ -271,8 +272,8 @@ impl Life {
         match *step {
             Step::Enable(on) => {
                 let queues = Cr0::new().with_cmdqen(true).with_eventqen(true);
-                guest.write32(regs::CR0, queues.with_smmuen(on).into_bits());
-                return format!("{:x}", guest.read32(regs::CR0ACK));
+                guest.registers.write32(regs::CR0, queues.with_smmuen(on).into_bits());
+                return format!("{:x}", guest.registers.read32(regs::CR0ACK));
             }
             Step::Map { table, slot, page, writable } => {
                 guest.map(tables[table], IOVA + slot * PAGE, pages[page], 3, writable);
@@ -281,9 +282,9 @@ impl Life {
             Step::Set { rid, table, asid } => {
                 let stage1 =
                     |table: usize| Entry::Stage1 { cd: guest.context(tables[table], asid) };
-                guest.write_entry(RIDS[rid].into(), table.map_or(Entry::Abort, stage1));
+                guest.set_entry(RIDS[rid].into(), table.map_or(Entry::Abort, stage1));
             }
-            Step::Bypass { rid } => guest.write_entry(RIDS[rid].into(), Entry::Bypass),
+            Step::Bypass { rid } => guest.set_entry(RIDS[rid].into(), Entry::Bypass),
             Step::Redirect { table, asid, to } => {
                 guest.write_context(guest.context(tables[table], asid), tables[to], asid);
             }
@@ -343,10 +344,10 @@ proptest! {
             life.take(step, true);
         }
         let first = &life.machine;
-        let state = first.guest.smmu.snapshot().unwrap();
+        let state = first.guest.registers.snapshot().unwrap();
         let next = Life { machine: restored(first, &state), ..life };
         let second = &next.machine;
-        prop_assert_eq!(&second.guest.smmu.snapshot().unwrap(), &state);
+        prop_assert_eq!(&second.guest.registers.snapshot().unwrap(), &state);
         prop_assert_eq!(registers(second), registers(first));
         first.messages.take();
 
@@ -355,13 +356,13 @@ proptest! {
         prop_assert_eq!(translations(second), translations(first));
         for step in after {
             prop_assert_eq!(next.take(step, false), life.take(step, false), "{:?}", step);
-            let states = [second, first].map(|machine| machine.guest.smmu.snapshot().unwrap());
+            let states = [second, first].map(|machine| machine.guest.registers.snapshot().unwrap());
             prop_assert_eq!(&states[0], &states[1], "{:?}", step);
             prop_assert_eq!(second.messages.take(), first.messages.take(), "{:?}", step);
         }
         prop_assert_eq!(translations(second), translations(first));
         prop_assert_eq!(registers(second), registers(first));
-        prop_assert!(second.guest.contents() == first.guest.contents());
+        prop_assert!(second.memory.contents() == first.memory.contents());
         prop_assert_eq!((next.machine.end(), life.machine.end()), (0, 0));
     }
 }
@@ -383,7 +384,7 @@ fn every_host_call_of_a_restore_fails_in_turn() {
     let (machine, _, _) = nested::<Machine>();
     machine.set(B, Way::Bypass);
     assert_eq!(machine.guest.flush_entries(&[B]), Completion::Done);
-    let state = machine.guest.smmu.snapshot().unwrap();
+    let state = machine.guest.registers.snapshot().unwrap();
     let (mut calls, mut repeated) = (0, 0);
     for n in 1.. {
         assert!(n < 100, "a restore ends");

@@ -7,11 +7,12 @@ use twostage::iommufd::{iommu_hwpt_arm_smmuv3, Errno, FaultQueue, HwptData};
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::event::EventId;
+use twostage_emulated::kit::Pages;
 use twostage_emulated::{DmaError, ObjectGraph, ObjectKind};
 
 use super::guest::{self, Entry};
 use super::machine::{self, Machine};
-use crate::common::{serve_page_requests, Memory, A, B, PAGE};
+use crate::common::{serve_page_requests, A, B, PAGE};
 use crate::conformance::{Cause, Completion, Fault, Leaf, Stack, Way, IOVA, NAME};
 
 impl From<guest::Completion> for Completion {
@@ -34,8 +35,8 @@ impl Stack for Machine {
         Self::on(host.clone(), unit).map_err(|error| (error, host.inner().inner().graph()))
     }
 
-    fn memory(&self) -> &Memory {
-        &self.guest.memory
+    fn memory(&self) -> &Pages {
+        &self.guest.pages
     }
 
     fn enable(&self) {
@@ -64,7 +65,7 @@ impl Stack for Machine {
             Way::Bypass => Entry::Bypass,
             Way::Stage1 { table, name } => Entry::Stage1 { cd: self.guest.context(table, name) },
         };
-        self.guest.write_entry(rid.into(), entry);
+        self.guest.set_entry(rid.into(), entry);
     }
 
     fn flush_tables(&self) -> Completion {
@@ -139,11 +140,11 @@ impl Stack for Machine {
 
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self)) {
         let dev = self.device(rid);
-        self.guest.smmu.remove_stream(rid.into());
+        self.guest.registers.remove_stream(rid.into());
         self.nesting.remove_device(rid).unwrap();
         self.nesting.add_device(rid, dev).unwrap();
         between(self);
-        self.guest.smmu.add_stream(rid.into());
+        self.guest.registers.add_stream(rid.into());
     }
 
     fn unmap_memory(&self, gpa: u64, length: u64) {

@@ -12,6 +12,7 @@ use twostage::spec::vtd::qi::{AddressMask, ContextScope, Descriptor, IotlbScope,
 use twostage::spec::vtd::regs::{self, Ccmd, Ecap, IotlbReg, Iva};
 use twostage::spec::vtd::second_stage::SecondStageEntry;
 use twostage::viommu::vtd::VtdConfig;
+use twostage_emulated::kit::Mmio;
 use twostage_emulated::VtdUnitConfig;
 
 use super::guest::{Completion, Entry};
@@ -312,7 +313,7 @@ pub(super) fn by_register(machine: &Machine, batch: &[Descriptor]) {
     for descriptor in batch {
         match *descriptor {
             Descriptor::Iotlb { scope, .. } => {
-                let base = Ecap::from_bits(guest.read64(regs::ECAP)).iotlb_offset();
+                let base = Ecap::from_bits(guest.registers.read64(regs::ECAP)).iotlb_offset();
                 let command = IotlbReg::new().with_dw(true).with_dr(true).with_ivt(true);
                 let (command, done) = match scope {
                     IotlbScope::Global => (command.with_iirg(1), 1),
@@ -320,13 +321,13 @@ pub(super) fn by_register(machine: &Machine, batch: &[Descriptor]) {
                     IotlbScope::Pages { domain, range } => {
                         let AddressMask { address, mask, leaf } = range;
                         let iva = Iva::new().with_am(mask).with_ih(leaf).with_addr(address / PAGE);
-                        guest.write64(base + regs::IVA, iva.into_bits());
+                        guest.registers.write64(base + regs::IVA, iva.into_bits());
                         let done = if mask > MAMV { 2 } else { 3 };
                         (command.with_iirg(3).with_did(domain), done)
                     }
                 };
-                guest.write64(base + regs::IOTLB, command.into_bits());
-                let answer = IotlbReg::from_bits(guest.read64(base + regs::IOTLB));
+                guest.registers.write64(base + regs::IOTLB, command.into_bits());
+                let answer = IotlbReg::from_bits(guest.registers.read64(base + regs::IOTLB));
                 assert_eq!((answer.ivt(), answer.iaig()), (false, done), "{scope:?}");
             }
             Descriptor::ContextCache(scope) => {
@@ -339,8 +340,8 @@ pub(super) fn by_register(machine: &Machine, batch: &[Descriptor]) {
                         (command.with_sid(source.raw()).with_fm(function_mask), 3)
                     }
                 };
-                guest.write64(regs::CCMD, command.into_bits());
-                let answer = Ccmd::from_bits(guest.read64(regs::CCMD));
+                guest.registers.write64(regs::CCMD, command.into_bits());
+                let answer = Ccmd::from_bits(guest.registers.read64(regs::CCMD));
                 assert_eq!((answer.icc(), answer.caig()), (false, done), "{scope:?}");
             }
             _ => unreachable!("no register asks for that"),

@@ -107,7 +107,7 @@ fn a_section_finds_it_as_well() {
     machine.guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN });
     let mut port = machine.port(A);
     let section = port.section(DmaAttributes::default());
-    let memory = IommuMemory::new((*machine.guest.map).clone(), section, true, ());
+    let memory = IommuMemory::new((*machine.memory.map).clone(), section, true, ());
     assert_eq!(memory.read_obj::<u64>(GuestAddress(IOVA)).unwrap(), 1);
     assert!(memory.read_obj::<u64>(GuestAddress(IOVA + PAGE)).is_err());
     drop(memory);

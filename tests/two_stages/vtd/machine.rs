@@ -11,26 +11,16 @@ use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::vtd::{FaultTarget, Policy, Stage1};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu, VtdState};
 use twostage::viommu::{InterruptSink, Requester, RestoreError};
+use twostage_emulated::kit::vtd::Driver;
 use twostage_emulated::{
     ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
     ObjectGraph, VtdUnit, VtdUnitConfig,
 };
 
-use super::guest::{Guest, Registers};
 use crate::common::{Host, Memory, A, B};
 
 /// Width of their PASIDs.
 const PASID_BITS: u8 = 8;
-
-impl Registers for Arc<VtdIommu> {
-    fn read(&self, offset: u64, bytes: &mut [u8]) {
-        self.mmio_read(offset, bytes);
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) {
-        self.mmio_write(offset, bytes);
-    }
-}
 
 /// The interrupts of the virtual unit: address and data.
 #[derive(Debug, Default)]
@@ -50,7 +40,8 @@ impl InterruptSink for Interrupts {
 
 /// Host, unit, nesting, virtual unit and guest.
 pub struct Machine {
-    pub guest: Guest<Arc<VtdIommu>>,
+    pub guest: Driver<Arc<VtdIommu>>,
+    pub memory: Memory,
     pub iommu: Arc<VtdIommu>,
     pub nesting: Arc<VtdNesting>,
     pub host: Arc<Host>,
@@ -153,7 +144,7 @@ impl Machine {
             VtdIommu::new(config, map, nesting.clone(), interrupts.clone(), None).map_err(text)?;
         iommu.add_device(A);
         iommu.add_device(B);
-        let guest = Guest::new(ground.memory.clone(), iommu);
+        let guest = Driver::new(ground.memory.pages.clone(), iommu);
         Ok(Self::joined(&ground, nesting, interrupts, guest))
     }
 
@@ -161,7 +152,7 @@ impl Machine {
     pub fn next_ground(&self) -> Ground {
         let (host, unit) = host(VtdUnitConfig::default());
         let copied = |ioas: &GuestIoas| {
-            self.guest.copied(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+            self.memory.copied(|start, region| ioas.map(start, region, Protection::READ_WRITE))
         };
         Ground::new(host, unit, copied).unwrap()
     }
@@ -176,7 +167,7 @@ impl Machine {
         let interrupts = Arc::new(Interrupts::default());
         let map = ground.memory.map.clone();
         let iommu = VtdIommu::restore(state, map, nesting.clone(), interrupts.clone(), None)?;
-        let guest = self.guest.moved(ground.memory.clone(), iommu);
+        let guest = self.guest.moved(ground.memory.pages.clone(), iommu);
         Ok(Self::joined(ground, nesting, interrupts, guest))
     }
 
@@ -184,7 +175,7 @@ impl Machine {
         ground: &Ground,
         nesting: Arc<VtdNesting>,
         interrupts: Arc<Interrupts>,
-        guest: Guest<Arc<VtdIommu>>,
+        guest: Driver<Arc<VtdIommu>>,
     ) -> Self {
         let Ground { host, unit, devices, .. } = ground;
         let iommu = guest.registers.clone();
@@ -192,7 +183,9 @@ impl Machine {
         let contexts = Arc::new(Contexts(Arc::downgrade(&iommu)));
         unit.set_context_tables(Arc::downgrade(&contexts) as Weak<dyn ContextTables>);
         let (host, unit, devices) = (host.clone(), unit.clone(), devices.clone());
-        Self { guest, iommu, nesting, host, unit, interrupts, devices, _contexts: contexts }
+        let memory = ground.memory.clone();
+        let _contexts = contexts;
+        Self { guest, memory, iommu, nesting, host, unit, interrupts, devices, _contexts }
     }
 
     /// The device object of `rid`.

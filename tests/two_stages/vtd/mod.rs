@@ -4,7 +4,6 @@
 mod contexts;
 mod fail_nth;
 mod granularity;
-mod guest;
 mod late;
 mod machine;
 mod restore;
@@ -18,6 +17,7 @@ use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs;
 use twostage::viommu::vtd::VtdConfig;
+use twostage_emulated::kit::{vtd as guest, Mmio};
 use twostage_emulated::{
     ContextInvalidation, DmaError, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
     VtdUnitConfig,
@@ -110,9 +110,9 @@ fn a_fault_raises_the_fault_event_once_until_it_is_seen() {
     let (machine, _, _) = nested();
     let guest = &machine.guest;
     let (address, data) = (0xfee0_1000, 0x41);
-    guest.write32(regs::FEDATA, data);
-    guest.write32(regs::FEADDR, address);
-    guest.write32(regs::FECTL, 0);
+    guest.registers.write32(regs::FEDATA, data);
+    guest.registers.write32(regs::FEADDR, address);
+    guest.registers.write32(regs::FECTL, 0);
     let fault = || assert!(machine.read(A, None, IOVA + PAGE).is_err());
     let event = vec![(u64::from(address), data)];
     fault();

@@ -12,6 +12,7 @@ use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs::{self, Gcmd};
 use twostage::viommu::vtd::{FunctionState, VtdState, MMIO_SIZE};
+use twostage_emulated::kit::Mmio;
 use twostage_emulated::{DmaError, ObjectKind};
 
 use super::guest::{Completion, Entry};
@@ -46,8 +47,10 @@ fn expect_blocked(ground: &Ground) {
 /// Every register, in both widths.
 fn registers(machine: &Machine) -> Vec<u64> {
     let offsets = (0..MMIO_SIZE).step_by(4);
-    let words = offsets.map(|offset| u64::from(machine.guest.read32(offset)));
-    words.chain((0..MMIO_SIZE).step_by(8).map(|offset| machine.guest.read64(offset))).collect()
+    let words = offsets.map(|offset| u64::from(machine.guest.registers.read32(offset)));
+    words
+        .chain((0..MMIO_SIZE).step_by(8).map(|offset| machine.guest.registers.read64(offset)))
+        .collect()
 }
 
 /// All that is cached is dropped, also where the queue stopped at a descriptor. What the host
@@ -253,7 +256,9 @@ impl Life {
         let guest = &machine.guest;
         match *step {
             Step::Enable(te) => {
-                guest.write32(regs::GCMD, Gcmd::new().with_qie(true).with_te(te).into_bits());
+                guest
+                    .registers
+                    .write32(regs::GCMD, Gcmd::new().with_qie(true).with_te(te).into_bits());
                 format!("{:?}", guest.status())
             }
             Step::Map { table, slot, page, writable } => {
@@ -299,8 +304,8 @@ impl Life {
             }
             Step::TakeFault => format!("{:?}", guest.take_fault()),
             Step::Register { offset, value } => {
-                guest.write32(offset, value);
-                format!("{:x}", guest.read32(offset))
+                guest.registers.write32(offset, value);
+                format!("{:x}", guest.registers.read32(offset))
             }
             Step::Replug(rid) => {
                 let dev = machine.device(rid);
@@ -364,7 +369,7 @@ proptest! {
         }
         prop_assert_eq!(translations(second), translations(first));
         prop_assert_eq!(registers(second), registers(first));
-        prop_assert!(second.guest.contents() == first.guest.contents());
+        prop_assert!(second.memory.contents() == first.memory.contents());
         prop_assert_eq!((next.machine.end(), life.machine.end()), (0, 0));
     }
 }

@@ -7,12 +7,13 @@ use twostage::iommufd::{iommu_hwpt_vtd_s1, Errno, FaultQueue, HwptData};
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{Descriptor, IotlbScope};
+use twostage_emulated::kit::Pages;
 use twostage_emulated::{DmaError, ObjectGraph, ObjectKind, VtdUnitConfig};
 
 use super::guest::{self, Entry};
 use super::machine::{self, vtd_config, Machine};
 use super::{iotlb, pages, pasid_pages};
-use crate::common::{serve_page_requests, Memory, PAGE};
+use crate::common::{serve_page_requests, PAGE};
 use crate::conformance::{Cause, Completion, Fault, Leaf, Stack, Way, IOVA, NAME};
 
 impl From<guest::Completion> for Completion {
@@ -40,8 +41,8 @@ impl Stack for Machine {
             .map_err(|error| (error, host.inner().inner().graph()))
     }
 
-    fn memory(&self) -> &Memory {
-        &self.guest.memory
+    fn memory(&self) -> &Pages {
+        &self.guest.pages
     }
 
     fn enable(&self) {

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest's IOMMU driver: builds tables in guest memory, and programs the unit by registers.
+//! A guest's driver of a VT-d unit.
 
 use std::ops::Deref;
 
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::first_stage::{index, FirstStageEntry, ENTRY_SIZE};
+use twostage::spec::vtd::interrupt::{Irte, IRTE_SIZE};
 use twostage::spec::vtd::pasid::{
     PasidDirectoryEntry, PasidEntry, PasidEntry0, PasidEntry1, PasidEntry2, Pgtt,
     DIRECTORY_ENTRY_SIZE, TABLE_ENTRIES, TABLE_ENTRY_SIZE,
 };
 use twostage::spec::vtd::qi::{Descriptor, PasidCacheScope, StatusWrite};
 use twostage::spec::vtd::regs::{
-    self, Cap, FaultRecord, Fsts, Gcmd, Gsts, Iqa, QueuePointer, Rtaddr,
+    self, Cap, FaultRecord, Fsts, Gcmd, Gsts, Iqa, Irta, QueuePointer, Rtaddr,
 };
 use twostage::spec::vtd::root::{
     ContextHigh, ContextLow, RootHalf, ScalableContextHigh, ScalableContextLow, CONTEXT_ENTRY_SIZE,
@@ -20,43 +21,54 @@ use twostage::spec::vtd::root::{
 };
 use twostage::spec::vtd::second_stage::SecondStageEntry;
 
-use crate::common::{Memory, PAGE};
+use super::{Mmio, Pages, PAGE};
 
 /// The status a wait descriptor stores.
 const DONE: u32 = 0x600d;
 
-/// The register page, for the guest's loads and stores.
-pub trait Registers {
-    fn read(&self, offset: u64, bytes: &mut [u8]);
-    fn write(&self, offset: u64, bytes: &[u8]);
-}
-
-/// The driver. Every guest address is a GPA, in bytes.
-pub struct Guest<R> {
-    pub memory: Memory,
-    pub registers: R,
+/// A driver with a root table, and a queue of one page of 256-bit descriptors. Every guest address
+/// is a GPA, in bytes.
+///
+/// Tables that do not exist are made when they are needed. Nothing is invalidated unless a method
+/// says so.
+#[derive(Debug)]
+pub struct Driver<M> {
+    /// The guest's memory.
+    pub pages: Pages,
+    /// The unit's registers.
+    pub registers: M,
     root: u64,
     queue: u64,
     status: u64,
 }
 
-/// A PASID table entry.
+/// A PASID table entry, or a context entry of legacy mode.
 #[derive(Debug, Clone, Copy)]
 pub enum Entry {
+    /// Blocks.
     NotPresent,
+    /// First-stage tables.
     FirstStage {
+        /// The top table.
         table: u64,
+        /// The domain ID.
         domain: u16,
     },
+    /// Second-stage tables.
     SecondStage {
+        /// The top table.
         table: u64,
+        /// The domain ID.
         domain: u16,
     },
+    /// Addresses are GPAs.
     PassThrough {
+        /// The domain ID.
         domain: u16,
     },
-    /// First-stage tables on second-stage ones, both the guest's.
+    /// First-stage tables on second-stage ones, both the guest's, which no unit here offers.
     Nested {
+        /// The domain ID.
         domain: u16,
     },
 }
@@ -70,56 +82,37 @@ pub enum Completion {
     Stopped(Fsts),
 }
 
-impl<R> Deref for Guest<R> {
-    type Target = Memory;
+impl<M> Deref for Driver<M> {
+    type Target = Pages;
 
-    fn deref(&self) -> &Memory {
-        &self.memory
+    fn deref(&self) -> &Pages {
+        &self.pages
     }
 }
 
-impl<R: Registers> Guest<R> {
-    /// A driver with an empty root table, and a queue of one page of 256-bit descriptors.
-    pub fn new(memory: Memory, registers: R) -> Self {
-        let [root, queue, status] = [(); 3].map(|()| memory.page());
-        Self { memory, registers, root, queue, status }
+impl<M: Mmio> Driver<M> {
+    /// A driver with an empty root table. It does not touch the unit.
+    pub fn new(pages: Pages, registers: M) -> Self {
+        let [root, queue, status] = [(); 3].map(|()| pages.page());
+        Self { pages, registers, root, queue, status }
     }
 
-    /// The same driver on a copy of its memory.
-    pub fn moved<S>(&self, memory: Memory, registers: S) -> Guest<S> {
+    /// The same driver on a copy of its memory, with the registers of another unit.
+    pub fn moved<N>(&self, pages: Pages, registers: N) -> Driver<N> {
         let Self { root, queue, status, .. } = *self;
-        Guest { memory, registers, root, queue, status }
+        Driver { pages, registers, root, queue, status }
     }
 
-    pub fn read32(&self, offset: u64) -> u32 {
-        let mut bytes = [0; 4];
-        self.registers.read(offset, &mut bytes);
-        u32::from_le_bytes(bytes)
-    }
-
-    pub fn read64(&self, offset: u64) -> u64 {
-        let mut bytes = [0; 8];
-        self.registers.read(offset, &mut bytes);
-        u64::from_le_bytes(bytes)
-    }
-
-    pub fn write32(&self, offset: u64, value: u32) {
-        self.registers.write(offset, &value.to_le_bytes());
-    }
-
-    pub fn write64(&self, offset: u64, value: u64) {
-        self.registers.write(offset, &value.to_le_bytes());
-    }
-
+    /// GSTS.
     pub fn status(&self) -> Gsts {
-        Gsts::from_bits(self.read32(regs::GSTS))
+        Gsts::from_bits(self.registers.read32(regs::GSTS))
     }
 
     /// Sets the root table (scalable mode), starts the queue and enables translation.
     pub fn enable(&self) {
         self.set_root(1);
         self.start_queue();
-        self.write32(regs::GCMD, Gcmd::new().with_qie(true).with_te(true).into_bits());
+        self.registers.write32(regs::GCMD, Gcmd::new().with_qie(true).with_te(true).into_bits());
         assert!(self.status().tes());
     }
 
@@ -130,30 +123,48 @@ impl<R: Registers> Guest<R> {
         if queue {
             self.start_queue();
         }
-        self.write32(regs::GCMD, Gcmd::new().with_qie(queue).with_te(true).into_bits());
+        self.registers.write32(regs::GCMD, Gcmd::new().with_qie(queue).with_te(true).into_bits());
         assert!(self.status().tes());
     }
 
     /// Sets the root table, in the translation table mode `ttm`.
     fn set_root(&self, ttm: u8) {
         let rtaddr = Rtaddr::new().with_ttm(ttm).with_rta(self.root / PAGE);
-        self.write64(regs::RTADDR, rtaddr.into_bits());
-        self.write32(regs::GCMD, Gcmd::new().with_srtp(true).into_bits());
+        self.registers.write64(regs::RTADDR, rtaddr.into_bits());
+        self.registers.write32(regs::GCMD, Gcmd::new().with_srtp(true).into_bits());
         assert!(self.status().rtps());
     }
 
     fn start_queue(&self) {
-        self.write64(regs::IQT, 0);
+        self.registers.write64(regs::IQT, 0);
         let iqa = Iqa::new().with_dw(true).with_iqa(self.queue / PAGE);
-        self.write64(regs::IQA, iqa.into_bits());
-        self.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
+        self.registers.write64(regs::IQA, iqa.into_bits());
+        self.registers.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
         assert!(self.status().qies());
     }
 
     /// Disables translation; the queue stays enabled.
     pub fn disable(&self) {
-        self.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
+        self.registers.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
         assert!(!self.status().tes());
+    }
+
+    /// Enables interrupt remapping by the table at `table`, which has 256 entries for extended
+    /// interrupt mode. Other methods that write GCMD disable it, so it is enabled last.
+    pub fn enable_remapping(&self, table: u64) {
+        let irta = Irta::new().with_s(7).with_eime(true).with_addr(table / PAGE);
+        self.registers.write64(regs::IRTA, irta.into_bits());
+        let status = self.status();
+        let now = Gcmd::new().with_te(status.tes()).with_qie(status.qies());
+        self.registers.write32(regs::GCMD, now.with_sirtp(true).into_bits());
+        self.registers.write32(regs::GCMD, now.with_ire(true).into_bits());
+        assert!(self.status().irtps() && self.status().ires());
+    }
+
+    /// Writes entry `index` of the interrupt remapping table at `table`.
+    pub fn set_interrupt(&self, table: u64, index: u16, entry: Irte) {
+        let at = table + u64::from(index) * IRTE_SIZE;
+        self.store_words(at, &[entry.low.into_bits(), entry.high.into_bits()]);
     }
 
     /// Puts `descriptors` and a wait into the queue, and writes the tail.
@@ -171,29 +182,25 @@ impl<R: Registers> Guest<R> {
             fence: false,
             drain_page_requests: false,
         };
-        let mut tail = self.read64(regs::IQT);
+        let mut tail = self.registers.read64(regs::IQT);
         for descriptor in descriptors.iter().chain([&wait.encode()]) {
-            for (word, value) in descriptor.iter().enumerate() {
-                self.store(self.queue + tail + 8 * word as u64, *value);
-            }
+            self.store_words(self.queue + tail, descriptor);
             tail = (tail + 32) % PAGE;
         }
-        self.write64(regs::IQT, QueuePointer::from_offset(tail).into_bits());
+        self.registers.write64(regs::IQT, QueuePointer::from_offset(tail).into_bits());
         self.completion()
     }
 
     /// Clears an error of the queue: the unit resumes at the descriptor where it stopped.
     pub fn resume(&self) -> Completion {
-        self.write32(regs::FSTS, Fsts::new().with_iqe(true).into_bits());
+        self.registers.write32(regs::FSTS, Fsts::new().with_iqe(true).into_bits());
         self.completion()
     }
 
     /// As [`Self::resume`], after it replaced the descriptor at which the unit stopped.
     pub fn replace_and_resume(&self, descriptor: Descriptor) -> Completion {
-        let head = self.queue + self.read64(regs::IQH);
-        for (word, value) in descriptor.encode().iter().enumerate() {
-            self.store(head + 8 * word as u64, *value);
-        }
+        let head = self.queue + self.registers.read64(regs::IQH);
+        self.store_words(head, &descriptor.encode());
         self.resume()
     }
 
@@ -209,8 +216,9 @@ impl<R: Registers> Guest<R> {
         self.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)])
     }
 
+    /// FSTS.
     pub fn faults(&self) -> Fsts {
-        Fsts::from_bits(self.read32(regs::FSTS))
+        Fsts::from_bits(self.registers.read32(regs::FSTS))
     }
 
     /// Takes the oldest fault record, with its reason. While PPF is set, FRI is the index of the
@@ -220,15 +228,18 @@ impl<R: Registers> Guest<R> {
         if !status.ppf() {
             return None;
         }
-        let cap = Cap::from_bits(self.read64(regs::CAP));
+        let cap = Cap::from_bits(self.registers.read64(regs::CAP));
         let records = (0..cap.fault_records()).map(|index| {
             let index = (u64::from(status.fri()) + index) % cap.fault_records();
             let at = cap.fault_record_offset() + index * regs::FRCD_SIZE;
-            (at, FaultRecord::from_words([self.read64(at), self.read64(at + 8)]))
+            (
+                at,
+                FaultRecord::from_words([self.registers.read64(at), self.registers.read64(at + 8)]),
+            )
         });
         let (at, record) = records.into_iter().find(|(_, record)| record.high.f())?;
         // F is RW1C, in the top 32 bits.
-        self.write32(at + 12, 1 << 31);
+        self.registers.write32(at + 12, 1 << 31);
         Some((record, FaultReason::from_code(record.high.fr())))
     }
 
@@ -253,10 +264,7 @@ impl<R: Registers> Guest<R> {
             _ => (qw0.with_ssptptr(table / PAGE), PasidEntry2::new()),
         };
         let entry = PasidEntry { qw0, qw1, qw2, reserved: [0; 5] };
-        // The word with P last.
-        for (word, value) in entry.to_words().iter().enumerate().rev() {
-            self.store(slot + 8 * word as u64, *value);
-        }
+        self.store_words(slot, &entry.to_words());
     }
 
     /// Writes the context entry of `rid` in legacy mode: second-stage table, untranslated, or not

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest's SMMU driver: builds tables in guest memory, and programs the unit by registers.
+//! A guest's driver of an SMMUv3.
 
 use std::collections::HashMap;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex};
 
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::smmuv3::command::{Command, SyncSignal, RANGE_ALL};
@@ -18,9 +17,9 @@ use twostage::spec::smmuv3::regs::{
 use twostage::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig, STE_SIZE};
 use twostage::spec::smmuv3::translation::{Descriptor, Granule};
 use twostage::spec::smmuv3::StreamId;
-use twostage::viommu::smmuv3::Smmu;
+use twostage::sync::Mutex;
 
-use crate::common::{Memory, PAGE};
+use super::{Mmio, Pages, PAGE};
 
 /// Each table and queue is one page.
 const STREAM_BITS: u8 = 6;
@@ -35,10 +34,13 @@ const GRANULE: Granule = Granule::K4;
 /// A stream table entry.
 #[derive(Debug, Clone, Copy)]
 pub enum Entry {
+    /// Refuses everything, without an event.
     Abort,
+    /// Addresses are GPAs.
     Bypass,
-    /// With the single context descriptor at this address.
+    /// Stage 1, without substreams.
     Stage1 {
+        /// The context descriptor.
         cd: u64,
     },
 }
@@ -52,10 +54,17 @@ pub enum Completion {
     Stopped(usize, CommandError),
 }
 
-/// The driver. Every guest address is a GPA, in bytes.
-pub struct Guest {
-    pub memory: Memory,
-    pub smmu: Arc<Smmu>,
+/// A driver with a linear stream table of 64 entries, and queues of one page each. Every guest
+/// address is a GPA, in bytes.
+///
+/// Tables that do not exist are made when they are needed. Nothing is invalidated unless a method
+/// says so.
+#[derive(Debug)]
+pub struct Driver<M> {
+    /// The guest's memory.
+    pub pages: Pages,
+    /// The unit's registers.
+    pub registers: M,
     streams: u64,
     commands: u64,
     events: u64,
@@ -65,67 +74,46 @@ pub struct Guest {
     submitted: Mutex<u32>,
 }
 
-impl Deref for Guest {
-    type Target = Memory;
+impl<M> Deref for Driver<M> {
+    type Target = Pages;
 
-    fn deref(&self) -> &Memory {
-        &self.memory
+    fn deref(&self) -> &Pages {
+        &self.pages
     }
 }
 
-impl Guest {
-    /// A driver with a stream table that aborts everything.
-    pub fn new(memory: Memory, smmu: Arc<Smmu>) -> Self {
-        let [streams, commands, events] = [(); 3].map(|()| memory.page());
-        let guest = Self {
-            memory,
-            smmu,
-            streams,
-            commands,
-            events,
-            contexts: Mutex::default(),
-            submitted: Mutex::default(),
-        };
+impl<M: Mmio> Driver<M> {
+    /// A driver with a stream table that aborts everything. It does not touch the unit.
+    pub fn new(pages: Pages, registers: M) -> Self {
+        let [streams, commands, events] = [(); 3].map(|()| pages.page());
+        let (contexts, submitted) = (Mutex::default(), Mutex::default());
+        let driver = Self { pages, registers, streams, commands, events, contexts, submitted };
         for stream in 0..1 << STREAM_BITS {
-            guest.write_entry(StreamId(stream), Entry::Abort);
+            driver.set_entry(StreamId(stream), Entry::Abort);
         }
-        guest
+        driver
     }
 
-    /// The same driver on a copy of its memory.
-    pub fn moved(&self, memory: Memory, smmu: Arc<Smmu>) -> Self {
+    /// The same driver on a copy of its memory, with the registers of another unit.
+    pub fn moved<N>(&self, pages: Pages, registers: N) -> Driver<N> {
         let Self { streams, commands, events, .. } = *self;
-        let contexts = Mutex::new(self.contexts.lock().unwrap().clone());
-        let submitted = Mutex::new(*self.submitted.lock().unwrap());
-        Self { memory, smmu, streams, commands, events, contexts, submitted }
-    }
-
-    pub fn read32(&self, offset: u64) -> u32 {
-        let mut bytes = [0; 4];
-        self.smmu.mmio_read(offset, &mut bytes);
-        u32::from_le_bytes(bytes)
-    }
-
-    pub fn write32(&self, offset: u64, value: u32) {
-        self.smmu.mmio_write(offset, &value.to_le_bytes());
-    }
-
-    pub fn write64(&self, offset: u64, value: u64) {
-        self.smmu.mmio_write(offset, &value.to_le_bytes());
+        let contexts = Mutex::new(self.contexts.lock().clone());
+        let submitted = Mutex::new(*self.submitted.lock());
+        Driver { pages, registers, streams, commands, events, contexts, submitted }
     }
 
     /// Resets the SMMU like a driver: tables and queues, full invalidation, then translation.
     pub fn enable(&self) {
         let queues = Cr0::new().with_cmdqen(true).with_eventqen(true);
-        if Cr0::from_bits(self.read32(regs::CR0)) != queues {
-            self.write64(
+        if Cr0::from_bits(self.registers.read32(regs::CR0)) != queues {
+            self.registers.write64(
                 regs::STRTAB_BASE,
                 StrtabBase::new().with_addr(self.streams >> 6).into_bits(),
             );
             let config = StrtabBaseCfg::new().with_log2size(STREAM_BITS);
-            self.write32(regs::STRTAB_BASE_CFG, config.into_bits());
-            self.write64(regs::CMDQ_BASE, base(self.commands, COMMAND_BITS).into_bits());
-            self.write64(regs::EVENTQ_BASE, base(self.events, EVENT_BITS).into_bits());
+            self.registers.write32(regs::STRTAB_BASE_CFG, config.into_bits());
+            self.registers.write64(regs::CMDQ_BASE, base(self.commands, COMMAND_BITS).into_bits());
+            self.registers.write64(regs::EVENTQ_BASE, base(self.events, EVENT_BITS).into_bits());
             self.set_cr0(queues);
         }
         let reset =
@@ -140,13 +128,13 @@ impl Guest {
     }
 
     fn set_cr0(&self, cr0: Cr0) {
-        self.write32(regs::CR0, cr0.into_bits());
+        self.registers.write32(regs::CR0, cr0.into_bits());
         // A host failure delays the acknowledgement; a waiting driver writes again.
         for _ in 0..3 {
-            if self.read32(regs::CR0ACK) == cr0.into_bits() {
+            if self.registers.read32(regs::CR0ACK) == cr0.into_bits() {
                 return;
             }
-            self.write32(regs::CR0, cr0.into_bits());
+            self.registers.write32(regs::CR0, cr0.into_bits());
         }
         panic!("CR0 {cr0:?} is not acknowledged");
     }
@@ -164,17 +152,15 @@ impl Guest {
     /// As [`Self::submit`], with commands of any contents.
     pub fn submit_words(&self, commands: &[[u64; 2]]) -> Completion {
         let queue = self.command_queue();
-        let start = CmdqProd::from_bits(self.read32(regs::CMDQ_PROD)).wr();
+        let start = CmdqProd::from_bits(self.registers.read32(regs::CMDQ_PROD)).wr();
         let sync = Command::Sync { signal: SyncSignal::None };
         let mut prod = start;
         for command in commands.iter().chain([&sync.encode()]) {
-            for (at, word) in (queue.address(prod)..).step_by(8).zip(command) {
-                self.store(at, *word);
-            }
+            self.store_words(queue.address(prod), command);
             prod = queue.next(prod);
         }
-        *self.submitted.lock().unwrap() = start;
-        self.write32(regs::CMDQ_PROD, CmdqProd::new().with_wr(prod).into_bits());
+        *self.submitted.lock() = start;
+        self.registers.write32(regs::CMDQ_PROD, CmdqProd::new().with_wr(prod).into_bits());
         self.completion()
     }
 
@@ -192,35 +178,33 @@ impl Guest {
 
     /// Acknowledges an error of the queue: the unit resumes at the command where it stopped.
     pub fn resume(&self) -> Completion {
-        self.write32(regs::GERRORN, self.read32(regs::GERROR));
+        self.registers.write32(regs::GERRORN, self.registers.read32(regs::GERROR));
         self.completion()
     }
 
     /// As [`Self::resume`], after it replaced the command at which the unit stopped.
     pub fn replace_and_resume(&self, command: Command) -> Completion {
-        let cons = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS));
+        let cons = CmdqCons::from_bits(self.registers.read32(regs::CMDQ_CONS));
         let at = self.command_queue().address(cons.rd());
-        for (at, word) in (at..).step_by(8).zip(command.encode()) {
-            self.store(at, word);
-        }
+        self.store_words(at, &command.encode());
         self.resume()
     }
 
     fn completion(&self) -> Completion {
         let queue = self.command_queue();
-        let cons = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS));
-        if cons.rd() == CmdqProd::from_bits(self.read32(regs::CMDQ_PROD)).wr() {
+        let cons = CmdqCons::from_bits(self.registers.read32(regs::CMDQ_CONS));
+        if cons.rd() == CmdqProd::from_bits(self.registers.read32(regs::CMDQ_PROD)).wr() {
             return Completion::Done;
         }
-        let active = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
+        let active = self.registers.read32(regs::GERROR) ^ self.registers.read32(regs::GERRORN);
         assert!(Gerror::from_bits(active).cmdq_err(), "the queue stands, and nobody is told");
-        let error = CommandError::from_code(cons.err()).expect("an error has a reason");
-        let done = queue.used(cons.rd(), *self.submitted.lock().unwrap());
+        let error = CommandError::from_code(cons.err()).expect("a queue that stops says why");
+        let done = queue.used(cons.rd(), *self.submitted.lock());
         Completion::Stopped(done as usize, error)
     }
 
     /// Changes a stream table entry, without invalidation.
-    pub fn write_entry(&self, stream: StreamId, entry: Entry) {
+    pub fn set_entry(&self, stream: StreamId, entry: Entry) {
         let low = Ste0::new().with_v(true);
         let high = Ste1::new().with_shcfg(1);
         let (low, high) = match entry {
@@ -231,14 +215,13 @@ impl Guest {
                 high.with_s1cir(1).with_s1cor(1).with_s1csh(3),
             ),
         };
-        self.write_raw_entry(stream, [low.into_bits(), high.into_bits()]);
+        self.set_raw_entry(stream, [low.into_bits(), high.into_bits()]);
     }
 
     /// Writes words 0 and 1 of a stream table entry, V last.
-    pub fn write_raw_entry(&self, stream: StreamId, words: [u64; 2]) {
+    pub fn set_raw_entry(&self, stream: StreamId, words: [u64; 2]) {
         let at = self.streams + u64::from(stream.raw()) * STE_SIZE;
-        self.store(at + 8, words[1]);
-        self.store(at, words[0]);
+        self.store_words(at, &words);
     }
 
     /// Invalidates the entries of these streams.
@@ -249,7 +232,7 @@ impl Guest {
 
     /// The context descriptor of the stage 1 at `table` with `asid`, created on first use.
     pub fn context(&self, table: u64, asid: u16) -> u64 {
-        let mut contexts = self.contexts.lock().unwrap();
+        let mut contexts = self.contexts.lock();
         *contexts.entry((table, asid)).or_insert_with(|| {
             let at = self.page();
             self.write_context(at, table, asid);
@@ -275,9 +258,7 @@ impl Guest {
             .with_asid(asid);
         let qw1 = Cd1::new().with_ttb0(table >> 4);
         let cd = Cd { qw0: low, qw1, mair: 0xff, ..Cd::default() };
-        for (word, value) in cd.to_words().iter().enumerate().rev() {
-            self.store(at + 8 * word as u64, *value);
-        }
+        self.store_words(at, &cd.to_words());
     }
 
     /// Maps one page (`level` 3) or block of 2 MiB (`level` 2) in the stage 1 at `table`.
@@ -322,30 +303,30 @@ impl Guest {
     /// Takes the oldest event out of the queue.
     pub fn take_event(&self) -> Option<EventRecord> {
         let queue = base(self.events, EVENT_BITS).layout(EVENT_SIZE, EVENT_BITS);
-        let prod = OutputProd::from_bits(self.read32(regs::EVENTQ_PROD));
-        let cons = OutputCons::from_bits(self.read32(regs::EVENTQ_CONS));
+        let prod = OutputProd::from_bits(self.registers.read32(regs::EVENTQ_PROD));
+        let cons = OutputCons::from_bits(self.registers.read32(regs::EVENTQ_CONS));
         if queue.is_empty(prod.wr(), cons.rd()) {
             return None;
         }
         let at = queue.address(cons.rd());
         let words = [0, 8, 16, 24].map(|offset| self.load(at + offset));
         let next = cons.with_rd(queue.next(cons.rd())).with_ovackflg(prod.ovflg());
-        self.write32(regs::EVENTQ_CONS, next.into_bits());
+        self.registers.write32(regs::EVENTQ_CONS, next.into_bits());
         Some(EventRecord::from_words(words))
     }
 
     /// Makes the event interrupt send `data` to `address`.
     pub fn enable_event_interrupt(&self, address: u64, data: u32) {
         let address = IrqCfg0::from_bits(address & IrqCfg0::WRITABLE);
-        self.write64(regs::EVENTQ_IRQ_CFG0, address.into_bits());
-        self.write32(regs::EVENTQ_IRQ_CFG1, data);
-        self.write32(regs::IRQ_CTRL, IrqCtrl::new().with_eventq_irqen(true).into_bits());
+        self.registers.write64(regs::EVENTQ_IRQ_CFG0, address.into_bits());
+        self.registers.write32(regs::EVENTQ_IRQ_CFG1, data);
+        self.registers.write32(regs::IRQ_CTRL, IrqCtrl::new().with_eventq_irqen(true).into_bits());
     }
 }
 
 /// CMD_CFGI_CD of `rid` without substreams.
 pub fn cfgi_cd(rid: Bdf) -> Command {
-    let substream = Pasid::new(0).unwrap();
+    let substream = Pasid::new(0).expect("0 is a substream");
     Command::CfgiCd { stream: rid.into(), substream, leaf: true }
 }
 
