@@ -145,11 +145,10 @@ impl Caches {
     #[inline(always)]
     pub fn translation(&self, at: &Lookup, iova: u64, kind: RequestKind) -> Option<Target> {
         let (iova, shifts) = at.half(iova);
-        let page = self.cached_page(shifts, at.source, iova, kind);
-        let (value, shift) = page.or_else(|| match self.globals.load(Ordering::Relaxed) {
-            true => self.cached_page(shifts, at.global, iova, kind),
-            false => None,
-        })?;
+        let (value, shift) = match self.cached_page(shifts, at.source, iova, kind) {
+            Some(found) => found,
+            None => self.global_page(shifts, at.global, iova, kind)?,
+        };
         let offset = iova & (size(shift) - 1);
         let place = CachedPlace::from_bits(value.get()).place(offset);
         Some(Target { place, length: size(shift) - offset })
@@ -157,7 +156,7 @@ impl Caches {
 
     /// The IOTLB entry for such a request, and its page size as a power of two: no more than fits
     /// in two registers. It allows something, so it is not 0.
-    #[inline]
+    #[inline(always)]
     fn cached_page(
         &self,
         shifts: &[u8],
@@ -166,10 +165,28 @@ impl Caches {
         kind: RequestKind,
     ) -> Option<(NonZeroU64, u8)> {
         let allows = |value| Rights::from_flags(CachedPlace::from_bits(value).flags()).allow(kind);
-        shifts.iter().find_map(|&shift| {
-            let value = self.iotlb.get(Key::new(source, iova, shift), allows)?;
-            Some((NonZeroU64::new(value)?, shift))
-        })
+        // A loop, as closures of iterators would be calls.
+        for &shift in shifts {
+            if let Some(value) = self.iotlb.get(Key::new(source, iova, shift), allows) {
+                return Some((NonZeroU64::new(value)?, shift));
+            }
+        }
+        None
+    }
+
+    /// The same for an entry that serves other address spaces, too.
+    #[cold]
+    fn global_page(
+        &self,
+        shifts: &[u8],
+        source: Source,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Option<(NonZeroU64, u8)> {
+        match self.globals.load(Ordering::Relaxed) {
+            true => self.cached_page(shifts, source, iova, kind),
+            false => None,
+        }
     }
 
     /// Size of the page that [`Caches::translation`] finds, as a power of two.

@@ -62,7 +62,7 @@ impl SmmuV3Unit {
     }
 
     /// A port for DMA of the stream `sid`.
-    pub fn port(self: &Arc<Self>, sid: u16) -> DmaPort {
+    pub fn port(&self, sid: u16) -> DmaPort {
         let (counters, page_requests) = (self.counters.clone(), self.page_requests.clone());
         // Whether a request is an interrupt message depends on where the tables send it.
         DmaPort::new(sid, self.gate.clone(), counters, page_requests, None)

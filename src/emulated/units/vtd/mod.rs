@@ -60,7 +60,7 @@ impl VtdUnit {
     }
 
     /// A port for DMA by requester id `rid`.
-    pub fn port(self: &Arc<Self>, rid: u16) -> DmaPort {
+    pub fn port(&self, rid: u16) -> DmaPort {
         let (counters, page_requests) = (self.counters.clone(), self.page_requests.clone());
         // §3.14.
         DmaPort::new(rid, self.gate.clone(), counters, page_requests, Some(INTERRUPT_RANGE))
