@@ -20,6 +20,7 @@
 //! None is on by default.
 //!
 //! * `kernel`: the host on the kernel's `/dev/iommu`, with VFIO's character devices.
+//! * `vfio-ioctls`: that host takes over devices of the package `vfio-ioctls`.
 //! * `acpi`: the firmware tables DMAR and IORT, in the form of the package `acpi_tables`.
 //! * `devicetree`: the nodes of virtual SMMUs in device trees, with the package `vm-fdt`.
 //! * `serde`: `Serialize` for reports, counters and snapshots, and `Deserialize` for snapshots.

@@ -30,3 +30,6 @@ mod vfio;
 use error::{Error, Result};
 use machine::Machine;
 pub use process::exit_code;
+/// For the tests of what `vfio-ioctls` lacks; no part of the API.
+#[doc(hidden)]
+pub use vfio::{AssignedDevice, HostDevice, Irq, IrqInfo, Mapping, Region};

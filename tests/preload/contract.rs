@@ -5,6 +5,7 @@
 #[path = "../host_contract/contract/mod.rs"]
 mod contract;
 mod passed;
+mod vfio_ioctls;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -25,7 +25,7 @@ use crate::contract::uapi;
 
 /// The manager's memory: a file of this length, at this IOVA.
 const LENGTH: u64 = 0x1_0000;
-const IOVA: u64 = 0x10_0000;
+pub const IOVA: u64 = 0x10_0000;
 /// Where the VMM maps the same file once more.
 const AGAIN: u64 = 0x20_0000;
 const BOUND: &str = "/dev/vfio/devices/vfio0";
@@ -52,14 +52,22 @@ fn devices_and_memory_of_another_process() {
     assert!(text.contains(DONE), "{text}");
 }
 
+/// A file of such memory.
+pub fn memory_file() -> File {
+    let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC);
+    let memory = File::from(memory.expect("a file"));
+    memory.set_len(LENGTH).expect("its length");
+    memory
+}
+
 /// The file, as memory of this process.
-fn region(file: File) -> GuestRegionMmap {
+pub fn region(file: File) -> GuestRegionMmap {
     let file = Some(FileOffset::new(file, 0));
     GuestRegionMmap::from_range(GuestAddress(0), LENGTH as usize, file).expect("memory")
 }
 
 /// Whether the device moves a word from the start of the memory at `iova` to its end.
-fn moves(device: &uapi::Device, memory: &File, iova: u64) -> bool {
+pub fn moves(device: &uapi::Device, memory: &File, iova: u64) -> bool {
     let mut word = [0; 8];
     memory.write_all_at(b"moves it", 0).expect("memory");
     memory.write_all_at(&word, LENGTH - 8).expect("memory");
@@ -78,9 +86,7 @@ fn manager() {
     }
     let socket = std::io::stdin().as_fd().try_clone_to_owned().expect("standard input");
     let mut socket = UnixStream::from(socket);
-    let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC);
-    let memory = File::from(memory.expect("a file"));
-    memory.set_len(LENGTH).expect("its length");
+    let memory = memory_file();
     let mapped = region(memory.try_clone().expect("a descriptor"));
     let address = mapped.get_host_address(vm_memory::MemoryRegionAddress(0)).expect("an address");
 

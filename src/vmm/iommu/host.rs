@@ -22,6 +22,7 @@ use twostage::iommufd::{
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage_emulated::{EmulatedHost, ObjectGraph};
+use vfio_ioctls::VfioIommufd;
 
 /// With more objects than this none are noted, because collecting them takes too long.
 const MAX_NOTED: usize = 1000;
@@ -76,9 +77,21 @@ impl Host {
     /// # Errors
     /// This host is not the kernel's, or has no such device.
     pub fn device_file(&self, dev: ObjectId) -> Result<Arc<File>> {
-        let kernel = self.kernel.as_ref();
-        let kernel = kernel.ok_or_else(|| Error::Iommu("the host is not the kernel".into()))?;
-        kernel.device_file(dev).map_err(|error| Error::Iommu(error.to_string()))
+        self.kernel()?.device_file(dev).map_err(|error| Error::Iommu(error.to_string()))
+    }
+
+    /// What `vfio-ioctls` needs for the devices of the kernel's host: its iommufd, and an IOAS that
+    /// nothing is attached to.
+    ///
+    /// # Errors
+    /// This host is not the kernel's, or the kernel gives no IOAS.
+    pub fn vfio_iommufd(&self) -> Result<Arc<VfioIommufd>> {
+        let iommufd = VfioIommufd::new(self.kernel()?.iommufd().clone(), None, None);
+        iommufd.map(Arc::new).map_err(failed("the iommufd of assigned devices"))
+    }
+
+    fn kernel(&self) -> Result<&Arc<KernelHost>> {
+        self.kernel.as_ref().ok_or_else(|| Error::Iommu("the host is not the kernel".into()))
     }
 
     fn counted(

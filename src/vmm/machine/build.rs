@@ -3,12 +3,11 @@
 //! configuration or the host.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::Arc;
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use super::topology::{assigned_functions, direct_functions, PciTopology};
+use super::topology::{assigned_functions, direct_functions, BoundFile, PciTopology};
 use crate::arch::layout::{iommu_interrupts, ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::arch::{self, IrqChip};
 use crate::bus::Bus;
@@ -122,16 +121,18 @@ pub(super) fn interrupts(ways: Ways, iommus: &[Iommu]) -> Result<Arc<Interrupts>
     Ok(interrupts)
 }
 
-/// The files of the devices of `kernel`.
+/// The files of the devices of `kernel`, and what `vfio-ioctls` takes besides: the iommufd, with an
+/// IOAS that nothing uses.
 pub(super) fn device_files(
     kernel: Option<&Host>,
     iommus: &[Iommu],
     direct: Option<&DirectDevices>,
-) -> Result<BTreeMap<Bdf, Arc<File>>> {
-    let Some(kernel) = kernel else { return Ok(BTreeMap::new()) };
+) -> Result<BTreeMap<Bdf, BoundFile>> {
     let of_iommus = iommus.iter().map(|iommu| &iommu.devices);
     let bound = of_iommus.chain(direct.map(|direct| &direct.devices)).flatten();
-    bound.map(|(bdf, dev)| Ok((*bdf, kernel.device_file(*dev)?))).collect()
+    let Some(kernel) = kernel else { return Ok(BTreeMap::new()) };
+    let iommufd = kernel.vfio_iommufd()?;
+    bound.map(|(bdf, dev)| Ok((*bdf, (kernel.device_file(*dev)?, iommufd.clone())))).collect()
 }
 
 /// Everything that answers in the memory space, except the board.

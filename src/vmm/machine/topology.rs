@@ -23,9 +23,13 @@ use crate::memory::MachineMemory;
 use crate::pci::{EventVector, HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
 use crate::report::DeviceReport;
 use crate::trace::{Trace, TracedDma};
-use crate::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioProblem};
+use crate::vfio::{self, page_size, AssignedDevice, Lender, VfioError, VfioPci, VfioProblem};
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
+use vfio_ioctls::VfioIommufd;
+
+/// The file of a bound device, and the iommufd that it is bound to.
+pub(crate) type BoundFile = (Arc<File>, Arc<VfioIommufd>);
 
 /// The functions that go behind virtual IOMMUs.
 pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedFunction>> {
@@ -66,7 +70,7 @@ pub(crate) struct Wiring {
     /// For mapping the memory of devices into the guest.
     pub lender: Arc<dyn Lender>,
     /// The files of physical devices.
-    pub files: BTreeMap<Bdf, Arc<File>>,
+    pub files: BTreeMap<Bdf, BoundFile>,
     pub trace: Option<Arc<Trace>>,
 }
 
@@ -257,9 +261,10 @@ impl Builder<'_> {
     ) -> Result<()> {
         let name = config.name();
         let file = self.wiring.files.remove(&bdf);
-        let file = file.ok_or_else(|| Error::Pci(format!("--vfio {name}: it is not bound")))?;
+        let (file, iommufd) =
+            file.ok_or_else(|| Error::Pci(format!("--vfio {name}: it is not bound")))?;
         let what = "querying its description";
-        let host = DeviceFile::new(file)
+        let host = AssignedDevice::new(file, iommufd)
             .map_err(|source| VfioError::new(&name, VfioProblem::Call { what, source }))?;
         let Self { window, intx, wiring, subscribers, .. } = self;
         let mut line = || {

@@ -1,20 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A VFIO device for the rest of this module: regions and interrupts, in the terms of
 //! `linux/vfio.h`.
-//!
-//! The kernel's information about a region ends with a chain of capabilities, linked by byte
-//! offsets. It is validated like any other input: the walk ends at an invalid or circular link.
 
 use std::fmt::Debug;
 use std::io;
 use std::iter::once;
 use std::ops::Range;
 
-use vfio_bindings::bindings::vfio::{
-    vfio_info_cap_header, vfio_region_info, vfio_region_info_cap_sparse_mmap,
-    vfio_region_sparse_mmap_area, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS,
-    VFIO_REGION_INFO_FLAG_MMAP,
-};
+use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
+use vfio_ioctls::{VfioRegionInfoCap, VfioRegionSparseMmapArea};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mapping::Mapping;
@@ -118,20 +112,33 @@ pub struct Region {
 }
 
 impl Region {
-    /// The region of `info`, with the capabilities in `bytes`, which is all that the kernel wrote,
-    /// starting with `info`.
-    pub(super) fn new(info: &vfio_region_info, bytes: &[u8]) -> Self {
+    /// Region `index`: `flags`, `size` and `offset` of its information, and its capabilities. Areas
+    /// that are not in it are left out.
+    pub(super) fn new(
+        index: u32,
+        flags: u32,
+        size: u64,
+        offset: u64,
+        capabilities: &[VfioRegionInfoCap],
+    ) -> Self {
         let mut mappable = Vec::new();
-        if info.flags & VFIO_REGION_INFO_FLAG_MMAP != 0 && info.size != 0 {
-            let areas = (info.flags & VFIO_REGION_INFO_FLAG_CAPS != 0)
-                .then(|| sparse_areas(bytes, info.cap_offset))
-                .flatten();
-            // Without areas, all of it.
-            mappable = areas.unwrap_or_else(|| once(0..info.size).collect());
-            mappable.retain(|area| area.start < area.end && area.end <= info.size);
+        if flags & VFIO_REGION_INFO_FLAG_MMAP != 0 && size != 0 {
+            let areas = capabilities.iter().find_map(|capability| match capability {
+                VfioRegionInfoCap::SparseMmap(sparse) => Some(&sparse.areas),
+                _ => None,
+            });
+            let range = |area: &VfioRegionSparseMmapArea| {
+                Some(area.offset..area.offset.checked_add(area.size)?)
+            };
+            mappable = match areas {
+                Some(areas) => areas.iter().filter_map(range).collect(),
+                // Without areas, all of it.
+                None => once(0..size).collect(),
+            };
+            mappable.retain(|area| area.start < area.end && area.end <= size);
             mappable.sort_by_key(|area| area.start);
         }
-        Self { index: info.index, size: info.size, offset: info.offset, mappable }
+        Self { index, size, offset, mappable }
     }
 
     /// Whether all of `length` bytes at `offset` are in the region.
@@ -163,86 +170,42 @@ impl Region {
     }
 }
 
-/// A four-byte field at `offset`.
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    bytes.get(offset..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk))
-}
-
-fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
-    bytes.get(offset..)?.first_chunk().map(|chunk| u64::from_ne_bytes(*chunk))
-}
-
-/// The areas of the sparse-mmap capability in the chain that starts at `first`, if there is one.
-fn sparse_areas(bytes: &[u8], first: u32) -> Option<Vec<Range<u64>>> {
-    let mut offset = first as usize;
-    // Each capability has its own header: more steps than headers are a cycle.
-    for _ in 0..bytes.len() / size_of::<vfio_info_cap_header>() {
-        // ID and version of two bytes each; then the offset of the next one, or zero.
-        let (id, next) = (u32_at(bytes, offset)? & 0xffff, u32_at(bytes, offset + 4)?);
-        if id == VFIO_REGION_INFO_CAP_SPARSE_MMAP {
-            return Some(areas_at(bytes, offset));
-        }
-        if (next as usize) < size_of::<vfio_region_info>() {
-            return None;
-        }
-        offset = next as usize;
-    }
-    None
-}
-
-/// The areas of the sparse-mmap capability at `offset`, as far as they are complete.
-fn areas_at(bytes: &[u8], offset: usize) -> Vec<Range<u64>> {
-    let count = u32_at(bytes, offset + size_of::<vfio_info_cap_header>()).unwrap_or(0);
-    let first = offset + size_of::<vfio_region_info_cap_sparse_mmap>();
-    (first..bytes.len())
-        .step_by(size_of::<vfio_region_sparse_mmap_area>())
-        .take(count as usize)
-        .map_while(|at| {
-            let start = u64_at(bytes, at)?;
-            Some(start..start.checked_add(u64_at(bytes, at + 8)?)?)
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use vfio_ioctls::VfioRegionInfoCapSparseMmap;
 
     use super::*;
 
-    const HEAD: usize = size_of::<vfio_region_info>();
-
-    fn info(size: u64, cap_offset: u32) -> vfio_region_info {
-        let flags = VFIO_REGION_INFO_FLAG_MMAP | VFIO_REGION_INFO_FLAG_CAPS;
-        vfio_region_info { flags, cap_offset, size, ..vfio_region_info::default() }
+    /// The sparse-mmap capability of `areas`: offset and size.
+    fn sparse(areas: &[(u64, u64)]) -> VfioRegionInfoCap {
+        let area =
+            |(offset, size): &(u64, u64)| VfioRegionSparseMmapArea { offset: *offset, size: *size };
+        let areas = areas.iter().map(area).collect();
+        VfioRegionInfoCap::SparseMmap(VfioRegionInfoCapSparseMmap { areas })
     }
 
-    /// A capability: id, version 1, next, what follows.
-    fn capability(id: u16, next: u32, body: &[u64]) -> Vec<u8> {
-        let words = [u32::from(id) | 1 << 16, next];
-        let words = words.into_iter().flat_map(u32::to_ne_bytes);
-        words.chain(body.iter().copied().flat_map(u64::to_ne_bytes)).collect()
+    fn region(size: u64, capabilities: &[VfioRegionInfoCap]) -> Region {
+        Region::new(2, VFIO_REGION_INFO_FLAG_MMAP, size, 2 << 40, capabilities)
     }
 
     #[test]
     fn the_sparse_areas_are_found_behind_others() {
-        let first = capability(3, HEAD as u32 + 8, &[]);
-        let areas = capability(1, 0, &[2, 0x4000, 0x1000, 0, 0x2000]);
-        let bytes = [vec![0; HEAD], first, areas].concat();
-        let region = Region::new(&info(0x8000, HEAD as u32), &bytes);
-        assert_eq!(region.mappable, [0..0x2000, 0x4000..0x5000]);
-        // The last area is truncated, and the one before is beyond the region.
-        let region = Region::new(&info(0x4800, HEAD as u32), &bytes[..bytes.len() - 8]);
-        assert_eq!(region.mappable, [] as [Range<u64>; 0]);
+        let areas = [VfioRegionInfoCap::MsixMappable, sparse(&[(0x4000, 0x1000), (0, 0x2000)])];
+        let found = region(0x8000, &areas);
+        assert_eq!(found.mappable, [0..0x2000, 0x4000..0x5000]);
+        assert_eq!((found.index, found.size, found.offset), (2, 0x8000, 2 << 40));
+        // One is beyond the region.
+        assert!(region(0x4800, &areas).mappable.iter().eq([&(0..0x2000)]));
     }
 
     #[test]
     fn without_areas_all_of_it_can_be_mapped_or_nothing() {
-        let msix_mappable = [vec![0; HEAD], capability(3, 0, &[])].concat();
-        let region = Region::new(&info(0x4000, HEAD as u32), &msix_mappable);
-        assert!(region.mappable.iter().eq([&(0..0x4000)]));
-        let plain = vfio_region_info { size: 0x4000, ..vfio_region_info::default() };
-        assert!(Region::new(&plain, &msix_mappable).mappable.is_empty());
+        let found = region(0x4000, &[VfioRegionInfoCap::MsixMappable]);
+        assert!(found.mappable.iter().eq([&(0..0x4000)]));
+        assert!(region(0x4000, &[sparse(&[])]).mappable.is_empty());
+        let trapped = Region::new(2, 0, 0x4000, 0, &[VfioRegionInfoCap::MsixMappable]);
+        assert!(trapped.mappable.is_empty());
     }
 
     #[test]
@@ -265,13 +228,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_chain_loops_or_leads_out(
-            words in prop::collection::vec(prop_oneof![0u32..80, any::<u32>()], 0..64),
-            first in prop_oneof![0u32..300, any::<u32>()],
-            size: u64,
+        fn no_area_leads_out(
+            areas in prop::collection::vec(
+                prop_oneof![(0u64..0x8000, 0u64..0x8000), (any::<u64>(), any::<u64>())], 0..8),
+            size in prop_oneof![0u64..0x1_0000, any::<u64>()],
         ) {
-            let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
-            let region = Region::new(&info(size, first), &bytes);
+            let region = region(size, &[sparse(&areas)]);
             for area in &region.mappable {
                 prop_assert!(area.start < area.end && area.end <= size);
             }

@@ -18,7 +18,6 @@
 mod bars;
 mod capabilities;
 mod config_image;
-mod device_file;
 mod function;
 mod host_device;
 mod interrupts;
@@ -29,16 +28,18 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod vectors;
+mod vfio_device;
 
 use std::io;
 use std::ops::RangeInclusive;
 
 use config_image::ConfigError;
-pub use device_file::DeviceFile;
 pub use function::{Surroundings, VfioPci};
-pub use mapping::{page_size, KvmSlots, Lender};
+pub use host_device::{HostDevice, Irq, IrqInfo, Region};
+pub use mapping::{page_size, KvmSlots, Lender, Mapping};
 pub use message_window::{message_window, DoorbellWatch};
 use twostage::iommufd::HostError;
+pub use vfio_device::AssignedDevice;
 
 /// A device cannot be assigned.
 #[derive(Debug, thiserror::Error)]

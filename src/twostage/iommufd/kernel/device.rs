@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ioctls::VfioCdev;
-use super::{meaning, KernelHost};
+use super::{detach_all, meaning, KernelHost};
 use crate::iommufd::{Errno, HostError, HwInfo, ObjectId, Result, Verb};
 
 /// Linux's folder of VFIO character devices.
@@ -241,6 +241,77 @@ impl KernelHost {
         })?;
         devices.insert(dev, Device::new(name, number, file, info));
         Ok(dev)
+    }
+
+    /// As [`KernelHost::adopt`], of a device that [`VfioDevice`](vfio_ioctls::VfioDevice) bound to
+    /// this host's [iommufd](KernelHost::iommufd). It keeps its regions and interrupts.
+    ///
+    /// Dropping `device` detaches it here, too, and panics if the kernel refuses that: detach it
+    /// here before.
+    ///
+    /// ```
+    /// use std::path::Path;
+    /// use std::sync::Arc;
+    /// use twostage::iommufd::{HostIommu, KernelHost};
+    /// use vfio_ioctls::{VfioDevice, VfioIommufd};
+    ///
+    /// /// Binds a device that is in sysfs at `path`, and lets `host` decide what it reaches.
+    /// fn bind(host: &KernelHost, path: &str) -> Result<VfioDevice, Box<dyn std::error::Error>> {
+    ///     let iommufd = Arc::new(VfioIommufd::new(host.iommufd().clone(), None, None)?);
+    ///     let device = VfioDevice::new(Path::new(path), iommufd, false)?;
+    ///     let dev = host.adopt_vfio(&device, path)?;
+    ///     println!("{:?}", host.get_hw_info(dev)?);
+    ///     Ok(device)
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`KernelHost::adopt`]; `EINVAL` `device` did not bind it itself (it has no
+    /// `iommufd_dev_id`): who did knows the id for [`KernelHost::adopt`]; `EMFILE` no descriptor is
+    /// free.
+    #[cfg(feature = "vfio-ioctls")]
+    pub fn adopt_vfio(&self, device: &vfio_ioctls::VfioDevice, name: &str) -> Result<ObjectId> {
+        let Some(dev) = device.iommufd_dev_id() else {
+            let text = "it was bound before this VfioDevice; adopt takes the id that binding gave";
+            return Err(refused((Errno::EINVAL, format!("{name}: {text}"))));
+        };
+        let file = super::ioctls::duplicate(device).map_err(|errno| {
+            refused((errno, format!("{name}: its descriptor cannot be duplicated")))
+        })?;
+        self.adopt(file, ObjectId(dev), name)
+    }
+
+    /// Detaches the device `dev`, and returns its file: this host is done with it. It stays bound
+    /// until the file and its duplicates are closed.
+    ///
+    /// ```
+    /// use std::os::fd::OwnedFd;
+    /// use twostage::iommufd::{KernelHost, ObjectId, Result};
+    ///
+    /// fn give_back(host: &KernelHost, dev: ObjectId) -> Result<OwnedFd> {
+    ///     host.release(dev)
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// `ENOENT` no such device; `EBUSY` somebody holds what [`KernelHost::device_file`] returned.
+    pub fn release(&self, dev: ObjectId) -> Result<OwnedFd> {
+        let mut devices = self.devices();
+        let Some(device) = devices.remove(&dev) else {
+            return Err(HostError::new(Verb::DeviceUnbind, dev, Errno::ENOENT, "no such device"));
+        };
+        match Arc::try_unwrap(device.file) {
+            Ok(file) => {
+                // Nothing may stay attached if others have a copy of the descriptor.
+                detach_all(&file, &device.attached);
+                Ok(file.into())
+            }
+            Err(file) => {
+                devices.insert(dev, Device { file, ..device });
+                let detail = "its regions or interrupts are in use";
+                Err(HostError::new(Verb::DeviceUnbind, dev, Errno::EBUSY, detail))
+            }
+        }
     }
 }
 

@@ -9,11 +9,10 @@ use std::sync::Arc;
 use iommufd_bindings::*;
 use vm_memory::GuestMemoryRegion;
 
-use super::device::Device;
 use super::ioctls::{self, errno_of, size, IommuFdExt, VfioCdev};
 use super::meaning::{self, error};
 use super::queues::{self, Parse, Queue};
-use super::{detach_all, KernelHost};
+use super::KernelHost;
 use crate::iommufd::{
     DirtyRange, Errno, EventQueue, FaultQueue, HostError, HostIommu, HwCapabilities, HwInfo,
     HwInfoData, HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget,
@@ -122,22 +121,7 @@ impl HostIommu for KernelHost {
     }
 
     fn device_unbind(&self, dev: ObjectId) -> Result<()> {
-        let mut devices = self.devices();
-        let Some(device) = devices.remove(&dev) else {
-            return Err(HostError::new(Verb::DeviceUnbind, dev, Errno::ENOENT, "no such device"));
-        };
-        match Arc::try_unwrap(device.file) {
-            Ok(file) => {
-                // Nothing may stay attached if others have a copy of the descriptor.
-                detach_all(&file, &device.attached);
-                Ok(())
-            }
-            Err(file) => {
-                devices.insert(dev, Device { file, ..device });
-                let detail = "its regions or interrupts are in use";
-                Err(HostError::new(Verb::DeviceUnbind, dev, Errno::EBUSY, detail))
-            }
-        }
+        self.release(dev).map(drop)
     }
 
     fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {

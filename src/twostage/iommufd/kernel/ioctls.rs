@@ -5,13 +5,16 @@
 //! [`IommuFd`] of `iommufd-ioctls` is used as it is: [`IommuFdExt`] adds, in its style, what could
 //! be added there. `IOMMU_IOAS_MAP` and `MAP_FILE` are here because that crate passes the kernel,
 //! which writes the IOVA, a shared reference. Binding and attaching are here because `vfio-ioctls`
-//! does both inside its own device type, which needs an IOAS and KVM, hides the ID of the attached
-//! page table, and panics if a device cannot be detached.
+//! does both inside its own device type, which allocates an IOAS, needs KVM, hides the ID of the
+//! attached page table, and panics if a device cannot be detached. All of it is in
+//! `docs/upstream.md`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+#[cfg(feature = "vfio-ioctls")]
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use iommufd_bindings::*;
 use iommufd_ioctls::{IommuFd, IommufdError};
@@ -356,6 +359,15 @@ impl VfioCdev for File {
             _ => Ok(()),
         }
     }
+}
+
+/// A duplicate of the descriptor of `device`.
+#[cfg(feature = "vfio-ioctls")]
+pub(super) fn duplicate(device: &vfio_ioctls::VfioDevice) -> Result<OwnedFd> {
+    // SAFETY: the device, which is borrowed for longer, owns it.
+    let fd = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
+    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    fd.try_clone_to_owned().map_err(errno)
 }
 
 /// The type returned by `IOMMU_GET_HW_INFO`.
