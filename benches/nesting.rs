@@ -13,7 +13,7 @@ use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::pasid::PagingMode;
 use twostage::spec::vtd::PageRange;
 use twostage::viommu::vtd::{
-    DomainTag, HostSide, Invalidation, Policy, RequesterConfig, Stage1, VtdFirstStage,
+    DomainTag, Invalidation, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdHostSide,
 };
 use twostage::viommu::Requester;
 

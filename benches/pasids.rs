@@ -80,14 +80,14 @@ impl Machine {
             .iter()
             .filter_map(|it| host_vtd(it.rid.to_string(), &it.info, host.extensions()))
             .collect();
-        let config = VtdConfig { pasid_bits: PASID_BITS, ..VtdConfig::default() };
+        let config = VtdConfig { pasid_bits: Some(PASID_BITS), ..VtdConfig::default() };
         let config = config.intersect(&units).expect("the unit has all of it");
         let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![region]).expect("one region"));
         let interrupts = Arc::new(NoInterrupts);
-        let iommu = VtdIommu::new(config, memory.clone(), nesting.clone(), interrupts, None)
+        let iommu = VtdIommu::new(&config, memory.clone(), nesting.clone(), interrupts, None)
             .expect("a possible configuration");
         nesting.set_fault_target(Arc::downgrade(&iommu) as Weak<dyn FaultTarget>);
-        DEVICES.into_iter().for_each(|rid| iommu.add_device(rid));
+        DEVICES.into_iter().for_each(|rid| iommu.add_device(rid).expect("the unit serves it"));
         let machine = Self { memory, iommu, nesting };
         machine.store(ROOT, CONTEXT | 1);
         for rid in DEVICES {

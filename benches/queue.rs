@@ -122,7 +122,7 @@ impl SmmuMachine {
         let idle = Arc::new(Idle);
         let config = SmmuConfig::default();
         let smmu = Smmu::new(&config, Arc::new(memory.clone()), idle.clone(), idle, None).unwrap();
-        smmu.add_stream(StreamId(8));
+        smmu.add_device(StreamId(8)).unwrap();
         smmu.mmio_write(smmu_regs::CMDQ_BASE, &(QUEUE | LOG2SIZE).to_le_bytes());
         smmu.mmio_write(smmu_regs::CR0, &(1u32 << 3).to_le_bytes());
         Self { memory, smmu }

@@ -84,8 +84,8 @@ fn mistakes_are_named() {
             said(&vtd, |unit| unit.device(slot(3), nic, "nic").device(slot(3), nic, "disk")),
             ["disk cannot be 00:03.0", "nic"],
         ),
-        (said(&vtd, |unit| unit.device(slot(3), nic, "nic").config(wide)), ["nic", "57"]),
-        (said(&vtd, |unit| unit.device(slot(3), nic, "nic").config(odd)), ["", "52"]),
+        (said(&vtd, |unit| unit.device(slot(3), nic, "nic").config(&wide)), ["nic", "57"]),
+        (said(&vtd, |unit| unit.device(slot(3), nic, "nic").config(&odd)), ["", "52"]),
     ] {
         assert!(parts.iter().all(|part| said.contains(part)), "{said:?} without {parts:?}");
     }

@@ -12,12 +12,12 @@ use crate::iommufd::{
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::smmuv3::HostSmmu;
-use crate::viommu::vtd::HostUnit;
+use crate::viommu::vtd::HostVtd;
 
 /// The VT-d unit in front of the device called `device`; `None` if that is not a VT-d.
-pub fn host_vtd(device: String, info: &HwInfo, extensions: Extensions) -> Option<HostUnit> {
+pub fn host_vtd(device: String, info: &HwInfo, extensions: Extensions) -> Option<HostVtd> {
     let HwInfoData::Vtd(registers) = info.data else { return None };
-    Some(HostUnit {
+    Some(HostVtd {
         device,
         cap: Cap::from_bits(registers.cap_reg),
         ecap: Ecap::from_bits(registers.ecap_reg),

@@ -27,7 +27,7 @@ use crate::iommufd::ObjectId;
 use crate::nesting::NestingError;
 use crate::spec::pci::Bdf;
 use crate::sync::Mutex;
-use crate::viommu::{CapabilityConflict, HostSideError, RestoreError};
+use crate::viommu::{CapabilityConflict, HostSideError, IntersectError, RestoreError};
 pub use smmuv3::{Smmuv3, Smmuv3Builder};
 pub use vtd::{Vtd, VtdBuilder};
 
@@ -145,6 +145,16 @@ struct NewDevice {
     rid: Bdf,
     dev: ObjectId,
     name: String,
+}
+
+/// What the guest is offered: `lowered`, or `wanted` as it is if there are no devices, which a
+/// builder was told.
+fn offered<C>(wanted: C, lowered: Result<C, IntersectError>) -> Result<C, AddError> {
+    match lowered {
+        Ok(lowered) => Ok(lowered),
+        Err(IntersectError::NoHosts) => Ok(wanted),
+        Err(IntersectError::Lacks(conflict)) => Err(conflict.into()),
+    }
 }
 
 /// Checks that `devices` are those of a snapshot of `model`, which has `rids`.

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::{check_devices, check_place, AddError, BuildError, Names, NewDevice, RemoveError};
+use super::{
+    check_devices, check_place, offered, AddError, BuildError, Names, NewDevice, RemoveError,
+};
 use crate::iommufd::ObjectId;
 use crate::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
 use crate::nesting::{host_smmu, GuestIoas, NestingError};
@@ -13,13 +15,15 @@ use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
 use crate::sync::Mutex;
 use crate::threads::{StdThreads, ThreadStart};
-use crate::viommu::smmuv3::{EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuInterrupts, SmmuState};
-use crate::viommu::{HostSideError, InterruptRemapper, Observer, SnapshotError, TableMemory};
+use crate::viommu::smmuv3::{
+    EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuConfigError, SmmuInterrupts, SmmuState,
+};
+use crate::viommu::{
+    HostSideError, InterruptListener, InterruptRemapper, Observer, SnapshotError, TableMemory,
+};
 
 const MODEL: &str = "SMMUv3";
 
-/// See [`Smmuv3Builder::config_for`].
-type Choice = Box<dyn FnOnce(&[HostSmmu]) -> SmmuConfig>;
 /// See [`Smmuv3Builder::fault_target`].
 type Wrap = Box<dyn FnOnce(Arc<Smmu>) -> Arc<dyn EventTarget>>;
 
@@ -31,7 +35,7 @@ pub struct Smmuv3Builder {
     ioas: Arc<GuestIoas>,
     memory: Arc<dyn TableMemory>,
     interrupts: Arc<dyn SmmuInterrupts>,
-    config: Choice,
+    config: SmmuConfig,
     event_depth: u32,
     threads: Arc<dyn ThreadStart>,
     devices: Vec<NewDevice>,
@@ -52,7 +56,7 @@ impl Smmuv3Builder {
             ioas,
             memory,
             interrupts,
-            config: Box::new(|_| SmmuConfig::default()),
+            config: SmmuConfig::default(),
             event_depth: DEFAULT_EVENT_DEPTH,
             threads: Arc::new(StdThreads),
             devices: Vec::new(),
@@ -64,13 +68,8 @@ impl Smmuv3Builder {
 
     /// What the guest is offered, as far as the hosts' units have it; they must have what is
     /// requested by value ([`SmmuConfig::intersect`]). Without this call: the default.
-    pub fn config(self, config: SmmuConfig) -> Self {
-        self.config_for(move |_| config)
-    }
-
-    /// The same, for a choice that depends on the hosts' units, one for each device.
-    pub fn config_for(mut self, choose: impl FnOnce(&[HostSmmu]) -> SmmuConfig + 'static) -> Self {
-        self.config = Box::new(choose);
+    pub fn config(mut self, config: &SmmuConfig) -> Self {
+        self.config = config.clone();
         self
     }
 
@@ -123,16 +122,14 @@ impl Smmuv3Builder {
         if self.devices.is_empty() && !self.without_devices {
             return Err(BuildError::NoDevices { model: MODEL });
         }
-        let nesting = SmmuNesting::new(self.ioas, self.event_depth).with_threads(self.threads);
-        let side = Side::new(nesting, &self.devices)?;
-        let wanted = (self.config)(&side.hosts);
-        let offered = match side.hosts.as_slice() {
-            [] => wanted,
-            hosts => wanted.intersect(hosts).map_err(AddError::Lacks)?,
-        };
+        self.config.check().map_err(impossible)?;
+        let nesting = SmmuNesting::with_event_depth(self.ioas, self.event_depth);
+        let side = Side::new(nesting.with_threads(self.threads), &self.devices)?;
+        let lowered = self.config.intersect(&side.hosts);
+        let offered = offered(self.config, lowered)?;
         let host = side.nesting.clone();
         let model = Smmu::new(&offered, self.memory, host, self.interrupts, self.observer)
-            .map_err(|error| BuildError::Config { model: MODEL, what: error.to_string() })?;
+            .map_err(impossible)?;
         let unit = side.join(model, offered, self.fault_target);
         for device in &self.devices {
             unit.give(device)?;
@@ -145,14 +142,16 @@ impl Smmuv3Builder {
     /// [`Smmu::restore`], also for what is left to do: [`Smmu::drain_queue`].
     ///
     /// # Errors
-    /// The devices are not those of the snapshot; one cannot do what the guest was offered; or the
-    /// snapshot is not restored.
+    /// The snapshot is not one that this release can restore, or the devices are not those of the
+    /// snapshot: the host is not called then. Or a device cannot do what the guest was offered; or
+    /// the host refused part of what the unit had.
     pub fn restore(self, state: &SmmuState) -> Result<Smmuv3, BuildError> {
+        state.check()?;
         let streams = state.streams.iter().map(|stream| stream.stream);
         let streams: Vec<Bdf> = streams.map(rid_of).collect::<Result<_, _>>()?;
         check_devices(MODEL, &streams, &self.devices)?;
-        let nesting = SmmuNesting::new(self.ioas, self.event_depth).with_threads(self.threads);
-        let side = Side::new(nesting, &self.devices)?;
+        let nesting = SmmuNesting::with_event_depth(self.ioas, self.event_depth);
+        let side = Side::new(nesting.with_threads(self.threads), &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }
@@ -172,6 +171,10 @@ impl fmt::Debug for Smmuv3Builder {
 fn rid_of(stream: StreamId) -> Result<Bdf, BuildError> {
     let absent = || BuildError::Absent { model: MODEL, requester: format!("stream {stream}") };
     stream.bdf().ok_or_else(absent)
+}
+
+fn impossible(error: SmmuConfigError) -> BuildError {
+    BuildError::Config { model: MODEL, what: error.to_string() }
 }
 
 /// The host side, with devices.
@@ -196,7 +199,7 @@ impl Side {
     fn join(self, model: Arc<Smmu>, config: SmmuConfig, wrap: Wrap) -> Smmuv3 {
         let Self { nesting, names, .. } = self;
         let target = wrap(model.clone());
-        nesting.set_event_target(Arc::downgrade(&target) as Weak<dyn EventTarget>);
+        nesting.set_fault_target(Arc::downgrade(&target) as Weak<dyn EventTarget>);
         let names = Names(Mutex::new(names));
         Smmuv3 { model, nesting, config, names, _target: target }
     }
@@ -273,7 +276,7 @@ impl Smmuv3 {
     /// Gives the model a device that the host side has.
     fn give(&self, device: &NewDevice) -> Result<(), AddError> {
         let refused = |source| AddError::Refused { device: device.name.clone(), source };
-        self.model.try_add_stream(device.rid.into()).map_err(refused)
+        self.model.add_device(device.rid).map_err(refused)
     }
 
     /// Removes the guest's `rid`, in use or not: when this returns, it does no more DMA, its
@@ -285,7 +288,7 @@ impl Smmuv3 {
     /// too, and the removal can be repeated.
     pub fn remove_device(&self, rid: Bdf) -> Result<(), RemoveError> {
         self.names.remove(rid, |rid| {
-            self.model.remove_stream(rid.into());
+            self.model.remove_device(rid);
             self.nesting.remove_device(rid)
         })
     }
@@ -328,6 +331,13 @@ impl Smmuv3 {
     /// Nobody: an SMMU translates the messages of devices like any write.
     pub fn interrupt_remapper(&self) -> Option<Arc<dyn InterruptRemapper>> {
         None
+    }
+
+    /// Tells `listener` once: nothing changes later, as nothing is remapped.
+    pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
+        if let Some(listener) = listener.upgrade() {
+            listener.interrupts_changed();
+        }
     }
 }
 

@@ -5,22 +5,23 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::{check_devices, check_place, AddError, BuildError, Names, NewDevice, RemoveError};
+use super::{
+    check_devices, check_place, offered, AddError, BuildError, Names, NewDevice, RemoveError,
+};
 use crate::iommufd::{Extensions, ObjectId};
 use crate::nesting::vtd::VtdNesting;
 use crate::nesting::{host_vtd, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::sync::Mutex;
 use crate::threads::ThreadStart;
-use crate::viommu::vtd::{FaultTarget, HostUnit, VtdConfig, VtdIommu, VtdState};
+use crate::viommu::vtd::{FaultTarget, HostVtd, VtdConfig, VtdConfigError, VtdIommu, VtdState};
 use crate::viommu::{
-    HostSideError, InterruptRemapper, InterruptSink, Observer, SnapshotError, TableMemory,
+    HostSideError, InterruptListener, InterruptRemapper, InterruptSink, Observer, SnapshotError,
+    TableMemory,
 };
 
 const MODEL: &str = "VT-d";
 
-/// See [`VtdBuilder::config_for`].
-type Choice = Box<dyn FnOnce(&[HostUnit]) -> VtdConfig>;
 /// See [`VtdBuilder::fault_target`].
 type Wrap = Box<dyn FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget>>;
 
@@ -81,7 +82,7 @@ pub struct VtdBuilder {
     ioas: Arc<GuestIoas>,
     memory: Arc<dyn TableMemory>,
     interrupts: Arc<dyn InterruptSink>,
-    config: Choice,
+    config: VtdConfig,
     devices: Vec<NewDevice>,
     without_devices: bool,
     observer: Option<Arc<dyn Observer>>,
@@ -101,7 +102,7 @@ impl VtdBuilder {
             ioas,
             memory,
             interrupts,
-            config: Box::new(usual_config),
+            config: VtdConfig::default(),
             devices: Vec::new(),
             without_devices: false,
             observer: None,
@@ -111,15 +112,9 @@ impl VtdBuilder {
     }
 
     /// What the guest is offered, as far as the hosts' units have it; they must have what is
-    /// requested by value ([`VtdConfig::intersect`]). Without this call: the default, with as many
-    /// PASID bits as usual ([`VtdConfig::usual_pasid_bits`]).
-    pub fn config(self, config: VtdConfig) -> Self {
-        self.config_for(move |_| config)
-    }
-
-    /// The same, for a choice that depends on the hosts' units, one for each device.
-    pub fn config_for(mut self, choose: impl FnOnce(&[HostUnit]) -> VtdConfig + 'static) -> Self {
-        self.config = Box::new(choose);
+    /// requested by value ([`VtdConfig::intersect`]). Without this call: the default.
+    pub fn config(mut self, config: &VtdConfig) -> Self {
+        self.config = config.clone();
         self
     }
 
@@ -175,16 +170,13 @@ impl VtdBuilder {
         if self.devices.is_empty() && !self.without_devices {
             return Err(BuildError::NoDevices { model: MODEL });
         }
+        self.config.check().map_err(impossible)?;
         let side = Side::new(self.ioas, &self.devices, self.starts_passing)?;
-        let wanted = (self.config)(&side.hosts);
-        let offered = match side.hosts.as_slice() {
-            [] => wanted,
-            hosts => wanted.intersect(hosts).map_err(AddError::Lacks)?,
-        };
+        let lowered = self.config.intersect(&side.hosts);
+        let offered = offered(self.config, lowered)?;
         let host = side.nesting.clone();
-        let model =
-            VtdIommu::new(offered.clone(), self.memory, host, self.interrupts, self.observer)
-                .map_err(|error| BuildError::Config { model: MODEL, what: error.to_string() })?;
+        let model = VtdIommu::new(&offered, self.memory, host, self.interrupts, self.observer)
+            .map_err(impossible)?;
         let unit = side.join(model, offered, self.fault_target);
         for device in &self.devices {
             unit.give(device)?;
@@ -197,9 +189,11 @@ impl VtdBuilder {
     /// [`VtdIommu::restore`], also for what is left to do: [`VtdIommu::drain_queue`].
     ///
     /// # Errors
-    /// The devices are not those of the snapshot; one cannot do what the guest was offered; or the
-    /// snapshot is not restored.
+    /// The snapshot is not one that this release can restore, or the devices are not those of the
+    /// snapshot: the host is not called then. Or a device cannot do what the guest was offered; or
+    /// the host refused part of what the unit had.
     pub fn restore(self, state: &VtdState) -> Result<Vtd, BuildError> {
+        state.check()?;
         let functions: Vec<Bdf> = state.functions.iter().map(|function| function.rid).collect();
         check_devices(MODEL, &functions, &self.devices)?;
         let side = Side::new(self.ioas, &self.devices, false)?;
@@ -218,9 +212,8 @@ impl fmt::Debug for VtdBuilder {
     }
 }
 
-/// The default, with as many PASID bits as usual on `hosts`.
-fn usual_config(hosts: &[HostUnit]) -> VtdConfig {
-    VtdConfig { pasid_bits: VtdConfig::usual_pasid_bits(hosts), ..VtdConfig::default() }
+fn impossible(error: VtdConfigError) -> BuildError {
+    BuildError::Config { model: MODEL, what: error.to_string() }
 }
 
 /// The host side, with devices.
@@ -228,7 +221,7 @@ struct Side {
     nesting: Arc<VtdNesting>,
     extensions: Extensions,
     names: BTreeMap<Bdf, String>,
-    hosts: Vec<HostUnit>,
+    hosts: Vec<HostVtd>,
 }
 
 impl Side {
@@ -259,7 +252,7 @@ fn take_in(
     extensions: Extensions,
     device: &NewDevice,
     passing: bool,
-) -> Result<HostUnit, AddError> {
+) -> Result<HostVtd, AddError> {
     let NewDevice { rid, dev, name } = device;
     let added = match passing {
         true => nesting.add_passing_device(*rid, *dev),
@@ -331,7 +324,7 @@ impl Vtd {
     /// Gives the model a device that the host side has.
     fn give(&self, device: &NewDevice) -> Result<(), AddError> {
         let refused = |source| AddError::Refused { device: device.name.clone(), source };
-        self.model.try_add_device(device.rid).map_err(refused)
+        self.model.add_device(device.rid).map_err(refused)
     }
 
     /// Removes the guest's `rid`, in use or not: when this returns, it does no more DMA, its
@@ -385,6 +378,12 @@ impl Vtd {
     pub fn interrupt_remapper(&self) -> Option<Arc<dyn InterruptRemapper>> {
         let remapper: Arc<dyn InterruptRemapper> = self.model.clone();
         self.config.interrupt_remapping.then_some(remapper)
+    }
+
+    /// From now on `listener` is told of changes of what interrupts are remapped to, for one that
+    /// keeps it; and once before this returns. See [`VtdIommu::add_interrupt_listener`].
+    pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
+        self.model.add_interrupt_listener(listener);
     }
 }
 

@@ -57,6 +57,18 @@ pub struct CapabilityConflict {
     pub needed_for: String,
 }
 
+/// Why a configuration is not reduced to what hosts support.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum IntersectError {
+    /// Of no host everything is the common part, and a guest would be offered what none has.
+    #[error("no host unit is given, so it is not known what can be offered to the guest")]
+    NoHosts,
+    /// A host unit lacks what was requested by value.
+    #[error(transparent)]
+    Lacks(#[from] CapabilityConflict),
+}
+
 /// Why a device that comes late needs what others can do without.
 pub(super) const OFFERED_BEFORE: &str =
     "the guest was offered it before this device came; give the device to the guest from the \

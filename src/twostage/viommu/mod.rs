@@ -2,7 +2,7 @@
 //! The guest-facing virtual IOMMUs: registers, queues, tables and faults.
 //!
 //! A model here uses guest memory ([`TableMemory`]), a sink for interrupts ([`InterruptSink`];
-//! [`smmuv3::SmmuInterrupts`]) and a small trait for what is behind it ([`vtd::HostSide`];
+//! [`smmuv3::SmmuInterrupts`]) and a small trait for what is behind it ([`vtd::VtdHostSide`];
 //! [`smmuv3::SmmuHostSide`]). It knows neither file descriptors nor KVM. A pure function derives a
 //! policy from guest tables, the policy is applied to the host, and only then is it acknowledged to
 //! the guest.
@@ -26,7 +26,7 @@ pub mod smmuv3;
 mod testing;
 pub mod vtd;
 
-pub use host_side::{CapabilityConflict, HostSideError, Requester};
+pub use host_side::{CapabilityConflict, HostSideError, IntersectError, Requester};
 pub use machine::{
     BadAddress, InterruptListener, InterruptRemapper, InterruptSink, MsiMessage, TableMemory,
 };

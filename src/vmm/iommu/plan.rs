@@ -12,9 +12,10 @@ use crate::config::IommuConfig;
 use crate::devices::{DmaError, DmaMaster};
 use crate::report::ModelReport;
 use crate::{Error, Result};
-use twostage::iommufd::{Errno, ObjectId};
+use twostage::iommufd::Errno;
 use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
+use twostage::unit::{AddError, BuildError};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, UnitId};
 
@@ -39,6 +40,10 @@ impl Plan<'_> {
         let of_rid = |function: &&AssignedFunction| function.bdf == rid;
         let path = self.functions.iter().find(of_rid).and_then(|function| function.vfio.as_ref());
         path.map_or_else(|| rid.to_string(), |path| format!("{} ({rid})", path.display()))
+    }
+
+    fn has_physical(&self) -> bool {
+        self.functions.iter().any(|function| function.vfio.is_some())
     }
 }
 
@@ -83,14 +88,13 @@ pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     }
 }
 
-/// Binds the functions of `plan` to the host and adds each to the nesting by `add`. Functions in
-/// this process are put behind `unit`; `ats` says whether they have ATS.
+/// Binds the functions of `plan` to the host. Functions in this process are put behind `unit`;
+/// `ats` says whether they have ATS.
 pub(super) fn bind_devices(
     plan: &Plan<'_>,
     unit: Option<UnitId>,
     ats: bool,
     around: &Surroundings<'_>,
-    add: impl Fn(Bdf, ObjectId) -> std::result::Result<(), NestingError>,
 ) -> Result<Vec<BoundDevice>> {
     let host = &around.host.verbs;
     let mut devices = Vec::with_capacity(plan.functions.len());
@@ -108,29 +112,32 @@ pub(super) fn bind_devices(
             _ => return Err(not_of_this_machine(&plan.id, bdf)),
         };
         devices.push((bdf, dev));
-        add(bdf, dev).map_err(|error| not_added(plan, function, error))?;
     }
     Ok(devices)
 }
 
-/// The error for `function` of `plan`, which could not be put behind its virtual IOMMU. It says
-/// what to configure instead.
-fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) -> Error {
+/// The error for `plan`, whose virtual IOMMU could not be built. It says what to configure instead.
+pub(super) fn not_built(plan: &Plan<'_>, error: BuildError) -> Error {
     match error {
-        NestingError::OtherSmmu { rid, first } => Error::HostLacks(format!(
-            "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: add one \
-             more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
-            plan.device_name(rid),
-            plan.device_name(first)
-        )),
-        NestingError::Host { source, .. }
-            if function.vfio.is_some() && source.errno == Errno::EOPNOTSUPP =>
-        {
-            Error::HostLacks(format!(
-                "{source}; iommu=off in its --vfio assigns the device without the virtual IOMMU"
-            ))
-        }
-        error => failed("adding a device")(error),
+        BuildError::Add(AddError::Lacks(conflict)) => conflict.into(),
+        BuildError::Add(error @ AddError::WrongIommu { .. }) => Error::HostLacks(error.to_string()),
+        BuildError::Add(AddError::Nesting { device, source }) => match source {
+            NestingError::OtherSmmu { first, .. } => Error::HostLacks(format!(
+                "{device} is behind another SMMU than {}, and one virtual SMMU cannot serve both: \
+                 add one more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
+                plan.device_name(first)
+            )),
+            NestingError::Host { source: refusal, .. }
+                if refusal.errno == Errno::EOPNOTSUPP && plan.has_physical() =>
+            {
+                Error::HostLacks(format!(
+                    "{refusal}; iommu=off in its --vfio assigns the device without the virtual \
+                     IOMMU"
+                ))
+            }
+            source => failed("adding a device")(AddError::Nesting { device, source }),
+        },
+        error => failed("--iommu")(error),
     }
 }
 

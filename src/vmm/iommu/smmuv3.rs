@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual SMMUv3 of a machine: its registers, its nesting, and the unit behind it.
+//! A virtual SMMUv3 of a machine, and the unit behind it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,9 +10,9 @@ use twostage::sync::Mutex;
 
 use vm_superio::Trigger;
 
-use super::host::{failed, BoundDevice};
+use super::host::BoundDevice;
 use super::messages::{ArrivedMessages, SmmuDma, TranslatedMessages};
-use super::plan::{bind_devices, Plan, VirtualIommu};
+use super::plan::{bind_devices, not_built, Plan, VirtualIommu};
 use super::{AssignedFunction, Surroundings};
 use crate::arch::layout::MESSAGE_RANGE;
 use crate::arch::EdgeLine;
@@ -22,21 +22,19 @@ use crate::devices::DmaMaster;
 use crate::report::{ModelReport, SmmuV3Report};
 use crate::vfio::{message_window, DoorbellWatch};
 use crate::Result;
-use twostage::nesting::smmuv3::{SmmuNesting, SmmuObjects, DEFAULT_EVENT_DEPTH};
-use twostage::nesting::{host_smmu, NestingError};
+use twostage::nesting::smmuv3::{SmmuNesting, SmmuObjects};
+use twostage::nesting::NestingError;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::translation::Granule;
-use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
+use twostage::unit::{Smmuv3, Smmuv3Builder};
+use twostage::viommu::smmuv3::{Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use twostage::warn_limited;
 use twostage_emulated::{DmaPort, SmmuV3Unit, SmmuV3UnitConfig};
 
 /// A virtual SMMUv3.
 pub(super) struct SmmuV3 {
-    smmu: Arc<Smmu>,
-    nesting: Arc<SmmuNesting>,
-    /// Kept alive for nesting, which has a weak reference.
-    _events: Arc<dyn EventTarget>,
+    smmu: Smmuv3,
     interrupts: Arc<OwnInterrupts>,
     messages: Arc<dyn InterruptRemapper>,
     /// Where the translated messages of each device go.
@@ -55,42 +53,38 @@ impl SmmuV3 {
         around: &Surroundings<'_>,
     ) -> Result<(Self, Vec<BoundDevice>)> {
         let windows = message_windows(&plan.functions, around)?;
-        let nesting = Arc::new(SmmuNesting::new(around.host.ioas.clone(), DEFAULT_EVENT_DEPTH));
         let emulated = around.host.emulated.as_ref().map(|emulated| {
             let unit = SmmuV3Unit::new(unit_config(options));
             let id = emulated.add_unit(unit.clone());
             (unit, id)
         });
         let unit_id = emulated.as_ref().map(|(_, id)| *id);
-        let devices = bind_devices(plan, unit_id, options.ats, around, |bdf, dev| {
-            nesting.add_device(bdf, dev)
-        })?;
-        let hosts: Vec<_> = nesting
-            .hw_infos()
-            .iter()
-            .filter_map(|device| host_smmu(plan.device_name(device.rid), &device.info))
-            .collect();
-        let offered = smmu_config(options).intersect(&hosts)?;
+        let devices = bind_devices(plan, unit_id, options.ats, around)?;
         let tables = Arc::new(around.memory.map().clone());
         let interrupts =
             Arc::new(OwnInterrupts { messages: plan.interrupts.clone(), wires: OnceLock::new() });
+        // There is none before the virtual SMMU is built.
+        let nesting = Arc::<OnceLock<Weak<SmmuNesting>>>::default();
         let objects_in_use = Arc::<Mutex<_>>::default();
         let observer = {
             let note = around.host.noting_objects();
             let (nesting, objects_in_use) = (nesting.clone(), objects_in_use.clone());
             around.observer(&plan.id, move || {
                 note();
-                let objects = nesting.objects();
-                *objects_in_use.lock() = Some(objects);
+                let nesting = nesting.get().and_then(Weak::upgrade);
+                *objects_in_use.lock() = nesting.map(|nesting| nesting.objects());
             })
         };
-        let smmu = Smmu::new(&offered, tables, nesting.clone(), interrupts.clone(), Some(observer))
-            .map_err(failed("--iommu"))?;
-        let events: Arc<dyn EventTarget> = Arc::new(DoorbellWatch::new(smmu.clone(), windows));
-        nesting.set_event_target(Arc::downgrade(&events));
-        for (bdf, _) in &devices {
-            smmu.add_stream((*bdf).into());
-        }
+        let builder = Smmuv3Builder::new(around.host.ioas.clone(), tables, interrupts.clone())
+            .config(&smmu_config(options))
+            .observer(observer)
+            .without_devices()
+            .fault_target(|smmu| Arc::new(DoorbellWatch::new(smmu, windows)));
+        let builder = devices.iter().fold(builder, |builder, (bdf, dev)| {
+            builder.device(*bdf, *dev, plan.device_name(*bdf))
+        });
+        let smmu = builder.build().map_err(|error| not_built(plan, error))?;
+        let _ = nesting.set(Arc::downgrade(smmu.nesting()));
         let unit = emulated.map(|(unit, _)| unit);
         let messages: Arc<dyn InterruptRemapper> = match &unit {
             Some(unit) => {
@@ -100,23 +94,14 @@ impl SmmuV3 {
             None => Arc::new(ArrivedMessages),
         };
         let translated = devices.iter().map(|(bdf, _)| (*bdf, (plan.messages)(*bdf))).collect();
-        let smmu = Self {
-            smmu,
-            nesting,
-            _events: events,
-            interrupts,
-            messages,
-            translated,
-            objects_in_use,
-            unit,
-        };
+        let smmu = Self { smmu, interrupts, messages, translated, objects_in_use, unit };
         Ok((smmu, devices))
     }
 }
 
 impl VirtualIommu for SmmuV3 {
     fn registers(&self) -> Arc<dyn BusDevice> {
-        self.smmu.clone()
+        self.smmu.model().clone()
     }
 
     fn halt(&self) {
@@ -127,8 +112,10 @@ impl VirtualIommu for SmmuV3 {
         Some(Arc::downgrade(&self.messages))
     }
 
-    /// No listener is needed: what can be kept of a message never changes, see [`super::messages`].
-    fn add_interrupt_listener(&self, _: Weak<dyn InterruptListener>) {}
+    /// What can be kept of a message never changes, see [`super::messages`].
+    fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
+        self.smmu.add_interrupt_listener(listener);
+    }
 
     fn connect(&self, wires: Vec<EdgeLine>) {
         // Once only, when the machine is built.
@@ -146,10 +133,10 @@ impl VirtualIommu for SmmuV3 {
 
     fn report(&self) -> ModelReport {
         ModelReport::SmmuV3(SmmuV3Report {
-            registers: self.smmu.capabilities().registers(),
-            viommu: self.smmu.counters(),
-            nesting: self.nesting.counters(),
-            objects: self.nesting.objects(),
+            registers: self.smmu.model().capabilities().registers(),
+            viommu: self.smmu.model().counters(),
+            nesting: self.smmu.nesting().counters(),
+            objects: self.smmu.nesting().objects(),
             objects_in_use: self.objects_in_use.lock().clone(),
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
             sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
@@ -157,7 +144,7 @@ impl VirtualIommu for SmmuV3 {
     }
 
     fn shutdown(&self) -> std::result::Result<(), NestingError> {
-        self.nesting.shutdown()
+        self.smmu.shutdown()
     }
 }
 

@@ -1,30 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual VT-d of a machine: its registers, its nesting, and the unit behind it.
+//! A virtual VT-d of a machine, and the unit behind it.
 
 use std::sync::{Arc, Weak};
 
-use super::host::{failed, BoundDevice};
-use super::plan::{bind_devices, Plan, VirtualIommu};
+use super::host::BoundDevice;
+use super::plan::{bind_devices, not_built, Plan, VirtualIommu};
 use super::Surroundings;
 use crate::bus::BusDevice;
 use crate::config::VtdOptions;
 use crate::devices::{DmaMaster, MessageWrites};
 use crate::report::{ModelReport, VtdReport};
 use crate::Result;
-use twostage::nesting::vtd::VtdNesting;
-use twostage::nesting::{host_vtd, NestingError};
+use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
-use twostage::viommu::vtd::{FaultTarget, Policy, Stage1};
-use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
+use twostage::unit::{self, VtdBuilder};
+use twostage::viommu::vtd::{Policy, Stage1, VtdConfig, VtdIommu};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, Requester};
 use twostage_emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
 
 /// A virtual VT-d.
 #[derive(Debug)]
 pub(super) struct Vtd {
-    vtd: Arc<VtdIommu>,
-    nesting: Arc<VtdNesting>,
-    interrupt_remapping: bool,
+    vtd: unit::Vtd,
     /// The emulated unit; `None` if the host is the kernel.
     unit: Option<Arc<VtdUnit>>,
     /// Kept alive for the unit's sanitizer, which has a weak reference.
@@ -38,48 +35,36 @@ impl Vtd {
         options: &VtdOptions,
         around: &Surroundings<'_>,
     ) -> Result<(Self, Vec<BoundDevice>)> {
-        let nesting = Arc::new(VtdNesting::new(around.host.ioas.clone()));
         let emulated = around.host.emulated.as_ref().map(|emulated| {
             let unit = VtdUnit::new(unit_config(options, plan.guest_second_stage));
             let id = emulated.add_unit(unit.clone());
             (unit, id)
         });
         let unit_id = emulated.as_ref().map(|(_, id)| *id);
-        let devices = bind_devices(plan, unit_id, options.ats, around, |bdf, dev| {
-            nesting.add_passing_device(bdf, dev)
-        })?;
-        let extensions = around.host.verbs.extensions();
-        let hosts: Vec<_> = nesting
-            .hw_infos()
-            .iter()
-            .filter_map(|device| host_vtd(plan.device_name(device.rid), &device.info, extensions))
-            .collect();
-        let offered = vtd_config(options, plan.interrupt_remapping, &hosts).intersect(&hosts)?;
+        let devices = bind_devices(plan, unit_id, options.ats, around)?;
         let tables = Arc::new(around.memory.map().clone());
-        let observer = around.observer(&plan.id, around.host.noting_objects());
-        let interrupts = plan.interrupts.clone();
-        let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, Some(observer))
-            .map_err(failed("--iommu"))?;
-        let target: Arc<dyn FaultTarget> = vtd.clone();
-        nesting.set_fault_target(Arc::downgrade(&target));
-        let contexts = Arc::new(GuestContexts(vtd.clone()));
+        let builder = VtdBuilder::new(around.host.ioas.clone(), tables, plan.interrupts.clone())
+            .config(&vtd_config(options, plan.interrupt_remapping))
+            .observer(around.observer(&plan.id, around.host.noting_objects()))
+            .without_devices()
+            .starts_passing(true);
+        let builder = devices.iter().fold(builder, |builder, (bdf, dev)| {
+            builder.device(*bdf, *dev, plan.device_name(*bdf))
+        });
+        let vtd = builder.build().map_err(|error| not_built(plan, error))?;
+        let contexts = Arc::new(GuestContexts(vtd.model().clone()));
         let weak: Weak<GuestContexts> = Arc::downgrade(&contexts);
         let unit = emulated.map(|(unit, _)| unit);
         if let Some(unit) = &unit {
             unit.set_context_tables(weak);
         }
-        for (bdf, _) in &devices {
-            vtd.add_device(*bdf);
-        }
-        let interrupt_remapping = plan.interrupt_remapping;
-        let iommu = Self { vtd, nesting, interrupt_remapping, unit, _contexts: contexts };
-        Ok((iommu, devices))
+        Ok((Self { vtd, unit, _contexts: contexts }, devices))
     }
 }
 
 impl VirtualIommu for Vtd {
     fn registers(&self) -> Arc<dyn BusDevice> {
-        self.vtd.clone()
+        self.vtd.model().clone()
     }
 
     fn halt(&self) {
@@ -87,8 +72,7 @@ impl VirtualIommu for Vtd {
     }
 
     fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
-        let vtd: Arc<dyn InterruptRemapper> = self.vtd.clone();
-        self.interrupt_remapping.then(|| Arc::downgrade(&vtd))
+        self.vtd.interrupt_remapper().map(|remapper| Arc::downgrade(&remapper))
     }
 
     fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
@@ -105,21 +89,21 @@ impl VirtualIommu for Vtd {
 
     fn report(&self) -> ModelReport {
         ModelReport::Vtd(VtdReport {
-            registers: self.vtd.capabilities().registers(),
-            viommu: self.vtd.counters(),
-            nesting: self.nesting.counters(),
+            registers: self.vtd.model().capabilities().registers(),
+            viommu: self.vtd.model().counters(),
+            nesting: self.vtd.nesting().counters(),
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
             sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
         })
     }
 
     fn shutdown(&self) -> std::result::Result<(), NestingError> {
-        self.nesting.shutdown()
+        self.vtd.shutdown()
     }
 
     #[cfg(test)]
     fn vtd_capabilities(&self) -> Option<twostage::viommu::vtd::Capabilities> {
-        Some(self.vtd.capabilities())
+        Some(self.vtd.model().capabilities())
     }
 }
 
@@ -149,10 +133,10 @@ fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
 }
 
 /// What the guest is to be offered.
-fn vtd_config(config: &VtdOptions, interrupt_remapping: bool, hosts: &[HostUnit]) -> VtdConfig {
+fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
     VtdConfig {
         address_width: config.address_width,
-        pasid_bits: config.pasid_bits.unwrap_or_else(|| VtdConfig::usual_pasid_bits(hosts)),
+        pasid_bits: config.pasid_bits,
         second_stage: config.second_stage,
         caching_mode: config.caching_mode,
         device_iotlb: config.ats,

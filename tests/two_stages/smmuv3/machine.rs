@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
 
 use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
-use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use twostage::nesting::smmuv3::SmmuNesting;
 use twostage::nesting::{host_smmu, GuestIoas, NestingError};
 use twostage::patience::wait_for;
 use twostage::spec::pci::Bdf;
@@ -92,7 +92,7 @@ impl Ground {
 
     /// Nesting with both devices, which are blocked.
     pub fn nest(&self) -> Result<Arc<SmmuNesting>, String> {
-        let nesting = Arc::new(SmmuNesting::new(self.ioas.clone(), DEFAULT_EVENT_DEPTH));
+        let nesting = Arc::new(SmmuNesting::new(self.ioas.clone()));
         for (rid, dev) in [A, B].into_iter().zip(&self.devices) {
             nesting.add_device(rid, *dev).map_err(text)?;
         }
@@ -117,8 +117,8 @@ impl Machine {
         let map = ground.memory.map.clone();
         let smmu =
             Smmu::new(&config, map, nesting.clone(), messages.clone(), None).map_err(text)?;
-        smmu.add_stream(A.into());
-        smmu.add_stream(B.into());
+        smmu.add_device(A).map_err(text)?;
+        smmu.add_device(B).map_err(text)?;
         let guest = Driver::new(ground.memory.pages.clone(), smmu);
         Ok(Self::joined(&ground, nesting, messages, guest))
     }
@@ -153,7 +153,7 @@ impl Machine {
         guest: Driver<Arc<Smmu>>,
     ) -> Self {
         let Ground { host, unit, devices, .. } = ground;
-        nesting.set_event_target(Arc::downgrade(&guest.registers) as Weak<dyn EventTarget>);
+        nesting.set_fault_target(Arc::downgrade(&guest.registers) as Weak<dyn EventTarget>);
         let (host, unit, devices) = (host.clone(), unit.clone(), devices.clone());
         let memory = ground.memory.clone();
         Self { guest, memory, nesting, host, messages, unit, devices }

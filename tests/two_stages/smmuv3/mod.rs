@@ -7,7 +7,7 @@ mod restore;
 mod stack;
 
 use twostage::iommufd::{Errno, HostIommu as _};
-use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use twostage::nesting::smmuv3::SmmuNesting;
 use twostage::nesting::{GuestIoas, NestingError};
 use twostage::spec::pci::Pasid;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
@@ -221,12 +221,12 @@ fn a_device_behind_another_smmu_is_named_and_has_its_own_virtual_one() {
     let other = emulated.add_unit(SmmuV3Unit::new(SmmuV3UnitConfig::default()));
     emulated.add_device("far", other, B, DeviceConfig::default()).unwrap();
     let (near, far) = (host.device_bind("a").unwrap(), host.device_bind("far").unwrap());
-    let first = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), DEFAULT_EVENT_DEPTH);
+    let first = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap());
     first.add_device(A, near).unwrap();
     let before = emulated.live_objects();
     assert_eq!(first.add_device(B, far), Err(NestingError::OtherSmmu { rid: B, first: A }));
     assert_eq!(emulated.live_objects(), before);
-    let second = SmmuNesting::new(first.ioas().unwrap(), DEFAULT_EVENT_DEPTH);
+    let second = SmmuNesting::new(first.ioas().unwrap());
     second.add_device(B, far).unwrap();
 }
 

@@ -140,11 +140,11 @@ impl Stack for Machine {
 
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self)) {
         let dev = self.device(rid);
-        self.guest.registers.remove_stream(rid.into());
+        self.guest.registers.remove_device(rid);
         self.nesting.remove_device(rid).unwrap();
         self.nesting.add_device(rid, dev).unwrap();
         between(self);
-        self.guest.registers.add_stream(rid.into());
+        self.guest.registers.add_device(rid).unwrap();
     }
 
     fn unmap_memory(&self, gpa: u64, length: u64) {

@@ -9,7 +9,7 @@ use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::{host_vtd, DeviceInfo, GuestIoas, NestingError};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::vtd::{FaultTarget, Policy, Stage1};
-use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu, VtdState};
+use twostage::viommu::vtd::{HostVtd, VtdConfig, VtdIommu, VtdState};
 use twostage::viommu::{InterruptSink, Requester, RestoreError};
 use twostage_emulated::kit::vtd::Driver;
 use twostage_emulated::{
@@ -103,7 +103,7 @@ impl ContextTables for Contexts {
 
 /// The virtual unit's configuration, as far as the host supports it.
 pub fn vtd_config() -> VtdConfig {
-    VtdConfig { pasid_bits: PASID_BITS, ..VtdConfig::default() }
+    VtdConfig { pasid_bits: Some(PASID_BITS), ..VtdConfig::default() }
 }
 
 /// A host with one unit and two unbound devices; every call of it can be made to fail.
@@ -141,9 +141,9 @@ impl Machine {
         let interrupts = Arc::new(Interrupts::default());
         let map = ground.memory.map.clone();
         let iommu =
-            VtdIommu::new(config, map, nesting.clone(), interrupts.clone(), None).map_err(text)?;
-        iommu.add_device(A);
-        iommu.add_device(B);
+            VtdIommu::new(&config, map, nesting.clone(), interrupts.clone(), None).map_err(text)?;
+        iommu.add_device(A).map_err(text)?;
+        iommu.add_device(B).map_err(text)?;
         let guest = Driver::new(ground.memory.pages.clone(), iommu);
         Ok(Self::joined(&ground, nesting, interrupts, guest))
     }
@@ -258,7 +258,7 @@ fn text(error: impl Display) -> String {
 }
 
 /// The host's units, for the virtual unit's configuration.
-fn units(nesting: &VtdNesting, extensions: Extensions) -> Vec<HostUnit> {
+fn units(nesting: &VtdNesting, extensions: Extensions) -> Vec<HostVtd> {
     let unit = |device: &DeviceInfo| host_vtd(device.rid.to_string(), &device.info, extensions);
     nesting.hw_infos().iter().filter_map(unit).collect()
 }

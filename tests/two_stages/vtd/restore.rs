@@ -312,7 +312,7 @@ impl Life {
                 machine.iommu.remove_device(rid);
                 machine.nesting.remove_device(rid).unwrap();
                 machine.nesting.add_device(rid, dev).unwrap();
-                machine.iommu.add_device(rid);
+                machine.iommu.add_device(rid).unwrap();
                 String::new()
             }
         }

@@ -145,7 +145,7 @@ impl Stack for Machine {
         self.nesting.remove_device(rid).unwrap();
         self.nesting.add_device(rid, dev).unwrap();
         between(self);
-        self.iommu.add_device(rid);
+        self.iommu.add_device(rid).unwrap();
     }
 
     fn unmap_memory(&self, gpa: u64, length: u64) {

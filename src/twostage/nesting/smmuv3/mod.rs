@@ -60,9 +60,14 @@ pub struct SmmuNesting {
 }
 
 impl SmmuNesting {
-    /// Without devices, for a guest whose memory is `ioas`. The host keeps up to `event_depth`
-    /// unread events.
-    pub fn new(ioas: Arc<GuestIoas>, event_depth: u32) -> Self {
+    /// Without devices, for a guest whose memory is `ioas`. The host keeps up to
+    /// [`DEFAULT_EVENT_DEPTH`] unread events.
+    pub fn new(ioas: Arc<GuestIoas>) -> Self {
+        Self::with_event_depth(ioas, DEFAULT_EVENT_DEPTH)
+    }
+
+    /// The same, for up to `event_depth` unread events.
+    pub fn with_event_depth(ioas: Arc<GuestIoas>, event_depth: u32) -> Self {
         let route = Arc::new(EventRoute::default());
         let state = State::new(Objects::new(ioas), route.clone(), event_depth);
         Self { state: Mutex::new(state), route }
@@ -119,7 +124,7 @@ impl SmmuNesting {
     }
 
     /// From now on events go to `target`, while it lives.
-    pub fn set_event_target(&self, target: Weak<dyn EventTarget>) {
+    pub fn set_fault_target(&self, target: Weak<dyn EventTarget>) {
         self.route.set_target(target);
     }
 

@@ -9,8 +9,8 @@ use crate::iommufd::{Extensions, HwInfoData};
 use crate::nesting::{host_smmu, host_vtd};
 use crate::spec::smmuv3::SubstreamId;
 use crate::viommu::smmuv3::SmmuConfig;
-use crate::viommu::vtd::{HostUnit, VtdConfig};
-use crate::viommu::CapabilityConflict;
+use crate::viommu::vtd::{HostVtd, VtdConfig};
+use crate::viommu::{CapabilityConflict, IntersectError};
 
 /// The most that one virtual IOMMU for all devices can offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +87,15 @@ pub enum OfferError {
     Impossible(String),
 }
 
+impl From<IntersectError> for OfferError {
+    fn from(error: IntersectError) -> Self {
+        match error {
+            IntersectError::NoHosts => Self::NoDevice,
+            IntersectError::Lacks(conflict) => Self::Conflict(conflict),
+        }
+    }
+}
+
 impl Offer {
     /// What one virtual IOMMU for all devices of `facts` can offer.
     ///
@@ -129,8 +138,8 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
             .ok_or_else(|| mixed(first, device))
     };
     let hosts = facts.iter().map(unit).collect::<Result<Vec<_>, _>>()?;
-    let pasid_bits = hosts.iter().map(|host| host.ecap.pasid_bits()).min().unwrap_or(0);
-    let wide = |host: &HostUnit| host.cap.fs5lp() && host.cap.guest_address_width() >= 57;
+    let pasid_bits = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
+    let wide = |host: &HostVtd| host.cap.fs5lp() && host.cap.guest_address_width() >= 57;
     let wanted = VtdConfig {
         address_width: if hosts.iter().all(wide) { 57 } else { 48 },
         pasid_bits,
@@ -146,7 +155,7 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
     Ok(Offer {
         kind: OfferKind::Vtd,
         address_bits: config.address_width,
-        pasid_bits: config.pasid_bits,
+        pasid_bits: offered.ecap.pasid_bits(),
         ats: config.device_iotlb,
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
         features: Offer::features([

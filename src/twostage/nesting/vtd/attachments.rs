@@ -21,7 +21,7 @@ impl State {
         self.nested.slots().get(requester)
     }
 
-    /// See [`crate::viommu::vtd::HostSide::configure`].
+    /// See [`crate::viommu::vtd::VtdHostSide::configure`].
     pub fn configure(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
         let result = self.apply(requester, config);
         if result.is_err() {

@@ -71,7 +71,7 @@ pub(super) struct Refused {
 }
 
 impl State {
-    /// See [`crate::viommu::vtd::HostSide::invalidate`].
+    /// See [`crate::viommu::vtd::VtdHostSide::invalidate`].
     pub fn invalidate(&mut self, batch: &[Invalidation]) -> Result<(), Refused> {
         let (mut progress, mut refused) = (Progress::default(), None);
         while !progress.is_done() {
@@ -80,7 +80,7 @@ impl State {
         refused.map_or(Ok(()), Err)
     }
 
-    /// See [`crate::viommu::vtd::HostSide::invalidate_some`].
+    /// See [`crate::viommu::vtd::VtdHostSide::invalidate_some`].
     pub fn invalidate_some(
         &mut self,
         batch: &[Invalidation],

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Turns the decisions of a virtual VT-d into host objects.
 //!
-//! [`VtdNesting`] implements its [`HostSide`] as described in [`super`], and:
+//! [`VtdNesting`] implements its [`VtdHostSide`] as described in [`super`], and:
 //!
 //! * the nesting parent of a device with PASIDs must be allocated for PASIDs, so a physical IOMMU
 //!   has a second parent if a device without PASIDs came first;
@@ -25,7 +25,7 @@ use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
-use crate::viommu::vtd::{FaultTarget, HostSide, Invalidation, Progress, RequesterConfig};
+use crate::viommu::vtd::{FaultTarget, Invalidation, Progress, RequesterConfig, VtdHostSide};
 use crate::viommu::{HostSideError, Requester};
 use faults::FaultRouter;
 pub use invalidate::FlushSet;
@@ -122,7 +122,7 @@ impl VtdNesting {
     }
 }
 
-impl HostSide for VtdNesting {
+impl VtdHostSide for VtdNesting {
     fn configure(
         &self,
         requester: Requester,

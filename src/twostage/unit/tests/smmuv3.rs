@@ -198,12 +198,12 @@ fn each_error_of_building_names_the_device_and_leaves_nothing() {
          cannot serve both: give each a virtual SMMU of its own"
     );
     assert_eq!(
-        said(host.both_streams(&memory).config(wide)),
+        said(host.both_streams(&memory).config(&wide)),
         "the IOMMU of nic0 lacks IDR1.SSIDSIZE: pasid-bits=7 was requested; pasid-bits=6 is the \
          most that all devices have"
     );
     assert_eq!(
-        said(host.smmu_builder(&memory).without_devices().config(none)),
+        said(host.smmu_builder(&memory).without_devices().config(&none)),
         "impossible configuration of the virtual SMMUv3: 0 StreamID bits are not possible; use 1 \
          to 32"
     );
@@ -325,11 +325,20 @@ fn a_snapshot_needs_its_devices_and_what_the_guest_was_offered() {
     assert!(poor(|idrs| idrs.1.set_ssidsize(5)).contains("lacks IDR1.SSIDSIZE: pasid-bits=6 was"));
     assert!(poor(|idrs| idrs.3.set_gran16k(false)).contains("lacks IDR5.GRAN16K: the guest was"));
     assert!(poor(|idrs| idrs.0.set_stall_model(1)).contains("host_stalls=true; build it with fal"));
+    // What is known without a host is found before that is called.
+    host.recording.take_log();
+    let config = SmmuConfig { stream_bits: 0, ..state.config.clone() };
+    let impossible = SmmuState { config, ..state.clone() };
+    assert!(matches!(
+        restore(&host, host.both_streams(&memory), &impossible),
+        BuildError::Restore(RestoreError::Config { .. })
+    ));
     let newer = SmmuState { version: 2, ..state };
     assert!(matches!(
         restore(&host, host.both_streams(&memory), &newer),
         BuildError::Restore(RestoreError::Version { found: 2, .. })
     ));
+    assert!(host.recording.take_log().is_empty());
 }
 
 #[test]
@@ -337,7 +346,7 @@ fn a_device_that_comes_late_follows_its_entry_or_is_refused() {
     let (host, memory) = (Host::smmu(), guest_memory());
     write_tables(&memory);
     let stalls = SmmuConfig { host_stalls: true, ..SmmuConfig::default() };
-    let smmu = host.smmu_builder(&memory).without_devices().config(stalls).build().unwrap();
+    let smmu = host.smmu_builder(&memory).without_devices().config(&stalls).build().unwrap();
     run(&smmu);
     let (idr0, idr1, idr3, idr5) = able();
     let poor = host.recording.add_device(2, info((idr0.with_asid16(false), idr1, idr3, idr5)));

@@ -126,7 +126,7 @@ fn a_unit_is_joined_with_its_host_and_leaves_nothing() {
     let host = Host::vtd();
     let memory = guest_memory();
     let vtd = host.both(&memory).build().unwrap();
-    assert_eq!(vtd.config().pasid_bits, PASID_BITS);
+    assert_eq!(vtd.config().pasid_bits, Some(PASID_BITS));
     let [passing, other] = host.reaches();
     assert!(passing.is_some() && passing == other);
     write_tables(&memory);
@@ -180,7 +180,7 @@ fn each_error_of_building_names_the_device_and_leaves_nothing() {
     let host = Host::vtd();
     let smmu = host.recording.add_device(1, smmu_info());
     let memory = guest_memory();
-    let wide = VtdConfig { pasid_bits: 7, ..VtdConfig::default() };
+    let wide = VtdConfig { pasid_bits: Some(7), ..VtdConfig::default() };
     let silent = VtdConfig { fault_records: 0, ..VtdConfig::default() };
     let of = |builder: VtdBuilder| {
         let error = builder.build().unwrap_err();
@@ -199,12 +199,12 @@ fn each_error_of_building_names_the_device_and_leaves_nothing() {
         "odd0 is not behind a VT-d, which a virtual one needs: leave it out"
     );
     assert_eq!(
-        said(host.both(&memory).config(wide)),
+        said(host.both(&memory).config(&wide)),
         "the IOMMU of nic0 lacks ECAP.PSS: pasid-bits=7 was requested; say pasid-bits=6, the most \
          that all devices have"
     );
     assert_eq!(
-        said(host.builder(&memory).without_devices().config(silent)),
+        said(host.builder(&memory).without_devices().config(&silent)),
         "impossible configuration of the virtual VT-d: 0 fault records are not possible; from 1 to \
          128 are"
     );
@@ -322,11 +322,20 @@ fn a_snapshot_needs_its_devices_and_what_the_guest_was_offered() {
         "the IOMMU of nic0 lacks ECAP.SC: the guest was offered it before this device came; give \
          the device to the guest from the start, or leave it out"
     );
+    // What is known without a host is found before that is called.
+    host.recording.take_log();
+    let config = VtdConfig { fault_records: 0, ..state.config.clone() };
+    let impossible = VtdState { config, ..state.clone() };
+    assert!(matches!(
+        restore(&host, host.both(&memory), &impossible),
+        BuildError::Restore(RestoreError::Config { .. })
+    ));
     let newer = VtdState { version: 2, ..state };
     assert!(matches!(
         restore(&host, host.both(&memory), &newer),
         BuildError::Restore(RestoreError::Version { found: 2, .. })
     ));
+    assert!(host.recording.take_log().is_empty());
 }
 
 #[test]
@@ -338,12 +347,12 @@ fn a_device_that_comes_late_follows_its_tables_or_is_refused() {
     let (cap, ecap) = able();
     let poor = host.recording.add_device(2, info((cap.with_fs1gp(false), ecap)));
     let smmu = host.recording.add_device(1, smmu_info());
-    let narrow = VtdConfig { pasid_bits: PASID_BITS, ..VtdConfig::default() };
+    let narrow = VtdConfig { pasid_bits: Some(PASID_BITS), ..VtdConfig::default() };
     let wide = vtd.add_device(A, host.a, "nic0").unwrap_err();
     assert!(matches!(&wide, AddError::Lacks(conflict) if conflict.bit == "ECAP.PSS"), "{wide}");
     drop(vtd);
 
-    let vtd = host.builder(&memory).without_devices().config(narrow).build().unwrap();
+    let vtd = host.builder(&memory).without_devices().config(&narrow).build().unwrap();
     run(&vtd);
     let refused = |dev, name| {
         let error = vtd.add_device(A, dev, name).unwrap_err();
@@ -449,7 +458,7 @@ fn interrupts_are_remapped_if_that_is_offered() {
     let (host, memory) = (Host::vtd(), guest_memory());
     let offers = |interrupt_remapping| {
         let config = VtdConfig { interrupt_remapping, ..VtdConfig::default() };
-        let vtd = host.builder(&memory).without_devices().config(config).build().unwrap();
+        let vtd = host.builder(&memory).without_devices().config(&config).build().unwrap();
         vtd.interrupt_remapper().is_some()
     };
     assert_eq!((offers(true), offers(false)), (true, false));

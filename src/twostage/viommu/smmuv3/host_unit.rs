@@ -9,7 +9,7 @@ use super::config::SmmuConfig;
 use crate::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, TTF_AARCH64};
 use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::host_side::OFFERED_BEFORE;
-use crate::viommu::CapabilityConflict;
+use crate::viommu::{CapabilityConflict, IntersectError};
 
 /// IDR0.STALL_MODEL: every fault that can stall does.
 const STALL_FORCED: u8 = 0b10;
@@ -98,16 +98,22 @@ impl SmmuConfig {
     /// This configuration, reduced to what all of `hosts` support.
     ///
     /// # Errors
-    /// A unit does not support what was requested by value, or what every virtual SMMUv3 needs.
-    pub fn intersect(&self, hosts: &[HostSmmu]) -> Result<Self, CapabilityConflict> {
-        self.require_substreams(hosts)?;
+    /// There is no unit, or one does not support what was requested by value, or what every virtual
+    /// SMMUv3 needs.
+    pub fn intersect(&self, hosts: &[HostSmmu]) -> Result<Self, IntersectError> {
+        let Some(first) = hosts.first() else { return Err(IntersectError::NoHosts) };
         // Only some of the devices behind an SMMU may support it.
-        if let Some(host) = hosts.first().filter(|_| self.ats && !hosts.iter().any(|host| host.ats))
-        {
+        if self.ats && !hosts.iter().any(|host| host.ats) {
             let needed_for =
                 "ats=on was requested, and no other device has ATS either; say ats=off";
-            return Err(host.lacks("ATS", needed_for.into()));
+            return Err(first.lacks("ATS", needed_for.into()).into());
         }
+        Ok(self.lowered(hosts)?)
+    }
+
+    /// The same, but for ATS, which is a matter of each device.
+    fn lowered(&self, hosts: &[HostSmmu]) -> Result<Self, CapabilityConflict> {
+        self.require_substreams(hosts)?;
         let mut lowered = self.clone();
         for host in hosts {
             self.require(host)?;
@@ -129,8 +135,8 @@ impl SmmuConfig {
         }
         let least = hosts.iter().map(|host| host.idr1.ssidsize()).min();
         lowered.substream_bits = self.substream_bits.or(least);
-        lowered.host_stalls |= !hosts.is_empty()
-            && hosts.iter().all(|host| host.idr0.stall_model() == STALL_OR_TERMINATE);
+        lowered.host_stalls |=
+            hosts.iter().all(|host| host.idr0.stall_model() == STALL_OR_TERMINATE);
         Ok(lowered)
     }
 
@@ -146,9 +152,7 @@ impl SmmuConfig {
             );
             return Err(host.lacks("the expected IDR0.STALL_MODEL", needed_for));
         }
-        // ATS is a matter of each device.
-        let offered = Self { ats: false, ..self.clone() };
-        let lowered = offered.intersect(std::slice::from_ref(host))?;
+        let lowered = self.lowered(std::slice::from_ref(host))?;
         let lost = [
             ("IDR5.GRAN4K", self.granule_4k && !lowered.granule_4k),
             ("IDR5.GRAN16K", self.granule_16k && !lowered.granule_16k),
@@ -321,7 +325,7 @@ mod tests {
 
     #[test]
     fn without_hosts_nothing_changes() {
-        assert_eq!(SmmuConfig::default().intersect(&[]), Ok(SmmuConfig::default()));
+        assert_eq!(SmmuConfig::default().intersect(&[]), Err(IntersectError::NoHosts));
     }
 
     #[test]

@@ -126,19 +126,14 @@ impl Smmu {
         self.caps
     }
 
-    /// Adds a stream. It follows GBPA while translation is disabled, and its stream table entry
-    /// while it is enabled. Does nothing for a stream that exists already. A refusal of the host is
-    /// logged; the stream is then blocked.
-    pub fn add_stream(&self, stream: StreamId) {
-        let registers = self.lock();
-        if self.streams.add(stream) {
-            // The host blocks it until it is configured, so a refusal leaves it blocked.
-            let _ = self.give(stream, self.decision_of(stream, &registers));
-        }
-    }
-
-    /// The same, but a stream that the host refuses to serve is not added.
-    pub(crate) fn try_add_stream(&self, stream: StreamId) -> Result<(), HostSideError> {
+    /// Adds the stream of a device: its Requester ID, or any other StreamID. It follows GBPA while
+    /// translation is disabled, and its stream table entry while it is enabled. Does nothing for a
+    /// stream that exists already.
+    ///
+    /// # Errors
+    /// The host refuses to serve it. It is not added, and blocked.
+    pub fn add_device(&self, device: impl Into<StreamId>) -> Result<(), HostSideError> {
+        let stream = device.into();
         let registers = self.lock();
         if !self.streams.add(stream) {
             return Ok(());
@@ -162,7 +157,8 @@ impl Smmu {
 
     /// Removes a stream: it is blocked. Does nothing for an unknown stream. If the host fails to
     /// block it, that is logged, and left to the owner of the device.
-    pub fn remove_stream(&self, stream: StreamId) {
+    pub fn remove_device(&self, device: impl Into<StreamId>) {
+        let stream = device.into();
         // Held so that nobody gives the stream a policy meanwhile.
         let _registers = self.lock();
         if self.streams.remove(stream) {

@@ -9,7 +9,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
-use super::config::Capabilities;
+use super::config::{Capabilities, SmmuConfigError};
 use super::fault_log::FaultLog;
 use super::policy::{is_possible, policy_while_disabled};
 use super::state::{DecisionState, Registers, SmmuState, StreamState, MODEL};
@@ -24,8 +24,8 @@ impl Smmu {
     /// The state at one moment, for [`Smmu::restore`].
     ///
     /// For a state that is worth restoring, vCPUs and the DMA of devices have been stopped before,
-    /// and events that the host had for them were delivered. No [`Smmu::add_stream`] or
-    /// [`Smmu::remove_stream`] may be under way: the state may or may not have the stream.
+    /// and events that the host had for them were delivered. No [`Smmu::add_device`] or
+    /// [`Smmu::remove_device`] may be under way: the state may or may not have the stream.
     ///
     /// # Errors
     /// The SMMU is halted: it may have dropped a command that the guest waits for.
@@ -53,7 +53,7 @@ impl Smmu {
     /// [`SmmuConfig::intersect`](super::SmmuConfig::intersect) with its SMMUs changes nothing.
     /// Counters start at 0.
     ///
-    /// Afterwards, the host is given the SMMU as its event target. Then, with interrupt controllers
+    /// Afterwards, the host is given the SMMU as its fault target. Then, with interrupt controllers
     /// restored and before vCPUs start, [`Smmu::drain_queue`] goes on with the command queue: the
     /// guest may do nothing but wait for its end.
     ///
@@ -67,11 +67,9 @@ impl Smmu {
         interrupts: Arc<dyn SmmuInterrupts>,
         observer: Option<Arc<dyn Observer>>,
     ) -> Result<Arc<Self>, RestoreError> {
-        check_version(MODEL, state.version, SmmuState::VERSION)?;
-        let smmu = Self::build(&state.config, memory, host, interrupts, observer)
-            .map_err(|error| RestoreError::Config { model: MODEL, what: error.to_string() })?;
-        check(state, &smmu.caps)
-            .map_err(|what| RestoreError::Inconsistent { model: MODEL, what })?;
+        state.check()?;
+        let smmu =
+            Self::build(&state.config, memory, host, interrupts, observer).map_err(impossible)?;
         *smmu.lock() = state.registers.clone();
         *smmu.fault_log() = state.faults.clone();
         smmu.streams.set_table(state.table);
@@ -147,6 +145,23 @@ impl Smmu {
         }
         result
     }
+}
+
+impl SmmuState {
+    /// Whether it can be restored, as far as that is known without a host. [`Smmu::restore`]
+    /// checks that, too; here it is known before devices are bound or attached for it.
+    ///
+    /// # Errors
+    /// It is of another version, or not of an SMMU.
+    pub fn check(&self) -> Result<(), RestoreError> {
+        check_version(MODEL, self.version, Self::VERSION)?;
+        let caps = self.config.capabilities().map_err(impossible)?;
+        check(self, &caps).map_err(|what| RestoreError::Inconsistent { model: MODEL, what })
+    }
+}
+
+fn impossible(error: SmmuConfigError) -> RestoreError {
+    RestoreError::Config { model: MODEL, what: error.to_string() }
 }
 
 /// Whether an SMMU can be in this state, which may be from a file that someone changed.

@@ -30,8 +30,9 @@ const MAMV: u8 = 18;
 pub struct VtdConfig {
     /// Width of IOVAs in bits: 48, or 57 for 5-level tables.
     pub address_width: u8,
-    /// Width of PASIDs in bits, 0 for none, at most 20.
-    pub pasid_bits: u8,
+    /// Width of PASIDs in bits, at most 20, 0 for none. `None`: as many as the hosts have, at most
+    /// 8, as the host looks at every entry when all of a large PASID directory is invalidated.
+    pub pasid_bits: Option<u8>,
     /// Offer scalable mode, including first-stage tables.
     pub scalable_mode: bool,
     /// Offer second-stage tables owned by the guest: legacy mode, and PGTT second-stage. Only
@@ -59,15 +60,14 @@ pub struct VtdConfig {
     pub fault_records: u16,
 }
 
-/// Default PASID width. With wider PASIDs, invalidating all of a large PASID directory costs the
-/// host a look at as many entries.
-pub(super) const DEFAULT_PASID_BITS: u8 = 8;
+/// The most PASID bits that nobody requested.
+const DEFAULT_PASID_BITS: u8 = 8;
 
 impl Default for VtdConfig {
     fn default() -> Self {
         Self {
             address_width: 48,
-            pasid_bits: DEFAULT_PASID_BITS,
+            pasid_bits: None,
             scalable_mode: true,
             second_stage: false,
             caching_mode: true,
@@ -85,7 +85,7 @@ impl Default for VtdConfig {
 
 /// An invalid configuration of a virtual VT-d.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
+pub enum VtdConfigError {
     /// The address width is neither 48 nor 57.
     #[error("address width {0} is not supported; it is 48 or 57")]
     AddressWidth(u8),
@@ -108,21 +108,22 @@ impl VtdConfig {
     ///
     /// # Errors
     /// They are not.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    pub fn check(&self) -> Result<(), VtdConfigError> {
         if !matches!(self.address_width, 48 | 57) {
-            return Err(ConfigError::AddressWidth(self.address_width));
+            return Err(VtdConfigError::AddressWidth(self.address_width));
         }
-        if u32::from(self.pasid_bits) > Pasid::BITS {
-            return Err(ConfigError::PasidBits(self.pasid_bits));
+        let pasid_bits = self.pasid_bits.unwrap_or(0);
+        if u32::from(pasid_bits) > Pasid::BITS {
+            return Err(VtdConfigError::PasidBits(pasid_bits));
         }
-        if self.pasid_bits > 0 && !self.scalable_mode {
-            return Err(ConfigError::PasidWithoutScalableMode);
+        if pasid_bits > 0 && !self.scalable_mode {
+            return Err(VtdConfigError::PasidWithoutScalableMode);
         }
         if !self.scalable_mode && !self.second_stage {
-            return Err(ConfigError::NoTranslation);
+            return Err(VtdConfigError::NoTranslation);
         }
         if !(1..=MAX_FAULT_RECORDS).contains(&self.fault_records) {
-            return Err(ConfigError::FaultRecords(self.fault_records));
+            return Err(VtdConfigError::FaultRecords(self.fault_records));
         }
         Ok(())
     }
@@ -145,11 +146,20 @@ impl Capabilities {
 }
 
 impl VtdConfig {
+    /// Width of PASIDs in bits, also if nobody requested one.
+    pub(super) fn pasids(&self) -> u8 {
+        match self.pasid_bits {
+            Some(bits) => bits,
+            None if self.scalable_mode => DEFAULT_PASID_BITS,
+            None => 0,
+        }
+    }
+
     /// The capability registers for this configuration.
     ///
     /// # Errors
     /// The configuration is impossible ([`VtdConfig::check`]).
-    pub fn capabilities(&self) -> Result<Capabilities, ConfigError> {
+    pub fn capabilities(&self) -> Result<Capabilities, VtdConfigError> {
         self.check()?;
         let five_level = self.address_width == 57;
         // Bit 1: 39 bits, bit 2: 48, bit 3: 57. None without second-stage tables (§11.4.2); nothing
@@ -189,10 +199,10 @@ impl VtdConfig {
             .with_iro(IRO)
             .with_srs(self.scalable_mode && self.supervisor_requests)
             .with_eafs(self.scalable_mode && self.extended_accessed)
-            .with_pasid(self.pasid_bits > 0)
+            .with_pasid(self.pasids() > 0)
             // No page request is ever pending, so a wait has none to drain.
             .with_pds(self.scalable_mode)
-            .with_pss(self.pasid_bits.saturating_sub(1))
+            .with_pss(self.pasids().saturating_sub(1))
             .with_smts(self.scalable_mode)
             .with_ssts(self.scalable_mode && self.second_stage)
             .with_fsts(self.scalable_mode)
@@ -218,13 +228,14 @@ mod tests {
             change(&mut config);
             config.check().unwrap_err()
         };
-        assert_eq!(with(|c| c.address_width = 39), ConfigError::AddressWidth(39));
-        assert_eq!(with(|c| c.pasid_bits = 21), ConfigError::PasidBits(21));
-        assert_eq!(with(|c| c.scalable_mode = false), ConfigError::PasidWithoutScalableMode);
-        let nothing = |c: &mut VtdConfig| (c.scalable_mode, c.pasid_bits) = (false, 0);
-        assert_eq!(with(nothing), ConfigError::NoTranslation);
-        assert_eq!(with(|c| c.fault_records = 0), ConfigError::FaultRecords(0));
-        assert_eq!(with(|c| c.fault_records = 129), ConfigError::FaultRecords(129));
+        assert_eq!(with(|c| c.address_width = 39), VtdConfigError::AddressWidth(39));
+        assert_eq!(with(|c| c.pasid_bits = Some(21)), VtdConfigError::PasidBits(21));
+        let none_for_pasids =
+            |c: &mut VtdConfig| (c.scalable_mode, c.pasid_bits) = (false, Some(1));
+        assert_eq!(with(none_for_pasids), VtdConfigError::PasidWithoutScalableMode);
+        assert_eq!(with(|c| c.scalable_mode = false), VtdConfigError::NoTranslation);
+        assert_eq!(with(|c| c.fault_records = 0), VtdConfigError::FaultRecords(0));
+        assert_eq!(with(|c| c.fault_records = 129), VtdConfigError::FaultRecords(129));
     }
 
     #[test]
@@ -257,12 +268,7 @@ mod tests {
 
     #[test]
     fn legacy_only_offers_nothing_of_scalable_mode() {
-        let config = VtdConfig {
-            scalable_mode: false,
-            second_stage: true,
-            pasid_bits: 0,
-            ..Default::default()
-        };
+        let config = VtdConfig { scalable_mode: false, second_stage: true, ..Default::default() };
         let Capabilities { cap, ecap, .. } = config.capabilities().unwrap();
         assert!(!ecap.smts() && !ecap.fsts() && !ecap.ssts() && !ecap.pasid() && !ecap.rps());
         assert!(!ecap.pds());

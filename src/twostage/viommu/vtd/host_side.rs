@@ -139,7 +139,7 @@ impl Invalidation {
 ///
 /// Calls come one at a time (the virtual VT-d's lock is held). A call returns only when the host is
 /// done: the virtual VT-d acknowledges to the guest right after.
-pub trait HostSide: Debug + Send + Sync {
+pub trait VtdHostSide: Debug + Send + Sync {
     /// Applies `config` to `requester`'s DMA. An unchanged configuration costs nothing, and a
     /// blocked PASID takes no memory.
     ///
@@ -163,11 +163,11 @@ pub trait HostSide: Debug + Send + Sync {
     /// guest must be told.
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError>;
 
-    /// Does a part of [`HostSide::invalidate`] that takes a fraction of a millisecond, starting at
-    /// `progress`, and advances that: so others need not wait for a large batch.
+    /// Does a part of [`VtdHostSide::invalidate`] that takes a fraction of a millisecond, starting
+    /// at `progress`, and advances that: so others need not wait for a large batch.
     ///
     /// # Errors
-    /// Those of [`HostSide::invalidate`]. The rest can still be done.
+    /// Those of [`VtdHostSide::invalidate`]. The rest can still be done.
     fn invalidate_some(
         &self,
         batch: &[Invalidation],

@@ -5,14 +5,14 @@
 //! are reduced to what every host unit has; those requested by value (address width, PASID bits)
 //! cause an error that names the bit and the device.
 
-use super::config::{VtdConfig, DEFAULT_PASID_BITS};
+use super::config::VtdConfig;
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::host_side::OFFERED_BEFORE;
-use crate::viommu::CapabilityConflict;
+use crate::viommu::{CapabilityConflict, IntersectError};
 
 /// The features of a host unit, and a device behind it, for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostUnit {
+pub struct HostVtd {
     /// The device whose `IOMMU_GET_HW_INFO` this is.
     pub device: String,
     /// CAP of the unit.
@@ -27,34 +27,39 @@ pub struct HostUnit {
 }
 
 impl VtdConfig {
-    /// PASID width if none is requested: the default, or less if not all of `hosts` have that.
-    pub fn usual_pasid_bits(hosts: &[HostUnit]) -> u8 {
-        let least = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
-        least.map_or(DEFAULT_PASID_BITS, |bits| bits.min(DEFAULT_PASID_BITS))
-    }
-
     /// This configuration, reduced to what all of `hosts` support.
     ///
     /// # Errors
-    /// A unit does not support what was requested by value.
-    pub fn intersect(&self, hosts: &[HostUnit]) -> Result<Self, CapabilityConflict> {
-        self.require_pasids(hosts)?;
+    /// There is no unit, or one does not support what was requested by value.
+    pub fn intersect(&self, hosts: &[HostVtd]) -> Result<Self, IntersectError> {
+        let least = hosts.iter().min_by_key(|host| host.ecap.pasid_bits());
+        let narrowest = least.ok_or(IntersectError::NoHosts)?;
+        require_pasids(self.pasid_bits, narrowest)?;
         let mut lowered = self.clone();
+        lowered.pasid_bits = Some(self.pasids().min(narrowest.ecap.pasid_bits()));
         for host in hosts {
-            self.require(host)?;
-            lowered.first_stage_1g &= host.cap.fs1gp();
-            lowered.supervisor_requests &= host.ecap.srs();
-            lowered.extended_accessed &= host.ecap.eafs();
-            lowered.snoop_control &= host.ecap.sc();
-            lowered.coherent_walks &= host.ecap.smpwcs();
+            lowered.lower(self, host)?;
         }
         Ok(lowered)
     }
 
+    /// Reduces this part of `wanted` to what `host` supports, too.
+    fn lower(&mut self, wanted: &Self, host: &HostVtd) -> Result<(), CapabilityConflict> {
+        wanted.require(host)?;
+        self.first_stage_1g &= host.cap.fs1gp();
+        self.supervisor_requests &= host.ecap.srs();
+        self.extended_accessed &= host.ecap.eafs();
+        self.snoop_control &= host.ecap.sc();
+        self.coherent_walks &= host.ecap.smpwcs();
+        Ok(())
+    }
+
     /// Whether `host` supports all of this configuration: a guest that knows it already cannot do
     /// with less.
-    pub(crate) fn check_late(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
-        let lowered = self.intersect(std::slice::from_ref(host))?;
+    pub(crate) fn check_late(&self, host: &HostVtd) -> Result<(), CapabilityConflict> {
+        require_pasids(Some(self.pasids()), host)?;
+        let mut lowered = self.clone();
+        lowered.lower(self, host)?;
         let lost = [
             ("CAP.FS1GP", self.first_stage_1g && !lowered.first_stage_1g),
             ("ECAP.SRS", self.supervisor_requests && !lowered.supervisor_requests),
@@ -72,26 +77,8 @@ impl VtdConfig {
         }
     }
 
-    /// As many PASID bits as offered, on the unit with the fewest.
-    fn require_pasids(&self, hosts: &[HostUnit]) -> Result<(), CapabilityConflict> {
-        let least = hosts.iter().min_by_key(|host| host.ecap.pasid_bits());
-        let Some(host) = least else { return Ok(()) };
-        let (asked, has) = (self.pasid_bits, host.ecap.pasid_bits());
-        if asked <= has {
-            return Ok(());
-        }
-        Err(CapabilityConflict {
-            device: host.device.clone(),
-            bit: if has == 0 { "ECAP.PASID" } else { "ECAP.PSS" },
-            needed_for: format!(
-                "pasid-bits={asked} was requested; say pasid-bits={has}, the most that all devices \
-                 have"
-            ),
-        })
-    }
-
-    fn require(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
-        let HostUnit { device, cap, ecap, guest_second_stage, fault_reports } = host;
+    fn require(&self, host: &HostVtd) -> Result<(), CapabilityConflict> {
+        let HostVtd { device, cap, ecap, guest_second_stage, fault_reports } = host;
         let conflict = |bit, needed_for: String| {
             Err(CapabilityConflict { device: device.clone(), bit, needed_for })
         };
@@ -133,12 +120,25 @@ impl VtdConfig {
     }
 }
 
+/// Whether `host` has as many PASID bits as were asked for.
+fn require_pasids(asked: Option<u8>, host: &HostVtd) -> Result<(), CapabilityConflict> {
+    let has = host.ecap.pasid_bits();
+    let Some(asked) = asked.filter(|asked| *asked > has) else { return Ok(()) };
+    Err(CapabilityConflict {
+        device: host.device.clone(),
+        bit: if has == 0 { "ECAP.PASID" } else { "ECAP.PSS" },
+        needed_for: format!(
+            "pasid-bits={asked} was requested; say pasid-bits={has}, the most that all devices have"
+        ),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn able() -> HostUnit {
-        HostUnit {
+    fn able() -> HostVtd {
+        HostVtd {
             device: "edu0".into(),
             cap: Cap::new().with_mgaw(56).with_fs1gp(true).with_fs5lp(true),
             ecap: Ecap::new()
@@ -163,19 +163,22 @@ mod tests {
             host.ecap = host.ecap.with_pasid(bits > 0).with_pss(bits.saturating_sub(1));
             host
         };
-        assert_eq!(VtdConfig::usual_pasid_bits(&[]), VtdConfig::default().pasid_bits);
         for (hosts, bits) in [(vec![20], 8), (vec![20, 6], 6), (vec![0, 20], 0)] {
             let hosts: Vec<_> = hosts.into_iter().map(has).collect();
-            let pasid_bits = VtdConfig::usual_pasid_bits(&hosts);
-            assert_eq!(pasid_bits, bits);
-            let config = VtdConfig { pasid_bits, ..Default::default() };
-            assert_eq!(config.intersect(&hosts).map(|config| config.pasid_bits), Ok(bits));
+            let lowered = VtdConfig::default().intersect(&hosts).unwrap();
+            assert_eq!(lowered.pasid_bits, Some(bits));
+            assert_eq!(lowered.capabilities().unwrap().ecap.pasid_bits(), bits);
         }
     }
 
     #[test]
+    fn nothing_is_offered_on_behalf_of_no_host() {
+        assert_eq!(VtdConfig::default().intersect(&[]), Err(IntersectError::NoHosts));
+    }
+
+    #[test]
     fn what_a_guest_can_do_without_is_lowered() {
-        let config = VtdConfig { pasid_bits: 20, device_iotlb: true, ..Default::default() };
+        let config = VtdConfig { pasid_bits: Some(20), device_iotlb: true, ..Default::default() };
         assert_eq!(config.intersect(&[able()]), Ok(config.clone()));
         let mut poor = able();
         poor.cap.set_fs1gp(false);
@@ -189,13 +192,13 @@ mod tests {
     fn a_conflict_names_the_bit_and_the_device() {
         let config = VtdConfig {
             address_width: 57,
-            pasid_bits: 20,
+            pasid_bits: Some(20),
             device_iotlb: true,
             second_stage: true,
             caching_mode: false,
             ..Default::default()
         };
-        type TakeAway = fn(&mut HostUnit);
+        type TakeAway = fn(&mut HostVtd);
         let lacking: [(TakeAway, &str); 9] = [
             (
                 |host| host.ecap.set_smts(false),
@@ -233,7 +236,7 @@ mod tests {
             ),
         ];
         for (take_away, text) in lacking {
-            let mut host = HostUnit { device: "nic1".into(), ..able() };
+            let mut host = HostVtd { device: "nic1".into(), ..able() };
             take_away(&mut host);
             let error = config.intersect(&[able(), host]).unwrap_err();
             assert_eq!(error.to_string(), format!("the IOMMU of nic1 lacks {text}"));

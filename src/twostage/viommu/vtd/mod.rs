@@ -46,13 +46,13 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
-pub use config::{Capabilities, ConfigError, VtdConfig, MMIO_SIZE};
+pub use config::{Capabilities, VtdConfig, VtdConfigError, MMIO_SIZE};
 pub use fault_log::{EventRegisters, FaultLog};
 pub use host_side::{
-    DmaFault, DomainTag, FaultTarget, HostSide, Invalidation, Policy, Progress, RequesterConfig,
-    Stage1, VtdFirstStage, VtdSecondStage,
+    DmaFault, DomainTag, FaultTarget, Invalidation, Policy, Progress, RequesterConfig, Stage1,
+    VtdFirstStage, VtdHostSide, VtdSecondStage,
 };
-pub use host_unit::HostUnit;
+pub use host_unit::HostVtd;
 pub use state::{
     DecisionState, FunctionState, InterruptEntryState, PasidState, Registers, Translating,
     VtdCounters, VtdState,
@@ -80,7 +80,7 @@ pub struct VtdIommu {
     config: VtdConfig,
     caps: Capabilities,
     memory: Arc<dyn TableMemory>,
-    host: Arc<dyn HostSide>,
+    host: Arc<dyn VtdHostSide>,
     interrupts: Arc<dyn InterruptSink>,
     observer: Option<Arc<dyn Observer>>,
     registers: FairMutex<Registers>,
@@ -99,24 +99,25 @@ impl VtdIommu {
     /// # Errors
     /// The configuration is impossible ([`VtdConfig::check`]).
     pub fn new(
-        config: VtdConfig,
+        config: &VtdConfig,
         memory: Arc<dyn TableMemory>,
-        host: Arc<dyn HostSide>,
+        host: Arc<dyn VtdHostSide>,
         interrupts: Arc<dyn InterruptSink>,
         observer: Option<Arc<dyn Observer>>,
-    ) -> Result<Arc<Self>, ConfigError> {
+    ) -> Result<Arc<Self>, VtdConfigError> {
         Self::build(config, memory, host, interrupts, observer).map(Arc::new)
     }
 
     /// See [`VtdIommu::new`].
     fn build(
-        config: VtdConfig,
+        config: &VtdConfig,
         memory: Arc<dyn TableMemory>,
-        host: Arc<dyn HostSide>,
+        host: Arc<dyn VtdHostSide>,
         interrupts: Arc<dyn InterruptSink>,
         observer: Option<Arc<dyn Observer>>,
-    ) -> Result<Self, ConfigError> {
+    ) -> Result<Self, VtdConfigError> {
         Ok(Self {
+            config: config.clone(),
             caps: config.capabilities()?,
             memory,
             host,
@@ -130,7 +131,6 @@ impl VtdIommu {
             remapping: Remapping::default(),
             counters: Counters::default(),
             log: RateLimit::default(),
-            config,
         })
     }
 
@@ -140,18 +140,12 @@ impl VtdIommu {
     }
 
     /// Adds a function. It passes while translation is disabled, and follows its tables while it is
-    /// enabled. Does nothing for a function that exists already. A refusal of the host is logged;
-    /// the function is then blocked.
-    pub fn add_device(&self, rid: Bdf) {
-        let registers = self.lock_idle();
-        if self.requesters.add(rid) {
-            self.evaluate_new(rid, registers);
-        }
-    }
-
-    /// The same, but a function that the host refuses to serve is not added. Only what it refuses
-    /// of the function's PASIDs is logged, and they are blocked.
-    pub(crate) fn try_add_device(&self, rid: Bdf) -> Result<(), HostSideError> {
+    /// enabled. Does nothing for a function that exists already. Only what the host refuses of the
+    /// function's PASIDs is logged, and they are blocked.
+    ///
+    /// # Errors
+    /// The host refuses to serve its requests without PASID. It is not added, and blocked.
+    pub fn add_device(&self, rid: Bdf) -> Result<(), HostSideError> {
         let registers = self.lock_idle();
         if !self.requesters.add(rid) {
             return Ok(());

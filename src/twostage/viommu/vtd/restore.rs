@@ -10,11 +10,11 @@
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
-use super::config::Capabilities;
+use super::config::{Capabilities, VtdConfigError};
 use super::control::UnderWay;
 use super::evaluation::{PASID_GONE, PASSING};
 use super::fault_log::FaultLog;
-use super::host_side::{HostSide, Invalidation, Progress};
+use super::host_side::{Invalidation, Progress, VtdHostSide};
 use super::policy::{blocked_config, is_possible};
 use super::requesters::{can_keep, Given};
 use super::state::{FunctionState, PasidState, Registers, VtdState, MODEL};
@@ -72,15 +72,13 @@ impl VtdIommu {
     pub fn restore(
         state: &VtdState,
         memory: Arc<dyn TableMemory>,
-        host: Arc<dyn HostSide>,
+        host: Arc<dyn VtdHostSide>,
         interrupts: Arc<dyn InterruptSink>,
         observer: Option<Arc<dyn Observer>>,
     ) -> Result<Arc<Self>, RestoreError> {
-        check_version(MODEL, state.version, VtdState::VERSION)?;
-        let unit = Self::build(state.config.clone(), memory, host, interrupts, observer)
-            .map_err(|error| RestoreError::Config { model: MODEL, what: error.to_string() })?;
-        check(state, &unit.caps)
-            .map_err(|what| RestoreError::Inconsistent { model: MODEL, what })?;
+        state.check()?;
+        let unit =
+            Self::build(&state.config, memory, host, interrupts, observer).map_err(impossible)?;
         *unit.fault_log() = state.faults.clone();
         unit.remapping.set_cached(&state.interrupt_entries);
         unit.requesters.set_translating(state.translating.enabled, state.translating.root);
@@ -207,6 +205,23 @@ fn given_to(run: &PasidState, pasid: Pasid) -> Given {
     given
 }
 
+impl VtdState {
+    /// Whether it can be restored, as far as that is known without a host. [`VtdIommu::restore`]
+    /// checks that, too; here it is known before devices are bound or attached for it.
+    ///
+    /// # Errors
+    /// It is of another version, or not of a unit.
+    pub fn check(&self) -> Result<(), RestoreError> {
+        check_version(MODEL, self.version, Self::VERSION)?;
+        let caps = self.config.capabilities().map_err(impossible)?;
+        check(self, &caps).map_err(|what| RestoreError::Inconsistent { model: MODEL, what })
+    }
+}
+
+fn impossible(error: VtdConfigError) -> RestoreError {
+    RestoreError::Config { model: MODEL, what: error.to_string() }
+}
+
 /// Whether a unit can be in this state, which may be from a file that someone changed.
 fn check(state: &VtdState, caps: &Capabilities) -> Result<(), String> {
     let VtdState { config, registers, faults, functions, interrupt_entries, .. } = state;
@@ -232,7 +247,7 @@ fn check(state: &VtdState, caps: &Capabilities) -> Result<(), String> {
     if !functions.is_sorted_by(|one, next| one.rid < next.rid) {
         return Err("the functions do not ascend".into());
     }
-    functions.iter().try_for_each(|function| check_function(function, caps, config.pasid_bits))
+    functions.iter().try_for_each(|function| check_function(function, caps, config.pasids()))
 }
 
 /// Whether a function can have these decisions.

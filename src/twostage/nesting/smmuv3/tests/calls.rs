@@ -8,7 +8,7 @@ use crate::iommufd::{Errno, Protection, Verb};
 fn the_first_attach() {
     let host = RecordingHost::new(Extensions::default());
     let dev = host.add_device(0, hw_info());
-    let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
+    let nesting = SmmuNesting::with_event_depth(GuestIoas::new(host.clone()).unwrap(), 64);
     nesting.ioas().unwrap().map(0, &memory(), Protection::READ_WRITE).unwrap();
     nesting.add_device(A, dev).unwrap();
     assert_eq!(host.reaches(dev, None), None);
@@ -210,7 +210,7 @@ fn a_stream_without_a_device_is_blocked_already() {
 fn the_calls_of_a_boot() {
     let host = RecordingHost::new(Extensions::default());
     let dev = host.add_device(0, hw_info());
-    let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
+    let nesting = SmmuNesting::with_event_depth(GuestIoas::new(host.clone()).unwrap(), 64);
     nesting.add_device(A, dev).unwrap();
     let rig = Rig { host, nesting };
     // GBPA at power-on; then the driver's reset, and its stream table.

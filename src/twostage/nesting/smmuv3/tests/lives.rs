@@ -15,7 +15,7 @@ use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 fn devices_behind_two_smmus_are_told_apart() {
     let host = RecordingHost::new(Extensions::default());
     let (one, other) = (host.add_device(0, hw_info()), host.add_device(1, hw_info()));
-    let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
+    let nesting = SmmuNesting::with_event_depth(GuestIoas::new(host.clone()).unwrap(), 64);
     nesting.add_device(A, one).unwrap();
     host.take_log();
     let error = nesting.add_device(B, other).unwrap_err();
@@ -30,7 +30,7 @@ fn devices_behind_two_smmus_are_told_apart() {
     let text = error.to_string();
     assert!(text.contains("00:05.0") && text.contains("00:04.0"), "{text}");
     // A virtual SMMU of its own can serve it.
-    let second = SmmuNesting::new(nesting.ioas().unwrap(), 64);
+    let second = SmmuNesting::with_event_depth(nesting.ioas().unwrap(), 64);
     nesting.ioas().unwrap().map(0, &memory(), Protection::READ_WRITE).unwrap();
     second.add_device(B, other).unwrap();
     drop(nesting);
@@ -45,7 +45,7 @@ fn a_refusal_is_not_taken_for_another_smmu() {
     {
         let host = RecordingHost::new(Extensions::default());
         let (one, other) = (host.add_device(0, hw_info()), host.add_device(0, hw_info()));
-        let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
+        let nesting = SmmuNesting::with_event_depth(GuestIoas::new(host.clone()).unwrap(), 64);
         nesting.add_device(A, one).unwrap();
         let live = host.live_objects();
         host.fail_next(Verb::VdeviceAlloc, vdevice);
@@ -64,7 +64,7 @@ fn only_an_smmu_serves() {
     let host = RecordingHost::new(Extensions::default());
     let vtd = iommu_hw_info_vtd { flags: 0, __reserved: 0, cap_reg: 0, ecap_reg: 0 };
     let dev = host.add_device(0, HwInfo { data: HwInfoData::Vtd(vtd), ..hw_info() });
-    let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
+    let nesting = SmmuNesting::with_event_depth(GuestIoas::new(host.clone()).unwrap(), 64);
     assert_eq!(nesting.add_device(A, dev), Err(NestingError::NoSmmu(A)));
     drop(nesting);
     assert_eq!(host.live_objects(), []);
@@ -75,7 +75,7 @@ fn an_smmu_that_cannot_nest_leaves_nothing() {
     for verb in [Verb::HwptAlloc, Verb::ViommuAlloc, Verb::VeventqAlloc, Verb::VdeviceAlloc] {
         let host = RecordingHost::new(Extensions::default());
         let dev = host.add_device(0, hw_info());
-        let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
+        let nesting = SmmuNesting::with_event_depth(GuestIoas::new(host.clone()).unwrap(), 64);
         host.fail_next(verb, Errno::EOPNOTSUPP);
         let error = nesting.add_device(A, dev).unwrap_err().to_string();
         assert!(error.contains("00:04.0") && error.contains("EOPNOTSUPP"), "{error}");
@@ -184,7 +184,7 @@ fn events_come_back_while_nesting_is_locked() {
     let (sender, receiver) = channel();
     let target = Arc::new(Target(sender));
     let weak: Weak<Target> = Arc::downgrade(&target);
-    rig.nesting.set_event_target(weak);
+    rig.nesting.set_fault_target(weak);
     let record: EventRecordWords = [0x20_0000_0010, 0, 0x1234_5000, 0];
     let data: Vec<u8> = record.into_iter().flat_map(u64::to_le_bytes).collect();
     let next = || receiver.recv_timeout(Duration::from_secs(60)).expect("an event comes");
@@ -248,7 +248,9 @@ fn run(nth: u64, errno: Errno) -> bool {
     host.add_device(0, hw_info());
     host.add_device(0, hw_info());
     host.fail_nth(nth, errno);
-    if let Ok(nesting) = GuestIoas::new(host.clone()).map(|ioas| SmmuNesting::new(ioas, 8)) {
+    if let Ok(nesting) =
+        GuestIoas::new(host.clone()).map(|ioas| SmmuNesting::with_event_depth(ioas, 8))
+    {
         for (step, (victim, run)) in STEPS.iter().enumerate() {
             let pending = host.failure_pending();
             let result = run(&nesting);

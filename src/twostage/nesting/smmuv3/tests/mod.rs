@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use super::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use super::SmmuNesting;
 use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     iommu_hw_info_arm_smmuv3, Extensions, HwCapabilities, HwInfo, HwInfoData, ObjectId, UserMemory,
@@ -100,7 +100,7 @@ impl Rig {
         let host = RecordingHost::new(Extensions::default());
         let (a, b) = (host.add_device(0, info), host.add_device(0, info));
         assert_eq!((a, b), (DEV_A, DEV_B));
-        let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), DEFAULT_EVENT_DEPTH);
+        let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap());
         nesting.add_device(A, DEV_A).unwrap();
         nesting.add_device(B, DEV_B).unwrap();
         let rig = Self { host, nesting };

@@ -21,7 +21,7 @@ use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PageRange;
 use crate::viommu::vtd::{
-    DomainTag, HostSide, Invalidation, Policy, Progress, RequesterConfig, Stage1, VtdFirstStage,
+    DomainTag, Invalidation, Policy, Progress, RequesterConfig, Stage1, VtdFirstStage, VtdHostSide,
     VtdSecondStage,
 };
 use crate::viommu::{HostSideError, Requester};

@@ -10,13 +10,13 @@ const GLOBAL_BYPASS: StreamPolicy = StreamPolicy::GlobalBypass;
 #[test]
 fn streams_pass_until_translation_is_enabled() {
     let guest = Guest::new(&SmmuConfig::default());
-    guest.smmu.add_stream(StreamId(5));
+    guest.smmu.add_device(StreamId(5)).unwrap();
     assert_eq!(guest.calls(), [Call::Configure(StreamId(5), GLOBAL_BYPASS)]);
     // It exists already.
-    guest.smmu.add_stream(StreamId(5));
+    guest.smmu.add_device(StreamId(5)).unwrap();
     assert_eq!(guest.calls(), []);
-    guest.smmu.remove_stream(StreamId(5));
-    guest.smmu.remove_stream(StreamId(5));
+    guest.smmu.remove_device(StreamId(5));
+    guest.smmu.remove_device(StreamId(5));
     assert_eq!(guest.calls(), [Call::Configure(StreamId(5), ABORT)]);
     assert_eq!(guest.smmu.streams.all(), [STREAM, OTHER]);
 }
@@ -158,10 +158,10 @@ fn a_stream_that_comes_later_goes_by_its_entry() {
     let guest = Guest::running();
     let late = StreamId(5);
     guest.write_entry(late, stage1_entry(0x7000));
-    guest.smmu.add_stream(late);
+    guest.smmu.add_device(late).unwrap();
     assert_eq!(guest.calls(), [Call::Configure(late, stage1(0x7000))]);
     assert_eq!(guest.smmu.policy_by_tables(late), Some(stage1(0x7000)));
-    guest.smmu.remove_stream(late);
+    guest.smmu.remove_device(late);
     assert_eq!(guest.calls(), [Call::Configure(late, ABORT)]);
     assert_eq!(guest.smmu.policy_by_tables(late), None);
 }

@@ -111,7 +111,7 @@ fn an_entry_that_cannot_be_read_is_told_with_its_address() {
 fn a_stream_beyond_the_table_is_told_where_the_guest_asks_for_it() {
     for (recinvsid, told) in [(0, None), (0b10, Some(EventId::BadStreamId))] {
         let guest = Guest::new(&SmmuConfig::default());
-        guest.smmu.add_stream(StreamId(16));
+        guest.smmu.add_device(StreamId(16)).unwrap();
         guest.write_queue_registers();
         guest.write_table_registers();
         guest.write32(regs::CR2, recinvsid);
@@ -126,7 +126,7 @@ fn without_translation_there_are_no_events() {
     guest.write32(regs::CR0, 0b1100);
     assert_eq!(guest.told(STREAM), None);
     // Nor for a removed stream.
-    guest.smmu.remove_stream(STREAM);
+    guest.smmu.remove_device(STREAM);
     assert_eq!(guest.told(STREAM), None);
 }
 

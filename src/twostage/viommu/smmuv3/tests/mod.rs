@@ -145,8 +145,8 @@ impl Guest {
         let smmu =
             Smmu::new(config, Arc::new(memory.clone()), host.clone(), interrupts.clone(), observer)
                 .unwrap();
-        smmu.add_stream(STREAM);
-        smmu.add_stream(OTHER);
+        smmu.add_device(STREAM).unwrap();
+        smmu.add_device(OTHER).unwrap();
         let guest = Self { memory, host, interrupts, smmu };
         guest.calls();
         guest

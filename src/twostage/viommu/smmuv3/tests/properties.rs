@@ -111,8 +111,8 @@ fn life(guest: &Guest) {
     guest.write_entry(STREAM, stage1_entry(0x7000));
     submit(guest, &[cfgi_ste(STREAM), tlbi(1), tlbi(2), SYNC]);
     submit(guest, &[cfgi_ste(STREAM), SYNC]);
-    guest.smmu.add_stream(StreamId(5));
-    guest.smmu.remove_stream(StreamId(5));
+    guest.smmu.add_device(StreamId(5)).unwrap_or(());
+    guest.smmu.remove_device(StreamId(5));
     submit(guest, &[cfgi_cd_all(STREAM), SYNC]);
     // What failed is served again, once the guest announces a change of the entry.
     submit(guest, &[CFGI_ALL, SYNC]);
@@ -234,8 +234,8 @@ impl Guest {
             Step::TakeEvents => {
                 return std::iter::from_fn(|| self.take_event()).take(16).collect();
             }
-            Step::Plug(stream, true) => self.smmu.add_stream(*stream),
-            Step::Plug(stream, false) => self.smmu.remove_stream(*stream),
+            Step::Plug(stream, true) => self.smmu.add_device(*stream).unwrap_or(()),
+            Step::Plug(stream, false) => self.smmu.remove_device(*stream),
         }
         Vec::new()
     }

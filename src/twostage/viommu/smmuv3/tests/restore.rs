@@ -48,7 +48,7 @@ impl Guest {
     /// guest has not announced that.
     fn lived() -> Self {
         let guest = Self::running();
-        guest.smmu.add_stream(WRONG);
+        guest.smmu.add_device(WRONG).unwrap();
         guest.write_entry(WRONG, BAD_ENTRY);
         guest.submit(&[cfgi_ste(WRONG), SYNC]);
         guest.write_entry(OTHER, stage1_entry(0x7000));
@@ -90,7 +90,7 @@ fn a_new_host_is_given_the_decisions_of_then_and_nothing_else() {
 fn an_unknown_stream_is_recorded_as_before() {
     for recording in [false, true] {
         let guest = Guest::new(&SmmuConfig::default());
-        guest.smmu.add_stream(StreamId(0x100));
+        guest.smmu.add_device(StreamId(0x100)).unwrap();
         guest.write_table_registers();
         guest.write_queue_registers();
         guest.write32(regs::CR2, u32::from(recording) << 1);
@@ -258,7 +258,7 @@ fn what_no_smmu_can_have_is_refused_and_the_host_is_not_called() {
 fn what_an_smmu_can_have_is_restored() {
     // The host is asked for no stalls, which is not from the entry; a stream beyond the table.
     let guest = Guest::new(&SmmuConfig { host_stalls: true, ..Default::default() });
-    guest.smmu.add_stream(StreamId(1 << 16));
+    guest.smmu.add_device(StreamId(1 << 16)).unwrap();
     guest.start();
     let state = guest.smmu.snapshot().unwrap();
     let restored = guest.restored(&state).unwrap();
@@ -332,7 +332,7 @@ fn a_reset_smmu_is_as_new() {
         [passes(STREAM), passes(OTHER), passes(WRONG), Call::Invalidate(flush)]
     );
     let new = Guest::new(&SmmuConfig::default());
-    new.smmu.add_stream(WRONG);
+    new.smmu.add_device(WRONG).unwrap();
     assert_eq!(guest.every_register(), new.every_register());
     assert_eq!(guest.smmu.snapshot().unwrap(), new.smmu.snapshot().unwrap());
 }

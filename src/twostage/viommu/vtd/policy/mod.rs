@@ -193,12 +193,7 @@ mod tests {
         assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(3)), None), 0x30);
         let beyond = Rtaddr::new().with_ttm(1).with_rta(1 << (52 - 12));
         assert_eq!(reason(&caps, Some(beyond), None), 0x30);
-        let config = VtdConfig {
-            scalable_mode: false,
-            second_stage: true,
-            pasid_bits: 0,
-            ..Default::default()
-        };
+        let config = VtdConfig { scalable_mode: false, second_stage: true, ..Default::default() };
         let caps = config.capabilities().unwrap();
         assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(1)), None), 0x30);
     }

@@ -172,7 +172,7 @@ fn nobody_serves_a_function_that_went_meanwhile() {
 /// Of a function with thousands of PASIDs, 63 and 127 start to be served when a command that makes
 /// `change` has processed the first of them, and not the other. Returns what the host has.
 fn amid_a_command(change: impl FnOnce(u32) -> u32) -> (Guest, BTreeMap<Requester, Policy>) {
-    let config = VtdConfig { caching_mode: false, pasid_bits: 13, ..Default::default() };
+    let config = VtdConfig { caching_mode: false, pasid_bits: Some(13), ..Default::default() };
     let guest = Guest::with_directory_of(config);
     (0..63).for_each(|pasid| guest.write_pasid(pasid, 0x6000));
     guest.submit(&[PASID_CACHE]);

@@ -76,7 +76,7 @@ impl FakeHost {
     }
 }
 
-impl HostSide for FakeHost {
+impl VtdHostSide for FakeHost {
     fn configure(
         &self,
         requester: Requester,
@@ -158,8 +158,8 @@ impl Guest {
     fn reading(config: VtdConfig, memory: GuestMemoryMmap, read: Arc<dyn TableMemory>) -> Self {
         let host = FakeHost::new(memory.clone());
         let sink = Arc::new(FakeSink::default());
-        let iommu = VtdIommu::new(config, read, host.clone(), sink.clone(), None).unwrap();
-        iommu.add_device(RID);
+        let iommu = VtdIommu::new(&config, read, host.clone(), sink.clone(), None).unwrap();
+        iommu.add_device(RID).unwrap();
         let guest = Self { memory, host, sink, iommu };
         guest.calls();
         guest

@@ -143,18 +143,18 @@ fn the_first_thing_that_is_wrong_is_told() {
 
 #[test]
 fn requests_with_pasid_have_checks_of_their_own() {
-    let tables = Spoiled::new(VtdConfig { pasid_bits: 20, ..Default::default() });
+    let tables = Spoiled::new(VtdConfig { pasid_bits: Some(20), ..Default::default() });
     assert_eq!(tables.decide(with_pasid(1 << 13)).policy, blocked(0x46));
     assert_eq!(tables.decide(with_pasid((1 << 13) - 1)).policy, blocked(0x51));
     // The directory has more than the unit offers.
-    let narrow = Spoiled::new(VtdConfig { pasid_bits: 3, ..Default::default() });
+    let narrow = Spoiled::new(VtdConfig { pasid_bits: Some(3), ..Default::default() });
     assert_eq!(narrow.decide(with_pasid(8)).policy, blocked(0x46));
     assert_eq!(narrow.decide(with_pasid(5)).policy, first_stage(0x6000));
     let off = tables.with(CONTEXT_ENTRY, |word| word & !(1 << 3));
     assert_eq!(off.decide(with_pasid(5)).policy, blocked(0x45));
     assert_eq!(off.policy(), first_stage(FIRST_STAGE));
     // PASIDE without PASIDs offered.
-    let none = Spoiled::new(VtdConfig { pasid_bits: 0, ..Default::default() });
+    let none = Spoiled::new(VtdConfig { pasid_bits: Some(0), ..Default::default() });
     assert_eq!(none.policy(), blocked(0x42));
 }
 
@@ -255,6 +255,6 @@ fn pasids_are_found_in_order_and_within_what_is_offered() {
         (71, blocked(0x5b)),
     ];
     assert_eq!(find(&VtdConfig::default()), expected);
-    let narrow = VtdConfig { pasid_bits: 3, ..Default::default() };
+    let narrow = VtdConfig { pasid_bits: Some(3), ..Default::default() };
     assert_eq!(find(&narrow), expected[..2]);
 }

@@ -104,7 +104,7 @@ proptest! {
         ttm in 0..4u64,
         value in prop::option::of(0..1u32 << 20),
     ) {
-        let config = VtdConfig { pasid_bits: 6, second_stage: true, ..Default::default() };
+        let config = VtdConfig { pasid_bits: Some(6), second_stage: true, ..Default::default() };
         let guest = Guest::new(config);
         let keep =
             |word: u64, address: u64| if pointers { word & 0xffe | address | 1 } else { word };
@@ -134,7 +134,7 @@ fn life(guest: &Guest) {
     guest.submit(&[changed, stale(5), wait(1)]);
     guest.write(DIRECTORY, &[0]);
     guest.submit(&[changed, stale(0), wait(2)]);
-    guest.iommu.add_device(UPPER_RID);
+    guest.iommu.add_device(UPPER_RID).unwrap_or(());
     guest.iommu.remove_device(UPPER_RID);
     guest.write32(regs::FSTS, 1 << 4);
     // Whatever the host did, the queue has been processed.
@@ -277,7 +277,7 @@ impl Guest {
             Step::Fault(requester) => self.iommu.dma_fault(&fault(*requester)),
             Step::Late(requester) => return Some(self.iommu.served_late(*requester).into()),
             Step::Interrupt(handle) => return self.vector(*handle),
-            Step::Plug(true) => self.iommu.add_device(UPPER_RID),
+            Step::Plug(true) => self.iommu.add_device(UPPER_RID).unwrap_or(()),
             Step::Plug(false) => self.iommu.remove_device(UPPER_RID),
         }
         None

@@ -204,8 +204,7 @@ fn the_descriptor_width_must_fit_the_mode() {
     guest.submit(&[wait(1)]);
     guest.assert_stopped(0, IqErrorInfo::InvalidWidth);
     // 256 bits without scalable mode.
-    let legacy =
-        VtdConfig { scalable_mode: false, second_stage: true, pasid_bits: 0, ..Default::default() };
+    let legacy = VtdConfig { scalable_mode: false, second_stage: true, ..Default::default() };
     let guest = Guest::new(legacy);
     guest.enable_queue(0x800);
     guest.submit(&[wait(1)]);
@@ -407,8 +406,7 @@ fn a_wait_may_ask_to_drain_page_requests_of_which_there_are_none() {
     guest.submit(&[drain]);
     assert_eq!((guest.status(), guest.read64(regs::IQH)), (7, 32));
     // If not offered, the bit is reserved.
-    let legacy =
-        VtdConfig { scalable_mode: false, second_stage: true, pasid_bits: 0, ..Default::default() };
+    let legacy = VtdConfig { scalable_mode: false, second_stage: true, ..Default::default() };
     let guest = Guest::new(legacy);
     assert_eq!(guest.read64(regs::ECAP) >> 42 & 1, 0, "ECAP.PDS");
     guest.enable_queue(0);

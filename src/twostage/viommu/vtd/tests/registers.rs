@@ -205,14 +205,14 @@ fn an_observer_sees_everything_in_order() {
     let guest = Guest::new(VtdConfig::default());
     let trace = Arc::new(Trace::default());
     let iommu = VtdIommu::new(
-        VtdConfig::default(),
+        &VtdConfig::default(),
         Arc::new(guest.memory.clone()),
         guest.host.clone(),
         guest.sink.clone(),
         Some(trace.clone()),
     );
     let guest = Guest { iommu: iommu.unwrap(), ..guest };
-    guest.iommu.add_device(RID);
+    guest.iommu.add_device(RID).unwrap();
     guest.enable_queue(0x800);
     guest.submit(&[wait(1)]);
     guest.read32(0x22c);

@@ -62,7 +62,7 @@ impl Guest {
     /// another differently, but the guest has announced neither.
     fn lived() -> Self {
         let guest = Self::running();
-        guest.iommu.add_device(UPPER_RID);
+        guest.iommu.add_device(UPPER_RID).unwrap();
         for (pasid, table) in [(5, 0x6000), (6, 0x6000), (9, 0x7000)] {
             guest.write_pasid(pasid, table);
         }
@@ -394,7 +394,7 @@ fn what_the_host_fails_to_block_after_a_refusal_is_told() {
 fn a_reset_unit_is_as_new() {
     let new = || {
         let guest = Guest::new(VtdConfig::default());
-        guest.iommu.add_device(UPPER_RID);
+        guest.iommu.add_device(UPPER_RID).unwrap();
         (guest.every_register(), guest.iommu.snapshot().unwrap())
     };
     let guest = Guest::lived();

@@ -16,7 +16,7 @@ pub(super) const TES: u32 = 1 << 31;
 pub(super) const RTPS: u32 = 1 << 30;
 
 fn config() -> VtdConfig {
-    VtdConfig { pasid_bits: 13, ..Default::default() }
+    VtdConfig { pasid_bits: Some(13), ..Default::default() }
 }
 
 impl Guest {
@@ -365,7 +365,7 @@ fn a_function_comes_and_goes_with_all_its_pasids() {
     let mut has = BTreeMap::new();
     guest.iommu.remove_device(RID);
     guest.calls();
-    guest.iommu.add_device(RID);
+    guest.iommu.add_device(RID).unwrap();
     guest.host_has(&mut has);
     assert_eq!(has.len(), PASIDS as usize);
     assert_eq!(has, guest.tables_say());

@@ -12,17 +12,17 @@ fn configured(requester: Requester, policy: Policy) -> Call {
 #[test]
 fn a_new_device_passes_while_translation_is_disabled() {
     let guest = Guest::new(VtdConfig::default());
-    guest.iommu.add_device(UPPER_RID);
+    guest.iommu.add_device(UPPER_RID).unwrap();
     let bypass = configured(Requester::rid(UPPER_RID), Policy::Bypass);
     assert_eq!(guest.calls(), [bypass]);
-    guest.iommu.add_device(UPPER_RID);
+    guest.iommu.add_device(UPPER_RID).unwrap();
     assert_eq!(guest.calls(), []);
 }
 
 #[test]
 fn every_requester_is_blocked_or_served_before_the_enable_is_acknowledged() {
     let guest = Guest::new(VtdConfig::default());
-    guest.iommu.add_device(UPPER_RID);
+    guest.iommu.add_device(UPPER_RID).unwrap();
     guest.write_tables();
     guest.set_root(0x400);
     guest.calls();
@@ -213,7 +213,7 @@ fn a_device_that_comes_and_goes_while_translating() {
     guest.iommu.remove_device(RID);
     assert_eq!(guest.calls(), []);
     guest.write_pasid(1, 0x6000);
-    guest.iommu.add_device(RID);
+    guest.iommu.add_device(RID).unwrap();
     let served = configured(Requester::rid(RID), first_stage(FIRST_STAGE));
     assert_eq!(guest.calls(), [served, configured(with_pasid(1), first_stage(0x6000))]);
 }
