@@ -192,7 +192,9 @@ impl Architecture for SmmuV3 {
                     return blocked(fault);
                 };
                 // Its tables have just been read, but perhaps not its context.
-                common.sanitizer.as_deref().map(compare_context);
+                if let Some(sanitizer) = &common.sanitizer {
+                    compare_context(sanitizer);
+                }
                 Blocked::Interrupt(message)
             })?,
         };
