@@ -96,6 +96,7 @@ const TEST_OPERATIONS: Option<&uapi::TestOperations> = Some(&selftest::OPERATION
 const TEST_OPERATIONS: Option<&uapi::TestOperations> = None;
 
 pub use dma::error::{DmaError, DmaFaultReason};
+pub use dma::memory::{DmaMemory, DmaSection};
 pub use dma::port_iommu::PortIommu;
 pub use dma::{DmaAccess, DmaAttributes, DmaPort, PageTries, Translated};
 pub use host::access::{Access, AccessError};

@@ -6,6 +6,7 @@
 //! into pieces of at most 64 KiB, each a section of its own, so that nobody waits long.
 
 pub(crate) mod error;
+pub(crate) mod memory;
 pub(crate) mod port_iommu;
 mod section;
 

@@ -24,6 +24,9 @@ use crate::dma::{DmaAccess, DmaAttributes, DmaPort};
 /// not invalidate while holding it. Faults are reported when it is dropped. For data,
 /// [`DmaPort::read`] and [`DmaPort::write`] are several times as fast: they do not store a
 /// translation to look it up again.
+///
+/// An `IommuMemory` marks what is written in a bitmap of IOVAs of its own, and not in that of the
+/// memory. [`DmaMemory`](crate::DmaMemory) marks it there, and needs no `IommuMemory`.
 #[derive(Debug)]
 pub struct PortIommu<'a> {
     attributes: DmaAttributes,
@@ -113,7 +116,7 @@ impl Iommu for PortIommu<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::units::hardware::{CacheTag, Hardware, Translation};
     use crate::units::stage2::{Mapping, Stage2};
@@ -123,14 +126,15 @@ mod tests {
         Bytes, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, IommuMemory,
     };
 
-    fn regions() -> [Arc<GuestRegionMmap>; 2] {
+    /// Two, far apart.
+    pub fn regions() -> [Arc<GuestRegionMmap>; 2] {
         [0x10_0000, 0x80_0000].map(|base| {
             Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(base), 0x4000, None).unwrap())
         })
     }
 
     /// A port to the regions in reverse order: IOVA 0x1000 is in the second, followed by the first.
-    fn port(regions: &[Arc<GuestRegionMmap>; 2]) -> DmaPort {
+    pub fn port(regions: &[Arc<GuestRegionMmap>; 2]) -> DmaPort {
         let stage2 = Arc::new(Stage2::default());
         for (start, region) in [(0x1000, &regions[1]), (0x5000, &regions[0])] {
             stage2.insert(Mapping {

@@ -15,12 +15,10 @@ use twostage::unit::VtdBuilder;
 use twostage::viommu::InterruptSink;
 use twostage_emulated::kit::vtd::{Completion, Driver, Entry};
 use twostage_emulated::kit::Pages;
-use twostage_emulated::{
-    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
-};
+use twostage_emulated::{DeviceConfig, DmaMemory, EmulatedHost, VtdUnit, VtdUnitConfig};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, IommuMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// IOVAs of the descriptor table, the rings and two buffers.
 const TABLE: u64 = 0x4000;
@@ -45,16 +43,14 @@ impl InterruptSink for Messages {
 /// A device that returns what it reads in capitals. It knows nothing of IOMMUs.
 struct Capitals {
     queue: Queue,
-    memory: GuestMemoryMmap,
-    port: DmaPort,
+    memory: DmaMemory<GuestMemoryMmap>,
 }
 
 impl Capitals {
     /// Serves the driver's buffers; returns how many.
     fn serve(&mut self) -> Result<usize, Box<dyn Error>> {
         // One critical section: no invalidation completes while accesses are in progress.
-        let section = self.port.section(DmaAttributes::default());
-        let memory = IommuMemory::new(self.memory.clone(), section, true, ());
+        let memory = self.memory.section();
         let mut served = 0;
         while let Some(chain) = self.queue.pop_descriptor_chain(&memory) {
             let (head, mut bytes, mut written) = (chain.head_index(), Vec::new(), 0);
@@ -122,7 +118,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     queue.try_set_used_ring_address(GuestAddress(USED))?;
     queue.set_ready(true);
     let port = host.dma_port("capitals").ok_or("no such device")?;
-    let mut device = Capitals { queue, memory: memory.clone(), port };
+    let mut device = Capitals { queue, memory: DmaMemory::behind_iommu(memory.clone(), port) };
 
     memory.write_slice(&TEXT, source)?;
     send(TARGET, 1)?;

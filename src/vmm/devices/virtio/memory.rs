@@ -1,26 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory as a device accesses it: by GPA, or by IOVA through the IOMMU.
+//! Guest memory as a device accesses it: by GPA, or by IOVA through the IOMMU, while it may make
+//! requests.
 
 use std::ops::Deref;
 use std::sync::Arc;
 
-use vm_memory::iommu::{Error, IotlbIterator};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
+use vm_memory::GuestMemoryMmap;
 
 use crate::devices::{NotNow, Permit, RequestGate};
-use twostage_emulated::{DmaAttributes, DmaPort, PortIommu};
+use twostage_emulated::{DmaMemory, DmaPort, DmaSection};
 
 /// The memory that one device can access.
 #[derive(Debug)]
 pub struct DeviceMemory {
-    memory: GuestMemoryMmap,
-    /// Where its DMA enters the IOMMU, if it is behind one.
-    port: Option<DmaPort>,
+    memory: DmaMemory<GuestMemoryMmap>,
     gate: Arc<RequestGate>,
 }
 
 /// Guest memory during one section, as `virtio_queue` needs it for rings.
-pub type SectionMemory<'a> = IommuMemory<GuestMemoryMmap, DmaSection<'a>>;
+pub type SectionMemory<'a> = DmaSection<'a, GuestMemoryMmap>;
 
 /// A section: while it exists, revoking the permission to make requests waits.
 #[derive(Debug)]
@@ -40,13 +38,13 @@ impl<'a> Deref for Section<'a> {
 impl DeviceMemory {
     /// The memory of a device without an IOMMU: addresses are GPAs. Its gate is closed.
     pub fn direct(memory: GuestMemoryMmap) -> Self {
-        Self { memory, port: None, gate: Arc::default() }
+        Self { memory: DmaMemory::direct(memory), gate: Arc::default() }
     }
 
     /// The memory of a device behind an IOMMU: addresses are IOVAs, and requests go through `port`.
     /// `memory` has the regions that the IOMMU's second stage maps. Its gate is closed.
     pub fn behind_iommu(memory: GuestMemoryMmap, port: DmaPort) -> Self {
-        Self { memory, port: Some(port), gate: Arc::default() }
+        Self { memory: DmaMemory::behind_iommu(memory, port), gate: Arc::default() }
     }
 
     /// The gate of every section.
@@ -56,7 +54,7 @@ impl DeviceMemory {
 
     /// Whether the device is behind an IOMMU.
     pub fn is_behind_iommu(&self) -> bool {
-        self.port.is_some()
+        self.memory.is_behind_iommu()
     }
 
     /// Access to buffers: until it is dropped, revoking the permission to make requests waits. It
@@ -66,7 +64,7 @@ impl DeviceMemory {
     /// The device may make no requests now.
     pub fn buffers(&mut self) -> Result<Buffers<'_>, NotNow> {
         let permit = self.gate.enter()?;
-        Ok(Buffers { memory: &self.memory, port: self.port.as_mut(), _permit: permit })
+        Ok(Buffers { memory: &mut self.memory, _permit: permit })
     }
 
     /// Starts a section, for rings: until it is dropped, invalidations wait, and so does revoking
@@ -77,67 +75,26 @@ impl DeviceMemory {
     /// The device may make no requests now.
     pub fn section(&mut self) -> Result<Section<'_>, NotNow> {
         let permit = self.gate.enter()?;
-        let section = match &mut self.port {
-            Some(port) => DmaSection::Behind(port.section(DmaAttributes::default())),
-            None => DmaSection::Direct,
-        };
-        let translated = matches!(section, DmaSection::Behind(_));
-        let memory = IommuMemory::new(self.memory.clone(), section, translated, ());
-        Ok(Section { memory, _permit: permit })
+        Ok(Section { memory: self.memory.section(), _permit: permit })
     }
 }
 
 /// The buffers of a device. Behind an IOMMU, IOVAs are translated by the port only.
 #[derive(Debug)]
 pub struct Buffers<'a> {
-    memory: &'a GuestMemoryMmap,
-    port: Option<&'a mut DmaPort>,
+    memory: &'a mut DmaMemory<GuestMemoryMmap>,
     _permit: Permit<'a>,
 }
 
 impl Buffers<'_> {
     /// Reads memory at `address` into `data`. Returns whether it can be accessed.
     pub fn read(&mut self, address: u64, data: &mut [u8]) -> bool {
-        match &mut self.port {
-            Some(port) => port.read(DmaAttributes::default(), address, data).is_ok(),
-            None => self.memory.read_slice(data, GuestAddress(address)).is_ok(),
-        }
+        self.memory.read(address, data).is_ok()
     }
 
     /// Writes `data` to memory at `address`. Returns whether it can be accessed; if not, some bytes
     /// may have been written.
     pub fn write(&mut self, address: u64, data: &[u8]) -> bool {
-        match &mut self.port {
-            Some(port) => port.write(DmaAttributes::default(), address, data).is_ok(),
-            None => self.memory.write_slice(data, GuestAddress(address)).is_ok(),
-        }
-    }
-}
-
-/// The translation of one section.
-#[derive(Debug)]
-pub enum DmaSection<'a> {
-    /// None: memory is accessed by GPA, and this is not called.
-    Direct,
-    /// The IOMMU.
-    Behind(PortIommu<'a>),
-}
-
-impl Iommu for DmaSection<'_> {
-    type IotlbGuard<'b>
-        = Arc<Iotlb>
-    where
-        Self: 'b;
-
-    fn translate(
-        &self,
-        iova: GuestAddress,
-        length: usize,
-        access: Permissions,
-    ) -> Result<IotlbIterator<Self::IotlbGuard<'_>>, Error> {
-        match self {
-            Self::Direct => Err(Error::IommuMisconfigured { reason: "there is none".into() }),
-            Self::Behind(port) => port.translate(iova, length, access),
-        }
+        self.memory.write(address, data).is_ok()
     }
 }
