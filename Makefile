@@ -48,7 +48,7 @@ demo: guest kvm binary
 # Without KVM, everything else is tested first; then the target fails, unless KVM=off skips the
 # guest. NESTED=off skips Linux guests.
 test: lint guest
-	@$(need) cc cargo
+	@$(need) cc cargo strace
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
 	cargo test --locked -p twostage-emulated --features selftest --lib selftest
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) \

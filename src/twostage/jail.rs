@@ -12,7 +12,7 @@
 //!   does not have has no number there.
 //! * Not what the VMM does when it is called: its interrupt sinks, observers, watchers and its
 //!   logger (the library logs errors, and warnings at a limited rate).
-//! * Not what ends the process: a panic or an abort (`exit_group`, `gettid`, `tgkill`).
+//! * Not what ends the process: a panic or an abort (`exit_group`, `tgkill`).
 //! * Nothing of the emulated host, which makes no system calls but those in [`COMMON`].
 //!
 //! Filters are inherited: a new thread has that of the thread that started it, and its own on top.
@@ -143,6 +143,7 @@ pub static SETUP: ThreadKind = ThreadKind {
         IOAS_MAP,
         IOAS_UNMAP,
         HWPT_ALLOC,
+        // To add a device while a flush of the SMMU's TLB is due.
         HWPT_INVALIDATE,
         GET_HW_INFO,
         FAULT_QUEUE_ALLOC,
@@ -172,6 +173,7 @@ pub static SETUP: ThreadKind = ThreadKind {
         CLONE,
         SET_ROBUST_LIST,
         RSEQ,
+        GETTID,
         PRCTL,
         EVENTFD2,
         // What the new threads do.
@@ -218,7 +220,8 @@ pub static QUEUE: ThreadKind = ThreadKind {
 pub static REMOVE: ThreadKind = ThreadKind {
     name: "remove",
     ioctls: &[DESTROY, IOAS_UNMAP, ATTACH, DETACH],
-    own: &[READ, WRITE, CLOSE, FCNTL],
+    // Dropping a queue ends the thread that waits for it.
+    own: &[WRITE, CLOSE, FCNTL],
 };
 
 /// Every kind.
@@ -255,9 +258,8 @@ pub const fn ioctls_of(verb: Verb) -> &'static [Ioctl] {
 pub const IOCTL: Syscall = both("ioctl", 16, 29);
 
 /// What any thread may do: wait for others, use memory, handle a signal, and end.
-pub static COMMON: [Syscall; 16] = [
+pub static COMMON: [Syscall; 15] = [
     FUTEX,
-    SCHED_YIELD,
     // Mostly without a system call.
     CLOCK_GETTIME,
     // malloc, and its arenas.
@@ -278,7 +280,6 @@ pub static COMMON: [Syscall; 16] = [
 ];
 
 const FUTEX: Syscall = both("futex", 202, 98);
-const SCHED_YIELD: Syscall = both("sched_yield", 24, 124);
 const CLOCK_GETTIME: Syscall = both("clock_gettime", 228, 113);
 const MMAP: Syscall = both("mmap", 9, 222);
 const MUNMAP: Syscall = both("munmap", 11, 215);
@@ -313,6 +314,7 @@ const CLONE: Syscall = both("clone", 56, 220);
 const CLONE3: Syscall = both("clone3", 435, 435);
 const SET_ROBUST_LIST: Syscall = both("set_robust_list", 273, 99);
 const RSEQ: Syscall = both("rseq", 334, 293);
+const GETTID: Syscall = both("gettid", 186, 178);
 const PRCTL: Syscall = both("prctl", 157, 167);
 // The generic table of arm64 has newer ones in their place.
 const OPEN: Syscall = x86("open", 2);
@@ -385,7 +387,7 @@ mod tests {
     #[test]
     fn numbers_are_those_of_libc() {
         let mut checked = BTreeSet::from(syscalls! {
-            IOCTL SYS_ioctl, FUTEX SYS_futex, SCHED_YIELD SYS_sched_yield,
+            IOCTL SYS_ioctl, FUTEX SYS_futex,
             CLOCK_GETTIME SYS_clock_gettime, MMAP SYS_mmap, MUNMAP SYS_munmap,
             MREMAP SYS_mremap, MPROTECT SYS_mprotect, MADVISE SYS_madvise, BRK
             SYS_brk, SCHED_GETAFFINITY SYS_sched_getaffinity, GETRANDOM
@@ -397,7 +399,7 @@ mod tests {
             GETDENTS64 SYS_getdents64, READLINKAT SYS_readlinkat, EVENTFD2
             SYS_eventfd2, EPOLL_CREATE1 SYS_epoll_create1, EPOLL_CTL SYS_epoll_ctl,
             EPOLL_PWAIT SYS_epoll_pwait, CLONE SYS_clone, CLONE3 SYS_clone3,
-            SET_ROBUST_LIST SYS_set_robust_list, RSEQ SYS_rseq, PRCTL SYS_prctl,
+            SET_ROBUST_LIST SYS_set_robust_list, RSEQ SYS_rseq, GETTID SYS_gettid, PRCTL SYS_prctl,
         });
         // On any machine, as arm64 has none of them.
         let of_x86 = [OPEN, STAT, READLINK, EPOLL_WAIT];
