@@ -127,8 +127,16 @@ fn without(range: (u64, u64), gone: (u64, u64)) -> impl Iterator<Item = (u64, u6
 #[derive(Debug)]
 pub struct Events {
     file: EventFile,
-    /// Whether a message is pending.
-    told: Arc<Mutex<bool>>,
+    told: Arc<Mutex<Told>>,
+}
+
+/// What the queue has told the descriptor.
+#[derive(Debug, Default)]
+struct Told {
+    /// A message is pending.
+    pending: bool,
+    /// How often there was something to read.
+    times: u64,
 }
 
 impl Events {
@@ -138,7 +146,7 @@ impl Events {
     }
 }
 
-fn lock(told: &Mutex<bool>) -> MutexGuard<'_, bool> {
+fn lock(told: &Mutex<Told>) -> MutexGuard<'_, Told> {
     told.lock()
 }
 
@@ -156,10 +164,17 @@ impl File for Events {
             Call::Read { .. } | Call::Write { .. } => return Err(Errno::from_raw(libc::ESPIPE)),
             Call::Ioctl { .. } => return Err(Errno::ENOTTY),
         };
-        let mut told = lock(&self.told);
-        let take_message = *told && !self.file.readable();
-        *told &= !take_message;
-        Ok(Answer { value: done as i64, take_message })
+        loop {
+            // The queue tells with its own lock held, so it is asked without this one.
+            let times = lock(&self.told).times;
+            let readable = self.file.readable();
+            let mut told = lock(&self.told);
+            if told.times == times {
+                let take_message = told.pending && !readable;
+                told.pending &= !take_message;
+                return Ok(Answer { value: done as i64, take_message });
+            }
+        }
     }
 
     fn opened(&self, end: &Arc<Internal>) {
@@ -170,16 +185,17 @@ impl File for Events {
 
 /// Keeps the descriptor in sync with the queue.
 struct Watcher {
-    told: Arc<Mutex<bool>>,
+    told: Arc<Mutex<Told>>,
     end: Weak<Internal>,
 }
 
 impl Readiness for Watcher {
     fn changed(&self, readable: bool) {
         let mut told = lock(&self.told);
-        let Some(end) = self.end.upgrade().filter(|_| readable && !*told) else { return };
+        told.times += u64::from(readable);
+        let Some(end) = self.end.upgrade().filter(|_| readable && !told.pending) else { return };
         // Fails if the last descriptor is closed: then nobody polls.
-        *told = sys::send(end.raw(), &[0], None).is_ok();
+        told.pending = sys::send(end.raw(), &[0], None).is_ok();
     }
 }
 
@@ -228,7 +244,7 @@ mod tests {
     fn a_descriptor_polls_as_readable_while_a_message_waits() {
         let (fd, end) = sys::socket_pair().unwrap();
         let end = Arc::new(Internal::new(end));
-        let told: Arc<Mutex<bool>> = Arc::default();
+        let told: Arc<Mutex<Told>> = Arc::default();
         let watcher = Watcher { told: told.clone(), end: Arc::downgrade(&end) };
         watcher.changed(false);
         assert!(!polls_readable(&fd));
@@ -236,7 +252,7 @@ mod tests {
         watcher.changed(true);
         assert!(polls_readable(&fd));
         // As done by a read that takes the last event.
-        *lock(&told) = false;
+        lock(&told).pending = false;
         assert_eq!(sys::receive(fd.as_raw_fd(), &mut [0], false).unwrap().unwrap().0, 1);
         assert!(!polls_readable(&fd), "one message, however often it is told");
         watcher.changed(true);
