@@ -297,7 +297,7 @@ const EXIT: Syscall = both("exit", 60, 93);
 const READ: Syscall = both("read", 0, 63);
 const WRITE: Syscall = both("write", 1, 64);
 const CLOSE: Syscall = both("close", 3, 57);
-// A debug build checks descriptors before it closes them.
+// Duplicates an adopted device's; and a debug build checks descriptors before it closes them.
 const FCNTL: Syscall = both("fcntl", 72, 25);
 const OPENAT: Syscall = both("openat", 257, 56);
 const STATX: Syscall = both("statx", 332, 291);
