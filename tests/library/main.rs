@@ -3,4 +3,6 @@
 //! makes mistakes, and a VMM of cloud-hypervisor's types. What else they wrote are the packages'
 //! examples.
 
+mod adapter;
+mod vmm;
 mod wiring;
