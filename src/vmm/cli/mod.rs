@@ -199,8 +199,8 @@ impl RunArgs {
 }
 
 /// The log filter without `RUST_LOG`. Guests can make `virtio_queue` log without limit; their
-/// errors are also logged elsewhere, rate-limited.
-const LOG_FILTER: &str = "warn,virtio_queue=off";
+/// errors are also logged elsewhere, rate-limited. `vfio_ioctls` warns of what a device lacks.
+const LOG_FILTER: &str = "warn,virtio_queue=off,vfio_ioctls=error";
 
 /// Runs the command that the process was started with. The exit code is the guest's, or one of
 /// [`exit_code`].
