@@ -31,7 +31,8 @@ impl Machine {
             .expect("a new name and id");
         let dev = host.device_bind("edu0").expect("it is there");
         let ioas = host.ioas_alloc().expect("ids are left");
-        let region = GuestRegionMmap::from_range(GuestAddress(0), MEMORY, None).expect("memory");
+        let region =
+            GuestRegionMmap::<()>::from_range(GuestAddress(0), MEMORY, None).expect("memory");
         let memory = UserMemory::whole(Arc::new(region));
         host.ioas_map(ioas, &memory, MapTarget::Fixed(0), Protection::READ_WRITE).expect("empty");
         let flags = HwptFlags::new().with_nest_parent(true);

@@ -19,7 +19,7 @@ const GIB: u64 = 1 << 30;
 
 /// `length` bytes of address space, sparse and never touched.
 fn sparse(length: u64) -> UserMemory {
-    let region = MmapRegionBuilder::new(length as usize)
+    let region = MmapRegionBuilder::<()>::new(length as usize)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
         .build()

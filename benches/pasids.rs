@@ -65,7 +65,8 @@ impl Machine {
         let nesting =
             Arc::new(VtdNesting::new(GuestIoas::new(host.clone()).expect("an empty host")));
         let region = Arc::new(
-            GuestRegionMmap::from_range(GuestAddress(0), MEMORY, None).expect("address space"),
+            GuestRegionMmap::<()>::from_range(GuestAddress(0), MEMORY, None)
+                .expect("address space"),
         );
         let mapped = UserMemory::whole(region.clone());
         nesting.ioas().unwrap().map(0, &mapped, Protection::READ_WRITE).expect("an empty IOAS");

@@ -19,7 +19,7 @@
 //! let host = EmulatedHost::new();
 //! let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
 //! host.add_device("nic", unit, Bdf::new(0, 4, 0).expect("an address"), DeviceConfig::default())?;
-//! let memory = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None)?);
+//! let memory = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x10000, None)?);
 //! let store = |address, value: u64| memory.write_obj(value, MemoryRegionAddress(address));
 //!
 //! // Stage 2: the guest's memory at 0. Stage 1: four levels of tables, IOVA 0x1000 to page 0x8000.

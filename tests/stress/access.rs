@@ -77,8 +77,7 @@ impl Mediated {
             }
         }
         if let Some(page) = &*pinned {
-            let place = MemoryRegionAddress(page.offset() + 8);
-            page.region().write_slice(&[DEVICE_DATA; 8], place).unwrap();
+            page.slice().write_slice(&[DEVICE_DATA; 8], 8).unwrap();
         }
     }
 
@@ -105,7 +104,7 @@ impl Drop for StopOnDrop<'_> {
 fn run(rounds: usize, cheats: bool) -> bool {
     let host = EmulatedHost::new();
     let ioas = host.ioas_alloc().unwrap();
-    let region = GuestRegionMmap::from_range(GuestAddress(0), (PLACES * PAGE) as usize, None);
+    let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), (PLACES * PAGE) as usize, None);
     let region = Arc::new(region.unwrap());
     let devices = [Mediated::new(&host, ioas, cheats), Mediated::new(&host, ioas, false)];
     let stop = AtomicBool::new(false);

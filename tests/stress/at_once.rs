@@ -104,7 +104,7 @@ impl World {
         let config = DeviceConfig { pasid_bits: 4, ..DeviceConfig::default() };
         host.add_device("device", unit_id, rid, config).unwrap();
         let dev = host.device_bind("device").unwrap();
-        let memory = GuestRegionMmap::from_range(GuestAddress(0), 0x40_0000, None).unwrap();
+        let memory = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x40_0000, None).unwrap();
         let memory = Arc::new(memory);
         let ioas = host.ioas_alloc().unwrap();
         let whole = UserMemory::whole(Arc::clone(&memory));
@@ -235,11 +235,10 @@ impl World {
             *pinned = pieces.ok().and_then(|pieces| pieces.into_iter().next());
         }
         let Some(memory) = &*pinned else { return 0 };
-        let at = MemoryRegionAddress(memory.offset());
         let mut bytes = [DEVICE_DATA; PIECE];
         match round % 2 {
-            0 => memory.region().write_slice(&bytes, at).unwrap(),
-            _ => memory.region().read_slice(&mut bytes, at).unwrap(),
+            0 => memory.slice().write_slice(&bytes, 0).unwrap(),
+            _ => memory.slice().read_slice(&mut bytes, 0).unwrap(),
         }
         u64::from(bytes.contains(&QUARANTINE))
     }

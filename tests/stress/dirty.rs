@@ -20,7 +20,7 @@ use twostage::spec::pci::Bdf;
 use twostage_emulated::{
     DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
 };
-use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 
 const PAGE: u64 = 0x1000;
 /// Pages of guest memory, starting with the tables.
@@ -45,7 +45,8 @@ impl Migration {
         let host = EmulatedHost::new();
         let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
         let region =
-            GuestRegionMmap::from_range(GuestAddress(0), (PAGES * PAGE) as usize, None).unwrap();
+            GuestRegionMmap::<()>::from_range(GuestAddress(0), (PAGES * PAGE) as usize, None)
+                .unwrap();
         let memory = UserMemory::whole(Arc::new(region));
         let ioas = host.ioas_alloc().unwrap();
         host.ioas_map(ioas, &memory, MapTarget::Fixed(0), Protection::READ_WRITE).unwrap();
@@ -86,7 +87,7 @@ impl Migration {
     fn copy_page(&mut self, page: u64) {
         let place = (page * PAGE) as usize;
         let bytes = &mut self.copy[place..place + PAGE as usize];
-        self.memory.region().read_slice(bytes, MemoryRegionAddress(page * PAGE)).unwrap();
+        self.memory.slice().read_slice(bytes, place).unwrap();
     }
 
     /// The dirty pages; `clear` makes them clean.
@@ -136,13 +137,13 @@ impl Migration {
         });
         self.follow();
         let mut now = vec![0; self.copy.len()];
-        self.memory.region().read_slice(&mut now, MemoryRegionAddress(0)).unwrap();
+        self.memory.slice().read_slice(&mut now, 0).unwrap();
         now == self.copy
     }
 }
 
 fn write(memory: &UserMemory, place: u64, word: u64) {
-    memory.region().write_obj(word.to_le(), MemoryRegionAddress(place)).unwrap();
+    memory.slice().write_obj(word.to_le(), place as usize).unwrap();
 }
 
 #[test]

@@ -93,7 +93,7 @@ impl Machine {
         let rid = Bdf::new(0, 3, 0).unwrap();
         host.add_device("device", unit_id, rid, DeviceConfig::default()).unwrap();
         let dev = host.device_bind("device").unwrap();
-        let memory = GuestRegionMmap::from_range(GuestAddress(0), 0x40_0000, None).unwrap();
+        let memory = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x40_0000, None).unwrap();
         let memory = Arc::new(memory);
         let ioas = host.ioas_alloc().unwrap();
         let whole = UserMemory::whole(Arc::clone(&memory));

@@ -13,7 +13,7 @@ mod section;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, VolatileSlice};
+use vm_memory::Bytes;
 
 use section::{error, report, request, walk, Interrupts, Section, Unreported};
 
@@ -23,7 +23,7 @@ use crate::units::engine::{
 };
 use crate::units::gate::{Gate, ReadGuard, Reader};
 use crate::units::page_requests::PageRequests;
-use twostage::iommufd::PageResponseCode;
+use twostage::iommufd::{MemoryMap, MemorySlice, PageResponseCode};
 
 /// Attributes of a DMA request besides address and data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -138,7 +138,7 @@ impl DmaPort {
         iova: u64,
         length: usize,
         access: DmaAccess,
-        mut copy: impl FnMut(VolatileSlice<'_>, usize) -> usize,
+        mut copy: impl FnMut(MemorySlice<'_>, usize) -> usize,
     ) -> Result<(), DmaError> {
         check_end(iova, length)?;
         let (mut done, mut tries) = (0, PageTries::default());
@@ -275,11 +275,11 @@ impl Translated<'_> {
     /// The memory: starts at the requested address, and has as many of the requested bytes as are
     /// in one page, at most 64 KiB; at least one, if one was requested.
     #[inline]
-    pub fn slice(&self) -> VolatileSlice<'_> {
+    pub fn slice(&self) -> MemorySlice<'_> {
         // A mapping lies within its memory ([`twostage::iommufd::UserMemory`]), so this never
         // fails.
         let slice = self.engine.common.caches.slice(self.target.place, self.length);
-        slice.unwrap_or_else(|| (&mut [][..]).into())
+        slice.unwrap_or_else(MemoryMap::nothing)
     }
 }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
-use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
+use vm_memory::iommu::{Error, IotlbIterator, IovaRange, MappedRange};
 use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
 
 use crate::dma::section::Section;
@@ -25,8 +25,10 @@ use crate::dma::{DmaAccess, DmaAttributes, DmaPort};
 /// [`DmaPort::read`] and [`DmaPort::write`] are several times as fast: they do not store a
 /// translation to look it up again.
 ///
-/// An `IommuMemory` marks what is written in a bitmap of IOVAs of its own, and not in that of the
-/// memory. [`DmaMemory`](crate::DmaMemory) marks it there, and needs no `IommuMemory`.
+/// What was translated for writing is marked in the bitmaps of the memory that the IOAS maps when
+/// this is dropped: after all writes, as is right for who copies what is marked. (An `IommuMemory`
+/// itself marks a bitmap of IOVAs.) [`DmaMemory`](crate::DmaMemory) marks each write at once, and
+/// needs no `IommuMemory`.
 #[derive(Debug)]
 pub struct PortIommu<'a> {
     attributes: DmaAttributes,
@@ -38,12 +40,22 @@ struct State<'a> {
     section: Section<'a>,
     /// What was translated in this section, and is valid until its end.
     iotlb: Arc<Iotlb>,
+    /// What was translated for writing, if anybody records writes.
+    written: Vec<MappedRange>,
+}
+
+impl Drop for State<'_> {
+    fn drop(&mut self) {
+        for MappedRange { base, length } in self.written.drain(..) {
+            self.section.mark_dirty(base.0, length as u64);
+        }
+    }
 }
 
 impl DmaPort {
     /// Starts a critical section in which every request has `attributes`.
     pub fn section(&mut self, attributes: DmaAttributes) -> PortIommu<'_> {
-        let state = State { section: self.enter(), iotlb: Arc::default() };
+        let state = State { section: self.enter(), iotlb: Arc::default(), written: Vec::new() };
         PortIommu { attributes, state: Mutex::new(state) }
     }
 }
@@ -107,11 +119,18 @@ impl Iommu for PortIommu<'_> {
             return Iotlb::lookup(Arc::default(), iova, 0, access).map_err(not_covered);
         }
         let mut state = self.state.lock();
-        if let Ok(found) = Iotlb::lookup(Arc::clone(&state.iotlb), iova, length, access) {
-            return Ok(found);
+        let found = match Iotlb::lookup(Arc::clone(&state.iotlb), iova, length, access) {
+            Ok(found) => found,
+            Err(_) => {
+                state.fill(self.attributes, iova.0, end, access).map_err(cannot)?;
+                let filled = Iotlb::lookup(Arc::clone(&state.iotlb), iova, length, access);
+                filled.map_err(not_covered)?
+            }
+        };
+        if access.has_write() && state.section.records_writes() {
+            state.written.extend(found.clone());
         }
-        state.fill(self.attributes, iova.0, end, access).map_err(cannot)?;
-        Iotlb::lookup(Arc::clone(&state.iotlb), iova, length, access).map_err(not_covered)
+        Ok(found)
     }
 }
 

@@ -3,7 +3,8 @@
 
 use std::ops::RangeInclusive;
 
-use vm_memory::{Address, GuestAddress, VolatileSlice};
+use twostage::iommufd::MemorySlice;
+use vm_memory::GuestAddress;
 
 use super::{DmaAccess, DmaAttributes};
 use crate::dma::error::DmaError;
@@ -48,7 +49,7 @@ impl Section<'_> {
         let memory = self.engine.common.caches.memory(target.place);
         let address = memory.and_then(|memory| memory.base.checked_add(target.place.offset));
         let address = address.ok_or(DmaError::NoMemory { address: iova })?;
-        Ok((address, self.interrupts.piece(attributes, iova, target.length)))
+        Ok((GuestAddress(address), self.interrupts.piece(attributes, iova, target.length)))
     }
 
     /// Translates `iova` (bytes): the memory of the next `length` bytes, as far as they are
@@ -62,11 +63,21 @@ impl Section<'_> {
         iova: u64,
         length: usize,
         access: DmaAccess,
-    ) -> Result<VolatileSlice<'_>, DmaError> {
+    ) -> Result<MemorySlice<'_>, DmaError> {
         let target = self.target(attributes, iova, access)?;
         let length = length.min(self.interrupts.piece(attributes, iova, target.length));
         let slice = self.engine.common.caches.slice(target.place, length);
         slice.ok_or(DmaError::NoMemory { address: iova })
+    }
+
+    /// Whether somebody may record writes to memory.
+    pub fn records_writes(&self) -> bool {
+        self.engine.common.caches.memories().any_tracked()
+    }
+
+    /// Records that `length` bytes were written at `address`, as from [`Section::translate`].
+    pub fn mark_dirty(&self, address: u64, length: u64) {
+        self.engine.common.caches.memories().mark_dirty(address, length);
     }
 
     fn target(

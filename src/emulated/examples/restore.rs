@@ -7,7 +7,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use twostage::iommufd::{HostIommu, ObjectId, Protection, UserMemory};
+use twostage::iommufd::{HostIommu, ObjectId};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::fault::FaultReason;
@@ -19,7 +19,7 @@ use twostage::viommu::InterruptSink;
 use twostage_emulated::kit::vtd::{Completion, Driver, Entry};
 use twostage_emulated::kit::{Mmio, Pages};
 use twostage_emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const IOVA: u64 = 0x7000_0000_4000;
 const DOMAIN: u16 = 7;
@@ -49,11 +49,10 @@ impl Ground {
         let place = Bdf::new(0, 4, 0).ok_or("no such address")?;
         host.add_device("nic", unit, place, DeviceConfig::default())?;
         let dev = host.device_bind("nic")?;
-        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), MEMORY, None)?);
-        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![region.clone()])?);
+        let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])?);
         memory.write_slice(contents, GuestAddress(0))?;
         let ioas = GuestIoas::new(host.clone())?;
-        ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+        ioas.map_all(&memory)?;
         Ok(Self { host, dev, memory, ioas })
     }
 

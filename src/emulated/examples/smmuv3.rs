@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use twostage::iommufd::{HostIommu, Protection, UserMemory};
+use twostage::iommufd::HostIommu;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
@@ -21,7 +21,7 @@ use twostage::viommu::smmuv3::{SmmuInterrupt, SmmuInterrupts};
 use twostage_emulated::kit::smmuv3::{Completion, Driver, Entry};
 use twostage_emulated::kit::Pages;
 use twostage_emulated::{DeviceConfig, DmaAttributes, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// An address that only the guest's tables map.
 const IOVA: u64 = 0x7000_0000_4000;
@@ -52,10 +52,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let dev = host.device_bind("nic")?;
 
     // The VMM maps guest memory on the host, and builds the virtual unit on that.
-    let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 16 << 20, None)?);
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_arc_regions(vec![region.clone()])?);
+    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)])?);
     let ioas = GuestIoas::new(host.clone())?;
-    ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+    ioas.map_all(&memory)?;
     let rid = Bdf::new(0, 3, 0).ok_or("no such address")?;
     let interrupts = Arc::new(Interrupts::default());
     let builder = Smmuv3Builder::new(ioas, memory.clone(), interrupts.clone());

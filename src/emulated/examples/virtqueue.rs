@@ -8,7 +8,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use twostage::iommufd::{HostIommu, Protection, UserMemory};
+use twostage::iommufd::HostIommu;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::unit::VtdBuilder;
@@ -18,7 +18,7 @@ use twostage_emulated::kit::Pages;
 use twostage_emulated::{DeviceConfig, DmaMemory, EmulatedHost, VtdUnit, VtdUnitConfig};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// IOVAs of the descriptor table, the rings and two buffers.
 const TABLE: u64 = 0x4000;
@@ -81,10 +81,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let place = Bdf::new(0, 4, 0).ok_or("no such address")?;
     host.add_device("capitals", unit, place, DeviceConfig::default())?;
     let dev = host.device_bind("capitals")?;
-    let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 16 << 20, None)?);
-    let memory = GuestMemoryMmap::from_arc_regions(vec![region.clone()])?;
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)])?;
     let ioas = GuestIoas::new(host.clone())?;
-    ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+    ioas.map_all(&memory)?;
     let rid = Bdf::new(0, 3, 0).ok_or("no such address")?;
     let builder = VtdBuilder::new(ioas, Arc::new(memory.clone()), Arc::new(Messages));
     let unit = Arc::new(builder.device(rid, dev, "capitals").build()?);

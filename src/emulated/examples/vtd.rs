@@ -10,7 +10,7 @@
 use std::error::Error;
 use std::sync::{Arc, Mutex};
 
-use twostage::iommufd::{HostIommu, Protection, UserMemory};
+use twostage::iommufd::HostIommu;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::fault::FaultReason;
@@ -21,7 +21,7 @@ use twostage::viommu::InterruptSink;
 use twostage_emulated::kit::vtd::{Completion, Driver, Entry};
 use twostage_emulated::kit::{Mmio, Pages};
 use twostage_emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// An address that only the guest's tables map.
 const IOVA: u64 = 0x7000_0000_4000;
@@ -47,10 +47,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let dev = host.device_bind("nic")?;
 
     // The VMM maps guest memory on the host, and builds the virtual unit on that.
-    let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 16 << 20, None)?);
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_arc_regions(vec![region.clone()])?);
+    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)])?);
     let ioas = GuestIoas::new(host.clone())?;
-    ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+    ioas.map_all(&memory)?;
     let rid = Bdf::new(0, 3, 0).ok_or("no such address")?;
     let messages = Arc::new(Messages::default());
     let builder = VtdBuilder::new(ioas, memory.clone(), messages.clone());

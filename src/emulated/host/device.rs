@@ -52,7 +52,7 @@ pub struct DeviceConfig {
     ///     }
     /// };
     /// assert_eq!(group.requests[0].address, 0x8000);
-    /// let page = GuestRegionMmap::from_range(GuestAddress(0), 4096, None)?;
+    /// let page = GuestRegionMmap::<()>::from_range(GuestAddress(0), 4096, None)?;
     /// let memory = UserMemory::whole(Arc::new(page));
     /// host.ioas_map(pt, &memory, MapTarget::Fixed(0x8000), Protection::READ_WRITE)?;
     /// queue.respond(group.cookie, PageResponseCode::Success)?;

@@ -50,7 +50,7 @@ const TRIES: u32 = 100;
 /// host.add_device("disk", unit, rid, DeviceConfig::default())?;
 ///
 /// let (dev, ioas) = (host.device_bind("disk")?, host.ioas_alloc()?);
-/// let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None)?);
+/// let region = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x1000, None)?);
 /// let memory = UserMemory::whole(region);
 /// host.ioas_map(ioas, &memory, MapTarget::Fixed(0x8000), Protection::READ_WRITE)?;
 /// host.device_attach(dev, None, ioas)?;

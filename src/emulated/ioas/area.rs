@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Bytes, MemoryRegionAddress};
+use vm_memory::Bytes;
 
 use super::{Pages, Source};
 use crate::host::refusal::{refuse, Outcome};
@@ -139,10 +139,10 @@ impl Pages {
 }
 
 fn copy(place: &UserMemory, transfer: Transfer<'_>) -> Outcome<()> {
-    let (region, address) = (place.region(), MemoryRegionAddress(place.offset()));
+    let slice = place.slice();
     let outcome = match transfer {
-        Transfer::Read(bytes) => region.read_slice(bytes, address),
-        Transfer::Write(bytes) => region.write_slice(bytes, address),
+        Transfer::Read(bytes) => slice.read_slice(bytes, 0),
+        Transfer::Write(bytes) => slice.write_slice(bytes, 0),
     };
     outcome.or_else(|error| refuse(Errno::EFAULT, error.to_string()))
 }

@@ -96,7 +96,8 @@ mod tests {
     const VA: u64 = 0x7f00_0000_0000;
 
     fn space(areas: &[RangeInclusive<u64>]) -> IovaSpace {
-        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None).unwrap());
+        let region =
+            Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x1000, None).unwrap());
         let source = Source::Memory(UserMemory::whole(region));
         let pages = Pages::new(source, 0x1000, true, RlimitMode::User, Arc::default());
         let pages = Arc::new(pages);

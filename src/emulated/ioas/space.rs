@@ -298,7 +298,8 @@ mod tests {
     use vm_memory::{GuestAddress, GuestRegionMmap};
 
     fn pages() -> Arc<Pages> {
-        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap());
+        let region =
+            Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x10000, None).unwrap());
         let source = Source::Memory(UserMemory::whole(region));
         Arc::new(Pages::new(source, 0x10000, true, RlimitMode::User, Arc::default()))
     }

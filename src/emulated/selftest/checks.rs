@@ -216,7 +216,7 @@ mod tests {
     use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
     fn memory(file: Option<FileOffset>) -> UserMemory {
-        let region = GuestRegionMmap::from_range(GuestAddress(0), 0x2000, file).unwrap();
+        let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x2000, file).unwrap();
         UserMemory::whole(Arc::new(region))
     }
 

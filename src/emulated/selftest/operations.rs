@@ -280,7 +280,7 @@ fn export(body: &DmabufGet, process: &dyn Process) -> Outcome<i32> {
         return refuse(Errno::EINVAL, format!("a dma-buf of {length:#x} bytes"));
     }
     // At most 2 MiB.
-    let region = GuestRegionMmap::from_range(GuestAddress(0), length as usize, None);
+    let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), length as usize, None);
     let region = region.or_else(|error| refuse(Errno::ENOMEM, error.to_string()))?;
     let file = TestDmaBuf(DmaBuf::new(UserMemory::whole(Arc::new(region))));
     let fd = process.install_test_file(Arc::new(file));

@@ -4,10 +4,8 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::MutexGuard;
 use twostage::sync::{Mutex, RwLock};
-
-use vm_memory::GuestRegionMmap;
 
 use twostage::iommufd::{Protection, UserMemory};
 
@@ -25,9 +23,9 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
-    /// The region of `address` and the offset in it, in bytes. `address` must be in the mapping.
-    pub fn target(&self, address: u64) -> (&Arc<GuestRegionMmap>, u64) {
-        (self.memory.region(), self.memory.offset() + (address - self.start))
+    /// Where in the memory's region `address` is, in bytes. It must be in the mapping.
+    pub fn target(&self, address: u64) -> u64 {
+        self.memory.offset() + (address - self.start)
     }
 }
 
@@ -204,11 +202,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
-    use vm_memory::GuestAddress;
+    use std::sync::Arc;
+    use vm_memory::{GuestAddress, GuestRegionMmap};
 
     #[test]
     fn an_address_leads_into_its_mapping_only() {
-        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x4000, None).unwrap());
+        let region =
+            Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x4000, None).unwrap());
         let stage2 = Stage2::default();
         stage2.insert(Mapping {
             start: 0x10000,
@@ -217,8 +217,8 @@ mod tests {
             protection: Protection::READ_WRITE,
         });
         assert!(stage2.lookup(0xffff).is_none());
-        assert_eq!(stage2.lookup(0x10000).unwrap().target(0x10000).1, 0x1000);
-        assert_eq!(stage2.lookup(0x11fff).unwrap().target(0x11fff).1, 0x2fff);
+        assert_eq!(stage2.lookup(0x10000).unwrap().target(0x10000), 0x1000);
+        assert_eq!(stage2.lookup(0x11fff).unwrap().target(0x11fff), 0x2fff);
         assert!(stage2.lookup(0x12000).is_none());
         assert_eq!(stage2.remove(0x10000).unwrap().last, 0x11fff);
         assert!(stage2.lookup(0x10000).is_none());
@@ -226,7 +226,8 @@ mod tests {
 
     #[test]
     fn a_split_mapping_leads_where_it_led() {
-        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x4000, None).unwrap());
+        let region =
+            Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x4000, None).unwrap());
         let (stage2, memory) = (Stage2::default(), UserMemory::whole(region));
         let protection = Protection::READ_WRITE;
         stage2.insert(Mapping { start: 0x1000, last: 0x4fff, memory, protection });
@@ -236,7 +237,7 @@ mod tests {
         assert_eq!(stage2.mappings.read().len(), 2);
         for (address, start, offset) in [(0x2fff, 0x1000, 0x1fff), (0x3000, 0x3000, 0x2000)] {
             let mapping = stage2.lookup(address).unwrap();
-            assert_eq!((mapping.start, mapping.target(address).1), (start, offset));
+            assert_eq!((mapping.start, mapping.target(address)), (start, offset));
         }
         stage2.remove_in(0x1000..=0x2fff);
         assert!(stage2.lookup(0x2fff).is_none() && stage2.lookup(0x3000).is_some());
@@ -244,7 +245,8 @@ mod tests {
 
     #[test]
     fn a_range_is_removed_with_all_that_is_in_it() {
-        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None).unwrap());
+        let region =
+            Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x1000, None).unwrap());
         let stage2 = Stage2::default();
         for start in [0x1000, 0x2000, 0x3000] {
             let memory = UserMemory::whole(region.clone());

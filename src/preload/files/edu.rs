@@ -235,7 +235,7 @@ mod tests {
         let config = DeviceConfig { ats: true, pri: true, ..DeviceConfig::default() };
         host.add_device("edu", unit, rid, config).unwrap();
         let (dev, ioas) = (host.device_bind("edu").unwrap(), host.ioas_alloc().unwrap());
-        let region = GuestRegionMmap::from_range(GuestAddress(0), 0x2000, None).unwrap();
+        let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x2000, None).unwrap();
         let region = Arc::new(region);
         let memory = UserMemory::whole(region.clone());
         let target = MapTarget::Fixed(0x1_0000);

@@ -11,14 +11,13 @@ mod forwarding;
 mod host;
 #[cfg(feature = "kernel")]
 mod kernel;
+mod memory;
 mod types;
 
 pub use error::{Errno, HostError, Result, Verb};
 pub use forwarding::{CountedHost, FailNth, VerbCounters, VerbObserver};
-pub use host::{
-    EventQueue, FaultQueue, FaultSink, HostIommu, PageRequestGroup, Readiness, UserMemory,
-    UserMemoryError,
-};
+pub use host::{EventQueue, FaultQueue, FaultSink, HostIommu, PageRequestGroup, Readiness};
 #[cfg(feature = "kernel")]
 pub use kernel::{KernelHost, OpenError};
+pub use memory::{DirtyMark, MemoryMap, MemorySlice, UserMemory, UserMemoryError};
 pub use types::*;

@@ -5,6 +5,9 @@ use crate::sync::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, MutexGuard};
 
+use vm_memory::bitmap::Bitmap;
+use vm_memory::GuestMemoryMmap;
+
 use super::{hw_info, Context, NestingError, Result};
 use crate::iommufd::{HostIommu, HwInfo, MapTarget, ObjectId, Protection, UserMemory};
 use crate::spec::pci::Bdf;
@@ -20,13 +23,18 @@ use crate::spec::pci::Bdf;
 /// use twostage::iommufd::{HostIommu, Protection, UserMemory};
 /// use twostage::nesting::vtd::VtdNesting;
 /// use twostage::nesting::{GuestIoas, NestingError};
+/// use vm_memory::bitmap::Bitmap;
+/// use vm_memory::GuestMemoryMmap;
 ///
-/// fn host_side(
+/// /// `B` is the VMM's bitmap: `()`, `AtomicBitmap`, or its own.
+/// fn host_side<B: Bitmap + Send + Sync + 'static>(
 ///     host: Arc<dyn HostIommu>,
-///     ram: &UserMemory,
+///     ram: &GuestMemoryMmap<B>,
+///     firmware: &UserMemory,
 /// ) -> Result<(VtdNesting, VtdNesting), NestingError> {
 ///     let ioas = GuestIoas::new(host)?;
-///     ioas.map(0, ram, Protection::READ_WRITE)?;
+///     ioas.map_all(ram)?;
+///     ioas.map(0xffe0_0000, firmware, Protection::READ_ONLY)?;
 ///     Ok((VtdNesting::new(ioas.clone()), VtdNesting::new(ioas)))
 /// }
 /// ```
@@ -115,6 +123,29 @@ impl GuestIoas {
         Ok(())
     }
 
+    /// Maps every region of `memory` where the guest has it, for reading and writing.
+    ///
+    /// # Errors
+    /// As [`GuestIoas::map`]; what this call has mapped is unmapped then.
+    pub fn map_all<B: Bitmap + Send + Sync + 'static>(
+        &self,
+        memory: &GuestMemoryMmap<B>,
+    ) -> Result<()> {
+        let mut mapped = Vec::new();
+        for (gpa, region) in UserMemory::pieces(memory) {
+            if let Err(error) = self.map(gpa, &region, Protection::READ_WRITE) {
+                for (gpa, length) in mapped {
+                    if let Err(error) = self.unmap(gpa, length) {
+                        log::error!("guest memory at {gpa:#x} stays mapped: {error}");
+                    }
+                }
+                return Err(error);
+            }
+            mapped.push((gpa, region.length()));
+        }
+        Ok(())
+    }
+
     /// Unmaps `length` bytes at `gpa`, which must be whole mappings.
     ///
     /// # Errors
@@ -192,6 +223,9 @@ impl Users {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::bitmap::AtomicBitmap;
+    use vm_memory::GuestAddress;
+
     use super::*;
     use crate::iommufd::fake::RecordingHost;
     use crate::iommufd::{iommu_hw_info_vtd, Errno, Extensions, HwCapabilities, HwInfoData, Verb};
@@ -251,5 +285,23 @@ mod tests {
         let refused = add(&[0x20_0000, 0x1000]).unwrap_err();
         assert!(matches!(refused, NestingError::ReadOnlyErratum { gpa: 0x1000, .. }), "{refused}");
         add(&[]).unwrap();
+    }
+
+    #[test]
+    fn all_memory_is_mapped_or_none() {
+        let host = RecordingHost::new(Extensions::default());
+        let ioas = GuestIoas::new(host.clone()).unwrap();
+        let ranges = [(GuestAddress(0), 0x8000), (GuestAddress(0x10_0000), 0x4000)];
+        let memory = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ranges).unwrap();
+        host.take_log();
+        ioas.map_all(&memory).unwrap();
+        let id = ioas.id();
+        let low = format!("{id:?} 0x0+0x8000");
+        let high = format!("IOAS_MAP {id:?} 0x100000+0x4000 rw");
+        assert_eq!(host.take_log(), [format!("IOAS_MAP {low} rw"), high]);
+        host.fail_nth(1, Errno::ENOMEM);
+        let error = ioas.map_all(&memory).unwrap_err();
+        assert!(error.to_string().starts_with("mapping guest memory at 0x100000"), "{error}");
+        assert_eq!(host.take_log()[2..], [format!("IOAS_UNMAP {low}")]);
     }
 }

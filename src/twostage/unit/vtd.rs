@@ -31,12 +31,12 @@ type Wrap = Box<dyn FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget>>;
 /// # #[cfg(feature = "test-support")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::sync::Arc;
-/// use twostage::iommufd::{Extensions, HostIommu, Protection, UserMemory};
+/// use twostage::iommufd::{Extensions, HostIommu};
 /// use twostage::nesting::GuestIoas;
 /// use twostage::spec::pci::Bdf;
 /// use twostage::unit::VtdBuilder;
 /// use twostage::viommu::InterruptSink;
-/// use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
 /// # use twostage::iommufd::fake::RecordingHost;
 /// # use twostage::iommufd::{iommu_hw_info_vtd, HwCapabilities, HwInfo, HwInfoData};
 ///
@@ -57,10 +57,9 @@ type Wrap = Box<dyn FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget>>;
 /// # let recording = RecordingHost::new(Extensions::default());
 /// # let nic = recording.add_device(0, info);
 /// # let host: Arc<dyn HostIommu> = recording;
-/// let region = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x10_0000, None)?);
-/// let memory = GuestMemoryMmap::from_arc_regions(vec![region.clone()])?;
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)])?;
 /// let ioas = GuestIoas::new(host)?;
-/// ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+/// ioas.map_all(&memory)?;
 ///
 /// let slot = Bdf::new(0, 4, 0).ok_or("no such slot")?;
 /// let vtd = VtdBuilder::new(ioas, Arc::new(memory), Arc::new(Messages))

@@ -112,7 +112,8 @@ pub trait InterruptListener: Send + Sync {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::GuestMemoryMmap;
+    use vm_memory::bitmap::AtomicBitmap;
+    use vm_memory::{GuestMemoryMmap, MmapRegion};
 
     #[test]
     fn memory_that_is_not_there_is_named() {
@@ -129,5 +130,19 @@ mod tests {
         assert_eq!(memory.load_u64(0x10).unwrap(), 0x201);
         let error = TableMemory::write(&memory, 0xfff, &[1, 2]).unwrap_err();
         assert_eq!(error, BadAddress { address: 0xfff, length: 2 });
+    }
+
+    #[test]
+    fn whoever_tracks_writes_sees_those_of_the_models() {
+        let ranges = [(GuestAddress(0x8000), 0x4000)];
+        let memory = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ranges).unwrap();
+        let bitmap = MmapRegion::bitmap(memory.iter().next().unwrap());
+        TableMemory::read(&memory, 0x8000, &mut [0; 0x4000]).unwrap();
+        memory.load_u64(0x8000).unwrap();
+        assert_eq!(bitmap.get_and_reset(), [0]);
+        memory.store_u32(0x9ffc, 7).unwrap();
+        assert_eq!(bitmap.get_and_reset(), [0b10]);
+        TableMemory::write(&memory, 0xafff, &[1, 2]).unwrap();
+        assert_eq!(bitmap.get_and_reset(), [0b1100]);
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use twostage::iommufd::UserMemory;
+use twostage::iommufd::{MapTarget, Protection, UserMemory};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
     MmapRegion,
@@ -78,4 +78,25 @@ pub fn kinds(subject: &Subject) {
         bound.detach();
         destroy(host, &[ioas]);
     }
+}
+
+/// Memory of a VMM's own is kept until it is unmapped, and then let go.
+pub fn raw(subject: &Subject) {
+    let mut bound = Bound::new(subject);
+    let host = bound.host();
+    let memory = Memory::new(4);
+    let (start, owner) = (memory.0.as_ptr(), Arc::new(memory.0.clone()));
+    // SAFETY: the region keeps the bytes mapped, and they are accessed through it only.
+    let raw = unsafe { UserMemory::from_raw(start, (4 * PAGE) as usize, owner.clone(), None) };
+    let ioas = host.ioas_alloc().expect("IOAS_ALLOC");
+    let raw = raw.expect("memory");
+    host.ioas_map(ioas, &raw, MapTarget::Fixed(BASE), Protection::READ_WRITE).expect("IOAS_MAP");
+    drop(raw);
+    bound.attach(ioas);
+    assert!(bound.reaches(&memory, BASE));
+    assert!(Arc::strong_count(&owner) > 1, "kept");
+    assert_eq!(host.ioas_unmap(ioas, BASE, 4 * PAGE).expect("IOAS_UNMAP"), 4 * PAGE);
+    assert_eq!(Arc::strong_count(&owner), 1, "let go");
+    bound.detach();
+    destroy(host, &[ioas]);
 }

@@ -65,6 +65,7 @@ pub fn check(subject: &Subject) {
         ("reserved regions", hwpt::reserved),
         ("PASIDs", hwpt::pasids),
         ("memory of a file, and without", memory::kinds),
+        ("memory of a VMM's own", memory::raw),
         ("dirty tracking", hwpt::dirty_tracking),
         ("fault queues", hwpt::fault_queues),
         ("nesting on VT-d", vtd::check),

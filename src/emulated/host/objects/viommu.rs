@@ -192,18 +192,13 @@ fn pages_of(base: u64, length: u64) -> Outcome<RangeInclusive<u64>> {
 
 /// `length` bytes at `offset` of pinned memory, if contiguous.
 fn one_piece(places: &[UserMemory], offset: u64, length: u64) -> Outcome<UserMemory> {
-    let adjoin = |pair: &[UserMemory]| match pair {
-        [one, next] => {
-            Arc::ptr_eq(one.region(), next.region()) && one.offset() + one.length() == next.offset()
+    let mut rest = places.iter();
+    let first = rest.next().cloned();
+    match first.and_then(|first| rest.try_fold(first, |one, next| one.join(next))) {
+        Some(whole) => {
+            whole.part(offset, length).or_else(|error| refuse(Errno::EFAULT, error.to_string()))
         }
-        _ => false,
-    };
-    match places.first() {
-        Some(first) if places.windows(2).all(adjoin) => {
-            UserMemory::new(first.region().clone(), first.offset() + offset, length)
-                .or_else(|error| refuse(Errno::EFAULT, error.to_string()))
-        }
-        _ => refuse(Errno::EFAULT, "the queue's memory is not contiguous"),
+        None => refuse(Errno::EFAULT, "the queue's memory is not contiguous"),
     }
 }
 

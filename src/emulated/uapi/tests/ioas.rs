@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use iommufd_bindings::*;
-use vm_memory::{Bytes, MemoryRegionAddress};
+use vm_memory::Bytes;
 
 use super::{id, u32_at, u64_at, Process, D, MEMORY, NOWHERE, Q};
 use crate::host::objects::tests::fake::{memory, PLAIN};
@@ -305,8 +305,7 @@ fn a_device_reaches_another_ones_memory_until_it_is_revoked() {
     assert!(process.reaches(before) && process.reaches(after + SIZE - 1));
     assert_eq!(host.pinned_bytes(), 0, "it is not accounted");
     let mut first = [0];
-    let region = buf.memory().region();
-    region.read_slice(&mut first, MemoryRegionAddress(0x1000)).unwrap();
+    buf.memory().slice().read_slice(&mut first, 0x1000).unwrap();
     assert_eq!(first, [1]);
 
     buf.revoke();

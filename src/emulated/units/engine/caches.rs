@@ -9,8 +9,6 @@ use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 
-use vm_memory::{VolatileMemory, VolatileSlice};
-
 use super::cache::Cache;
 use super::counters::LocalCounters;
 use super::format::{Path, RequestKind, Rights, Stage2Refusal, TableFormat};
@@ -19,6 +17,7 @@ use super::key::{size, IovaRange, Key, Lookup, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::origins::{CachesOfWalk, Origins};
 use crate::units::stage2::Mapping;
+use twostage::iommufd::MemorySlice;
 
 /// Sizes of the pieces of stage 2 that are cached, as powers of two: 4 KiB, 2 MiB, 1 GiB.
 const STAGE2_SHIFTS: [u8; 3] = [12, 21, 30];
@@ -96,6 +95,16 @@ pub(crate) struct Table {
     pub length: u64,
     /// Stage 2 allows writes to its entries.
     pub writable: bool,
+}
+
+impl Table {
+    /// The place of the entry number `index`, if it is contiguous with the start.
+    #[inline]
+    pub fn entry(&self, index: u64) -> Option<Place> {
+        let offset = (index * 8).checked_sub(self.skipped)?;
+        let contiguous = offset + 8 <= self.length;
+        contiguous.then_some(Place { offset: self.place.offset + offset, ..self.place })
+    }
 }
 
 /// Flags of a cached table: eight bits of [`Path`], and this one.
@@ -351,8 +360,8 @@ impl Caches {
 
     /// The largest page around `gpa` that `mapping` contains entirely.
     fn page_in(&self, mapping: &Mapping, gpa: u64) -> Option<Stage2Page> {
-        let (region, offset) = mapping.target(gpa);
-        let place = Place { memory: self.memories.number(region)?, offset };
+        let memory = self.memories.number(&mapping.memory)?;
+        let place = Place { memory, offset: mapping.target(gpa) };
         let shift = STAGE2_SHIFTS.into_iter().rev().find(|&shift| {
             let first = gpa & !(size(shift) - 1);
             let last = gpa | (size(shift) - 1);
@@ -384,27 +393,29 @@ impl Caches {
         counters.stage2_evictions.add(evicted.into());
     }
 
-    /// The entry number `index` of `table`, if it can be read.
+    /// The 8-byte word at `place`, which is aligned; none if no memory is there. Stores must be
+    /// followed by [`Caches::mark_word`].
     #[inline]
-    pub fn entry(&self, table: &Table, index: u64) -> Option<&AtomicU64> {
-        let offset = (index * 8).checked_sub(table.skipped)?;
-        if offset + 8 > table.length {
-            return None;
-        }
-        self.word(Place { offset: table.place.offset + offset, ..table.place })
+    pub fn word(&self, place: Place) -> Option<&AtomicU64> {
+        self.memory(place)?.map.word(place.offset)
     }
 
-    /// The 8-byte word at `place`, which is aligned; none if no memory is there.
-    pub fn word(&self, place: Place) -> Option<&AtomicU64> {
-        let offset = usize::try_from(place.offset).ok()?;
-        self.memory(place)?.mapping.get_atomic_ref(offset).ok()
+    /// The word at `place` was written: whoever tracks the memory's writes is told.
+    pub fn mark_word(&self, place: Place) {
+        if let Some(memory) = self.memory(place) {
+            memory.map.mark_dirty(place.offset, size_of::<u64>());
+        }
+    }
+
+    /// The memories that places are in.
+    pub fn memories(&self) -> &Memories {
+        &self.memories
     }
 
     /// `length` bytes from `place` on; none if they are not within one memory.
     #[inline]
-    pub fn slice(&self, place: Place, length: usize) -> Option<VolatileSlice<'_>> {
-        let offset = usize::try_from(place.offset).ok()?;
-        self.memory(place)?.mapping.get_slice(offset, length).ok()
+    pub fn slice(&self, place: Place, length: usize) -> Option<MemorySlice<'_>> {
+        self.memory(place)?.map.slice(place.offset, length)
     }
 
     /// The memory that `place` is in.

@@ -5,11 +5,12 @@
 //! that a hit needs no reference counting. Any thread may add a memory while others look up;
 //! [`Memories::retain`] has exclusive access.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::OnceLock;
 
 use bitfield_struct::bitfield;
-use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+use twostage::iommufd::{MemoryMap, UserMemory};
 
 /// Maximum number of memories. Guest memory is a handful; requests to memories beyond this number
 /// are blocked.
@@ -61,17 +62,20 @@ impl CachedPlace {
 /// One memory.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    /// The mapping in this process.
-    pub mapping: Arc<MmapRegion>,
+    /// The mapping in this process. Without the region: a memory stays here for longer than it is
+    /// mapped in an IOAS, and who counts the users of the region must not wait for that.
+    pub map: MemoryMap,
     /// The start address that the region claims.
-    pub base: GuestAddress,
+    pub base: u64,
 }
 
 impl Memory {
-    fn is(&self, region: &GuestRegionMmap) -> bool {
-        self.mapping.as_ptr() == region.as_ptr()
-            && self.mapping.size() == region.size()
-            && self.base == region.start_addr()
+    fn of(memory: &UserMemory) -> Self {
+        Self { map: memory.map().without_region(), base: memory.base() }
+    }
+
+    fn is(&self, memory: &UserMemory) -> bool {
+        self.map.same(memory.map()) && self.base == memory.base()
     }
 }
 
@@ -81,12 +85,15 @@ pub(crate) struct Memories {
     slots: Box<[OnceLock<Memory>]>,
     /// No slot from here on was ever used.
     used: AtomicUsize,
+    /// Writes to some memory are recorded, or were.
+    tracked: AtomicBool,
 }
 
 impl Memories {
     /// An empty table.
     pub fn new() -> Self {
-        Self { slots: (0..CAPACITY).map(|_| OnceLock::new()).collect(), used: AtomicUsize::new(0) }
+        let slots = (0..CAPACITY).map(|_| OnceLock::new()).collect();
+        Self { slots, used: AtomicUsize::new(0), tracked: AtomicBool::new(false) }
     }
 
     /// The memory with `number`.
@@ -95,23 +102,40 @@ impl Memories {
         self.slots.get(usize::from(number))?.get()
     }
 
-    /// The number of `region`, which is added if necessary; none if the table is full.
-    pub fn number(&self, region: &GuestRegionMmap) -> Option<u16> {
+    /// The number of the region of `memory`, added if necessary; none if the table is full.
+    pub fn number(&self, memory: &UserMemory) -> Option<u16> {
         let used = self.used.load(Ordering::Acquire);
         let known =
-            self.slots.iter().take(used).position(|slot| slot.get().is_some_and(|m| m.is(region)));
-        let number = known.or_else(|| self.add(region))?;
+            self.slots.iter().take(used).position(|slot| slot.get().is_some_and(|m| m.is(memory)));
+        let number = known.or_else(|| self.add(memory))?;
         u16::try_from(number).ok()
     }
 
-    fn add(&self, region: &GuestRegionMmap) -> Option<usize> {
+    fn add(&self, memory: &UserMemory) -> Option<usize> {
         // The loser of a race for a slot finds the winner's memory there, perhaps the same.
-        let number = self.slots.iter().position(|slot| {
-            slot.get_or_init(|| Memory { mapping: region.get_mmap(), base: region.start_addr() })
-                .is(region)
-        })?;
+        let of = || Memory::of(memory);
+        let number = self.slots.iter().position(|slot| slot.get_or_init(of).is(memory))?;
+        self.tracked.fetch_or(memory.map().is_tracked(), Ordering::Relaxed);
         self.used.fetch_max(number + 1, Ordering::Release);
         Some(number)
+    }
+
+    /// Whether writes to a memory may have to be recorded.
+    pub fn any_tracked(&self) -> bool {
+        self.tracked.load(Ordering::Relaxed)
+    }
+
+    /// Records that `length` bytes at `address`, as the regions claim it, were written.
+    pub fn mark_dirty(&self, address: u64, length: u64) {
+        let used = self.used.load(Ordering::Acquire);
+        for Memory { map, base } in self.slots.iter().take(used).filter_map(OnceLock::get) {
+            let start = address.max(*base);
+            let end = address.saturating_add(length).min(base.saturating_add(map.length()));
+            if let Some(length) = end.checked_sub(start).filter(|length| *length > 0) {
+                // Not more than the memory has.
+                map.mark_dirty(start - base, length as usize);
+            }
+        }
     }
 
     /// Releases every memory for whose number `wanted` does not hold.
@@ -126,26 +150,59 @@ impl Memories {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::bitmap::AtomicBitmap;
+    use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
+
     use super::*;
 
     fn region(base: u64) -> Arc<GuestRegionMmap> {
         Arc::new(GuestRegionMmap::from_range(GuestAddress(base), 0x1000, None).unwrap())
     }
 
+    fn memory(base: u64) -> UserMemory {
+        UserMemory::whole(region(base))
+    }
+
     #[test]
     fn a_memory_keeps_its_number_until_it_is_let_go() {
         let mut memories = Memories::new();
-        let regions = [region(0), region(0), region(0x10000)];
-        for (number, region) in (0..).zip(&regions) {
-            assert_eq!(memories.number(region), Some(number));
+        let three = [memory(0), memory(0), memory(0x10000)];
+        for (number, memory) in (0..).zip(&three) {
+            assert_eq!(memories.number(memory), Some(number));
         }
-        assert_eq!(memories.number(&regions[1]), Some(1));
+        assert_eq!(memories.number(&three[1].part(0x800, 1).unwrap()), Some(1));
         memories.retain(|number| number != 1);
         assert!(memories.get(1).is_none());
-        assert_eq!(memories.get(2).unwrap().base, GuestAddress(0x10000));
-        assert_eq!(memories.number(&regions[2]), Some(2));
-        assert_eq!(memories.number(&region(0)), Some(1));
+        assert_eq!(memories.get(2).unwrap().base, 0x10000);
+        assert_eq!(memories.number(&three[2]), Some(2));
+        assert_eq!(memories.number(&memory(0)), Some(1));
         assert!(memories.get(u16::MAX).is_none());
+    }
+
+    #[test]
+    fn what_was_written_is_marked_in_each_memory_that_has_it() {
+        let tracked = |base| {
+            let region =
+                GuestRegionMmap::<AtomicBitmap>::from_range(GuestAddress(base), 0x4000, None);
+            region.unwrap()
+        };
+        let memories = Memories::new();
+        memories.number(&memory(0x1000)).unwrap();
+        assert!(!memories.any_tracked());
+        let regions = [tracked(0x8000), tracked(0xc000)];
+        regions
+            .iter()
+            .for_each(|region| assert!(memories.number(&UserMemory::of(region)).is_some()));
+        assert!(memories.any_tracked());
+        let marked =
+            || regions.each_ref().map(|region| MmapRegion::bitmap(region).get_and_reset()[0]);
+        memories.mark_dirty(0, 0x8000);
+        memories.mark_dirty(0x1_0000, u64::MAX);
+        assert_eq!(marked(), [0, 0]);
+        memories.mark_dirty(0xafff, 0x1002);
+        assert_eq!(marked(), [0b1100, 1]);
     }
 
     #[test]
@@ -153,11 +210,12 @@ mod tests {
         let mut memories = Memories::new();
         let first = region(0);
         let mapping = first.get_mmap();
-        assert_eq!(memories.number(&first), Some(0));
+        assert_eq!(memories.number(&UserMemory::whole(first.clone())), Some(0));
+        assert_eq!(Arc::strong_count(&first), 1, "the region itself is not kept");
         for number in 1..CAPACITY {
-            assert_eq!(memories.number(&region(0)), Some(number as u16));
+            assert_eq!(memories.number(&memory(0)), Some(number as u16));
         }
-        assert_eq!(memories.number(&region(0)), None);
+        assert_eq!(memories.number(&memory(0)), None);
         drop(first);
         assert_eq!(Arc::strong_count(&mapping), 2);
         memories.retain(|_| false);

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use crate::dma::error::DmaFaultReason;
 use crate::units::stage2::Stage2;
 
-pub(crate) use caches::{CacheSizes, Caches, Table, Target};
+pub(crate) use caches::{CacheSizes, Caches, Target};
 pub(crate) use counters::{Counters, LocalCounters, Totals};
 pub(crate) use format::{
     At, Entry, Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat,

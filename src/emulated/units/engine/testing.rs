@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
-use vm_memory::{GuestAddress, GuestRegionMmap, VolatileMemory};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion, VolatileMemory};
 
 use crate::units::stage2::{Mapping, Stage2};
 use crate::{DmaAttributes, DmaError, DmaPort};
@@ -62,7 +63,7 @@ pub const NOWHERE: u64 = 0x6000_0000;
 #[derive(Debug)]
 pub struct Memory {
     pub stage2: Arc<Stage2>,
-    pub region: Arc<GuestRegionMmap>,
+    pub region: Arc<GuestRegionMmap<AtomicBitmap>>,
     next_table: Cell<u64>,
 }
 
@@ -89,7 +90,7 @@ impl Memory {
     /// Offset of `gpa` in the region.
     pub fn offset(&self, gpa: u64) -> usize {
         let mapping = self.stage2.lookup(gpa).expect("a GPA of guest memory");
-        mapping.target(gpa).1 as usize
+        mapping.target(gpa) as usize
     }
 
     /// Address of `gpa` in this process.
@@ -107,6 +108,18 @@ impl Memory {
 
     pub fn peek(&self, gpa: u64) -> u64 {
         u64::from_le(self.word(gpa).load(Ordering::SeqCst))
+    }
+
+    /// The pages that were written, by address: of those of `gpas`, whose marks are forgotten. No
+    /// other page may be marked.
+    pub fn marked(&self, gpas: &[u64]) -> Vec<u64> {
+        let bitmap = MmapRegion::bitmap(&self.region);
+        let page = |gpa: &u64| self.offset(*gpa) & !0xfff;
+        let marked = |gpa: &&u64| bitmap.is_addr_set(page(gpa));
+        let found = gpas.iter().filter(marked).copied().collect();
+        gpas.iter().for_each(|gpa| bitmap.reset_addr_range(page(gpa), 0x1000));
+        assert!(bitmap.get_and_reset().iter().all(|word| *word == 0), "other pages");
+        found
     }
 
     /// GPA of new, empty memory of this size, a power of two, aligned to it.

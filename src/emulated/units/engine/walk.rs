@@ -8,6 +8,7 @@ use super::counters::LocalCounters;
 use super::format::{At, Entry, Path, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
 use super::key::{size, Source};
+use super::memories::Place;
 use crate::units::stage2::DirtyLog;
 
 /// How often a walk restarts because an entry changed between reading it and setting its flags. The
@@ -73,6 +74,7 @@ pub(crate) struct Walk<'a> {
 /// An entry on the way of a walk.
 struct Step<'a> {
     entry: &'a AtomicU64,
+    place: Place,
     at: At,
     /// The word read.
     word: u64,
@@ -182,8 +184,8 @@ impl Walk<'_> {
                     (at, self.locate(tables, table_gpa, index, level, at)?)
                 }
             };
-            let entry =
-                self.caches.entry(&table, index).ok_or_else(|| tables.entry_unreadable(at))?;
+            let found = table.entry(index).and_then(|at| Some((at, self.caches.word(at)?)));
+            let (place, entry) = found.ok_or_else(|| tables.entry_unreadable(at))?;
             let word = u64::from_le(entry.load(Ordering::Acquire));
             let Entry { leaf, address, path: allowed, global } = tables.decode(word, level)?;
             let above = path;
@@ -191,7 +193,7 @@ impl Walk<'_> {
             // The top table needs no caching, and a cached one still is.
             let table_found = (at.gpa.is_some() && !top).then_some((table, above));
             let writable = table.writable;
-            *slot = Some(Step { entry, at, word, leaf, writable, table: table_found });
+            *slot = Some(Step { entry, place, at, word, leaf, writable, table: table_found });
             if leaf {
                 let gpa = address | iova & (size(tables.shift(level)) - 1);
                 return Ok(Descent { path, gpa, level, leaf: word, global });
@@ -300,6 +302,7 @@ impl Walk<'_> {
             if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 return Ok(false);
             }
+            self.caches.mark_word(step.place);
         }
         Ok(true)
     }

@@ -7,7 +7,6 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use iommufd_bindings::*;
-use vm_memory::GuestMemoryRegion;
 
 use super::ioctls::{self, errno_of, size, IommuFdExt, VfioCdev};
 use super::meaning::{self, error};
@@ -108,11 +107,7 @@ fn map_flags(target: MapTarget, protection: Protection) -> (u32, u64) {
 /// The file and offset of memory for `IOMMU_IOAS_MAP_FILE`. Mapping by file uses no address of this
 /// process, and survives its exec.
 fn file_of(memory: &UserMemory) -> Option<(&File, u64)> {
-    let region = memory.region();
-    let file = region.file_offset()?;
-    let shared = region.flags() & libc::MAP_SHARED != 0;
-    let start = file.start().checked_add(memory.offset())?;
-    (shared && ioctls::is_memory_file(file.file())).then_some((file.file(), start))
+    memory.file().filter(|(file, _)| ioctls::is_memory_file(file))
 }
 
 impl HostIommu for KernelHost {

@@ -232,9 +232,9 @@ impl IommuFdExt for IommuFd {
             iova,
             ..Default::default()
         };
-        // SAFETY: the memory is a region of vm-memory, without Rust references to it: devices may
-        // write to it as guests do. The caller guarantees that it stays; soundness does not depend
-        // on that, as the kernel pins pages or refuses.
+        // SAFETY: a `UserMemory` is accessed as a guest's, without Rust references to it: devices
+        // may write to it as guests do. The caller guarantees that it stays; soundness does not
+        // depend on that, as the kernel pins pages or refuses.
         unsafe { call(self, IOMMU_IOAS_MAP(), &mut map) }?;
         Ok(map.iova)
     }

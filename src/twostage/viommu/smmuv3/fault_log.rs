@@ -311,10 +311,11 @@ mod tests {
     use super::*;
     use crate::spec::smmuv3::event::EventId;
     use crate::spec::smmuv3::StreamId;
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+    use vm_memory::bitmap::AtomicBitmap;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion};
 
-    fn memory() -> GuestMemoryMmap {
-        GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap()
+    fn memory() -> GuestMemoryMmap<AtomicBitmap> {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap()
     }
 
     /// Four entries at 0x100.
@@ -329,10 +330,12 @@ mod tests {
     #[test]
     fn records_stand_in_memory_and_the_index_wraps() {
         let memory = memory();
+        let written = MmapRegion::bitmap(memory.iter().next().unwrap());
         let mut queue = queue();
         for number in 0..10 {
             let recorded = queue.push(&memory, 19, record(number));
             assert_eq!(recorded, Recorded::Yes { first: true });
+            assert_eq!(written.get_and_reset(), [1], "the page is marked");
             let place = GuestAddress(0x100 + 32 * u64::from(number % 4));
             assert_eq!(memory.read_obj::<[u64; 4]>(place).unwrap(), record(number).to_words());
             assert!(queue.has_news(19));

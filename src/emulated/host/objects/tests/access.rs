@@ -4,7 +4,7 @@
 use std::sync::{Arc, OnceLock, Weak};
 use twostage::sync::Mutex;
 
-use vm_memory::{Bytes, MemoryRegionAddress};
+use vm_memory::Bytes;
 
 use super::fake::{memory, Bench, PLAIN};
 use crate::{
@@ -99,10 +99,9 @@ fn three_kinds_of_device_share_an_ioas() {
     vdpa.read(0x10_2010, &mut bytes).unwrap();
     assert_eq!(&bytes, b"pci");
     vdpa.write(0x10_2010, b"vda").unwrap();
-    let place = MemoryRegionAddress(page.offset() + 0x10);
-    page.region().read_slice(&mut bytes, place).unwrap();
+    page.slice().read_slice(&mut bytes, 0x10).unwrap();
     assert_eq!(&bytes, b"vda");
-    page.region().write_slice(b"mdv", place).unwrap();
+    page.slice().write_slice(b"mdv", 0x10).unwrap();
     port.read(DmaAttributes::default(), 0x10_2010, &mut bytes).unwrap();
     assert_eq!(&bytes, b"mdv");
 

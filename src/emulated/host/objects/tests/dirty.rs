@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, MemoryRegionAddress};
+use vm_memory::Bytes;
 
 use super::fake::{memory, s1, Bench, Failure, Told, PARENT, PLAIN};
 use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
@@ -115,8 +115,7 @@ fn writes_through_nested_tables_make_pages_of_the_parent_dirty() {
     // Tables of one page each, from the start of the memory on, that map IOVA 0 to page 8.
     let entry = |page: u64| (BASE + page * PAGE) | 7;
     for (table, next) in [(0, 1), (1, 2), (2, 3), (3, 8)] {
-        let place = MemoryRegionAddress(table * PAGE);
-        rig.memory.region().write_obj(entry(next), place).unwrap();
+        rig.memory.slice().write_obj(entry(next), (table * PAGE) as usize).unwrap();
     }
     let data = HwptData::VtdS1(s1(BASE));
     let args = HwptAlloc { flags: PLAIN, dev: rig.dev, pt: rig.hwpt, data, fault: None };
@@ -183,7 +182,7 @@ fn a_hole_ends_the_bitmap_and_a_large_page_is_dirty_by_any_of_it() {
     let mut rig = rig(PLAIN);
     rig.host.ioas_unmap(rig.ioas, BASE, PAGES * PAGE).unwrap();
     for first in [0, 4, 8] {
-        let memory = UserMemory::new(rig.memory.region().clone(), 0, 2 * PAGE).unwrap();
+        let memory = rig.memory.part(0, 2 * PAGE).unwrap();
         let target = MapTarget::Fixed(BASE + first * PAGE);
         rig.host.ioas_map(rig.ioas, &memory, target, RW).unwrap();
     }
@@ -219,7 +218,7 @@ proptest! {
             let length = length.min(PAGES - at);
             if length > 0 {
                 let (offset, length) = (at * PAGE, length * PAGE);
-                let memory = UserMemory::new(rig.memory.region().clone(), offset, length).unwrap();
+                let memory = rig.memory.part(offset, length).unwrap();
                 let target = MapTarget::Fixed(BASE + offset);
                 rig.host.ioas_map(rig.ioas, &memory, target, RW).unwrap();
             }

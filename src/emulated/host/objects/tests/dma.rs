@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::thread;
 use twostage::sync::Mutex;
 
-use vm_memory::{Bytes, MemoryRegionAddress};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion};
 
 use super::fake::{memory, Failure};
 use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, Machine, VtdUnit, VtdUnitConfig};
@@ -15,6 +16,7 @@ use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, FaultSink, HostFault, HostIommu,
     HwptAlloc, HwptData, HwptFlags, InvalidateData, MapTarget, ObjectId, Protection, UserMemory,
 };
+use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 
 const RW: Protection = Protection::READ_WRITE;
@@ -49,7 +51,7 @@ impl Rig {
     }
 
     fn poke(&self, offset: u64, value: u64) {
-        self.memory.region().write_obj(value, MemoryRegionAddress(offset)).unwrap();
+        self.memory.slice().write_obj(value, offset as usize).unwrap();
     }
 
     /// The result of a DMA read of 8 bytes.
@@ -195,7 +197,7 @@ const ROUNDS: u64 = 100;
 fn churn(host: &EmulatedHost, name: &str, mark: u64) {
     let dev = host.device_bind(name).unwrap();
     let memory = memory(0x1000);
-    memory.region().write_obj(mark, MemoryRegionAddress(0)).unwrap();
+    memory.slice().write_obj(mark, 0).unwrap();
     let ioases = [0; 2].map(|_| host.ioas_alloc().unwrap());
     for round in 0..ROUNDS {
         let ioas = ioases[(round % 2) as usize];
@@ -250,4 +252,43 @@ fn iommufds_share_an_iommu_without_waiting_for_each_other() {
         host.close();
         assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0));
     }
+}
+
+#[test]
+fn guest_memory_is_mapped_as_it_is_and_written_pages_are_marked() {
+    let Rig { host, mut port, dev, .. } = rig();
+    let ranges = [(GuestAddress(0), 0x8000), (GuestAddress(0x10_0000), 0x4000)];
+    let memory = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ranges).unwrap();
+    // Pages of each region that were written since the last time, as bits.
+    let marked = || -> Vec<u64> {
+        memory.iter().flat_map(|region| MmapRegion::bitmap(region).get_and_reset()).collect()
+    };
+    let ioas = GuestIoas::new(host.clone()).unwrap();
+    ioas.map_all(&memory).unwrap();
+    host.device_attach(dev, None, ioas.id()).unwrap();
+    let access = host.access_create(None).unwrap();
+    access.attach(ioas.id()).unwrap();
+
+    let (plain, mut byte) = (DmaAttributes::default(), [0]);
+    port.write(plain, 0x3fff, &[1, 2]).unwrap();
+    assert_eq!(marked(), [0b1_1000, 0]);
+    port.write(plain, 0x10_3000, &[3]).unwrap();
+    assert_eq!(marked(), [0, 0b1000]);
+    access.write(0x10_0000, &[4]).unwrap();
+    assert_eq!(marked(), [0, 1]);
+    port.write(plain, 0x8000, &[5]).unwrap_err();
+    for (iova, value) in [(0x3fff, 1), (0x4000, 2), (0x10_3000, 3), (0x10_0000, 4)] {
+        port.read(plain, iova, &mut byte).unwrap();
+        assert_eq!(byte, [value]);
+        access.read(iova, &mut byte).unwrap();
+        assert_eq!(byte, [value]);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(iova)).unwrap(), value);
+    }
+    assert_eq!(marked(), [0, 0]);
+
+    // What is unmapped is let go, also by the hardware's caches.
+    let mapping = memory.iter().next().unwrap().get_mmap();
+    assert!(Arc::strong_count(&mapping) > 2);
+    ioas.unmap(0, 0x8000).unwrap();
+    assert_eq!(Arc::strong_count(&mapping), 2);
 }

@@ -233,7 +233,9 @@ pub fn s1(pgtbl_addr: u64) -> iommu_hwpt_vtd_s1 {
 /// Memory with its own mapping, page-aligned.
 pub fn memory(length: u64) -> UserMemory {
     let length = usize::try_from(length).unwrap();
-    UserMemory::whole(Arc::new(GuestRegionMmap::from_range(GuestAddress(0), length, None).unwrap()))
+    UserMemory::whole(Arc::new(
+        GuestRegionMmap::<()>::from_range(GuestAddress(0), length, None).unwrap(),
+    ))
 }
 
 /// The errno of a verb that must fail.

@@ -3,7 +3,7 @@
 
 use super::fake::{memory, Bench, Failure, Told, PARENT, PLAIN};
 use crate::DeviceConfig;
-use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
+use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection};
 use twostage::spec::pci::Bdf;
 
 const WRITE_ONLY: Protection = Protection { read: false, write: true };
@@ -40,8 +40,8 @@ fn a_hwpt_asks_for_pages() {
     let hwpt = bench.paging(a, ioas, PLAIN).unwrap();
     assert_eq!(bench.host.ioas_iova_ranges(ioas).unwrap().alignment, 0x1000);
     assert_eq!(fixed(&bench, ioas, 0x1800, 0x1000), Errno::EINVAL);
-    let half = UserMemory::new(memory(0x2000).region().clone(), 0, 0x800).unwrap();
-    let skew = UserMemory::new(memory(0x2000).region().clone(), 0x800, 0x1000).unwrap();
+    let half = memory(0x2000).part(0, 0x800).unwrap();
+    let skew = memory(0x2000).part(0x800, 0x1000).unwrap();
     for (memory, target) in
         [(&half, MapTarget::Fixed(0)), (&skew, MapTarget::Fixed(0)), (&skew, MapTarget::Anywhere)]
     {

@@ -24,7 +24,7 @@ use twostage::sync::Mutex;
 
 use super::{
     size, Caches, Gone, HostStage2, LocalCounters, Origins, Path, Request, Scope, Source, Spaces,
-    Table, TableFormat, Target, Trail,
+    TableFormat, Target, Trail,
 };
 use crate::units::hardware::CacheRange;
 pub use report::{
@@ -240,10 +240,9 @@ fn read_tables<F: TableFormat>(
     for level in (1..=tables.levels()).rev() {
         // Only the entry, as a table may be discontiguous.
         let at = gpa + tables.index(iova, level) * 8;
-        let Some(page) = caches.stage2_now(host, at).filter(|page| page.read) else { break };
-        let (place, length, writable) = (page.place, page.length, page.write);
-        let entry = Table { place, level, skipped: 0, length, writable };
-        let Some(entry) = caches.entry(&entry, 0) else { break };
+        let found = caches.stage2_now(host, at);
+        let Some(page) = found.filter(|page| page.read && page.length >= 8) else { break };
+        let Some(entry) = caches.word(page.place) else { break };
         let word = u64::from_le(entry.load(Ordering::Acquire));
         trail.set(level, word);
         let Ok(decoded) = tables.decode(word, level) else { break };

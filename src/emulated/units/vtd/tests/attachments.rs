@@ -5,10 +5,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use vm_memory::{Bytes, GuestMemoryMmap, IommuMemory, MemoryRegionAddress, Permissions};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestMemoryMmap, IommuMemory, Permissions};
 
 use super::*;
-use crate::PortIommu;
+use crate::{DmaAccess, PortIommu};
 
 const NOT_PRESENT: (FaultReason, bool) = (FaultReason::PasidEntryNotPresent, false);
 const STAGE2: (FaultReason, bool) = (FaultReason::SecondStageDenied, true);
@@ -144,7 +145,7 @@ fn a_1_gib_page_ends_where_interrupt_messages_start() {
     let machine = Machine::new(VtdUnitConfig::default());
     let mut port = machine.port();
     // Only two pages of it are ever touched.
-    let region = GuestRegionMmap::from_range(GuestAddress(GPA), GIB as usize, None).unwrap();
+    let region = GuestRegionMmap::<()>::from_range(GuestAddress(GPA), GIB as usize, None).unwrap();
     let memory = UserMemory::whole(Arc::new(region));
     let (last, protection) = (GPA + GIB - 1, Protection::READ_WRITE);
     machine.stage2.insert(Mapping { start: GPA, last, memory: memory.clone(), protection });
@@ -154,7 +155,7 @@ fn a_1_gib_page_ends_where_interrupt_messages_start() {
     machine.attach(Some(3), 1, root, 4, 0);
     let at_interrupts = || {
         let mut byte = [0];
-        memory.region().read_slice(&mut byte, MemoryRegionAddress(0x3ee0_0000)).unwrap();
+        memory.slice().read_slice(&mut byte, 0x3ee0_0000).unwrap();
         byte[0]
     };
     let error = port.write(PLAIN, 0xfedf_f000, &[7; 0x2000]).unwrap_err();
@@ -254,14 +255,14 @@ fn machine() -> (Machine, u64) {
 
 /// Guest memory through `port`, for the duration of one section.
 fn section<'a>(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemoryMmap<AtomicBitmap>,
     port: &'a mut DmaPort,
-) -> IommuMemory<GuestMemoryMmap, PortIommu<'a>> {
-    IommuMemory::new(memory.clone(), port.section(PLAIN), true, ())
+) -> IommuMemory<GuestMemoryMmap<AtomicBitmap>, PortIommu<'a>> {
+    IommuMemory::new(memory.clone(), port.section(PLAIN), true, AtomicBitmap::default())
 }
 
 impl Machine {
-    fn memory(&self) -> GuestMemoryMmap {
+    fn memory(&self) -> GuestMemoryMmap<AtomicBitmap> {
         GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&self.region)]).unwrap()
     }
 
@@ -370,4 +371,61 @@ fn rights_are_looked_up_for_each_direction() {
     section.read_obj::<u64>(GuestAddress(IOVA)).unwrap();
     section.write_obj(1u64, GuestAddress(IOVA)).unwrap_err();
     section.read_obj::<u64>(GuestAddress(IOVA)).unwrap();
+}
+
+#[test]
+fn dma_marks_the_pages_it_writes_and_the_tables_whose_flags_it_sets() {
+    let (machine, _) = machine();
+    machine.attach(Some(2), 2, machine.table(), 4, 0);
+    let root = machine.table();
+    let pages = [OLD, OLD + 0x1000, OLD + 0x2000];
+    for (iova, page) in (IOVA..).step_by(0x1000).zip(pages) {
+        machine.map(root, 4, iova, 1, page, RW & !(FirstStageEntry::A | FirstStageEntry::D));
+    }
+    machine.attach(None, 1, root, 4, 0);
+    let tables = [4, 3, 2, 1].map(|level| machine.entry(root, 4, IOVA, level, TABLE));
+    tables
+        .iter()
+        .for_each(|table| machine.poke(*table, machine.peek(*table) & !FirstStageEntry::A));
+    let all = [&pages[..], &tables].concat();
+    let mut port = machine.port();
+
+    // Accessed flags of all levels, and then nothing to set.
+    assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(0));
+    assert_eq!(machine.marked(&all), tables);
+    assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(0));
+    assert_eq!(machine.marked(&all), [0; 0]);
+    // The dirty flag of the page.
+    machine.write_u64(&mut port, PLAIN, IOVA, 1).unwrap();
+    assert_eq!(machine.marked(&all), [pages[0], tables[3]]);
+    machine.write_u64(&mut port, PLAIN, IOVA, 1).unwrap();
+    assert_eq!(machine.marked(&all), [pages[0]]);
+    // Across two pages, and refused without a byte written.
+    port.write(PLAIN, IOVA + 0x1ff8, &[1; 16]).unwrap();
+    assert_eq!(machine.marked(&all), [pages[1], pages[2], tables[3]]);
+    port.write(pasid(2), IOVA, &[1]).unwrap_err();
+    assert_eq!(machine.marked(&all), [0; 0]);
+
+    port.write_message(PLAIN, IOVA + 0x1000, 7, |_| panic!("memory")).unwrap();
+    assert_eq!(machine.marked(&all), [pages[1]]);
+    let piece = port.translate(PLAIN, IOVA, 0x1000, DmaAccess::Write).unwrap();
+    assert_eq!(machine.marked(&all), [0; 0]);
+    piece.slice().write_obj(5u32, 0xffc).unwrap();
+    drop(piece);
+    assert_eq!(machine.marked(&all), [pages[0]]);
+    let piece = port.translate(PLAIN, IOVA, 0x1000, DmaAccess::Read).unwrap();
+    assert_eq!(piece.slice().read_obj::<u32>(0xffc).unwrap(), 5);
+    drop(piece);
+    assert_eq!(machine.marked(&all), [0; 0]);
+
+    // As vm_memory's device: when the section ends.
+    let memory = machine.memory();
+    let section = section(&memory, &mut port);
+    section.read_slice(&mut [0; 0x3000], GuestAddress(IOVA)).unwrap();
+    section.write_obj(9u32, GuestAddress(IOVA + 0x1000)).unwrap();
+    section.store(9u32, GuestAddress(IOVA + 0x2000), Ordering::Relaxed).unwrap();
+    section.write_obj(9u64, GuestAddress(IOVA + 0xffc)).unwrap();
+    assert_eq!(machine.marked(&all), [0; 0]);
+    drop(section);
+    assert_eq!(machine.marked(&all), pages);
 }

@@ -57,7 +57,7 @@ fn a_changed_leaf_is_stale_until_invalidated_at_any_granularity() {
 fn a_huge_page_is_stale_until_any_page_of_it_is_invalidated() {
     // Stage 2 has 1 GiB contiguously here: sparse memory, with only two words touched.
     let machine = Machine::new(VtdUnitConfig::default());
-    let region = GuestRegionMmap::from_range(GuestAddress(0), 2 << 30, None).unwrap();
+    let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), 2 << 30, None).unwrap();
     let memory = UserMemory::whole(Arc::new(region));
     let start = 0x1_0000_0000;
     let protection = Protection::READ_WRITE;

@@ -54,7 +54,7 @@ fn hw_info_with(flags: u32) -> HwInfo {
 }
 
 fn memory() -> UserMemory {
-    let region = GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap();
+    let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x10000, None).unwrap();
     UserMemory::whole(Arc::new(region))
 }
 

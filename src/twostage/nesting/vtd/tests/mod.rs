@@ -45,7 +45,7 @@ fn hw_info(flags: u32, max_pasid_log2: u8) -> HwInfo {
 }
 
 fn memory() -> UserMemory {
-    let region = GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap();
+    let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x10000, None).unwrap();
     UserMemory::whole(Arc::new(region))
 }
 

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The invalidation queue: order, batches, waits, errors, and how it continues after them.
 
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, MmapRegion};
+
 use super::*;
 use crate::spec::vtd::qi::{
     AddressMask, ContextScope, DeviceTlbRange, InterruptEntryScope, IotlbScope, PasidCacheScope,
@@ -49,6 +52,22 @@ impl Guest {
         let code = Iqercd::from_bits(self.read64(regs::IQERCD)).iqei();
         assert_eq!(IqErrorInfo::from_code(code), Some(info));
     }
+}
+
+#[test]
+fn the_written_status_is_marked_dirty_and_nothing_else() {
+    let ranges = [(GuestAddress(0), MEMORY_SIZE as usize)];
+    let tracked = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ranges).unwrap();
+    let guest = Guest::reading(VtdConfig::default(), guest_memory(), Arc::new(tracked.clone()));
+    guest.enable_queue(0x800);
+    tracked.write_obj(wait(7).encode(), GuestAddress(QUEUE)).unwrap();
+    let bitmap = MmapRegion::bitmap(tracked.iter().next().unwrap());
+    bitmap.reset();
+    guest.write64(regs::IQT, 32);
+    assert_eq!(tracked.read_obj::<u32>(GuestAddress(STATUS)).unwrap(), 7);
+    let pages = (0..MEMORY_SIZE).step_by(0x1000);
+    let marked: Vec<u64> = pages.filter(|page| bitmap.is_addr_set(*page as usize)).collect();
+    assert_eq!(marked, [STATUS]);
 }
 
 #[test]
