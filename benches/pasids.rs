@@ -81,7 +81,7 @@ impl Machine {
             .iter()
             .filter_map(|it| host_vtd(it.rid.to_string(), &it.info, host.extensions()))
             .collect();
-        let config = VtdConfig { pasid_bits: Some(PASID_BITS), ..VtdConfig::default() };
+        let config = VtdConfig::default().with_pasid_bits(Some(PASID_BITS));
         let config = config.intersect(&units).expect("the unit has all of it");
         let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![region]).expect("one region"));
         let interrupts = Arc::new(NoInterrupts);

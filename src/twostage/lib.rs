@@ -26,6 +26,18 @@
 //! * `serde`: `Serialize` for reports, counters and snapshots, and `Deserialize` for snapshots.
 //! * `test-support`: a host that records its calls, for tests of code that uses the verbs. It may
 //!   change in any version.
+//!
+//! # Versions
+//!
+//! Semantic versions. So that more can be added without breaking code:
+//!
+//! * Configurations, counters, states and errors are `#[non_exhaustive]`. A configuration starts
+//!   from its default, and is changed by `with_…` or field by field:
+//!   `VtdConfig::default().with_pasid_bits(Some(16))`.
+//! * What someone has to handle completely is not: [`viommu::vtd::Policy`],
+//!   [`viommu::smmuv3::StreamPolicy`] and what they contain. More of these are a breaking change.
+//! * Traits are there to be implemented and wrapped by others. A method that a trait gets later has
+//!   a default body; a verb of [`iommufd::HostIommu`] is then refused with `EOPNOTSUPP`.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]

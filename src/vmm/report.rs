@@ -299,7 +299,7 @@ mod tests {
                 id: "vtd0".to_owned(),
                 of: ModelReport::Vtd(VtdReport {
                     registers: BTreeMap::from([("CAP", u64::MAX), ("ECAP", 0x1f)]),
-                    nesting: VtdNestingCounters { merged: 4, ..VtdNestingCounters::default() },
+                    nesting: merged(4),
                     hardware: Some(Default::default()),
                     sanitizer: Some(SanitizerReport::default()),
                     ..VtdReport::default()
@@ -317,6 +317,12 @@ mod tests {
                 release_unfinished: false,
             }),
         }
+    }
+
+    fn merged(merged: u64) -> VtdNestingCounters {
+        let mut counters = VtdNestingCounters::default();
+        counters.merged = merged;
+        counters
     }
 
     #[test]

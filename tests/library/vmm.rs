@@ -129,7 +129,7 @@ impl Vmm {
         let vtd = match state {
             Some(state) => builder.restore(state)?,
             None => {
-                let config = VtdConfig { interrupt_remapping: true, ..VtdConfig::default() };
+                let config = VtdConfig::default().with_interrupt_remapping(true);
                 builder.config(&config).build()?
             }
         };

@@ -74,8 +74,8 @@ fn mistakes_are_named() {
     let flat_nic = flat.device_bind("nic").unwrap();
     let smmu = host(SmmuV3Unit::new(SmmuV3UnitConfig::default()));
     let smmu_nic = smmu.device_bind("nic").unwrap();
-    let wide = VtdConfig { address_width: 57, ..VtdConfig::default() };
-    let odd = VtdConfig { address_width: 52, ..VtdConfig::default() };
+    let wide = VtdConfig::default().with_address_width(57);
+    let odd = VtdConfig::default().with_address_width(52);
     for (said, parts) in [
         (said(&vtd, |unit| unit), ["no devices", "without_devices()"]),
         (said(&flat, |unit| unit.device(slot(3), flat_nic, "nic")), ["nic", "HWPT_ALLOC"]),

@@ -7,6 +7,7 @@ use twostage::spec::vtd::fault::FaultReason;
 
 /// Why an IOMMU blocked a DMA request, in the architecture's terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum DmaFaultReason {
     /// VT-d's fault reason (§7.1.3).
     #[error("{0}")]
@@ -21,6 +22,7 @@ pub enum DmaFaultReason {
 
 /// A DMA request failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum DmaError {
     /// The IOMMU blocked it, and reported the fault.
     #[error("DMA to {address:#x} blocked: {reason}{}", if *.stage2 { ", by stage 2" } else { "" })]

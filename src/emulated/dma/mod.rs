@@ -46,6 +46,41 @@ pub enum DmaAccess {
 }
 
 /// A device's access point to its IOMMU. Each thread of a device uses its own clone.
+///
+/// ```
+/// use twostage_emulated::{DmaAccess, DmaAttributes, DmaError};
+/// # use vm_memory::GuestAddress;
+/// # use std::sync::Arc;
+/// # use twostage::iommufd::{HostIommu, MapTarget, Protection, UserMemory};
+/// # use twostage::spec::pci::Bdf;
+/// # use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
+/// # let host = EmulatedHost::new();
+/// # let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+/// # host.add_device("disk", unit, Bdf::new(0, 4, 0).ok_or("no slot")?, DeviceConfig::default())?;
+/// # let (dev, ioas) = (host.device_bind("disk")?, host.ioas_alloc()?);
+/// # let region = vm_memory::GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x1000, None)?;
+/// # let region = Arc::new(region);
+/// # let whole = UserMemory::whole(region.clone());
+/// # host.ioas_map(ioas, &whole, MapTarget::Fixed(0x8000), Protection::READ_WRITE)?;
+/// # host.device_attach(dev, None, ioas)?;
+///
+/// // The device "disk" is attached to an IOAS with a page at 0x8000: see `EmulatedHost`.
+/// let mut port = host.dma_port("disk").ok_or("no such device")?;
+/// let attributes = DmaAttributes::default();
+/// port.write(attributes, 0x8000, b"hello")?;
+/// let mut read = [0; 5];
+/// port.read(attributes, 0x8000, &mut read)?;
+/// assert_eq!(&read, b"hello");
+///
+/// // Without a copy: an invalidation waits until `page` is dropped.
+/// let page = port.translate(attributes, 0x8000, 5, DmaAccess::Read)?;
+/// assert_eq!(page.slice().len(), 5);
+/// drop(page);
+///
+/// let error = port.read(attributes, 0x9000, &mut read).unwrap_err();
+/// assert!(matches!(error, DmaError::Fault { address: 0x9000, .. }));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct DmaPort {
     rid: u16,

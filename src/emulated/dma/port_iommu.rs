@@ -29,6 +29,35 @@ use crate::dma::{DmaAccess, DmaAttributes, DmaPort};
 /// this is dropped: after all writes, as is right for who copies what is marked. (An `IommuMemory`
 /// itself marks a bitmap of IOVAs.) [`DmaMemory`](crate::DmaMemory) marks each write at once, and
 /// needs no `IommuMemory`.
+///
+/// ```
+/// use twostage_emulated::DmaAttributes;
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, IommuMemory};
+/// # use std::sync::Arc;
+/// # use twostage::iommufd::{HostIommu, MapTarget, Protection, UserMemory};
+/// # use twostage::spec::pci::Bdf;
+/// # use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
+/// # let host = EmulatedHost::new();
+/// # let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+/// # host.add_device("disk", unit, Bdf::new(0, 4, 0).ok_or("no slot")?, DeviceConfig::default())?;
+/// # let (dev, ioas) = (host.device_bind("disk")?, host.ioas_alloc()?);
+/// # let region = vm_memory::GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x1000, None)?;
+/// # let region = Arc::new(region);
+/// # let whole = UserMemory::whole(region.clone());
+/// # host.ioas_map(ioas, &whole, MapTarget::Fixed(0x8000), Protection::READ_WRITE)?;
+/// # host.device_attach(dev, None, ioas)?;
+///
+/// // The device "disk" is attached to an IOAS with the guest's memory at 0x8000.
+/// let memory = GuestMemoryMmap::from_arc_regions(vec![region])?;
+/// let mut port = host.dma_port("disk").ok_or("no such device")?;
+/// let section = port.section(DmaAttributes::default());
+/// // What a virtqueue gets in place of `memory`:
+/// let behind = IommuMemory::new(memory.clone(), section, true, ());
+/// behind.write_obj(7u32, GuestAddress(0x8010))?;
+/// drop(behind);
+/// assert_eq!(memory.read_obj::<u32>(GuestAddress(0x10))?, 7);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct PortIommu<'a> {
     attributes: DmaAttributes,

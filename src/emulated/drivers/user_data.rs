@@ -27,6 +27,8 @@ pub(super) const ARM_SMMUV3: u64 =
 pub(super) const ARM_SMMUV3_INVALIDATE: u64 =
     iommufd_bindings::iommu_hwpt_invalidate_data_type_IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3
         as u64;
+/// What a later version of the uAPI may have: every driver refuses it.
+const UNKNOWN: u64 = u64::MAX;
 
 /// A structure in the user's memory (`struct iommu_user_data`).
 pub(crate) trait UserData {
@@ -131,6 +133,7 @@ impl OwnData {
             HwptData::VtdS1(tables) => (VTD_S1, first_stage_bytes(tables)),
             HwptData::VtdSecondStage(tables) => (VTD_SECOND_STAGE, second_stage_bytes(tables)),
             HwptData::ArmSmmuV3(entry) => (ARM_SMMUV3, words(entry.ste)),
+            _ => (UNKNOWN, Vec::new()),
         };
         Some(Self { data_type, bytes })
     }
@@ -178,6 +181,7 @@ impl OwnArray {
                     bytes: commands.iter().flat_map(|command| words(command.cmd)).collect(),
                 };
             }
+            _ => (UNKNOWN, [].as_slice()),
         };
         let bytes = entries.iter().flat_map(invalidation_bytes).collect();
         let entry_length = size_of::<iommu_hwpt_vtd_s1_invalidate>();

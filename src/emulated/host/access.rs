@@ -18,6 +18,7 @@ use twostage::iommufd::{Errno, ObjectId, UserMemory};
 /// Why an operation of an access object failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{errno}: {detail}")]
+#[non_exhaustive]
 pub struct AccessError {
     /// Linux's error number.
     pub errno: Errno,

@@ -25,6 +25,7 @@ use twostage::spec::pci::{Bdf, Pasid};
 
 /// An emulated IOMMU of either architecture.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub enum EmulatedUnit {
     /// Intel VT-d.
     Vtd(Arc<VtdUnit>),
@@ -83,6 +84,7 @@ pub(crate) trait Opened: Debug + Send + Sync {
 
 /// An invalid machine, or an impossible change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum MachineError {
     /// There is already a device of that name.
     #[error("there is a device named '{0}' already")]

@@ -32,6 +32,36 @@ pub trait FaultSink: Send + Sync {
 /// except for [`HostIommu::hwpt_invalidate`], which reports its progress, and
 /// [`HostIommu::ioas_unmap`], which may have unmapped lower mappings. An invalidation, an unmap, a
 /// replace or a detach returns only when no DMA can use what it removed.
+///
+/// Every host has the same verbs, and a host can be in front of another:
+///
+/// ```
+/// # #[cfg(feature = "test-support")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::sync::Arc;
+/// use twostage::iommufd::{CountedHost, HostIommu, HwptAlloc, HwptData, HwptFlags, Verb};
+/// # use twostage::iommufd::fake::RecordingHost;
+///
+/// // With the kernel's: `KernelHost::open`, and `device_bind`.
+/// # let (host, nic) = RecordingHost::with_vtd();
+/// let counted = CountedHost::new(host, None);
+/// let counters = counted.counters();
+/// let host: Arc<dyn HostIommu> = Arc::new(counted);
+///
+/// // Stage 2 for a guest, and a device whose DMA goes through it.
+/// let ioas = host.ioas_alloc()?;
+/// let flags = HwptFlags::new().with_nest_parent(true);
+/// let parent = HwptAlloc { flags, dev: nic, pt: ioas, data: HwptData::None, fault: None };
+/// let parent = host.hwpt_alloc(&parent)?;
+/// host.device_attach(nic, None, parent)?;
+/// let error = host.destroy(parent).unwrap_err();
+/// assert_eq!(error.errno, twostage::iommufd::Errno::EBUSY);
+/// assert_eq!((counters.calls(Verb::Destroy), counters.failures(Verb::Destroy)), (1, 1));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "test-support"))]
+/// # fn main() {}
+/// ```
 pub trait HostIommu: Debug + Send + Sync {
     /// Binds the device that the host knows as `name` (a VFIO cdev's path; an emulated device's
     /// name) and returns its object. The device starts blocked, until it is attached.

@@ -86,6 +86,7 @@ pub struct HwptFlags {
 
 /// The format of the new HWPT's user-owned tables (`data_type` and what it points to).
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum HwptData {
     /// `IOMMU_HWPT_DATA_NONE`: a HWPT_PAGING, filled from its IOAS.
     None,
@@ -127,6 +128,7 @@ pub struct HwptAlloc {
 
 /// An array of invalidations of one format (`struct iommu_hwpt_invalidate`).
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum InvalidateData<'a> {
     /// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`. Addresses in bytes, counts in 4 KiB pages; `addr = 0,
     /// npages = u64::MAX` is everything.
@@ -217,6 +219,7 @@ impl From<super::HostError> for InvalidateError {
 
 /// The IOMMU of a device and its registers (`IOMMU_GET_HW_INFO`).
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum HwInfoData {
     /// `IOMMU_HW_INFO_TYPE_NONE`.
     None,
@@ -257,6 +260,7 @@ pub struct HwInfo {
 
 /// Kinds of vIOMMU (`enum iommu_viommu_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ViommuKind {
     /// `IOMMU_VIOMMU_TYPE_DEFAULT`: no driver supports it.
     Default,
@@ -365,6 +369,7 @@ pub const VEVENTQ_ARM_SMMUV3: u32 =
 
 /// A record of a vEVENTQ (`struct iommufd_vevent_header` and its data).
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Vevent {
     /// An event of the vIOMMU.
     Event {

@@ -50,6 +50,7 @@ pub struct DeviceInfo {
 
 /// What nesting refuses, or what the host refused it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NestingError {
     /// A host call failed.
     #[error("{what}: {source}")]

@@ -30,6 +30,47 @@ type Wrap = Box<dyn FnOnce(Arc<Smmu>) -> Arc<dyn EventTarget>>;
 /// Makes a [`Smmuv3`].
 ///
 /// Used like [`VtdBuilder`](super::VtdBuilder), which has an example.
+///
+/// ```
+/// # #[cfg(feature = "test-support")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::sync::Arc;
+/// use twostage::iommufd::{Protection, UserMemory};
+/// use twostage::nesting::GuestIoas;
+/// use twostage::spec::pci::Bdf;
+/// use twostage::unit::Smmuv3Builder;
+/// use twostage::viommu::smmuv3::{SmmuInterrupt, SmmuInterrupts};
+/// use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+/// # use twostage::iommufd::fake::RecordingHost;
+///
+/// struct Interrupts;
+/// impl SmmuInterrupts for Interrupts {
+///     fn message(&self, _address: u64, _data: u32) -> bool {
+///         true // The virtual machine's interrupt controller took it.
+///     }
+///     fn wire(&self, _interrupt: SmmuInterrupt) {
+///         // Only if the guest has not set up messages.
+///     }
+/// }
+///
+/// // A host, and a device bound to it. With the kernel's: `KernelHost` and `device_bind`.
+/// # let (host, nic) = RecordingHost::with_smmuv3();
+/// let region = Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x10_0000, None)?);
+/// let memory = GuestMemoryMmap::from_arc_regions(vec![region.clone()])?;
+/// let ioas = GuestIoas::new(host)?;
+/// ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+///
+/// // Its Requester ID is also its StreamID.
+/// let slot = Bdf::new(0, 4, 0).ok_or("no such slot")?;
+/// let smmu = Smmuv3Builder::new(ioas, Arc::new(memory), Arc::new(Interrupts))
+///     .device(slot, nic, "nic0")
+///     .build()?;
+/// assert!(smmu.config().granule_4k);
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "test-support"))]
+/// # fn main() {}
+/// ```
 #[must_use = "nothing exists before build() or restore()"]
 pub struct Smmuv3Builder {
     ioas: Arc<GuestIoas>,
@@ -221,6 +262,49 @@ fn take_in(nesting: &SmmuNesting, device: &NewDevice) -> Result<HostSmmu, AddErr
 ///
 /// All verbs may be called from any thread. Adding and removing devices exclude each other. On
 /// drop, it is halted and shut down; errors are then logged.
+///
+/// Moved to another host, with guest memory as it was:
+///
+/// ```
+/// # #[cfg(feature = "test-support")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::sync::Arc;
+/// # use twostage::iommufd::fake::RecordingHost;
+/// # use twostage::nesting::GuestIoas;
+/// # use twostage::spec::pci::Bdf;
+/// # use twostage::unit::Smmuv3Builder;
+/// # use twostage::viommu::smmuv3::{SmmuInterrupt, SmmuInterrupts};
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// # struct Messages;
+/// # impl SmmuInterrupts for Messages {
+/// #     fn message(&self, _: u64, _: u32) -> bool {
+/// #         true
+/// #     }
+/// #     fn wire(&self, _: SmmuInterrupt) {}
+/// # }
+/// # let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)])?);
+/// # let slot = Bdf::new(0, 4, 0).ok_or("no such slot")?;
+/// let builder = |host| -> Result<Smmuv3Builder, Box<dyn std::error::Error>> {
+///     Ok(Smmuv3Builder::new(GuestIoas::new(host)?, memory.clone(), Arc::new(Messages)))
+/// };
+/// # let (host, nic) = RecordingHost::with_smmuv3();
+/// let smmu = builder(host)?.device(slot, nic, "nic0").build()?;
+/// let state = smmu.snapshot()?;
+/// smmu.shutdown()?;
+///
+/// # let (other_host, nic) = RecordingHost::with_smmuv3();
+/// let smmu = builder(other_host)?.device(slot, nic, "nic0").restore(&state)?;
+/// smmu.model().drain_queue();
+/// assert_eq!(smmu.snapshot()?, state);
+///
+/// // Devices come and go while the guest runs.
+/// smmu.remove_device(slot)?;
+/// smmu.add_device(slot, nic, "nic0")?;
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "test-support"))]
+/// # fn main() {}
+/// ```
 pub struct Smmuv3 {
     model: Arc<Smmu>,
     nesting: Arc<SmmuNesting>,

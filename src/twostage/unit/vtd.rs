@@ -268,6 +268,46 @@ fn take_in(
 ///
 /// All verbs may be called from any thread. Adding and removing devices exclude each other. On
 /// drop, it is halted and shut down; errors are then logged.
+///
+/// Moved to another host, with guest memory as it was:
+///
+/// ```
+/// # #[cfg(feature = "test-support")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::sync::Arc;
+/// # use twostage::iommufd::fake::RecordingHost;
+/// # use twostage::nesting::GuestIoas;
+/// # use twostage::spec::pci::Bdf;
+/// # use twostage::unit::VtdBuilder;
+/// # use twostage::viommu::InterruptSink;
+/// # use vm_memory::{GuestAddress, GuestMemoryMmap};
+/// # struct Messages;
+/// # impl InterruptSink for Messages {
+/// #     fn send_msi(&self, _: u64, _: u32) {}
+/// # }
+/// # let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)])?);
+/// # let slot = Bdf::new(0, 4, 0).ok_or("no such slot")?;
+/// let builder = |host| -> Result<VtdBuilder, Box<dyn std::error::Error>> {
+///     Ok(VtdBuilder::new(GuestIoas::new(host)?, memory.clone(), Arc::new(Messages)))
+/// };
+/// # let (host, nic) = RecordingHost::with_vtd();
+/// let vtd = builder(host)?.device(slot, nic, "nic0").build()?;
+/// let state = vtd.snapshot()?;
+/// vtd.shutdown()?;
+///
+/// # let (other_host, nic) = RecordingHost::with_vtd();
+/// let vtd = builder(other_host)?.device(slot, nic, "nic0").restore(&state)?;
+/// vtd.model().drain_queue();
+/// assert_eq!(vtd.snapshot()?, state);
+///
+/// // Devices come and go while the guest runs.
+/// vtd.remove_device(slot)?;
+/// vtd.add_device(slot, nic, "nic0")?;
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "test-support"))]
+/// # fn main() {}
+/// ```
 pub struct Vtd {
     model: Arc<VtdIommu>,
     nesting: Arc<VtdNesting>,

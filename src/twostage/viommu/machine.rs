@@ -88,6 +88,49 @@ pub trait InterruptSink: Send + Sync {
 
 /// How a virtual IOMMU handles the interrupts of the functions behind it. May be called from any
 /// thread, also by an [`InterruptListener`].
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use twostage::viommu::vtd::{Invalidation, RequesterConfig, VtdConfig, VtdHostSide, VtdIommu};
+/// # use twostage::viommu::{HostSideError, Requester};
+/// use twostage::spec::pci::Bdf;
+/// use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
+///
+/// struct Lapics;
+/// impl InterruptSink for Lapics {
+///     fn send_msi(&self, address: u64, data: u32) {
+///         println!("{data:#x} to {address:#x}");
+///     }
+/// }
+/// /// An emulated device sends the message that the guest gave it.
+/// fn interrupt(remapper: &dyn InterruptRemapper, device: Bdf, message: MsiMessage) {
+///     if !remapper.send_remapped(device, message, &Lapics) {
+///         println!("blocked; the guest finds a fault record");
+///     }
+/// }
+/// # #[derive(Debug)]
+/// # struct Host;
+/// # impl VtdHostSide for Host {
+/// #     fn configure(&self, _: Requester, _: &RequesterConfig) -> Result<(), HostSideError> {
+/// #         Ok(())
+/// #     }
+/// #     fn invalidate(&self, _: &[Invalidation]) -> Result<(), HostSideError> {
+/// #         Ok(())
+/// #     }
+/// # }
+/// # impl InterruptSink for Host {
+/// #     fn send_msi(&self, _: u64, _: u32) {}
+/// # }
+/// # let memory = Arc::new(vm_memory::GuestMemoryMmap::<()>::new());
+/// # let host = Arc::new(Host);
+/// # let config = VtdConfig::default().with_interrupt_remapping(true);
+/// # let unit = VtdIommu::new(&config, memory, host.clone(), host, None)?;
+/// # let device = Bdf::new(0, 4, 0).ok_or("no such slot")?;
+/// // From `Vtd::interrupt_remapper`, for example.
+/// let remapper: &dyn InterruptRemapper = &*unit;
+/// interrupt(remapper, device, MsiMessage { address: 0xfee0_0000, data: 0x41 });
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait InterruptRemapper: Send + Sync {
     /// `source` sends `message`: `sink` receives the remapped message. Returns `false` when it is
     /// blocked; the fault has then been recorded. A change completes only after interrupts under

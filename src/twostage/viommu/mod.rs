@@ -14,6 +14,18 @@
 //! `state` (and statistics), `restore` (and snapshot, and reset). What is the same protocol is in
 //! `ledger`. [`routes`] is for VMMs whose hypervisor sends remapped messages by itself.
 
+/// Setters of a configuration, to be called in a chain: `with_x x: T` sets the field `x`.
+macro_rules! setters {
+    ($($with:ident $field:ident: $type:ty;)*) => {$(
+        #[doc = concat!("Sets [`Self::", stringify!($field), "`].")]
+        #[must_use]
+        pub fn $with(mut self, $field: $type) -> Self {
+            self.$field = $field;
+            self
+        }
+    )*};
+}
+
 mod host_side;
 mod ledger;
 mod machine;

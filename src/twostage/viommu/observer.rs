@@ -13,6 +13,7 @@ use crate::spec::vtd::fault::FaultReason;
 
 /// One register access by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RegisterAccess {
     /// The specification's name of the register.
     pub name: &'static str,
@@ -28,6 +29,7 @@ pub struct RegisterAccess {
 
 /// What happened to a fault of a DMA or interrupt request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FaultOutcome {
     /// It is in a fault record.
     Recorded,

@@ -228,16 +228,14 @@ fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
 fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
     let offered =
         |granule| options.granules.as_ref().is_none_or(|granules| granules.contains(&granule));
-    SmmuConfig {
-        input_bits: options.address_width,
-        granule_4k: offered(Granule::K4),
-        granule_16k: offered(Granule::K16),
-        granule_64k: offered(Granule::K64),
-        require_granules: options.granules.is_some(),
-        range_invalidation: options.range_invalidation.unwrap_or(true),
-        require_range_invalidation: options.range_invalidation == Some(true),
-        substream_bits: options.substream_bits,
-        ats: options.ats,
-        ..SmmuConfig::default()
-    }
+    SmmuConfig::default()
+        .with_input_bits(options.address_width)
+        .with_granule_4k(offered(Granule::K4))
+        .with_granule_16k(offered(Granule::K16))
+        .with_granule_64k(offered(Granule::K64))
+        .with_require_granules(options.granules.is_some())
+        .with_range_invalidation(options.range_invalidation.unwrap_or(true))
+        .with_require_range_invalidation(options.range_invalidation == Some(true))
+        .with_substream_bits(options.substream_bits)
+        .with_ats(options.ats)
 }

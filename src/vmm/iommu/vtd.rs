@@ -134,15 +134,13 @@ fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
 
 /// What the guest is to be offered.
 fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
-    VtdConfig {
-        address_width: config.address_width,
-        pasid_bits: config.pasid_bits,
-        second_stage: config.second_stage,
-        caching_mode: config.caching_mode,
-        device_iotlb: config.ats,
-        interrupt_remapping,
-        ..VtdConfig::default()
-    }
+    VtdConfig::default()
+        .with_address_width(config.address_width)
+        .with_pasid_bits(config.pasid_bits)
+        .with_second_stage(config.second_stage)
+        .with_caching_mode(config.caching_mode)
+        .with_device_iotlb(config.ats)
+        .with_interrupt_remapping(interrupt_remapping)
 }
 
 /// The guest's context and PASID tables, for the sanitizer.

@@ -6,7 +6,6 @@
 use proptest::prelude::*;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::qi::{ContextScope, Descriptor, PasidCacheScope};
-use twostage::viommu::vtd::VtdConfig;
 use twostage_emulated::VtdUnitConfig;
 
 use super::granularity::{by_queue, by_register, context, pasid_cache};
@@ -180,7 +179,7 @@ fn run(
 
 fn machine() -> Machine {
     let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
-    Machine::with(unit, VtdConfig { second_stage: true, ..vtd_config() })
+    Machine::with(unit, vtd_config().with_second_stage(true))
 }
 
 fn set_legacy(machine: &Machine, requester: &Requester, entry: Entry) {

@@ -11,7 +11,6 @@ use twostage::spec::vtd::first_stage::FirstStageEntry;
 use twostage::spec::vtd::qi::{AddressMask, ContextScope, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs::{self, Ccmd, Ecap, IotlbReg, Iva};
 use twostage::spec::vtd::second_stage::SecondStageEntry;
-use twostage::viommu::vtd::VtdConfig;
 use twostage_emulated::kit::Mmio;
 use twostage_emulated::VtdUnitConfig;
 
@@ -209,7 +208,7 @@ impl Bench {
     /// On a unit that also supports guest-owned second-stage tables.
     fn new(formats: &[&'static dyn Format]) -> Self {
         let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
-        let machine = Machine::with(unit, VtdConfig { second_stage: true, ..vtd_config() });
+        let machine = Machine::with(unit, vtd_config().with_second_stage(true));
         caches::number_pages(&machine.guest);
         let spaces = formats.iter().map(|format| Space::new(&machine.guest, *format)).collect();
         Self { machine, spaces, users: Vec::new(), caches: RefCell::default() }

@@ -6,7 +6,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use twostage::spec::vtd::fault::FaultReason;
-use twostage::viommu::vtd::VtdConfig;
 use twostage_emulated::{DmaAttributes, VtdUnitConfig};
 use vm_memory::{Bytes, GuestAddress, IommuMemory};
 
@@ -17,7 +16,7 @@ use crate::common::{A, B, PAGE};
 
 /// A machine without caching mode, whose guest has an empty root table.
 fn untold() -> Machine {
-    let config = VtdConfig { caching_mode: false, second_stage: true, ..vtd_config() };
+    let config = vtd_config().with_caching_mode(false).with_second_stage(true);
     let machine = Machine::with(VtdUnitConfig::default(), config);
     machine.guest.enable();
     machine
@@ -84,7 +83,7 @@ fn an_entry_that_becomes_right_is_found_too() {
 
 #[test]
 fn a_legacy_entry_and_the_pages_below_it_are_found() {
-    let config = VtdConfig { caching_mode: false, second_stage: true, ..vtd_config() };
+    let config = vtd_config().with_caching_mode(false).with_second_stage(true);
     let machine = Machine::with(VtdUnitConfig::default(), config);
     let guest = &machine.guest;
     guest.enable_legacy(true);

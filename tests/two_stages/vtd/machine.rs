@@ -103,7 +103,7 @@ impl ContextTables for Contexts {
 
 /// The virtual unit's configuration, as far as the host supports it.
 pub fn vtd_config() -> VtdConfig {
-    VtdConfig { pasid_bits: Some(PASID_BITS), ..VtdConfig::default() }
+    VtdConfig::default().with_pasid_bits(Some(PASID_BITS))
 }
 
 /// A host with one unit and two unbound devices; every call of it can be made to fail.

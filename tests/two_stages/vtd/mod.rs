@@ -16,7 +16,6 @@ use machine::{vtd_config, Machine};
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs;
-use twostage::viommu::vtd::VtdConfig;
 use twostage_emulated::kit::{vtd as guest, Mmio};
 use twostage_emulated::{
     ContextInvalidation, DmaError, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
@@ -255,7 +254,7 @@ fn what_could_not_be_blocked_is_by_a_later_invalidation_that_completes() {
 /// A machine whose guest may use second-stage tables, and device A is on one.
 fn second_stage() -> (Machine, u64) {
     let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
-    let machine = Machine::with(unit, VtdConfig { second_stage: true, ..vtd_config() });
+    let machine = Machine::with(unit, vtd_config().with_second_stage(true));
     let guest = &machine.guest;
     let (table, page) = (guest.page(), guest.page());
     guest.map_second_stage(table, IOVA, page, true);
@@ -286,7 +285,7 @@ fn second_stage_tables_of_the_guest_go_through_the_host_s() {
 fn second_stage_tables_are_not_offered_where_the_host_cannot_walk_them() {
     let (host, unit) =
         machine::host(VtdUnitConfig { guest_second_stage: false, ..VtdUnitConfig::default() });
-    let config = VtdConfig { second_stage: true, ..vtd_config() };
+    let config = vtd_config().with_second_stage(true);
     let error = Machine::on(host, unit, config).err().unwrap();
     assert!(error.contains("lacks guest_second_stage"), "{error}");
 }

@@ -16,6 +16,7 @@ use twostage::iommufd::{HwptFlags, ObjectId, PageRequest};
 /// Kinds of objects, with the names of Linux's documentation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub enum ObjectKind {
     /// An I/O address space.
     #[cfg_attr(feature = "serde", serde(rename = "IOAS"))]

@@ -120,6 +120,7 @@ impl SmmuV3Unit {
 twostage::counters! {
     /// Counters of an emulated SMMUv3.
     #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+    #[non_exhaustive]
     pub struct SmmuV3Counters from Totals {
         /// Requests that the IOTLB served.
         iotlb_hits,

@@ -131,6 +131,7 @@ impl Hardware for VtdUnit {
 twostage::counters! {
     /// Counters of an emulated VT-d unit.
     #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+    #[non_exhaustive]
     pub struct VtdCounters from Totals {
         /// Requests that the IOTLB served.
         iotlb_hits,

@@ -14,11 +14,11 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 
 use super::{
-    iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate, DirtyRange, Errno,
-    EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostFault, HostIommu, HwInfo,
-    HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
-    Protection, Result, UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3,
-    VTD_INV_FLAGS_LEAF,
+    iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, iommu_hwpt_vtd_s1_invalidate,
+    iommu_viommu_arm_smmuv3_invalidate, DirtyRange, Errno, EventQueue, Extensions, FaultQueue,
+    FaultSink, HostError, HostFault, HostIommu, HwCapabilities, HwInfo, HwInfoData, HwptAlloc,
+    HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
+    UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3, VTD_INV_FLAGS_LEAF,
 };
 use state::{Events, Object, OpenEvents, SilentQueue, State};
 
@@ -33,6 +33,30 @@ impl RecordingHost {
     /// A host without objects that offers `extensions`.
     pub fn new(extensions: Extensions) -> Arc<Self> {
         Arc::new(Self { extensions, state: Mutex::default() })
+    }
+
+    /// A host with a bound device behind a VT-d that nests and has PASIDs.
+    pub fn with_vtd() -> (Arc<Self>, ObjectId) {
+        // CAP: addresses of 48 bits. ECAP: first stage, PASIDs of 20 bits, nesting.
+        let (cap_reg, ecap_reg) = (47 << 16, 1 << 43 | 1 << 40 | 19 << 35 | 1 << 26);
+        let unit = iommu_hw_info_vtd { cap_reg, ecap_reg, ..Default::default() };
+        Self::with_device(HwInfoData::Vtd(unit), 20)
+    }
+
+    /// A host with a bound device behind an SMMUv3 that nests and has SubstreamIDs.
+    pub fn with_smmuv3() -> (Arc<Self>, ObjectId) {
+        // IDR0: AArch64 tables, ASIDs of 16 bits, two-level tables. IDR1: StreamIDs of
+        // 32 bits, SubstreamIDs of 6. IDR3: invalidation by range. IDR5: every granule.
+        let idr = [0x0808_100c, 6 << 6 | 32, 0, 1 << 10, 0, 0x70];
+        let unit = iommu_hw_info_arm_smmuv3 { idr, aidr: 3, ..Default::default() };
+        Self::with_device(HwInfoData::ArmSmmuV3(unit), 6)
+    }
+
+    fn with_device(data: HwInfoData, max_pasid_log2: u8) -> (Arc<Self>, ObjectId) {
+        let host = Self::new(Extensions { fault_reports: true, ..Extensions::default() });
+        let info = HwInfo { data, capabilities: HwCapabilities::new(), max_pasid_log2 };
+        let dev = host.add_device(0, info);
+        (host, dev)
     }
 
     /// A bound device behind the physical IOMMU number `iommu`. Not recorded as a call.

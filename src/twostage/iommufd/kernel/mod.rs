@@ -40,6 +40,16 @@ use ioctls::{errno_of, VfioCdev};
 ///
 /// When a *replacing* attach fails, Linux's VT-d driver may have blocked the device, although
 /// [`HostIommu`](crate::iommufd::HostIommu) promises that nothing has changed: callers detach then.
+///
+/// ```no_run
+/// use std::path::Path;
+/// use twostage::iommufd::{HostIommu, KernelHost};
+///
+/// let host = KernelHost::open(Path::new("/dev/iommu"))?;
+/// let nic = host.device_bind("/sys/bus/pci/devices/0000:01:00.0")?;
+/// println!("{:?}", host.get_hw_info(nic)?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct KernelHost {
     // Fields are closed in this order: unbinding ends the use of the iommufd, and memory is
     // released when the kernel can no longer look up its pages.

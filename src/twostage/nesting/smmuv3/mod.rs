@@ -235,6 +235,7 @@ impl Drop for SmmuNesting {
 /// The host objects of one virtual SMMUv3.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct SmmuObjects {
     /// The IOAS, until shutdown.
     pub ioas: Option<ObjectId>,
@@ -249,6 +250,7 @@ pub struct SmmuObjects {
 /// The part of the physical SMMU that a virtual SMMUv3 has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct UnitObjects {
     /// The nesting parent, on the IOAS.
     pub parent: ObjectId,
@@ -261,6 +263,7 @@ pub struct UnitObjects {
 /// A device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct DeviceObjects {
     /// Its identity for the guest.
     pub stream: StreamId,
@@ -276,6 +279,7 @@ pub struct DeviceObjects {
 /// A `HWPT_NESTED`, on the vIOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct NestedObject {
     /// The object.
     pub hwpt: ObjectId,
@@ -289,6 +293,7 @@ crate::counters! {
     /// Counters of a [`SmmuNesting`]. Those of events may change while they are read; the
     /// others are a snapshot.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    #[non_exhaustive]
     pub struct SmmuNestingCounters {
         /// `HWPT_NESTED` objects allocated.
         nested_allocs,

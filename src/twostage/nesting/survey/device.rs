@@ -21,6 +21,7 @@ const AMD: u32 = iommufd_bindings::iommu_hw_info_type_IOMMU_HW_INFO_TYPE_AMD;
 /// What a device offers for nesting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct DeviceReport {
     /// The device's name as given.
     pub name: String,
@@ -57,6 +58,7 @@ pub struct DeviceReport {
 /// The PASIDs of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct PasidReport {
     /// Their width in bits; 0 for none.
     pub bits: u8,
@@ -67,6 +69,7 @@ pub struct PasidReport {
 /// IOVAs that cannot be mapped, bounds included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct Region {
     /// The first one.
     pub first: u64,
@@ -80,6 +83,7 @@ pub struct Region {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
 pub enum RegionKind {
     /// Interrupt messages, which are not translated.
     Msi,

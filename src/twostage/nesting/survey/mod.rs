@@ -22,8 +22,26 @@ pub use offer::hexadecimal;
 pub use offer::{Offer, OfferError, OfferKind};
 
 /// Devices, and the virtual IOMMU that could be in front of all of them.
+///
+/// ```no_run
+/// # #[cfg(feature = "kernel")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::path::Path;
+/// use twostage::iommufd::KernelHost;
+/// use twostage::nesting::survey::{survey, NestingReport};
+///
+/// let host = KernelHost::open(Path::new("/dev/iommu"))?;
+/// let devices = ["/sys/bus/pci/devices/0000:01:00.0".to_owned()];
+/// let report = NestingReport::new(&survey(&host, &devices)?);
+/// println!("{report}");
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "kernel"))]
+/// # fn main() {}
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct NestingReport {
     /// Each device by itself.
     pub devices: Vec<DeviceReport>,

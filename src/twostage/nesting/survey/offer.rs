@@ -15,6 +15,7 @@ use crate::viommu::{CapabilityConflict, IntersectError};
 /// The most that one virtual IOMMU for all devices can offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct Offer {
     /// Its kind.
     pub kind: OfferKind,
@@ -49,6 +50,7 @@ pub fn hexadecimal<S: serde::Serializer>(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+#[non_exhaustive]
 pub enum OfferKind {
     /// VT-d.
     Vtd,
@@ -58,6 +60,7 @@ pub enum OfferKind {
 
 /// Why one virtual IOMMU cannot be in front of all devices.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OfferError {
     /// There is no device.
     #[error("no device is given")]

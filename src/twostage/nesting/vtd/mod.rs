@@ -164,6 +164,7 @@ impl Drop for VtdNesting {
 crate::counters! {
     /// Counters of a [`VtdNesting`]: a snapshot.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    #[non_exhaustive]
     pub struct VtdNestingCounters {
         /// `HWPT_NESTED` objects allocated.
         nested_allocs,

@@ -18,12 +18,22 @@ const MIN_QUEUE_BITS: u8 = 7;
 const LITTLE_ENDIAN: u8 = 0b10;
 
 /// What the virtual SMMUv3 offers to the guest.
+///
+/// ```
+/// use twostage::viommu::smmuv3::SmmuConfig;
+///
+/// let config = SmmuConfig::default().with_substream_bits(Some(8)).with_ats(true);
+/// config.check()?;
+/// assert!(config.with_stream_bits(33).check().is_err());
+/// # Ok::<(), twostage::viommu::smmuv3::SmmuConfigError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct SmmuConfig {
     /// Width of StreamIDs in bits, 1 to 32. 16 cover every PCI function of a segment.
     pub stream_bits: u8,
@@ -102,6 +112,7 @@ impl Default for SmmuConfig {
 
 /// An invalid configuration of a virtual SMMUv3.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SmmuConfigError {
     /// StreamIDs have 1 to 32 bits.
     #[error("{0} StreamID bits are not possible; use 1 to 32")]
@@ -130,9 +141,35 @@ pub enum SmmuConfigError {
          2^{MAX_QUEUE_BITS}"
     )]
     QueueBits(u8),
+    /// AIDR has four bits for it.
+    #[error("SMMUv3.{0} is not possible; use SMMUv3.0 to SMMUv3.15")]
+    MinorRevision(u8),
 }
 
 impl SmmuConfig {
+    setters! {
+        with_stream_bits stream_bits: u8;
+        with_substream_bits substream_bits: Option<u8>;
+        with_input_bits input_bits: u8;
+        with_output_bits output_bits: u8;
+        with_granule_4k granule_4k: bool;
+        with_granule_16k granule_16k: bool;
+        with_granule_64k granule_64k: bool;
+        with_require_granules require_granules: bool;
+        with_asid16 asid16: bool;
+        with_two_level_contexts two_level_contexts: bool;
+        with_range_invalidation range_invalidation: bool;
+        with_require_range_invalidation require_range_invalidation: bool;
+        with_break_before_make_level break_before_make_level: u8;
+        with_ats ats: bool;
+        with_msi msi: bool;
+        with_command_queue_bits command_queue_bits: u8;
+        with_event_queue_bits event_queue_bits: u8;
+        with_always_abort always_abort: bool;
+        with_host_stalls host_stalls: bool;
+        with_minor_revision minor_revision: u8;
+    }
+
     /// Whether the settings are consistent.
     ///
     /// # Errors
@@ -166,6 +203,9 @@ impl SmmuConfig {
                 return Err(SmmuConfigError::QueueBits(bits));
             }
         }
+        if self.minor_revision > 15 {
+            return Err(SmmuConfigError::MinorRevision(self.minor_revision));
+        }
         Ok(())
     }
 
@@ -183,6 +223,7 @@ impl SmmuConfig {
 
 /// The identification registers of a virtual SMMUv3, and what they cannot express.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Capabilities {
     /// IDR0.
     pub idr0: Idr0,
@@ -291,6 +332,7 @@ mod tests {
         assert_eq!(with(level), SmmuConfigError::BreakBeforeMakeLevel(3));
         assert_eq!(with(|c| c.command_queue_bits = 6), SmmuConfigError::QueueBits(6));
         assert_eq!(with(|c| c.event_queue_bits = 20), SmmuConfigError::QueueBits(20));
+        assert_eq!(with(|c| c.minor_revision = 16), SmmuConfigError::MinorRevision(16));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::viommu::TableMemory;
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct FaultLog {
     /// IRQ_CTRL and IRQ_CTRLACK, which are always equal.
     pub irq_ctrl: IrqCtrl,
@@ -119,6 +120,7 @@ impl FaultLog {
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct EventQueue {
     /// CR0.EVENTQEN, as in effect.
     pub enabled: bool,
@@ -201,6 +203,7 @@ impl EventQueue {
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct GlobalErrors {
     /// GERROR: toggled by the SMMU.
     pub gerror: Gerror,
@@ -257,6 +260,7 @@ pub trait SmmuInterrupts: Send + Sync {
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct InterruptConfig {
     /// CFG0: the address of the message.
     pub address: IrqCfg0,

@@ -64,6 +64,46 @@ use requesters::{Decision, Streams};
 use state::Counters;
 
 /// A virtual SMMUv3.
+///
+/// With [`unit`](crate::unit), its host side is there already. With one of your own:
+///
+/// ```
+/// use std::sync::Arc;
+/// use twostage::spec::smmuv3::command::Command;
+/// use twostage::spec::smmuv3::{regs, StreamId};
+/// use twostage::viommu::smmuv3::{
+///     Smmu, SmmuConfig, SmmuHostSide, SmmuInterrupt, SmmuInterrupts, SmmuInvalidateError,
+///     StreamPolicy,
+/// };
+/// use twostage::viommu::HostSideError;
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+///
+/// #[derive(Debug)]
+/// struct Host;
+/// impl SmmuHostSide for Host {
+///     fn configure(&self, who: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError> {
+///         println!("{who}: {policy:?}");
+///         Ok(())
+///     }
+///     fn invalidate(&self, _commands: &[Command]) -> Result<(), SmmuInvalidateError> {
+///         Ok(())
+///     }
+/// }
+/// impl SmmuInterrupts for Host {
+///     fn message(&self, _address: u64, _data: u32) -> bool {
+///         true
+///     }
+///     fn wire(&self, _interrupt: SmmuInterrupt) {}
+/// }
+///
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)])?;
+/// let (memory, host) = (Arc::new(memory), Arc::new(Host));
+/// let smmu = Smmu::new(&SmmuConfig::default(), memory, host.clone(), host, None)?;
+/// smmu.add_device(StreamId(0x20))?; // prints: 0x20: GlobalBypass
+/// let mut idr0 = [0; 4];
+/// smmu.mmio_read(regs::IDR0, &mut idr0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Smmu {
     config: SmmuConfig,
     caps: Capabilities,

@@ -21,6 +21,7 @@ pub(super) const MODEL: &str = "SMMUv3";
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct Registers {
     /// CR0, as written.
     pub cr0: Cr0,
@@ -82,6 +83,7 @@ impl Registers {
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct TableRegisters {
     /// STRTAB_BASE.
     pub base: StrtabBase,
@@ -95,6 +97,48 @@ pub struct TableRegisters {
 /// before it reads anything else, and all formats refuse fields that are unknown. What the host has
 /// for the SMMU, caches included, is not part of it: that follows from the decisions. So does what
 /// is left of the command queue, from CMDQ_CONS.
+///
+/// ```
+/// # #[cfg(feature = "serde")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use twostage::viommu::smmuv3::SmmuState;
+/// # use std::sync::Arc;
+/// # use twostage::spec::smmuv3::{command::Command, StreamId};
+/// # use twostage::viommu::smmuv3::*;
+/// # use twostage::viommu::HostSideError;
+/// # #[derive(Debug)]
+/// # struct Host;
+/// # impl SmmuHostSide for Host {
+/// #     fn configure(&self, _: StreamId, _: &StreamPolicy) -> Result<(), HostSideError> {
+/// #         Ok(())
+/// #     }
+/// #     fn invalidate(&self, _: &[Command]) -> Result<(), SmmuInvalidateError> {
+/// #         Ok(())
+/// #     }
+/// # }
+/// # impl SmmuInterrupts for Host {
+/// #     fn message(&self, _: u64, _: u32) -> bool {
+/// #         true
+/// #     }
+/// #     fn wire(&self, _: SmmuInterrupt) {}
+/// # }
+/// # let memory = Arc::new(vm_memory::GuestMemoryMmap::<()>::new());
+/// # let host = Arc::new(Host);
+/// # let smmu = Smmu::new(&SmmuConfig::default(), memory, host.clone(), host, None)?;
+///
+/// let state = smmu.snapshot()?;
+/// let file = serde_json::to_string(&state)?;
+/// let read: SmmuState = serde_json::from_str(&file)?;
+/// assert_eq!(read, state);
+///
+/// let newer = file.replacen("\"version\":1", "\"version\":9", 1);
+/// let error = serde_json::from_str::<SmmuState>(&newer).unwrap_err();
+/// assert!(error.to_string().contains("has version 9"));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "serde"))]
+/// # fn main() {}
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -179,6 +223,7 @@ impl From<DecisionState> for Given {
 crate::counters! {
     /// Statistics of a virtual SMMUv3.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    #[non_exhaustive]
     pub struct SmmuCounters;
     /// The counters as they run: a snapshot reads one after the other, not all at one moment.
     running pub(super) struct Counters of Counter {

@@ -21,12 +21,22 @@ const MHMV: u8 = 15;
 const MAMV: u8 = 18;
 
 /// What the virtual VT-d offers to the guest.
+///
+/// ```
+/// use twostage::viommu::vtd::VtdConfig;
+///
+/// let config = VtdConfig::default().with_address_width(57).with_interrupt_remapping(true);
+/// config.check()?;
+/// assert!(config.with_pasid_bits(Some(21)).check().is_err());
+/// # Ok::<(), twostage::viommu::vtd::VtdConfigError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct VtdConfig {
     /// Width of IOVAs in bits: 48, or 57 for 5-level tables.
     pub address_width: u8,
@@ -85,6 +95,7 @@ impl Default for VtdConfig {
 
 /// An invalid configuration of a virtual VT-d.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum VtdConfigError {
     /// The address width is neither 48 nor 57.
     #[error("address width {0} is not supported; it is 48 or 57")]
@@ -104,6 +115,22 @@ pub enum VtdConfigError {
 }
 
 impl VtdConfig {
+    setters! {
+        with_address_width address_width: u8;
+        with_pasid_bits pasid_bits: Option<u8>;
+        with_scalable_mode scalable_mode: bool;
+        with_second_stage second_stage: bool;
+        with_caching_mode caching_mode: bool;
+        with_device_iotlb device_iotlb: bool;
+        with_interrupt_remapping interrupt_remapping: bool;
+        with_first_stage_1g first_stage_1g: bool;
+        with_supervisor_requests supervisor_requests: bool;
+        with_extended_accessed extended_accessed: bool;
+        with_snoop_control snoop_control: bool;
+        with_coherent_walks coherent_walks: bool;
+        with_fault_records fault_records: u16;
+    }
+
     /// Whether the settings are consistent.
     ///
     /// # Errors
@@ -131,6 +158,7 @@ impl VtdConfig {
 
 /// The capability registers of a virtual VT-d.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Capabilities {
     /// CAP.
     pub cap: Cap,

@@ -18,6 +18,7 @@ use crate::viommu::MsiMessage;
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct FaultLog {
     /// FSTS.
     pub status: Fsts,
@@ -178,6 +179,7 @@ fn dma_record(fault: &DmaFault, reason: FaultReason) -> FaultRecord {
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct EventRegisters {
     /// FECTL, IECTL.
     pub control: EventControl,

@@ -76,6 +76,40 @@ use state::Counters;
 const REMOVED_AT_ONCE: u32 = 32;
 
 /// A virtual VT-d unit.
+///
+/// With [`unit`](crate::unit), its host side is there already. With one of your own:
+///
+/// ```
+/// use std::sync::Arc;
+/// use twostage::spec::pci::Bdf;
+/// use twostage::spec::vtd::regs;
+/// use twostage::viommu::vtd::{Invalidation, RequesterConfig, VtdConfig, VtdHostSide, VtdIommu};
+/// use twostage::viommu::{HostSideError, InterruptSink, Requester};
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+///
+/// #[derive(Debug)]
+/// struct Host;
+/// impl VtdHostSide for Host {
+///     fn configure(&self, who: Requester, config: &RequesterConfig) -> Result<(), HostSideError> {
+///         println!("{who}: {:?}", config.policy);
+///         Ok(())
+///     }
+///     fn invalidate(&self, _batch: &[Invalidation]) -> Result<(), HostSideError> {
+///         Ok(())
+///     }
+/// }
+/// impl InterruptSink for Host {
+///     fn send_msi(&self, _address: u64, _data: u32) {}
+/// }
+///
+/// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)])?;
+/// let (memory, host) = (Arc::new(memory), Arc::new(Host));
+/// let unit = VtdIommu::new(&VtdConfig::default(), memory, host.clone(), host, None)?;
+/// unit.add_device(Bdf::new(0, 4, 0).ok_or("no such slot")?)?; // prints: 00:04.0: Bypass
+/// let mut version = [0; 4];
+/// unit.mmio_read(regs::VER, &mut version);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct VtdIommu {
     config: VtdConfig,
     caps: Capabilities,

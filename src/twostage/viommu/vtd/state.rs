@@ -22,6 +22,7 @@ pub(super) const MODEL: &str = "VT-d";
     derive(serde::Serialize, serde::Deserialize),
     serde(deny_unknown_fields)
 )]
+#[non_exhaustive]
 pub struct Registers {
     /// GSTS.
     pub gsts: Gsts,
@@ -62,6 +63,44 @@ pub struct Registers {
 /// before it reads anything else, and all formats refuse fields that are unknown. What the host has
 /// for the unit, caches included, is not part of it: that follows from the decisions. So does what
 /// is left of the invalidation queue, from IQH.
+///
+/// ```
+/// # #[cfg(feature = "serde")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use twostage::viommu::vtd::VtdState;
+/// # use std::sync::Arc;
+/// # use twostage::viommu::vtd::{Invalidation, RequesterConfig, VtdConfig, VtdHostSide, VtdIommu};
+/// # use twostage::viommu::{HostSideError, InterruptSink, Requester};
+/// # #[derive(Debug)]
+/// # struct Host;
+/// # impl VtdHostSide for Host {
+/// #     fn configure(&self, _: Requester, _: &RequesterConfig) -> Result<(), HostSideError> {
+/// #         Ok(())
+/// #     }
+/// #     fn invalidate(&self, _: &[Invalidation]) -> Result<(), HostSideError> {
+/// #         Ok(())
+/// #     }
+/// # }
+/// # impl InterruptSink for Host {
+/// #     fn send_msi(&self, _: u64, _: u32) {}
+/// # }
+/// # let memory = Arc::new(vm_memory::GuestMemoryMmap::<()>::new());
+/// # let host = Arc::new(Host);
+/// # let unit = VtdIommu::new(&VtdConfig::default(), memory, host.clone(), host, None)?;
+///
+/// let state = unit.snapshot()?;
+/// let file = serde_json::to_string(&state)?;
+/// let read: VtdState = serde_json::from_str(&file)?;
+/// assert_eq!(read, state);
+///
+/// let newer = file.replacen("\"version\":1", "\"version\":9", 1);
+/// let error = serde_json::from_str::<VtdState>(&newer).unwrap_err();
+/// assert!(error.to_string().contains("has version 9"));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "serde"))]
+/// # fn main() {}
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -195,6 +234,7 @@ pub struct InterruptEntryState {
 crate::counters! {
     /// Statistics of a virtual VT-d.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    #[non_exhaustive]
     pub struct VtdCounters;
     /// The counters as they run: a snapshot reads one after the other, not all at one moment.
     running pub(super) struct Counters of Counter {

@@ -9,6 +9,7 @@ use twostage::spec::pci::Bdf;
 /// What the sanitizer of a unit found so far.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct SanitizerReport {
     /// Requesters whose DMA used a stale context: the first 64, each once, in ascending order.
     pub contexts: Vec<StaleContext>,
