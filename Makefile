@@ -30,7 +30,7 @@ help:
 	@echo 'make bench         benchmarks (criterion), then comparisons with QEMU'
 	@echo 'make compare-arm64 /dev/iommu calls for the same arm64 guest, compared with QEMU'"'"'s'
 	@echo 'make fuzz          10 million random sequences of ioctls, DMA and closes to the emulated'
-	@echo '                   host (nightly Rust)'
+	@echo '                   host, and a million changed snapshots (nightly Rust)'
 	@echo 'make loom          the lock-free gate of DMA lookups, in all thread interleavings'
 	@echo 'make tsan          concurrent DMA and changes for a minute under ThreadSanitizer (rustup)'
 	@echo 'make lint          format, clippy (for arm64, too), documentation, dependencies'
@@ -107,6 +107,7 @@ compare-arm64: binary-arm64
 fuzz:
 	@$(need) cc c++ cargo
 	scripts/check/fuzz ioctls 10000000
+	scripts/check/fuzz states 1000000
 
 # A separate target directory, as --cfg loom applies to all dependencies.
 loom:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a process can do to the emulated host, decoded from bytes.
+//! What a process can do to the emulated host, decoded from bytes; and ([`states`]) what a snapshot
+//! may contain.
 //!
 //! One execution is one process from start to end, on its own machine with two IOMMUs and three
 //! devices. It has two iommufds and a little memory; it makes ioctls on the iommufds and on
@@ -13,6 +14,7 @@
 
 mod access;
 mod process;
+pub mod states;
 mod table;
 mod value;
 

@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a file with a snapshot may contain after someone changed it, decoded from bytes.
+//!
+//! A snapshot with some of everything is changed here and there, as JSON. What can still be read is
+//! restored on a host that may refuse one call. That is refused with an error, and the host blocks
+//! everything; or the virtual IOMMU has that very state, and whatever is done with it next, nothing
+//! panics.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use serde_json::{json, Value};
+use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::command::Command;
+use twostage::spec::smmuv3::StreamId;
+use twostage::viommu::smmuv3::{
+    Smmu, SmmuConfig, SmmuHostSide, SmmuInterrupt, SmmuInterrupts, SmmuInvalidateError, SmmuState,
+    StreamPolicy,
+};
+use twostage::viommu::vtd::{
+    DmaFault, FaultTarget, Invalidation, Policy, RequesterConfig, VtdConfig, VtdHostSide, VtdIommu,
+    VtdState,
+};
+use twostage::viommu::{HostSideError, InterruptSink, Requester, RestoreError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Size of guest memory, in bytes.
+const MEMORY: u64 = 0x1_0000;
+/// Where queues are in it.
+const QUEUE: u64 = 0x8000;
+/// Maximum number of PASIDs of a state: more take too long.
+const MAX_PASIDS: u64 = 0x1000;
+
+/// Restores the state that `bytes` stand for.
+pub fn run(bytes: &[u8]) {
+    let mut input = Input(bytes.iter());
+    match input.byte() % 2 {
+        0 => vtd(&mut input),
+        _ => smmuv3(&mut input),
+    }
+}
+
+fn vtd(input: &mut Input<'_>) {
+    let mut value = vtd_value();
+    input.change(&mut value);
+    let Ok(state) = serde_json::from_value::<VtdState>(value) else { return };
+    let pasids = state.functions.iter().flat_map(|function| &function.pasids);
+    let pasids = pasids.map(|run| u64::from(run.last.saturating_sub(run.first)));
+    if pasids.sum::<u64>() > MAX_PASIDS {
+        return;
+    }
+    let host = input.host();
+    let restored = VtdIommu::restore(&state, input.memory(), host.clone(), host.clone(), None);
+    let unit = match restored {
+        Ok(unit) => unit,
+        Err(error) => return host.refused(&error),
+    };
+    assert_eq!(unit.snapshot().expect("it is not halted"), state);
+    for offset in (0..0x1000).step_by(8) {
+        unit.mmio_read(offset, &mut [0; 8]);
+    }
+    let requester = Requester::rid(Bdf::from_raw(8));
+    let (address, reason) = (input.number(), None);
+    let (write, execute, privileged, stage2) = (true, false, false, false);
+    let fault = DmaFault { requester, address, write, execute, privileged, reason, stage2 };
+    unit.dma_fault(&fault);
+    unit.drain_queue();
+    unit.snapshot().expect("it is not halted");
+    unit.reset().or_else(|_| unit.reset()).expect("the host refuses one call at most");
+    assert_eq!(unit.snapshot().expect("it is not halted").functions.len(), state.functions.len());
+}
+
+fn smmuv3(input: &mut Input<'_>) {
+    let mut value = smmuv3_value();
+    input.change(&mut value);
+    let Ok(state) = serde_json::from_value::<SmmuState>(value) else { return };
+    let host = input.host();
+    let smmu = match Smmu::restore(&state, input.memory(), host.clone(), host.clone(), None) {
+        Ok(smmu) => smmu,
+        Err(error) => return host.refused(&error),
+    };
+    assert_eq!(smmu.snapshot().expect("it is not halted"), state);
+    for offset in (0..0x200).chain(0x1_0000..0x1_00d0).step_by(4) {
+        smmu.mmio_read(offset, &mut [0; 4]);
+    }
+    smmu.drain_queue();
+    smmu.snapshot().expect("it is not halted");
+    smmu.reset().or_else(|_| smmu.reset()).expect("the host refuses one call at most");
+    assert_eq!(smmu.snapshot().expect("it is not halted").streams.len(), state.streams.len());
+}
+
+/// A snapshot of a unit with some of everything.
+fn vtd_value() -> Value {
+    let config = VtdConfig::default()
+        .with_pasid_bits(Some(20))
+        .with_second_stage(true)
+        .with_device_iotlb(true)
+        .with_interrupt_remapping(true);
+    let host = Arc::new(Host::default());
+    let unit = VtdIommu::new(&config, memory(), host.clone(), host, None).expect("a configuration");
+    for rid in [8, 0x10, 0x18] {
+        unit.add_device(Bdf::from_raw(rid)).expect("the host accepts it");
+    }
+    let mut value = serde_json::to_value(unit.snapshot().expect("a snapshot")).expect("JSON");
+    let first_stage = |table| {
+        json!({ "Stage1": { "VtdFirstStage": { "table": table, "paging_mode": "Level4",
+            "supervisor_requests": false, "write_protect": true, "extended_accessed": false } } })
+    };
+    let second_stage =
+        json!({ "Stage1": { "VtdSecondStage": { "table": 0x3000, "address_width": "Bits48" } } });
+    let decision = |policy, pasid| {
+        json!({ "applied": true, "config": { "policy": policy, "fault_disabled": false,
+            "tag": { "domain": 1, "pasid": pasid } } })
+    };
+    let functions = &mut value["functions"];
+    functions[0]["decision"] = decision(first_stage(0x1000), 0);
+    functions[0]["pasids"] = json!([
+        { "first": 1, "last": 4, "decision": decision(first_stage(0x2000), 1) },
+        { "first": 6, "last": 6, "decision": decision(first_stage(0x1000), 6) },
+    ]);
+    functions[1]["decision"] = decision(second_stage, 0);
+    functions[2]["decision"] = decision(json!({ "Blocked": "ContextNotPresent" }), 0);
+    value["interrupt_entries"] = json!([{ "index": 0, "entry": [1, 2] }]);
+    // Translation, with tables in scalable mode, the queue with four descriptors, and interrupts.
+    let registers = &mut value["registers"];
+    registers["gsts"] = json!(0xc700_0000_u32);
+    for root in ["rtaddr", "root"] {
+        registers[root] = json!(0x4400);
+    }
+    registers["iqa"] = json!(QUEUE);
+    registers["iqt"] = json!(0x40);
+    value["translating"] = json!({ "enabled": true, "root": 0x4400 });
+    value
+}
+
+/// A snapshot of an SMMU with some of everything.
+fn smmuv3_value() -> Value {
+    let host = Arc::new(Host::default());
+    let config = SmmuConfig::default();
+    let smmu = Smmu::new(&config, memory(), host.clone(), host, None).expect("a configuration");
+    for stream in [8, 0x10, 0x18] {
+        smmu.add_device(StreamId(stream)).expect("the host accepts it");
+    }
+    let mut value = serde_json::to_value(smmu.snapshot().expect("a snapshot")).expect("JSON");
+    let decision = |policy| json!({ "applied": true, "policy": policy });
+    let streams = &mut value["streams"];
+    let ste = [0x100b, 0];
+    streams[0]["decision"] = decision(json!({ "Ok": { "Stage1": { "ste": ste } } }));
+    streams[1]["decision"] = decision(json!({ "Ok": "Bypass" }));
+    let fault = json!({ "event": "BadSte", "fetch_address": 0, "off": true });
+    streams[2]["decision"] = decision(json!({ "Err": fault }));
+    // Translation with a linear table, and both queues, with two commands.
+    let registers = &mut value["registers"];
+    for register in ["cr0", "cr0ack"] {
+        registers[register] = json!(0xd);
+    }
+    registers["strtab_base"] = json!(0x4000);
+    registers["strtab_base_cfg"] = json!(6);
+    registers["cmdq_base"] = json!(QUEUE | 8);
+    registers["cmdq_prod"] = json!(2);
+    value["table"] = json!({ "base": 0x4000, "cfg": 6 });
+    let events = &mut value["faults"]["events"];
+    events["enabled"] = json!(true);
+    events["base"] = json!(0x9000 | 8);
+    value
+}
+
+/// The bytes that are left.
+struct Input<'a>(std::slice::Iter<'a, u8>);
+
+impl Input<'_> {
+    /// The next byte; 0 after the last.
+    fn byte(&mut self) -> u8 {
+        self.0.next().copied().unwrap_or_default()
+    }
+
+    /// A number below `end`, which is not 0.
+    fn below(&mut self, end: usize) -> usize {
+        usize::from(u16::from_le_bytes([self.byte(), self.byte()])) % end
+    }
+
+    /// A small number, an address, a power of two or all bits below one, or any number.
+    fn number(&mut self) -> u64 {
+        match self.byte() % 8 {
+            0..=3 => self.byte().into(),
+            4 => 0x1000 * u64::from(self.byte()),
+            5 => 1 << (self.byte() % 64),
+            6 => u64::MAX >> (self.byte() % 64),
+            _ => u64::from_le_bytes(std::array::from_fn(|_| self.byte())),
+        }
+    }
+
+    /// Changes `value` in up to seven places.
+    fn change(&mut self, value: &mut Value) {
+        for _ in 0..self.byte() % 8 {
+            let mut places = vec![];
+            places_of(value, String::new(), &mut places);
+            let copied = &places[self.below(places.len())];
+            let copied = value.pointer(copied).cloned().unwrap_or_default();
+            let place = &places[self.below(places.len())];
+            let Some(place) = value.pointer_mut(place) else { continue };
+            let way = self.byte() % 4;
+            match place {
+                Value::Number(number) if way > 0 => {
+                    let old = number.as_u64().unwrap_or_default();
+                    *place = match way {
+                        1 => old ^ 1 << (self.byte() % 64),
+                        2 => old.wrapping_add_signed(i64::from(self.byte() as i8)),
+                        _ => self.number(),
+                    }
+                    .into();
+                }
+                Value::Bool(is) if way > 0 => *is = !*is,
+                Value::Array(items) if way == 1 && !items.is_empty() => {
+                    items.remove(self.below(items.len()));
+                }
+                Value::Array(items) if way == 2 && !items.is_empty() => {
+                    let item = items[self.below(items.len())].clone();
+                    items.insert(self.below(items.len()), item);
+                }
+                place if way == 3 => *place = Value::Null,
+                place => *place = copied,
+            }
+        }
+    }
+
+    /// Guest memory, with some words.
+    fn memory(&mut self) -> Arc<GuestMemoryMmap> {
+        let memory = memory();
+        for _ in 0..self.byte() % 32 {
+            let at = match self.byte() {
+                at @ ..128 => QUEUE + 8 * u64::from(at),
+                _ => self.number() % (MEMORY - 7),
+            };
+            memory.write_obj(self.number(), GuestAddress(at)).expect("memory");
+        }
+        memory
+    }
+
+    fn host(&mut self) -> Arc<Host> {
+        Arc::new(Host { refused: self.byte().into(), ..Host::default() })
+    }
+}
+
+/// Where `value`, which is at `place`, has values.
+fn places_of(value: &Value, place: String, places: &mut Vec<String>) {
+    match value {
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                places_of(item, format!("{place}/{index}"), places);
+            }
+        }
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                places_of(field, format!("{place}/{name}"), places);
+            }
+        }
+        _ => {}
+    }
+    places.push(place);
+}
+
+fn memory() -> Arc<GuestMemoryMmap> {
+    Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).expect("memory"))
+}
+
+/// A host that refuses one call, or none.
+#[derive(Debug, Default)]
+struct Host {
+    /// The number of the call, counted from 1.
+    refused: u64,
+    calls: AtomicU64,
+    /// Who is not blocked.
+    open: Mutex<BTreeSet<String>>,
+}
+
+impl Host {
+    fn give(&self, who: &dyn fmt::Display, blocked: bool) -> Result<(), HostSideError> {
+        let refused = self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.refused;
+        let mut open = self.open.lock().expect("nothing panics");
+        if refused || blocked {
+            open.remove(&who.to_string());
+        } else {
+            open.insert(who.to_string());
+        }
+        if !refused {
+            return Ok(());
+        }
+        let source = Arc::new(std::io::Error::from(std::io::ErrorKind::OutOfMemory));
+        Err(HostSideError { what: who.to_string(), still_reachable: false, source })
+    }
+
+    /// The state was not restored because of `error`.
+    fn refused(&self, error: &RestoreError) {
+        let open = self.open.lock().expect("nothing panics");
+        assert!(open.is_empty(), "{error}, but {open:?} are not blocked");
+        let calls = self.calls.load(Ordering::Relaxed);
+        assert!(calls == 0 || matches!(error, RestoreError::Refused { .. }), "{error}: {calls}");
+    }
+}
+
+impl VtdHostSide for Host {
+    fn configure(&self, who: Requester, config: &RequesterConfig) -> Result<(), HostSideError> {
+        self.give(&who, matches!(config.policy, Policy::Blocked(_)))
+    }
+
+    fn invalidate(&self, _: &[Invalidation]) -> Result<(), HostSideError> {
+        Ok(())
+    }
+}
+
+impl SmmuHostSide for Host {
+    fn configure(&self, who: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError> {
+        self.give(&who, *policy == StreamPolicy::Abort)
+    }
+
+    fn invalidate(&self, _: &[Command]) -> Result<(), SmmuInvalidateError> {
+        Ok(())
+    }
+}
+
+impl InterruptSink for Host {
+    fn send_msi(&self, _: u64, _: u32) {}
+}
+
+impl SmmuInterrupts for Host {
+    fn message(&self, _: u64, _: u32) -> bool {
+        true
+    }
+
+    fn wire(&self, _: SmmuInterrupt) {}
+}
