@@ -16,10 +16,10 @@ use twostage::viommu::smmuv3::{
     Smmu, SmmuConfig, SmmuHostSide, SmmuInterrupt, SmmuInterrupts, SmmuInvalidateError,
     StreamPolicy,
 };
-use twostage::viommu::HostSideError;
+use twostage::viommu::{HostSideError, TableMemory};
 use twostage_emulated::kit::vtd::{Completion, Entry};
 use twostage_emulated::kit::Mmio;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 #[allow(dead_code)] // The tests use all of these, the bench a part.
 #[path = "../tests/two_stages/common.rs"]
@@ -132,8 +132,9 @@ impl SmmuMachine {
     fn invalidate(&self, pages: u64) {
         let mut prod = u64::from(self.read(smmu_regs::CMDQ_PROD));
         let mut push = |command: Command| {
-            let place = GuestAddress(QUEUE + 16 * (prod & ENTRIES));
-            self.memory.write_obj(command.encode(), place).unwrap();
+            let words = command.encode().map(u64::to_le_bytes);
+            let entry = QUEUE + 16 * (prod & ENTRIES);
+            TableMemory::write(&self.memory, entry, words.as_flattened()).unwrap();
             prod = (prod + 1) & INDICES;
         };
         for page in 0..pages {

@@ -149,8 +149,8 @@ impl Pages {
 
     /// Stores `words` from `gpa` on, the last one first: what makes an entry valid is in its first.
     fn store_words(&self, gpa: u64, words: &[u64]) {
-        for (at, word) in (gpa..).step_by(8).zip(words).collect::<Vec<_>>().into_iter().rev() {
-            self.store(at, *word);
+        for (number, word) in words.iter().enumerate().rev() {
+            self.store(gpa + 8 * number as u64, *word);
         }
     }
 }
