@@ -86,8 +86,8 @@ impl<M: GuestMemoryBackend + Send + Sync> TableMemory for M {
     }
 }
 
-/// The `length` bytes at `address` if one region has them all, as it nearly always does: this spares
-/// the walk over regions, which costs more than the copy.
+/// The `length` bytes at `address` if one region has them all, as nearly always: the walk over
+/// regions costs more than the copy.
 #[inline]
 fn within_region<M: GuestMemoryBackend>(
     memory: &M,
