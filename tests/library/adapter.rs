@@ -15,7 +15,8 @@ use twostage_emulated::kit::{Mmio, Pages, PAGE};
 use twostage_emulated::{
     DeviceConfig, DmaAttributes, EmulatedHost, UnitId, VtdUnit, VtdUnitConfig,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::vmm::{BusDeviceSync, InterruptSourceGroup, Memory, MsiIrqSourceConfig, OnBus, Vmm};
 
@@ -60,6 +61,11 @@ fn dma(host: &EmulatedHost, name: &str, offset: u64, value: u8) -> Result<(), Bo
     Ok(port.write(DmaAttributes::default(), IOVA + offset, &[value])?)
 }
 
+fn is_dirty(memory: &Memory, gpa: u64) -> bool {
+    let region = memory.find_region(GuestAddress(gpa)).expect("guest memory");
+    region.bitmap().dirty_at((gpa - region.start_addr().0) as usize)
+}
+
 /// All pages of `domain`, and what the unit caches of interrupts.
 fn invalidate(guest: &Driver<Bus>) {
     let pasid = Pasid::new(0).expect("0 is one");
@@ -88,21 +94,22 @@ fn a_vmm_of_cloud_hypervisors_types() -> Result<(), Box<dyn Error>> {
     let guest = Driver::new(Pages::new(memory.clone(), 0x10_0000), Bus(vmm.vtd.clone()));
     let at = |gpa: u64| memory.read_obj::<u8>(GuestAddress(gpa));
 
-    // DMA.
+    // DMA, which marks its page.
     let (old, new, table) = (4 << 30, (4 << 30) + PAGE, guest.page());
     guest.map(table, IOVA, old, 1, true);
     guest.set_entry(NET, 0, Entry::FirstStage { table, domain: DOMAIN });
     guest.enable();
+    assert!(!is_dirty(&memory, old));
     dma(&host, "net0", 0, 1)?;
-    assert_eq!(at(old)?, 1);
+    assert_eq!((at(old)?, is_dirty(&memory, old)), (1, true));
 
     // Stale, until it is invalidated.
     guest.map(table, IOVA, new, 1, true);
     dma(&host, "net0", 0, 2)?;
-    assert_eq!((at(old)?, at(new)?), (2, 0));
+    assert_eq!((at(old)?, at(new)?, is_dirty(&memory, new)), (2, 0, false));
     invalidate(&guest);
     dma(&host, "net0", 0, 3)?;
-    assert_eq!((at(old)?, at(new)?), (2, 3));
+    assert_eq!((at(old)?, at(new)?, is_dirty(&memory, new)), (2, 3, true));
 
     // A fault.
     dma(&host, "net0", PAGE, 4).unwrap_err();
@@ -145,7 +152,7 @@ fn a_vmm_of_cloud_hypervisors_types() -> Result<(), Box<dyn Error>> {
     next.vtd.0.model().drain_queue();
     let at = |gpa: u64| memory.read_obj::<u8>(GuestAddress(gpa));
     dma(&host, "net0", 0, 5)?;
-    assert_eq!(at(new)?, 5);
+    assert_eq!((at(new)?, is_dirty(&memory, new)), (5, true));
     let vectors = next.vectors(NET)?;
     unmask(&*vectors)?;
     invalidate(&guest);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The adapter: what a VMM of cloud-hypervisor's types writes to have a virtual VT-d. Those types
-//! are memory of `vm-memory`, and the traits of its `vm-device`, declared here again.
+//! are memory with an [`AtomicBitmap`], and the traits of its `vm-device`, declared here again.
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
 use std::sync::{Arc, Barrier, Mutex, Weak};
 
-use twostage::iommufd::{HostIommu, ObjectId, Protection, UserMemory};
+use twostage::iommufd::{HostIommu, ObjectId};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::unit::{Vtd, VtdBuilder};
@@ -16,10 +16,11 @@ use twostage::viommu::routes::{
 };
 use twostage::viommu::vtd::{VtdConfig, VtdState};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::GuestMemoryMmap;
 
 /// What it calls `GuestMemoryMmap`.
-pub type Memory = GuestMemoryMmap;
+pub type Memory = GuestMemoryMmap<AtomicBitmap>;
 
 /// A device on its buses.
 pub trait BusDeviceSync: Send + Sync {
@@ -117,12 +118,7 @@ impl Vmm {
         state: Option<&VtdState>,
     ) -> Result<Self, Box<dyn Error>> {
         let ioas = GuestIoas::new(host)?;
-        for region in memory.iter() {
-            let gpa = region.start_addr();
-            let region =
-                GuestRegionMmap::with_arc(region.get_mmap(), gpa).ok_or("no such place")?;
-            ioas.map(gpa.0, &UserMemory::whole(Arc::new(region)), Protection::READ_WRITE)?;
-        }
+        ioas.map_all(&memory)?;
         let kvm = Arc::new(Kvm::default());
         let builder = VtdBuilder::new(ioas, Arc::new(memory.clone()), kvm.clone());
         let builder = builder.device(rid, dev, "net0");

@@ -11,9 +11,7 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
-use twostage::iommufd::{
-    HostIommu, HwInfoData, KernelHost, ObjectId, OpenError, Protection, UserMemory,
-};
+use twostage::iommufd::{HostIommu, HwInfoData, KernelHost, ObjectId, OpenError};
 use twostage::nesting::survey::{survey, NestingReport};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
@@ -22,7 +20,7 @@ use twostage::spec::vtd::regs::CAP;
 use twostage::unit::{Smmuv3Builder, VtdBuilder};
 use twostage::viommu::smmuv3::{SmmuInterrupt, SmmuInterrupts};
 use twostage::viommu::InterruptSink;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// Receives the unit's own interrupts, to inject them with KVM.
 struct Interrupts;
@@ -62,10 +60,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}", NestingReport::new(&survey(&*host, &names)?));
 
     // Guest memory, mapped once for all devices. From now on its pages are pinned.
-    let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 16 << 20, None)?);
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_arc_regions(vec![region.clone()])?);
+    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)])?);
     let ioas = GuestIoas::new(host.clone())?;
-    ioas.map(0, &UserMemory::whole(region), Protection::READ_WRITE)?;
+    ioas.map_all(&memory)?;
 
     // The devices, and their places on the guest's bus.
     let mut devices = Vec::new();
