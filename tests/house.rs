@@ -320,8 +320,8 @@ fn files_of_both_architectures_have_the_same_names() {
     }
 }
 
-/// A VMM uses the virtual IOMMUs of both architectures by the same verbs, in the same order.
-/// Listed here are those that only one of them has.
+/// A VMM uses the virtual IOMMUs of both architectures by the same verbs, in the same order. Only
+/// an SMMUv3's host keeps events.
 #[test]
 fn units_of_both_architectures_have_the_same_verbs() {
     let verbs = |file: &str| -> Vec<String> {
@@ -329,12 +329,10 @@ fn units_of_both_architectures_have_the_same_verbs() {
         let named = text.split("\n    pub fn ").skip(1);
         named.map(|rest| rest.split(['(', '<']).next().unwrap().to_owned()).collect()
     };
-    let both = |verbs: Vec<String>, alone: &str| -> Vec<String> {
-        assert!(verbs.iter().any(|verb| verb == alone), "{verbs:?}");
-        verbs.into_iter().filter(|verb| verb != alone).collect()
-    };
-    let vtd = both(verbs("vtd.rs"), "starts_passing");
-    assert_eq!(vtd, both(verbs("smmuv3.rs"), "event_depth"));
+    let mut smmuv3 = verbs("smmuv3.rs");
+    let all = smmuv3.len();
+    smmuv3.retain(|verb| verb != "event_depth");
+    assert_eq!((verbs("vtd.rs"), smmuv3.len() + 1), (smmuv3, all));
 }
 
 /// What a user of the packages reads leads somewhere: every feature is explained in the crate's

@@ -7,13 +7,14 @@ use twostage::iommufd::{
     iommu_hwpt_arm_smmuv3, iommu_viommu_arm_smmuv3_invalidate, HostIommu, HwptAlloc, HwptData,
     HwptFlags, InvalidateData, MapTarget, Protection, UserMemory, ViommuKind,
 };
+use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::Command;
 use twostage::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
 use twostage::unit::VtdBuilder;
-use twostage::viommu::vtd::VtdConfig;
-use twostage::viommu::InterruptSink;
+use twostage::viommu::vtd::{VtdConfig, VtdIommu};
+use twostage::viommu::{InterruptSink, IntersectError};
 use twostage_emulated::kit::smmuv3::Driver;
 use twostage_emulated::kit::{Mmio, Pages};
 use twostage_emulated::{
@@ -102,6 +103,20 @@ fn mistakes_are_named() {
     assert!(error.contains("0x1000"), "{error}");
     let error = UserMemory::new(region, 0x800, 0x1000).unwrap_err().to_string();
     assert!(error.contains("0x800"), "{error}");
+}
+
+/// Without the builder, a function that the host side was never told of is not added either.
+#[test]
+fn a_model_names_what_its_host_side_has_not() {
+    let host = host(VtdUnit::new(VtdUnitConfig::default()));
+    let nesting = Arc::new(VtdNesting::new(GuestIoas::new(host).unwrap()));
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+    let (config, nowhere) = (VtdConfig::default(), Arc::new(Nowhere));
+    assert!(matches!(config.intersect(&[]), Err(IntersectError::NoHosts)));
+    let vtd = VtdIommu::new(&config, Arc::new(memory), nesting, nowhere, None).unwrap();
+    let error = vtd.add_device(slot(3)).unwrap_err().to_string();
+    assert!(error.contains("no device was added as 00:03.0"), "{error}");
+    assert!(vtd.snapshot().unwrap().functions.is_empty());
 }
 
 /// A user's tables on top of an IOAS behind an SMMUv3: a changed entry has no effect before the

@@ -19,6 +19,8 @@ use twostage::iommufd::{Errno, HostIommu, KernelHost, ObjectId, Protection, Resu
 use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
+use twostage::viommu::vtd::{DomainTag, Policy, RequesterConfig, VtdHostSide};
+use twostage::viommu::Requester;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::contract::uapi;
@@ -195,7 +197,11 @@ fn vmm() {
     adopted.map(AGAIN, &whole, Protection::READ_WRITE).expect("memory of this process");
     drop(whole);
     let nesting = VtdNesting::new(adopted);
-    nesting.add_passing_device(Bdf::from_raw(8), dev).expect("a policy");
+    let (rid, tag) = (Bdf::from_raw(8), DomainTag { domain: 0, pasid: 0 });
+    nesting.add_device(rid, dev).expect("a policy");
+    assert!(!moves(&device, &memory, IOVA), "it is blocked until it is configured");
+    let passes = RequesterConfig { policy: Policy::Bypass, tag, fault_disabled: false };
+    nesting.configure(Requester::rid(rid), &passes).expect("the parent of its IOMMU");
     assert!(moves(&device, &memory, IOVA), "the manager mapped it");
     assert!(moves(&device, &memory, AGAIN));
 

@@ -101,6 +101,9 @@ pub enum NestingError {
         table: u64,
     },
     /// The device is behind another kind of IOMMU, or none.
+    #[error("{0} is not behind a VT-d, which a virtual VT-d needs")]
+    NoVtd(Bdf),
+    /// The device is behind another kind of IOMMU, or none.
     #[error("{0} is not behind an SMMUv3, which a virtual SMMUv3 needs")]
     NoSmmu(Bdf),
     /// All streams of one virtual SMMU must be behind one physical SMMU.

@@ -86,7 +86,6 @@ pub struct VtdBuilder {
     without_devices: bool,
     observer: Option<Arc<dyn Observer>>,
     fault_target: Wrap,
-    starts_passing: bool,
 }
 
 impl VtdBuilder {
@@ -106,7 +105,6 @@ impl VtdBuilder {
             without_devices: false,
             observer: None,
             fault_target: Box::new(|model| model),
-            starts_passing: false,
         }
     }
 
@@ -153,14 +151,6 @@ impl VtdBuilder {
         self
     }
 
-    /// Devices pass from the beginning, as a machine that starts lets them anyway: this saves a
-    /// detach and an attach of each. By default they are blocked until the unit is complete. A
-    /// restored unit always blocks them until then.
-    pub fn starts_passing(mut self, passing: bool) -> Self {
-        self.starts_passing = passing;
-        self
-    }
-
     /// The unit as after power-on, with its devices.
     ///
     /// # Errors
@@ -170,7 +160,7 @@ impl VtdBuilder {
             return Err(BuildError::NoDevices { model: MODEL });
         }
         self.config.check().map_err(impossible)?;
-        let side = Side::new(self.ioas, &self.devices, self.starts_passing)?;
+        let side = Side::new(self.ioas, &self.devices)?;
         let lowered = self.config.intersect(&side.hosts);
         let offered = offered(self.config, lowered)?;
         let host = side.nesting.clone();
@@ -195,7 +185,7 @@ impl VtdBuilder {
         state.check()?;
         let functions: Vec<Bdf> = state.functions.iter().map(|function| function.rid).collect();
         check_devices(MODEL, &functions, &self.devices)?;
-        let side = Side::new(self.ioas, &self.devices, false)?;
+        let side = Side::new(self.ioas, &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }
@@ -224,13 +214,13 @@ struct Side {
 }
 
 impl Side {
-    fn new(ioas: Arc<GuestIoas>, devices: &[NewDevice], passing: bool) -> Result<Self, AddError> {
+    fn new(ioas: Arc<GuestIoas>, devices: &[NewDevice]) -> Result<Self, AddError> {
         let extensions = ioas.host().extensions();
         let nesting = Arc::new(VtdNesting::new(ioas));
         let mut side = Self { nesting, extensions, names: BTreeMap::new(), hosts: Vec::new() };
         for device in devices {
             check_place(&side.names, device)?;
-            side.hosts.push(take_in(&side.nesting, extensions, device, passing)?);
+            side.hosts.push(take_in(&side.nesting, extensions, device)?);
             side.names.insert(device.rid, device.name.clone());
         }
         Ok(side)
@@ -250,18 +240,15 @@ fn take_in(
     nesting: &VtdNesting,
     extensions: Extensions,
     device: &NewDevice,
-    passing: bool,
 ) -> Result<HostVtd, AddError> {
     let NewDevice { rid, dev, name } = device;
-    let added = match passing {
-        true => nesting.add_passing_device(*rid, *dev),
-        false => nesting.add_device(*rid, *dev),
-    };
-    added.map_err(|source| AddError::Nesting { device: name.clone(), source })?;
+    let wrong = || AddError::WrongIommu { device: name.clone(), a_model: "a VT-d" };
+    nesting.add_device(*rid, *dev).map_err(|source| match source {
+        NestingError::NoVtd(_) => wrong(),
+        source => AddError::Nesting { device: name.clone(), source },
+    })?;
     let known = nesting.hw_infos().into_iter().find(|known| known.rid == *rid);
-    known
-        .and_then(|known| host_vtd(name.clone(), &known.info, extensions))
-        .ok_or_else(|| AddError::WrongIommu { device: name.clone(), a_model: "a VT-d" })
+    known.and_then(|known| host_vtd(name.clone(), &known.info, extensions)).ok_or_else(wrong)
 }
 
 /// A virtual VT-d with its host side and devices.
@@ -353,7 +340,7 @@ impl Vtd {
     pub fn add_device(&self, rid: Bdf, dev: ObjectId, name: &str) -> Result<(), AddError> {
         let device = NewDevice { rid, dev, name: name.to_owned() };
         let add = |device: &NewDevice| {
-            let host = take_in(&self.nesting, self.extensions, device, false)?;
+            let host = take_in(&self.nesting, self.extensions, device)?;
             self.config.check_late(&host).map_err(AddError::Lacks)?;
             self.give(device)
         };

@@ -121,23 +121,32 @@ pub(super) fn not_built(plan: &Plan<'_>, error: BuildError) -> Error {
     match error {
         BuildError::Add(AddError::Lacks(conflict)) => conflict.into(),
         BuildError::Add(error @ AddError::WrongIommu { .. }) => Error::HostLacks(error.to_string()),
-        BuildError::Add(AddError::Nesting { device, source }) => match source {
-            NestingError::OtherSmmu { first, .. } => Error::HostLacks(format!(
-                "{device} is behind another SMMU than {}, and one virtual SMMU cannot serve both: \
-                 add one more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
-                plan.device_name(first)
+        BuildError::Add(error) => match refused_by(&error) {
+            Some(NestingError::OtherSmmu { rid, first }) => Error::HostLacks(format!(
+                "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: add \
+                 one more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
+                plan.device_name(*rid),
+                plan.device_name(*first)
             )),
-            NestingError::Host { source: refusal, .. }
-                if refusal.errno == Errno::EOPNOTSUPP && plan.has_physical() =>
+            Some(NestingError::Host { source, .. })
+                if source.errno == Errno::EOPNOTSUPP && plan.has_physical() =>
             {
                 Error::HostLacks(format!(
-                    "{refusal}; iommu=off in its --vfio assigns the device without the virtual \
-                     IOMMU"
+                    "{source}; iommu=off in its --vfio assigns the device without the virtual IOMMU"
                 ))
             }
-            source => failed("adding a device")(AddError::Nesting { device, source }),
+            _ => failed("adding a device")(error),
         },
         error => failed("--iommu")(error),
+    }
+}
+
+/// What nesting refused, as a device was added or was first to pass.
+fn refused_by(error: &AddError) -> Option<&NestingError> {
+    match error {
+        AddError::Nesting { source, .. } => Some(source),
+        AddError::Refused { source, .. } => source.source.downcast_ref(),
+        _ => None,
     }
 }
 

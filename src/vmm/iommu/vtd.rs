@@ -46,8 +46,7 @@ impl Vtd {
         let builder = VtdBuilder::new(around.host.ioas.clone(), tables, plan.interrupts.clone())
             .config(&vtd_config(options, plan.interrupt_remapping))
             .observer(around.observer(&plan.id, around.host.noting_objects()))
-            .without_devices()
-            .starts_passing(true);
+            .without_devices();
         let builder = devices.iter().fold(builder, |builder, (bdf, dev)| {
             builder.device(*bdf, *dev, plan.device_name(*bdf))
         });

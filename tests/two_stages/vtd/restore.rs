@@ -438,6 +438,6 @@ fn every_host_call_of_a_restore_fails_in_turn() {
         drop(ground);
         assert_eq!(next.end(), 0);
     }
-    assert!(calls > 10, "only {calls} calls were made to fail");
-    assert_eq!(repeated, 3, "each device is detached once, and one HWPT flushed for a new tag");
+    assert!(calls > 8, "only {calls} calls were made to fail");
+    assert_eq!(repeated, 1, "one HWPT is flushed for a new tag");
 }

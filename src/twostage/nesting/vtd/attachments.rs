@@ -2,10 +2,10 @@
 //! From policies to attachments: where each requester's DMA is attached.
 
 use super::nested::{Attached, Slot};
-use super::state::{Device, State};
+use super::state::{Device, Parent, State};
 use crate::iommufd::{
-    iommu_hwpt_vtd_s1, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId, VTD_S1_EAFE,
-    VTD_S1_SRE, VTD_S1_WPE,
+    iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId,
+    VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
 };
 use crate::nesting::{NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
@@ -49,11 +49,61 @@ impl State {
             Policy::Blocked(_) if attached == Attached::Nothing => self.unchanged(),
             Policy::Blocked(_) => self.detach(requester),
             Policy::Bypass if attached == Attached::Parent => self.unchanged(),
+            Policy::Bypass | Policy::Stage1(_) => match device.parent {
+                Some(parent) => self.follow(requester, &device, parent, config),
+                None => self.follow_first(requester, &device, config),
+            },
+        }
+    }
+
+    /// Attaches `requester` by its configuration, on `parent`.
+    fn follow(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        parent: Parent,
+        config: &RequesterConfig,
+    ) -> Result<()> {
+        match config.policy {
+            Policy::Blocked(_) => self.detach(requester),
             Policy::Bypass => {
                 let slot = Slot::on(Attached::Parent, 0);
-                self.attach(requester, &device, device.parent.hwpt, slot)
+                self.attach(requester, device, parent.hwpt, slot)
             }
-            Policy::Stage1(stage1) => self.nest(requester, &device, stage1, config.tag),
+            Policy::Stage1(stage1) => self.nest(requester, device, parent, stage1, config.tag),
+        }
+    }
+
+    /// The same for the first attach of a device that may be behind the IOMMU of another: tries
+    /// their nesting parents. So it is never attached to anything but what it is to follow.
+    fn follow_first(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        config: &RequesterConfig,
+    ) -> Result<()> {
+        for parent in self.parents.fitting(&device.info) {
+            match self.follow(requester, device, parent, config) {
+                Ok(()) => {
+                    self.set_parent(requester.rid, parent);
+                    return Ok(());
+                }
+                Err(NestingError::Host { source, .. })
+                    if source.errno == Errno::EINVAL && !self.is_reachable(requester) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // None fits, so it is the first behind its IOMMU; or the host refuses what the guest has
+        // for it, and says the same. It keeps the parent then, too: another try costs none.
+        let parent =
+            self.parents.alloc(&mut self.objects, requester.rid, device.dev, &device.info)?;
+        self.set_parent(requester.rid, parent);
+        self.follow(requester, device, parent, config)
+    }
+
+    fn set_parent(&mut self, rid: Bdf, parent: Parent) {
+        if let Some(device) = self.devices.get_mut(&rid) {
+            device.parent = Some(parent);
         }
     }
 
@@ -62,18 +112,19 @@ impl State {
         Ok(())
     }
 
-    /// Attaches `requester` to `stage1`.
+    /// Attaches `requester` to `stage1` on `parent`.
     fn nest(
         &mut self,
         requester: Requester,
         device: &Device,
+        parent: Parent,
         stage1: Stage1,
         tag: DomainTag,
     ) -> Result<()> {
-        let found = self.nested.hwpts.find(&(device.parent.hwpt, stage1));
+        let found = self.nested.hwpts.find(&(parent.hwpt, stage1));
         let hwpt = match found {
             Some(hwpt) => hwpt,
-            None => self.alloc_nested(requester, device, stage1)?,
+            None => self.alloc_nested(requester, device, parent, stage1)?,
         };
         // The host caches under its own tag for each HWPT, the guest under a DomainTag for each
         // user. Under a tag that no other user of the HWPT has, nothing is cached in the guest's
@@ -94,11 +145,12 @@ impl State {
         Ok(())
     }
 
-    /// Allocates the `HWPT_NESTED` of `stage1`, without users.
+    /// Allocates the `HWPT_NESTED` of `stage1` on `parent`, without users.
     fn alloc_nested(
         &mut self,
         requester: Requester,
         device: &Device,
+        parent: Parent,
         stage1: Stage1,
     ) -> Result<ObjectId> {
         check_pasid(requester, device)?;
@@ -120,16 +172,16 @@ impl State {
             return Err(NestingError::UnalignedTable { requester, table });
         }
         let args = HwptAlloc {
-            flags: HwptFlags::new().with_pasid(device.parent.pasid),
+            flags: HwptFlags::new().with_pasid(parent.pasid),
             dev: device.dev,
-            pt: device.parent.hwpt,
+            pt: parent.hwpt,
             data,
             fault: None,
         };
         let hwpt =
             self.objects.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
         self.counters.nested_allocs += 1;
-        self.nested.hwpts.insert(hwpt, (device.parent.hwpt, stage1));
+        self.nested.hwpts.insert(hwpt, (parent.hwpt, stage1));
         Ok(hwpt)
     }
 

@@ -5,6 +5,8 @@
 //!
 //! * the nesting parent of a device with PASIDs must be allocated for PASIDs, so a physical IOMMU
 //!   has a second parent if a device without PASIDs came first;
+//! * a device is attached for the first time when it is to pass or to follow tables. Which nesting
+//!   parent it needs is known then: the one to which the host lets it be attached;
 //! * *blocked* is detached, *bypass* is attached to the parent;
 //! * a batch of invalidations becomes one call per `HWPT_NESTED` that it names.
 //!
@@ -30,7 +32,7 @@ use crate::viommu::{HostSideError, Requester};
 use faults::FaultRouter;
 pub use invalidate::FlushSet;
 use invalidate::Refused;
-use state::{Start, State};
+use state::State;
 
 /// The host side of one virtual IOMMU. See the [module](self).
 ///
@@ -59,23 +61,14 @@ impl VtdNesting {
     }
 
     /// Adds `dev`, a device bound to the host, as the guest's `rid`. It is blocked until the
-    /// virtual IOMMU configures it, even if that is enabled already.
+    /// virtual IOMMU configures it, even if that is enabled already: it is attached to nothing
+    /// before.
     ///
     /// # Errors
-    /// The host refuses; the Requester ID or the device is in use; or its IOMMU has erratum 772415
-    /// and guest memory is mapped read-only. The device is not added.
+    /// The host refuses; the Requester ID or the device is in use; the device is not behind a VT-d;
+    /// or its IOMMU has erratum 772415 and guest memory is mapped read-only. It is not added.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
-        self.state().add_device(rid, dev, Start::Blocked)
-    }
-
-    /// Like [`VtdNesting::add_device`], but the device bypasses translation until the virtual IOMMU
-    /// configures it: for a virtual IOMMU that is off, as when a machine starts. Saves a detach and
-    /// an attach.
-    ///
-    /// # Errors
-    /// As for [`VtdNesting::add_device`].
-    pub fn add_passing_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
-        self.state().add_device(rid, dev, Start::Passing)
+        self.state().add_device(rid, dev)
     }
 
     /// Removes the guest's `rid`: it and its PASIDs are blocked, and its host objects are destroyed

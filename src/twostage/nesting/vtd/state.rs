@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use super::faults::FaultRouter;
-use super::nested::{Attached, Nested, Slot};
+use super::nested::Nested;
 use super::VtdNestingCounters;
-use crate::iommufd::{Errno, FaultSink, HostError, HwInfo, ObjectId};
+use crate::iommufd::{FaultSink, HwInfo, HwInfoData, ObjectId};
 use crate::nesting::objects::Objects;
 use crate::nesting::{hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
@@ -18,17 +18,10 @@ use crate::viommu::Requester;
 pub(super) struct Device {
     /// The device object.
     pub dev: ObjectId,
-    /// The nesting parent for its physical IOMMU.
-    pub parent: Parent,
+    /// The nesting parent for its physical IOMMU; `None` until an attach has shown which it is.
+    pub parent: Option<Parent>,
     /// The host's description of it.
     pub info: HwInfo,
-}
-
-/// The state of a new device until the virtual IOMMU configures it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Start {
-    Blocked,
-    Passing,
 }
 
 /// Everything behind the lock of [`super::VtdNesting`].
@@ -36,7 +29,7 @@ pub(super) enum Start {
 pub(super) struct State {
     pub objects: Objects,
     faults: Arc<FaultRouter>,
-    parents: Parents,
+    pub parents: Parents,
     pub devices: BTreeMap<Bdf, Device>,
     pub nested: Nested,
     /// Except the host calls, which [`Objects`] counts.
@@ -67,7 +60,7 @@ impl State {
     }
 
     /// See [`super::VtdNesting::add_device`].
-    pub fn add_device(&mut self, rid: Bdf, dev: ObjectId, start: Start) -> Result<()> {
+    pub fn add_device(&mut self, rid: Bdf, dev: ObjectId) -> Result<()> {
         let ioas = self.objects.ioas()?;
         if self.devices.iter().any(|(taken, device)| *taken == rid || device.dev == dev) {
             return Err(NestingError::DeviceExists(rid));
@@ -77,17 +70,16 @@ impl State {
             .host()
             .get_hw_info(dev)
             .context(|| format!("querying the IOMMU of {rid}"))?;
+        if !matches!(info.data, HwInfoData::Vtd(_)) {
+            return Err(NestingError::NoVtd(rid));
+        }
         hw_info::say_unknown(rid, &info);
         ioas.users().add_device(rid, dev, &info)?;
-        let result = self.attach_first(rid, dev, info, start);
-        if !self.devices.contains_key(&rid) {
-            ioas.users().remove_device(dev);
-        }
-        result
+        self.take_in(rid, dev, info).inspect_err(|_| ioas.users().remove_device(dev))
     }
 
-    /// Adds `dev` as `rid`, attached to its nesting parent.
-    fn attach_first(&mut self, rid: Bdf, dev: ObjectId, info: HwInfo, start: Start) -> Result<()> {
+    /// Adds `dev` as `rid`, attached to nothing.
+    fn take_in(&mut self, rid: Bdf, dev: ObjectId, info: HwInfo) -> Result<()> {
         if self.objects.extensions().fault_reports {
             let sink = Arc::downgrade(&self.faults) as Weak<dyn FaultSink>;
             self.objects
@@ -95,24 +87,14 @@ impl State {
                 .set_fault_sink(dev, sink)
                 .context(|| format!("subscribing to the faults of {rid}"))?;
         }
+        // Is it the first device that can only be behind an IOMMU of its own? Then it is known here
+        // whether that can nest.
+        let parent = match self.parents.fitting(&info).is_empty() {
+            true => Some(self.parents.alloc(&mut self.objects, rid, dev, &info)?),
+            false => None,
+        };
         self.faults.add(dev, rid);
-        let parent = self
-            .parents
-            .attach(&mut self.objects, &mut self.counters, (rid, dev), &info)
-            .inspect_err(|_| self.faults.remove(dev))?;
         self.devices.insert(rid, Device { dev, parent, info });
-        self.nested.set(Requester::rid(rid), Slot::on(Attached::Parent, 0));
-        if start == Start::Passing {
-            return Ok(());
-        }
-        // The attach has shown which parent fits. Whether the device may use it is up to the
-        // virtual IOMMU.
-        if let Err(error) = self.detach(Requester::rid(rid)) {
-            if let Err(error) = self.remove_device(rid) {
-                log::error!("{rid} could not be blocked, and was not removed: {error}");
-            }
-            return Err(error);
-        }
         Ok(())
     }
 
@@ -126,8 +108,10 @@ impl State {
         if let Ok(ioas) = self.objects.ioas() {
             ioas.users().remove_device(device.dev);
         }
-        if self.devices.values().all(|other| other.parent != device.parent) {
-            self.parents.end(device.parent, &mut self.objects);
+        if let Some(parent) = device.parent {
+            if self.devices.values().all(|other| other.parent != device.parent) {
+                self.parents.end(parent, &mut self.objects);
+            }
         }
         Ok(())
     }
@@ -157,43 +141,28 @@ pub(super) struct Parent {
 
 /// The nesting parents of all physical IOMMUs.
 #[derive(Debug, Default)]
-struct Parents(Vec<Parent>);
+pub(super) struct Parents(Vec<Parent>);
 
 impl Parents {
-    /// Attaches `dev` to the nesting parent of its physical IOMMU. The uAPI does not say which
-    /// IOMMU that is, but refuses the parent of another one with `EINVAL`. So each is tried, and if
-    /// none fits, this is the first device behind its IOMMU.
-    pub fn attach(
+    /// Those that the IOMMU of a device may have, which the host describes by `info`. The uAPI does
+    /// not say behind which IOMMU a device is, but refuses to attach it to the parent of another
+    /// one with `EINVAL`. Allocating on a parent proves nothing: Linux looks at the IOMMU of that
+    /// only when a device is attached.
+    pub fn fitting(&self, info: &HwInfo) -> Vec<Parent> {
+        let pasid = info.max_pasid_log2 > 0;
+        self.0.iter().copied().filter(|parent| parent.pasid || !pasid).collect()
+    }
+
+    /// Allocates one for the IOMMU of `dev`, the guest's `rid`.
+    pub fn alloc(
         &mut self,
         objects: &mut Objects,
-        counters: &mut VtdNestingCounters,
-        (rid, dev): (Bdf, ObjectId),
+        rid: Bdf,
+        dev: ObjectId,
         info: &HwInfo,
     ) -> Result<Parent> {
-        // After the first attach of a device failed, it stays blocked.
-        let mut refuse = |objects: &mut Objects, source: HostError| {
-            counters.refused_attaches += 1;
-            if let Err(error) = objects.detach(dev, None) {
-                log::error!("{rid} could not be blocked: {error}");
-            }
-            let what = format!("attaching {rid} to its nesting parent");
-            Err(NestingError::Host { what, source })
-        };
         let pasid = info.max_pasid_log2 > 0;
-        for parent in self.0.iter().filter(|parent| parent.pasid || !pasid) {
-            match objects.host().device_attach(dev, None, parent.hwpt) {
-                Ok(_) => return Ok(*parent),
-                Err(error) if error.errno == Errno::EINVAL => {}
-                Err(error) => return refuse(objects, error),
-            }
-        }
-        let hwpt = objects.alloc_parent(rid, dev, pasid)?;
-        if let Err(error) = objects.host().device_attach(dev, None, hwpt) {
-            let refused = refuse(objects, error);
-            objects.destroy(hwpt);
-            return refused;
-        }
-        let parent = Parent { hwpt, pasid };
+        let parent = Parent { hwpt: objects.alloc_parent(rid, dev, pasid)?, pasid };
         self.0.push(parent);
         Ok(parent)
     }

@@ -4,7 +4,8 @@
 mod smmuv3;
 mod vtd;
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -12,6 +13,7 @@ use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{HwCapabilities, HwInfo, HwInfoData, ObjectId};
 use crate::nesting::GuestIoas;
 use crate::spec::pci::Bdf;
+use crate::viommu::InterruptListener;
 
 /// The guest's devices.
 const A: Bdf = Bdf::from_raw(0x20);
@@ -29,6 +31,25 @@ fn write(memory: &GuestMemoryMmap, address: u64, words: &[u64]) {
 
 fn hw_info(data: HwInfoData, max_pasid_log2: u8) -> HwInfo {
     HwInfo { data, capabilities: HwCapabilities::new(), max_pasid_log2 }
+}
+
+/// How often it was told that interrupts changed.
+#[derive(Default)]
+struct Listener(AtomicUsize);
+
+impl InterruptListener for Listener {
+    fn interrupts_changed(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Checks that a listener is told once when `add` adds it, as what it has may be from before.
+#[track_caller]
+fn is_told_at_once(add: impl FnOnce(Weak<dyn InterruptListener>)) {
+    let listener = Arc::<Listener>::default();
+    let weak: Weak<Listener> = Arc::downgrade(&listener);
+    add(weak);
+    assert_eq!(listener.0.load(Ordering::Relaxed), 1);
 }
 
 /// A host with two bound devices behind one IOMMU, and the guest's memory on it.

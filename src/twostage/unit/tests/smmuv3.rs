@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::{guest_memory, hw_info, write, Host, A, B};
+use super::{guest_memory, hw_info, is_told_at_once, write, Host, A, B};
 use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, HwInfo, HwInfoData, ObjectId,
@@ -454,4 +454,12 @@ fn reset_leaves_the_tables_and_keeps_the_devices() {
     assert!(a.is_some() && a == b);
     run(&smmu);
     assert!(host.reaches() != [a, b] && smmu.snapshot().is_ok());
+}
+
+#[test]
+fn interrupts_are_translated_like_any_write() {
+    let (host, memory) = (Host::smmu(), guest_memory());
+    let smmu = host.smmu_builder(&memory).without_devices().build().unwrap();
+    assert!(smmu.interrupt_remapper().is_none());
+    is_told_at_once(|listener| smmu.add_interrupt_listener(listener));
 }

@@ -60,7 +60,7 @@
 //! let table = Arc::new(RouteTable::new(hypervisor.clone(), 24..4096));
 //! let routes = RemappedRoutes::new(table.clone());
 //! // Behind a virtual VT-d, `Some` of a weak reference to `vtd.interrupt_remapper()`; and once:
-//! // `vtd.model().add_interrupt_listener(..)` with a weak reference to `routes`.
+//! // `vtd.add_interrupt_listener(..)` with a weak reference to `routes`.
 //! let source = MsiSource::new(Bdf::from_raw(0x18), None);
 //! let id = table.allocate().expect("4072 are free");
 //! let route = routes.add(id, source, Arc::new(Vector));
