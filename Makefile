@@ -65,6 +65,7 @@ test-all: test loom
 		cargo test --locked --release -- --include-ignored
 	PROPTEST_CASES=10000 \
 		cargo test --locked --release -p twostage-tests --test two_stages restored_lives
+	scripts/check/api-count
 	scripts/package
 	scripts/check/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
@@ -136,7 +137,8 @@ lint:
 	RUSTDOCFLAGS='-D warnings' \
 		cargo doc --locked --no-deps --all-features --quiet -p twostage -p twostage-emulated
 	@# Two methods per field that nobody looks for: src/bits hides them.
-	! grep -qr "id=\"method\.[a-z0-9_]*_checked\"" target/doc/twostage
+	test -d $${CARGO_TARGET_DIR:-target}/doc/twostage
+	! grep -qr "id=\"method\.[a-z0-9_]*_checked\"" $${CARGO_TARGET_DIR:-target}/doc/twostage
 	scripts/check/cargo-deny --log-level error check licenses bans sources
 	@# A mutation whose line is gone tests nothing.
 	scripts/check/mutate-invalidations --lines

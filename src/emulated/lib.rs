@@ -80,7 +80,7 @@ pub mod selftest;
 pub mod uapi;
 mod units;
 
-/// Whole programs, which the package's tests run: a VMM of a page, with its guest and a device.
+/// Whole programs, which `make test` runs: a VMM of a page, with its guest and a device.
 #[cfg(all(doc, not(doctest)))]
 pub mod examples {
     #![doc = concat!("# `vtd`\n\n```\n", include_str!("examples/vtd.rs"), "```\n")]
