@@ -4,8 +4,8 @@
 //!     cargo run -p twostage --features kernel --example kernel_host [DEVICE]...
 //!
 //! Devices are VFIO's character devices, or sysfs paths as in `/sys/bus/pci/devices/0000:01:00.0`,
-//! by default `/dev/vfio/devices/vfio0`. Without hardware, run it under `libtwostage_iommufd.so`, which
-//! shows programs an emulated kernel.
+//! by default `/dev/vfio/devices/vfio0`. Without hardware, run it under `libtwostage_iommufd.so`,
+//! which shows programs an emulated kernel.
 
 use std::error::Error;
 use std::path::Path;
