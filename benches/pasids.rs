@@ -71,7 +71,7 @@ impl Machine {
         let mapped = UserMemory::whole(region.clone());
         nesting.ioas().unwrap().map(0, &mapped, Protection::READ_WRITE).expect("an empty IOAS");
         for (rid, name) in DEVICES.into_iter().zip(["a", "b"]) {
-            let config = DeviceConfig { pasid_bits: PASID_BITS, ..DeviceConfig::default() };
+            let config = DeviceConfig::default().with_pasid_bits(PASID_BITS);
             host.add_device(name, id, rid, config).expect("a new name and id");
             let dev = host.device_bind(name).expect("it is there");
             nesting.add_device(rid, dev).expect("the unit nests");

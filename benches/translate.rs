@@ -144,7 +144,7 @@ fn on_threads<T: Send>(
 fn hits(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("hit");
     for pages in SPREADS {
-        let config = VtdUnitConfig { iotlb_entries: 256 << 10, ..VtdUnitConfig::default() };
+        let config = VtdUnitConfig::default().with_iotlb_entries(256 << 10);
         let machine = Machine::new(pages, config);
         let addresses = addresses(pages);
         let mut port = machine.port();
@@ -177,7 +177,9 @@ fn misses(criterion: &mut Criterion) {
             // Without an IOTLB every request walks.
             let machine = Machine::new(
                 pages,
-                VtdUnitConfig { iotlb_entries: 0, paging_structure_entries, ..Default::default() },
+                VtdUnitConfig::default()
+                    .with_iotlb_entries(0)
+                    .with_paging_structure_entries(paging_structure_entries),
             );
             let addresses = addresses(pages);
             let at = |iteration: u64| addresses[iteration as usize & 0xffff];

@@ -32,7 +32,7 @@ fn plain() -> (VtdUnitConfig, DeviceConfig) {
 #[test]
 fn a_survey_leaves_nothing_behind() {
     let reserved = vec![0x8000_0000..=0x8000_ffff];
-    let device = DeviceConfig { pasid_bits: 16, ats: true, reserved, ..Default::default() };
+    let device = DeviceConfig::default().with_pasid_bits(16).with_ats(true).with_reserved(reserved);
     let (host, names) = host(&[(VtdUnitConfig::default(), device)]);
     let facts = survey(&*host, &names).unwrap();
     assert_eq!(host.live_objects(), 0);
@@ -62,13 +62,11 @@ fn whatever_fails_leaves_nothing_behind() {
 
 #[test]
 fn an_offer_is_the_intersection() {
-    let wide = VtdUnitConfig {
-        address_width: AddressWidth::Bits57,
-        device_tlb: true,
-        supervisor_requests: true,
-        ..Default::default()
-    };
-    let with_tlb = DeviceConfig { ats: true, ..Default::default() };
+    let wide = VtdUnitConfig::default()
+        .with_address_width(AddressWidth::Bits57)
+        .with_device_tlb(true)
+        .with_supervisor_requests(true);
+    let with_tlb = DeviceConfig::default().with_ats(true);
     let both = |second| {
         let (host, names) = host(&[(wide.clone(), with_tlb.clone()), second]);
         Offer::new(&survey(&*host, &names).unwrap()).unwrap()
@@ -78,12 +76,10 @@ fn an_offer_is_the_intersection() {
     assert!(
         offer.dirty_tracking && offer.features.iter().any(|each| each == "supervisor requests")
     );
-    let poor = VtdUnitConfig {
-        pasid_bits: 8,
-        huge_pages: false,
-        dirty_tracking: false,
-        ..Default::default()
-    };
+    let poor = VtdUnitConfig::default()
+        .with_pasid_bits(8)
+        .with_huge_pages(false)
+        .with_dirty_tracking(false);
     let offer = both((poor, DeviceConfig::default()));
     assert_eq!((offer.address_bits, offer.pasid_bits, offer.ats), (48, 8, false));
     assert!(!offer.dirty_tracking);
@@ -92,7 +88,7 @@ fn an_offer_is_the_intersection() {
 
 #[test]
 fn who_cannot_nest_is_named() {
-    let flat = VtdUnitConfig { nesting: false, ..Default::default() };
+    let flat = VtdUnitConfig::default().with_nesting(false);
     let (host, names) = host(&[plain(), (flat, DeviceConfig::default())]);
     let facts = survey(&*host, &names).unwrap();
     let report = NestingReport::new(&facts);

@@ -63,6 +63,10 @@
 //! * `selftest`: the mock driver and the test operations that Linux's own iommufd selftests drive.
 //!   It is not for ordinary builds, and may change in any version.
 //! * `test-kit`: guest drivers of the virtual IOMMUs, for tests. It may change in any version.
+//!
+//! # Versions
+//!
+//! As in [`twostage`]: a configuration is, for example, `DeviceConfig::default().with_ats(true)`.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]

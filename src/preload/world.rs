@@ -190,42 +190,40 @@ fn with_groups(devices: &[DeviceEntry]) -> BTreeMap<u32, Entry> {
 
 fn unit(iommu: &Iommu) -> EmulatedUnit {
     match iommu.model {
-        Model::Vtd => VtdUnit::new(VtdUnitConfig {
-            address_width: match iommu.address_width {
-                57 => AddressWidth::Bits57,
-                _ => AddressWidth::Bits48,
-            },
-            pasid_bits: iommu.pasid_bits,
-            nesting: iommu.nesting,
-            device_tlb: iommu.ats,
-            page_requests: iommu.pri,
-            erratum_772415: iommu.erratum_772415,
-            guest_second_stage: false,
-            ..VtdUnitConfig::default()
-        })
+        Model::Vtd => VtdUnit::new(
+            VtdUnitConfig::default()
+                .with_address_width(match iommu.address_width {
+                    57 => AddressWidth::Bits57,
+                    _ => AddressWidth::Bits48,
+                })
+                .with_pasid_bits(iommu.pasid_bits)
+                .with_nesting(iommu.nesting)
+                .with_device_tlb(iommu.ats)
+                .with_page_requests(iommu.pri)
+                .with_erratum_772415(iommu.erratum_772415)
+                .with_guest_second_stage(false),
+        )
         .into(),
-        Model::Smmuv3 => SmmuV3Unit::new(SmmuV3UnitConfig {
-            address_width: iommu.address_width,
-            ssid_bits: iommu.pasid_bits,
-            nesting: iommu.nesting,
-            ats: iommu.ats,
-            page_requests: iommu.pri,
-            s2fwb: iommu.s2fwb,
-            ..SmmuV3UnitConfig::default()
-        })
+        Model::Smmuv3 => SmmuV3Unit::new(
+            SmmuV3UnitConfig::default()
+                .with_address_width(iommu.address_width)
+                .with_ssid_bits(iommu.pasid_bits)
+                .with_nesting(iommu.nesting)
+                .with_ats(iommu.ats)
+                .with_page_requests(iommu.pri)
+                .with_s2fwb(iommu.s2fwb),
+        )
         .into(),
     }
 }
 
 fn device_config(device: &DeviceEntry) -> DeviceConfig {
-    DeviceConfig {
-        pasid_bits: device.pasid_bits,
-        ats: device.ats,
-        pri: device.pri,
-        reserved: device.reserved(),
-        group: device.group,
-        ..DeviceConfig::default()
-    }
+    DeviceConfig::default()
+        .with_pasid_bits(device.pasid_bits)
+        .with_ats(device.ats)
+        .with_pri(device.pri)
+        .with_reserved(device.reserved())
+        .with_group(device.group)
 }
 
 #[cfg(test)]

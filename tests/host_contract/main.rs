@@ -43,7 +43,7 @@ fn vtd() -> Subject {
 
 /// The same behind a VT-d that cannot nest.
 fn vtd_without_nesting() -> Subject {
-    subject(VtdUnit::new(VtdUnitConfig { nesting: false, ..Default::default() }))
+    subject(VtdUnit::new(VtdUnitConfig::default().with_nesting(false)))
 }
 
 /// The same behind an SMMUv3.
@@ -53,7 +53,7 @@ fn smmuv3() -> Subject {
 
 /// The same behind an SMMUv3 that cannot nest.
 fn smmuv3_without_nesting() -> Subject {
-    subject(SmmuV3Unit::new(SmmuV3UnitConfig { nesting: false, ..Default::default() }))
+    subject(SmmuV3Unit::new(SmmuV3UnitConfig::default().with_nesting(false)))
 }
 
 fn subject(unit: impl Into<EmulatedUnit>) -> Subject {

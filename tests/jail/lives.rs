@@ -85,7 +85,7 @@ impl World {
         let open = move |_: &Jail| -> Arc<dyn HostIommu> {
             let host = EmulatedHost::new();
             let id = host.add_unit(unit());
-            let config = DeviceConfig { pasid_bits: 8, ..Default::default() };
+            let config = DeviceConfig::default().with_pasid_bits(8);
             host.add_device("nic", id, RID, config).unwrap();
             opened.lock().unwrap().push(host.clone());
             host

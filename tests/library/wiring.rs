@@ -71,7 +71,7 @@ fn said(host: &Arc<EmulatedHost>, wire: impl FnOnce(VtdBuilder) -> VtdBuilder) -
 fn mistakes_are_named() {
     let vtd = host(VtdUnit::new(VtdUnitConfig::default()));
     let nic = vtd.device_bind("nic").unwrap();
-    let flat = host(VtdUnit::new(VtdUnitConfig { nesting: false, ..Default::default() }));
+    let flat = host(VtdUnit::new(VtdUnitConfig::default().with_nesting(false)));
     let flat_nic = flat.device_bind("nic").unwrap();
     let smmu = host(SmmuV3Unit::new(SmmuV3UnitConfig::default()));
     let smmu_nic = smmu.device_bind("nic").unwrap();

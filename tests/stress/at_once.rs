@@ -101,7 +101,7 @@ impl World {
         let unit = VtdUnit::new(VtdUnitConfig::default());
         let unit_id = host.add_unit(Arc::clone(&unit));
         let rid = Bdf::new(0, 3, 0).unwrap();
-        let config = DeviceConfig { pasid_bits: 4, ..DeviceConfig::default() };
+        let config = DeviceConfig::default().with_pasid_bits(4);
         host.add_device("device", unit_id, rid, config).unwrap();
         let dev = host.device_bind("device").unwrap();
         let memory = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x40_0000, None).unwrap();

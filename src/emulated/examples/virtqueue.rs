@@ -76,7 +76,7 @@ impl Capitals {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let host = EmulatedHost::new();
-    let vtd = VtdUnit::new(VtdUnitConfig { sanitize: true, ..Default::default() });
+    let vtd = VtdUnit::new(VtdUnitConfig::default().with_sanitize(true));
     let unit = host.add_unit(vtd.clone());
     let place = Bdf::new(0, 4, 0).ok_or("no such address")?;
     host.add_device("capitals", unit, place, DeviceConfig::default())?;

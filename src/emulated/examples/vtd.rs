@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let host = EmulatedHost::new();
     let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
     let place = Bdf::new(0, 4, 0).ok_or("no such address")?;
-    host.add_device("nic", unit, place, DeviceConfig { pasid_bits: 8, ..Default::default() })?;
+    host.add_device("nic", unit, place, DeviceConfig::default().with_pasid_bits(8))?;
     let dev = host.device_bind("nic")?;
 
     // The VMM maps guest memory on the host, and builds the virtual unit on that.

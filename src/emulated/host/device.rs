@@ -10,6 +10,7 @@ pub(crate) type Slot = Option<u32>;
 
 /// Properties of an emulated device that matter to an IOMMU.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DeviceConfig {
     /// Width of its PASIDs in bits; 0 without a PASID capability.
     pub pasid_bits: u8,
@@ -32,9 +33,9 @@ pub struct DeviceConfig {
     /// use vm_memory::{GuestAddress, GuestRegionMmap};
     ///
     /// let host = EmulatedHost::new();
-    /// let config = VtdUnitConfig { device_tlb: true, page_requests: true, ..Default::default() };
+    /// let config = VtdUnitConfig::default().with_device_tlb(true).with_page_requests(true);
     /// let unit = host.add_unit(VtdUnit::new(config));
-    /// let config = DeviceConfig { ats: true, pri: true, ..Default::default() };
+    /// let config = DeviceConfig::default().with_ats(true).with_pri(true);
     /// host.add_device("nic", unit, Bdf::new(0, 4, 0).expect("an address"), config)?;
     /// let (dev, pt) = (host.device_bind("nic")?, host.ioas_alloc()?);
     /// let queue = host.fault_queue_alloc()?;
@@ -66,6 +67,18 @@ pub struct DeviceConfig {
     /// Devices behind one IOMMU with the same number are one IOMMU group: they access the same
     /// memory, and only one iommufd at a time can own them. `None` for a group of its own.
     pub group: Option<u32>,
+}
+
+impl DeviceConfig {
+    twostage::setters! {
+        with_pasid_bits pasid_bits: u8;
+        with_pasid_exec pasid_exec: bool;
+        with_pasid_priv pasid_priv: bool;
+        with_ats ats: bool;
+        with_pri pri: bool;
+        with_reserved reserved: Vec<RangeInclusive<u64>>;
+        with_group group: Option<u32>;
+    }
 }
 
 /// A device, for the driver of its IOMMU.

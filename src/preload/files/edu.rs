@@ -228,11 +228,10 @@ mod tests {
 
     fn edu() -> (Edu, Arc<GuestRegionMmap>, Arc<EmulatedHost>) {
         let host = EmulatedHost::new();
-        let config = VtdUnitConfig::default();
-        let config = VtdUnitConfig { device_tlb: true, page_requests: true, ..config };
+        let config = VtdUnitConfig::default().with_device_tlb(true).with_page_requests(true);
         let unit = host.add_unit(VtdUnit::new(config));
         let rid = Bdf::new(0, 4, 0).unwrap();
-        let config = DeviceConfig { ats: true, pri: true, ..DeviceConfig::default() };
+        let config = DeviceConfig::default().with_ats(true).with_pri(true);
         host.add_device("edu", unit, rid, config).unwrap();
         let (dev, ioas) = (host.device_bind("edu").unwrap(), host.ioas_alloc().unwrap());
         let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), 0x2000, None).unwrap();

@@ -15,6 +15,9 @@
 //! `ledger`. [`routes`] is for VMMs whose hypervisor sends remapped messages by itself.
 
 /// Setters of a configuration, to be called in a chain: `with_x x: T` sets the field `x`.
+// For the packages here, so not documented.
+#[doc(hidden)]
+#[macro_export]
 macro_rules! setters {
     ($($with:ident $field:ident: $type:ty;)*) => {$(
         #[doc = concat!("Sets [`Self::", stringify!($field), "`].")]

@@ -144,7 +144,7 @@ fn emulated(iommu: Emulated) -> Arc<EmulatedHost> {
         Emulated::Smmuv3 => SmmuV3Unit::new(SmmuV3UnitConfig::default()).into(),
     };
     let unit = host.add_unit(unit);
-    let config = DeviceConfig { pasid_bits: EDU_PASID_BITS, ..Default::default() };
+    let config = DeviceConfig::default().with_pasid_bits(EDU_PASID_BITS);
     // Cannot fail, as the host has no other device.
     if let Err(error) = host.add_device(EDU, unit, Bdf::from_raw(0x0008), config) {
         log::error!("the emulated host: {error}");

@@ -105,7 +105,7 @@ pub(super) fn bind_devices(
             (None, Some(emulated), Some(unit)) => {
                 let name = format!("{}/{bdf}", plan.id);
                 let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
-                let device = DeviceConfig { pasid_bits, ats, ..DeviceConfig::default() };
+                let device = DeviceConfig::default().with_pasid_bits(pasid_bits).with_ats(ats);
                 emulated.add_device(&name, unit, bdf, device).map_err(failed("adding a device"))?;
                 host.device_bind(&name).map_err(failed("binding a device"))?
             }

@@ -213,15 +213,13 @@ fn message_windows(
 
 /// The emulated unit that can serve `options`.
 fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
-    let default = SmmuV3UnitConfig::default();
-    SmmuV3UnitConfig {
-        va_52: options.address_width == 52,
-        ssid_bits: default.ssid_bits.max(options.substream_bits.unwrap_or_default()),
-        ats: options.ats,
-        msi_doorbell: Some(MESSAGE_RANGE),
-        sanitize: options.sanitize,
-        ..default
-    }
+    let unit = SmmuV3UnitConfig::default();
+    let ssid_bits = unit.ssid_bits.max(options.substream_bits.unwrap_or_default());
+    unit.with_va_52(options.address_width == 52)
+        .with_ssid_bits(ssid_bits)
+        .with_ats(options.ats)
+        .with_msi_doorbell(Some(MESSAGE_RANGE))
+        .with_sanitize(options.sanitize)
 }
 
 /// What the guest is to be offered.

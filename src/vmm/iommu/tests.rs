@@ -225,7 +225,7 @@ fn the_emulated_host_serves_what_is_asked_for() {
 fn a_machine_has_the_registers_of_the_offer() {
     let host = EmulatedHost::new();
     let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
-    let device = DeviceConfig { pasid_bits: 20, ..DeviceConfig::default() };
+    let device = DeviceConfig::default().with_pasid_bits(20);
     host.add_device("edu", unit, FUNCTION.bdf, device).unwrap();
     let offer = Offer::new(&survey(&*host, &["edu".to_owned()]).unwrap()).unwrap();
     let json = serde_json::to_value(&offer).unwrap();

@@ -119,16 +119,14 @@ impl BusDevice for VtdIommu {
 
 /// The emulated unit that can serve `config`.
 fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
-    VtdUnitConfig {
-        address_width: match config.address_width {
+    VtdUnitConfig::default()
+        .with_address_width(match config.address_width {
             57 => AddressWidth::Bits57,
             _ => AddressWidth::Bits48,
-        },
-        guest_second_stage,
-        device_tlb: config.ats,
-        sanitize: config.sanitize,
-        ..VtdUnitConfig::default()
-    }
+        })
+        .with_guest_second_stage(guest_second_stage)
+        .with_device_tlb(config.ats)
+        .with_sanitize(config.sanitize)
 }
 
 /// What the guest is to be offered.

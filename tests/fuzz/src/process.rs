@@ -79,35 +79,30 @@ fn memory() -> Arc<GuestRegionMmap> {
 
 fn machine() -> Arc<Machine> {
     let machine = Machine::new();
-    let small = VtdUnitConfig {
-        iotlb_entries: 16,
-        paging_structure_entries: 8,
-        stage2_entries: 8,
-        ..VtdUnitConfig::default()
-    };
-    let other = VtdUnitConfig {
-        address_width: AddressWidth::Bits57,
-        extended_accessed: true,
-        supervisor_requests: true,
-        erratum_772415: false,
-        sanitize: true,
-        device_tlb: true,
-        page_requests: true,
-        ..small.clone()
-    };
+    let small = VtdUnitConfig::default()
+        .with_iotlb_entries(16)
+        .with_paging_structure_entries(8)
+        .with_stage2_entries(8);
+    let other = small
+        .clone()
+        .with_address_width(AddressWidth::Bits57)
+        .with_extended_accessed(true)
+        .with_supervisor_requests(true)
+        .with_erratum_772415(false)
+        .with_sanitize(true)
+        .with_device_tlb(true)
+        .with_page_requests(true);
     let units = [small, other].map(|config| machine.add_unit(VtdUnit::new(config)));
     for Device { name, unit, function, group, pri } in DEVICES {
         let rid = Bdf::new(0, 1, function).expect("a function");
         let reserved = if name == "far" { vec![0x1_0000..=0x1_0fff] } else { Vec::new() };
-        let config = DeviceConfig {
-            pasid_bits: 4,
-            pasid_priv: true,
-            ats: pri,
-            pri,
-            reserved,
-            group,
-            ..Default::default()
-        };
+        let config = DeviceConfig::default()
+            .with_pasid_bits(4)
+            .with_pasid_priv(true)
+            .with_ats(pri)
+            .with_pri(pri)
+            .with_reserved(reserved)
+            .with_group(group);
         machine.add_device(name, units[unit], rid, config).expect("a new device");
     }
     machine

@@ -55,12 +55,12 @@ pub struct Machine {
 
 /// A host with one unit and two unbound devices; every call of it can be made to fail.
 pub fn host() -> (Arc<Host>, Arc<SmmuV3Unit>) {
-    let config = SmmuV3UnitConfig { ats: true, page_requests: true, ..Default::default() };
+    let config = SmmuV3UnitConfig::default().with_ats(true).with_page_requests(true);
     let unit = SmmuV3Unit::new(config);
     let host = EmulatedHost::new();
     let id = host.add_unit(unit.clone());
     for (name, rid) in [("a", A), ("b", B)] {
-        let config = DeviceConfig { ats: true, pri: true, ..Default::default() };
+        let config = DeviceConfig::default().with_ats(true).with_pri(true);
         host.add_device(name, id, rid, config).unwrap();
     }
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)

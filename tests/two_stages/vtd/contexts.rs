@@ -178,7 +178,7 @@ fn run(
 }
 
 fn machine() -> Machine {
-    let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
+    let unit = VtdUnitConfig::default().with_guest_second_stage(true);
     Machine::with(unit, vtd_config().with_second_stage(true))
 }
 

@@ -207,7 +207,7 @@ struct Bench {
 impl Bench {
     /// On a unit that also supports guest-owned second-stage tables.
     fn new(formats: &[&'static dyn Format]) -> Self {
-        let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
+        let unit = VtdUnitConfig::default().with_guest_second_stage(true);
         let machine = Machine::with(unit, vtd_config().with_second_stage(true));
         caches::number_pages(&machine.guest);
         let spaces = formats.iter().map(|format| Space::new(&machine.guest, *format)).collect();

@@ -113,7 +113,7 @@ pub fn host(config: VtdUnitConfig) -> (Arc<Host>, Arc<VtdUnit>) {
     let id = host.add_unit(unit.clone());
     for (name, rid) in [("a", A), ("b", B)] {
         let config =
-            DeviceConfig { pasid_bits: PASID_BITS, ats: true, pri: true, ..Default::default() };
+            DeviceConfig::default().with_pasid_bits(PASID_BITS).with_ats(true).with_pri(true);
         host.add_device(name, id, rid, config).unwrap();
     }
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)

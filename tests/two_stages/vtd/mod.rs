@@ -253,7 +253,7 @@ fn what_could_not_be_blocked_is_by_a_later_invalidation_that_completes() {
 
 /// A machine whose guest may use second-stage tables, and device A is on one.
 fn second_stage() -> (Machine, u64) {
-    let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
+    let unit = VtdUnitConfig::default().with_guest_second_stage(true);
     let machine = Machine::with(unit, vtd_config().with_second_stage(true));
     let guest = &machine.guest;
     let (table, page) = (guest.page(), guest.page());
@@ -283,8 +283,7 @@ fn second_stage_tables_of_the_guest_go_through_the_host_s() {
 
 #[test]
 fn second_stage_tables_are_not_offered_where_the_host_cannot_walk_them() {
-    let (host, unit) =
-        machine::host(VtdUnitConfig { guest_second_stage: false, ..VtdUnitConfig::default() });
+    let (host, unit) = machine::host(VtdUnitConfig::default().with_guest_second_stage(false));
     let config = vtd_config().with_second_stage(true);
     let error = Machine::on(host, unit, config).err().unwrap();
     assert!(error.contains("lacks guest_second_stage"), "{error}");
@@ -292,7 +291,7 @@ fn second_stage_tables_are_not_offered_where_the_host_cannot_walk_them() {
 
 /// A machine whose unit has the sanitizer; otherwise as [`nested`].
 fn sanitized() -> (Machine, u64) {
-    let unit = VtdUnitConfig { sanitize: true, ..VtdUnitConfig::default() };
+    let unit = VtdUnitConfig::default().with_sanitize(true);
     let machine = Machine::with(unit, vtd_config());
     let guest = &machine.guest;
     let (table, page) = (guest.page(), guest.page());

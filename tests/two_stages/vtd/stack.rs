@@ -34,7 +34,7 @@ impl Stack for Machine {
     const REFUSALS_ARE_SHOWN: bool = false;
 
     fn start(failing: u64) -> Result<Self, (String, ObjectGraph)> {
-        let unit = VtdUnitConfig { device_tlb: true, page_requests: true, ..Default::default() };
+        let unit = VtdUnitConfig::default().with_device_tlb(true).with_page_requests(true);
         let (host, unit) = machine::host(unit);
         host.fail_nth(failing, Errno::ENOMEM);
         Self::on(host.clone(), unit, vtd_config())

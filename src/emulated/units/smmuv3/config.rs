@@ -17,6 +17,7 @@ const MAX_SSID_BITS: u8 = 20;
 /// Without stalls and updates of access flags (IDR0.STALL_MODEL = 0b01, HTTU = 0); ASIDs and VMIDs
 /// have 16 bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SmmuV3UnitConfig {
     /// Size of its addresses in bits: 32, 36, 40, 42, 44, 48 or 52 (IDR5.OAS); other values are
     /// rounded down. It is also the size of guest addresses.
@@ -84,6 +85,25 @@ impl Default for SmmuV3UnitConfig {
 }
 
 impl SmmuV3UnitConfig {
+    twostage::setters! {
+        with_address_width address_width: u8;
+        with_va_52 va_52: bool;
+        with_granules granules: Vec<Granule>;
+        with_ssid_bits ssid_bits: u8;
+        with_two_level_cd two_level_cd: bool;
+        with_range_invalidation range_invalidation: bool;
+        with_ats ats: bool;
+        with_page_requests page_requests: bool;
+        with_nesting nesting: bool;
+        with_s2fwb s2fwb: bool;
+        with_canwbs canwbs: bool;
+        with_msi_doorbell msi_doorbell: Option<RangeInclusive<u64>>;
+        with_iotlb_entries iotlb_entries: usize;
+        with_paging_structure_entries paging_structure_entries: usize;
+        with_stage2_entries stage2_entries: usize;
+        with_sanitize sanitize: bool;
+    }
+
     /// IDR5.OAS: the size of addresses.
     fn oas(&self) -> u8 {
         let fits = |bits: &u8| address_size(*bits).is_some_and(|size| size <= self.address_width);

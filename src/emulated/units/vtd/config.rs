@@ -33,6 +33,7 @@ impl AddressWidth {
 
 /// The abilities and cache sizes of an emulated VT-d unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct VtdUnitConfig {
     /// Widest guest address (CAP.MGAW, CAP.SAGAW, CAP.FS5LP).
     pub address_width: AddressWidth,
@@ -95,6 +96,24 @@ impl Default for VtdUnitConfig {
 }
 
 impl VtdUnitConfig {
+    twostage::setters! {
+        with_address_width address_width: AddressWidth;
+        with_huge_pages huge_pages: bool;
+        with_pasid_bits pasid_bits: u8;
+        with_supervisor_requests supervisor_requests: bool;
+        with_extended_accessed extended_accessed: bool;
+        with_device_tlb device_tlb: bool;
+        with_page_requests page_requests: bool;
+        with_nesting nesting: bool;
+        with_guest_second_stage guest_second_stage: bool;
+        with_dirty_tracking dirty_tracking: bool;
+        with_erratum_772415 erratum_772415: bool;
+        with_iotlb_entries iotlb_entries: usize;
+        with_paging_structure_entries paging_structure_entries: usize;
+        with_stage2_entries stage2_entries: usize;
+        with_sanitize sanitize: bool;
+    }
+
     /// CAP, as GET_HW_INFO gives it.
     pub(super) fn cap(&self) -> Cap {
         let five_levels = self.address_width == AddressWidth::Bits57;
