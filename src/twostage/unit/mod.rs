@@ -5,7 +5,8 @@
 //! the host has it, and as the model reads it; where interrupts go) and make the model, its nesting
 //! and the way of faults back to it. [`Vtd`] and [`Smmuv3`] then have the verbs that a VMM needs,
 //! the same ones: register accesses, devices that come and go, snapshot, reset and the end. Each
-//! error names the device and what it lacks, and leaves nothing of it on the host.
+//! error names the device and what it lacks, and leaves nothing of it on the host, unless the host
+//! refuses to release it: [`AddError::Left`] says so, and builders log it.
 //!
 //! The parts can be used by themselves as well: [`crate::viommu`] and [`crate::nesting`].
 //!
@@ -22,6 +23,7 @@ mod tests;
 pub mod vtd;
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use crate::iommufd::ObjectId;
 use crate::nesting::NestingError;
@@ -31,7 +33,8 @@ use crate::viommu::{CapabilityConflict, HostSideError, IntersectError, RestoreEr
 pub use smmuv3::{Smmuv3, Smmuv3Builder};
 pub use vtd::{Vtd, VtdBuilder};
 
-/// Why a virtual IOMMU is not built or restored. Nothing of it is left on the host.
+/// Why a virtual IOMMU is not built or restored. Nothing of it is left on the host, unless
+/// that refuses to release it, which is logged.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
@@ -71,12 +74,26 @@ pub enum BuildError {
         /// Its identity for the guest.
         rid: Bdf,
     },
+    /// A guest keeps what it was offered.
+    #[error(
+        "config() was given {given}, but the {model} snapshot has {saved}: leave config() out \
+         before restore(), or give it the snapshot's"
+    )]
+    OtherConfig {
+        /// VT-d or SMMUv3.
+        model: &'static str,
+        /// What was given, where it differs.
+        given: String,
+        /// The same of the snapshot.
+        saved: String,
+    },
     /// The snapshot is not one that can be restored here.
     #[error(transparent)]
     Restore(#[from] RestoreError),
 }
 
-/// Why a device is not added. Nothing of it is left on the host, and it is blocked.
+/// Why a device is not added. Nothing of it is left on the host, and it is blocked, except with
+/// [`AddError::Left`].
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum AddError {
@@ -116,6 +133,16 @@ pub enum AddError {
         device: String,
         /// The host's answer.
         source: HostSideError,
+    },
+    /// It was not added, and the host does not let go of it: it may still reach memory.
+    #[error("{why}; it is left on the host, remove it from {rid} to try again: {source}")]
+    Left {
+        /// The identity for the guest, which knows no such device.
+        rid: Bdf,
+        /// Why it was not added.
+        why: Box<AddError>,
+        /// What was refused.
+        source: NestingError,
     },
 }
 
@@ -174,6 +201,31 @@ fn check_devices(
     }
 }
 
+/// Checks that `given`, the configuration that a builder was told of if any, is that of a snapshot
+/// of `model`, which has `saved`.
+fn check_config<C: fmt::Debug + PartialEq>(
+    model: &'static str,
+    given: Option<&C>,
+    saved: &C,
+) -> Result<(), BuildError> {
+    let Some(given) = given.filter(|given| *given != saved) else { return Ok(()) };
+    let (given, saved) = (format!("{given:?}"), format!("{saved:?}"));
+    // Fields, of which one differs, as they are compared and shown by derived traits.
+    let mut fields = given.split(", ").zip(saved.split(", "));
+    let (given, saved) = fields.find(|(given, saved)| given != saved).unwrap_or((&given, &saved));
+    Err(BuildError::OtherConfig { model, given: given.to_owned(), saved: saved.to_owned() })
+}
+
+/// The names of `devices`, each of which has a place of its own.
+fn names_of(devices: &[NewDevice]) -> Result<BTreeMap<Bdf, String>, AddError> {
+    let mut names = BTreeMap::new();
+    for device in devices {
+        check_place(&names, device)?;
+        names.insert(device.rid, device.name.clone());
+    }
+    Ok(names)
+}
+
 /// Checks that no other device is in the place of `device`.
 fn check_place(names: &BTreeMap<Bdf, String>, device: &NewDevice) -> Result<(), AddError> {
     let NewDevice { rid, name, .. } = device;
@@ -203,15 +255,14 @@ impl Names {
         check_place(&names, &device)?;
         let added = add(&device);
         let NewDevice { rid, name, .. } = device;
-        if added.is_ok() {
+        let Err(why) = added else {
             names.insert(rid, name);
-            return added;
-        }
-        match release(rid) {
-            Ok(()) | Err(NestingError::NoDevice(_)) => {}
-            Err(error) => log::error!("{name} was not added, but is not released: {error}"),
-        }
-        added
+            return Ok(());
+        };
+        Err(match release(rid) {
+            Ok(()) | Err(NestingError::NoDevice(_)) => why,
+            Err(source) => AddError::Left { rid, why: Box::new(why), source },
+        })
     }
 
     /// Removes `rid` with `remove`.

@@ -6,7 +6,8 @@ use std::fmt;
 use std::sync::{Arc, Weak};
 
 use super::{
-    check_devices, check_place, offered, AddError, BuildError, Names, NewDevice, RemoveError,
+    check_config, check_devices, names_of, offered, AddError, BuildError, Names, NewDevice,
+    RemoveError,
 };
 use crate::iommufd::ObjectId;
 use crate::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
@@ -76,7 +77,7 @@ pub struct Smmuv3Builder {
     ioas: Arc<GuestIoas>,
     memory: Arc<dyn TableMemory>,
     interrupts: Arc<dyn SmmuInterrupts>,
-    config: SmmuConfig,
+    config: Option<SmmuConfig>,
     event_depth: u32,
     threads: Arc<dyn ThreadStart>,
     devices: Vec<NewDevice>,
@@ -97,7 +98,7 @@ impl Smmuv3Builder {
             ioas,
             memory,
             interrupts,
-            config: SmmuConfig::default(),
+            config: None,
             event_depth: DEFAULT_EVENT_DEPTH,
             threads: Arc::new(StdThreads),
             devices: Vec::new(),
@@ -108,9 +109,10 @@ impl Smmuv3Builder {
     }
 
     /// What the guest is offered, as far as the hosts' units have it; they must have what is
-    /// requested by value ([`SmmuConfig::intersect`]). Without this call: the default.
+    /// requested by value ([`SmmuConfig::intersect`]). Without this call: the default. Before a
+    /// restore: the configuration of the snapshot, or no call.
     pub fn config(mut self, config: &SmmuConfig) -> Self {
-        self.config = config.clone();
+        self.config = Some(config.clone());
         self
     }
 
@@ -163,11 +165,12 @@ impl Smmuv3Builder {
         if self.devices.is_empty() && !self.without_devices {
             return Err(BuildError::NoDevices { model: MODEL });
         }
-        self.config.check().map_err(impossible)?;
+        let wanted = self.config.unwrap_or_default();
+        wanted.check().map_err(impossible)?;
         let nesting = SmmuNesting::with_event_depth(self.ioas, self.event_depth);
         let side = Side::new(nesting.with_threads(self.threads), &self.devices)?;
-        let lowered = self.config.intersect(&side.hosts);
-        let offered = offered(self.config, lowered)?;
+        let lowered = wanted.intersect(&side.hosts);
+        let offered = offered(wanted, lowered)?;
         let host = side.nesting.clone();
         let model = Smmu::new(&offered, self.memory, host, self.interrupts, self.observer)
             .map_err(impossible)?;
@@ -183,11 +186,12 @@ impl Smmuv3Builder {
     /// [`Smmu::restore`], also for what is left to do: [`Smmu::drain_queue`].
     ///
     /// # Errors
-    /// The snapshot is not one that this release can restore, or the devices are not those of the
-    /// snapshot: the host is not called then. Or a device cannot do what the guest was offered; or
-    /// the host refused part of what the unit had.
+    /// The snapshot is not one that this release can restore, or the configuration or the places of
+    /// devices are not those of the snapshot: the host is not called then. Or a device cannot do
+    /// what the guest was offered; or the host refused part of what the unit had.
     pub fn restore(self, state: &SmmuState) -> Result<Smmuv3, BuildError> {
         state.check()?;
+        check_config(MODEL, self.config.as_ref(), &state.config)?;
         let streams = state.streams.iter().map(|stream| stream.stream);
         let streams: Vec<Bdf> = streams.map(rid_of).collect::<Result<_, _>>()?;
         check_devices(MODEL, &streams, &self.devices)?;
@@ -227,12 +231,10 @@ struct Side {
 
 impl Side {
     fn new(nesting: SmmuNesting, devices: &[NewDevice]) -> Result<Self, AddError> {
-        let nesting = Arc::new(nesting);
-        let mut side = Self { nesting, names: BTreeMap::new(), hosts: Vec::new() };
+        let (names, nesting) = (names_of(devices)?, Arc::new(nesting));
+        let mut side = Self { nesting, names, hosts: Vec::new() };
         for device in devices {
-            check_place(&side.names, device)?;
             side.hosts.push(take_in(&side.nesting, device)?);
-            side.names.insert(device.rid, device.name.clone());
         }
         Ok(side)
     }

@@ -6,7 +6,8 @@ use std::fmt;
 use std::sync::{Arc, Weak};
 
 use super::{
-    check_devices, check_place, offered, AddError, BuildError, Names, NewDevice, RemoveError,
+    check_config, check_devices, names_of, offered, AddError, BuildError, Names, NewDevice,
+    RemoveError,
 };
 use crate::iommufd::{Extensions, ObjectId};
 use crate::nesting::vtd::VtdNesting;
@@ -81,7 +82,7 @@ pub struct VtdBuilder {
     ioas: Arc<GuestIoas>,
     memory: Arc<dyn TableMemory>,
     interrupts: Arc<dyn InterruptSink>,
-    config: VtdConfig,
+    config: Option<VtdConfig>,
     devices: Vec<NewDevice>,
     without_devices: bool,
     observer: Option<Arc<dyn Observer>>,
@@ -100,7 +101,7 @@ impl VtdBuilder {
             ioas,
             memory,
             interrupts,
-            config: VtdConfig::default(),
+            config: None,
             devices: Vec::new(),
             without_devices: false,
             observer: None,
@@ -109,9 +110,10 @@ impl VtdBuilder {
     }
 
     /// What the guest is offered, as far as the hosts' units have it; they must have what is
-    /// requested by value ([`VtdConfig::intersect`]). Without this call: the default.
+    /// requested by value ([`VtdConfig::intersect`]). Without this call: the default. Before a
+    /// restore: the configuration of the snapshot, or no call.
     pub fn config(mut self, config: &VtdConfig) -> Self {
-        self.config = config.clone();
+        self.config = Some(config.clone());
         self
     }
 
@@ -159,10 +161,11 @@ impl VtdBuilder {
         if self.devices.is_empty() && !self.without_devices {
             return Err(BuildError::NoDevices { model: MODEL });
         }
-        self.config.check().map_err(impossible)?;
+        let wanted = self.config.unwrap_or_default();
+        wanted.check().map_err(impossible)?;
         let side = Side::new(self.ioas, &self.devices)?;
-        let lowered = self.config.intersect(&side.hosts);
-        let offered = offered(self.config, lowered)?;
+        let lowered = wanted.intersect(&side.hosts);
+        let offered = offered(wanted, lowered)?;
         let host = side.nesting.clone();
         let model = VtdIommu::new(&offered, self.memory, host, self.interrupts, self.observer)
             .map_err(impossible)?;
@@ -178,11 +181,12 @@ impl VtdBuilder {
     /// [`VtdIommu::restore`], also for what is left to do: [`VtdIommu::drain_queue`].
     ///
     /// # Errors
-    /// The snapshot is not one that this release can restore, or the devices are not those of the
-    /// snapshot: the host is not called then. Or a device cannot do what the guest was offered; or
-    /// the host refused part of what the unit had.
+    /// The snapshot is not one that this release can restore, or the configuration or the places of
+    /// devices are not those of the snapshot: the host is not called then. Or a device cannot do
+    /// what the guest was offered; or the host refused part of what the unit had.
     pub fn restore(self, state: &VtdState) -> Result<Vtd, BuildError> {
         state.check()?;
+        check_config(MODEL, self.config.as_ref(), &state.config)?;
         let functions: Vec<Bdf> = state.functions.iter().map(|function| function.rid).collect();
         check_devices(MODEL, &functions, &self.devices)?;
         let side = Side::new(self.ioas, &self.devices)?;
@@ -215,13 +219,11 @@ struct Side {
 
 impl Side {
     fn new(ioas: Arc<GuestIoas>, devices: &[NewDevice]) -> Result<Self, AddError> {
-        let extensions = ioas.host().extensions();
+        let (names, extensions) = (names_of(devices)?, ioas.host().extensions());
         let nesting = Arc::new(VtdNesting::new(ioas));
-        let mut side = Self { nesting, extensions, names: BTreeMap::new(), hosts: Vec::new() };
+        let mut side = Self { nesting, extensions, names, hosts: Vec::new() };
         for device in devices {
-            check_place(&side.names, device)?;
             side.hosts.push(take_in(&side.nesting, extensions, device)?);
-            side.names.insert(device.rid, device.name.clone());
         }
         Ok(side)
     }

@@ -11,8 +11,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{HwCapabilities, HwInfo, HwInfoData, ObjectId};
-use crate::nesting::GuestIoas;
+use crate::nesting::{GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
+use crate::sync::Mutex;
+use crate::unit::{AddError, Names, NewDevice};
 use crate::viommu::InterruptListener;
 
 /// The guest's devices.
@@ -79,4 +81,24 @@ impl Host {
         assert_eq!(self.recording.live_objects(), [self.ioas.id()]);
         assert_eq!(self.reaches(), [None, None]);
     }
+}
+
+#[test]
+fn what_is_left_of_a_device_that_is_not_added_is_said() {
+    let names = Names(Mutex::default());
+    let failed = |released: Result<(), NestingError>| {
+        let device = NewDevice { rid: A, dev: ObjectId(1), name: "nic0".to_owned() };
+        let wrong = AddError::WrongIommu { device: "nic0".to_owned(), a_model: "a VT-d" };
+        names.add(device, |_| Err(wrong), |_| released).unwrap_err().to_string()
+    };
+    let why = "nic0 is not behind a VT-d, which a virtual one needs: leave it out";
+    assert_eq!(failed(Ok(())), why);
+    assert_eq!(failed(Err(NestingError::NoDevice(A))), why);
+    assert_eq!(
+        failed(Err(NestingError::NoVtd(A))),
+        format!(
+            "{why}; it is left on the host, remove it from 00:04.0 to try again: {}",
+            NestingError::NoVtd(A)
+        )
+    );
 }

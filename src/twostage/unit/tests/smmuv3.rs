@@ -333,12 +333,24 @@ fn a_snapshot_needs_its_devices_and_what_the_guest_was_offered() {
         restore(&host, host.both_streams(&memory), &impossible),
         BuildError::Restore(RestoreError::Config { .. })
     ));
-    let newer = SmmuState { version: 2, ..state };
+    let newer = SmmuState { version: 2, ..state.clone() };
     assert!(matches!(
         restore(&host, host.both_streams(&memory), &newer),
         BuildError::Restore(RestoreError::Version { found: 2, .. })
     ));
+    let twice = host.both_streams(&memory).device(A, host.b, "nic2");
+    assert_eq!(
+        restore(&host, twice, &state).to_string(),
+        "nic2 cannot be 00:04.0, which is nic0: remove that first, or use another place"
+    );
+    let other = SmmuConfig { asid16: false, ..state.config.clone() };
+    assert_eq!(
+        restore(&host, host.both_streams(&memory).config(&other), &state).to_string(),
+        "config() was given asid16: false, but the SMMUv3 snapshot has asid16: true: \
+         leave config() out before restore(), or give it the snapshot's"
+    );
     assert!(host.recording.take_log().is_empty());
+    drop(host.both_streams(&memory).config(&state.config).restore(&state).unwrap());
 }
 
 #[test]

@@ -329,12 +329,24 @@ fn a_snapshot_needs_its_devices_and_what_the_guest_was_offered() {
         restore(&host, host.both(&memory), &impossible),
         BuildError::Restore(RestoreError::Config { .. })
     ));
-    let newer = VtdState { version: 2, ..state };
+    let newer = VtdState { version: 2, ..state.clone() };
     assert!(matches!(
         restore(&host, host.both(&memory), &newer),
         BuildError::Restore(RestoreError::Version { found: 2, .. })
     ));
+    let twice = host.both(&memory).device(A, host.b, "nic2");
+    assert_eq!(
+        restore(&host, twice, &state).to_string(),
+        "nic2 cannot be 00:04.0, which is nic0: remove that first, or use another place"
+    );
+    let other = VtdConfig { caching_mode: false, ..state.config.clone() };
+    assert_eq!(
+        restore(&host, host.both(&memory).config(&other), &state).to_string(),
+        "config() was given caching_mode: false, but the VT-d snapshot has caching_mode: true: \
+         leave config() out before restore(), or give it the snapshot's"
+    );
     assert!(host.recording.take_log().is_empty());
+    drop(host.both(&memory).config(&state.config).restore(&state).unwrap());
 }
 
 #[test]
@@ -438,6 +450,26 @@ fn a_removal_that_the_host_refuses_can_be_repeated() {
     vtd.remove_device(A).unwrap();
     assert_eq!(host.recording.reaches(host.a, None), None);
     vtd.add_device(A, host.a, "nic2").unwrap();
+}
+
+#[test]
+fn a_late_device_that_is_left_on_the_host_is_named_and_can_be_removed() {
+    let mut left = 0;
+    for nth in 0..20 {
+        let (host, memory) = (Host::vtd(), guest_memory());
+        let vtd = host.running(&memory);
+        vtd.remove_device(B).unwrap();
+        host.recording.fail_nth(nth, Errno::EIO);
+        (0..12).for_each(|_| host.recording.fail_next(Verb::DeviceDetach, Errno::EIO));
+        let added = vtd.add_device(B, host.b, "nic1");
+        host.recording.forget_failures();
+        let Err(AddError::Left { rid: B, .. }) = added else { continue };
+        left += 1;
+        vtd.remove_device(B).unwrap();
+        assert_eq!(host.recording.reaches(host.b, None), None);
+        vtd.add_device(B, host.b, "nic1").unwrap();
+    }
+    assert!(left > 0);
 }
 
 #[test]
