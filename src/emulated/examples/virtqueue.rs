@@ -13,12 +13,12 @@ use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::unit::VtdBuilder;
 use twostage::viommu::InterruptSink;
-use twostage_emulated::kit::vtd::{Completion, Driver, Entry};
+use twostage_emulated::kit::vtd::{Driver, Entry};
 use twostage_emulated::kit::Pages;
 use twostage_emulated::{DeviceConfig, DmaMemory, EmulatedHost, VtdUnit, VtdUnitConfig};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestMemoryResult};
 
 /// IOVAs of the descriptor table, the rings and two buffers.
 const TABLE: u64 = 0x4000;
@@ -26,11 +26,15 @@ const AVAILABLE: u64 = 0x5000;
 const USED: u64 = 0x6000;
 const SOURCE: u64 = 0x7000;
 const TARGET: u64 = 0x8000;
-/// What the guest sends.
 const TEXT: [u8; 16] = *b"hello, two stage";
 /// Flags of a descriptor.
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+
+/// How many requests are served at once, and how many bytes of each are read: the guest's numbers
+/// have no limit, and its lengths are up to 4 GiB each.
+const AT_ONCE: usize = 16;
+const LONGEST: usize = 4096;
 
 struct Messages;
 
@@ -47,30 +51,40 @@ struct Capitals {
 }
 
 impl Capitals {
-    /// Serves the driver's buffers; returns how many.
-    fn serve(&mut self) -> Result<usize, Box<dyn Error>> {
-        // One critical section: no invalidation completes while accesses are in progress.
-        let memory = self.memory.section();
-        let mut served = 0;
-        while let Some(chain) = self.queue.pop_descriptor_chain(&memory) {
-            let (head, mut bytes, mut written) = (chain.head_index(), Vec::new(), 0);
-            for part in chain {
-                let length = part.len() as usize;
-                if part.is_write_only() {
-                    let answer = bytes.to_ascii_uppercase();
-                    let answer = answer.get(..length).unwrap_or(&answer);
-                    memory.write_slice(answer, part.addr())?;
-                    written += answer.len() as u32;
-                } else {
-                    let start = bytes.len();
-                    bytes.resize(start + length, 0);
-                    memory.read_slice(&mut bytes[start..], part.addr())?;
-                }
-            }
-            self.queue.add_used(&memory, head, written)?;
-            served += 1;
+    /// Serves requests, and returns of each how much was written.
+    fn serve(&mut self) -> Result<Vec<GuestMemoryResult<u32>>, virtio_queue::Error> {
+        let mut answers = Vec::new();
+        while answers.len() < AT_ONCE {
+            // A critical section, for which invalidations wait: for the rings, and no more.
+            let rings = self.memory.section();
+            let Some(chain) = self.queue.pop_descriptor_chain(&rings) else { break };
+            let (head, parts) = (chain.head_index(), chain.collect::<Vec<_>>());
+            drop(rings);
+            let answer = self.answer(parts);
+            // The driver gets its buffers back, whatever became of them.
+            self.queue.add_used(&self.memory.section(), head, *answer.as_ref().unwrap_or(&0))?;
+            answers.push(answer);
         }
-        Ok(served)
+        Ok(answers)
+    }
+
+    /// Reads and writes the data of one request, without a section.
+    fn answer(&mut self, parts: Vec<Descriptor>) -> GuestMemoryResult<u32> {
+        let (mut text, mut written) = (Vec::new(), 0);
+        for part in parts {
+            let length = part.len() as usize;
+            if part.is_write_only() {
+                let end = text.len().min(written + length);
+                self.memory.write(part.addr().0, &text[written..end])?;
+                written = end;
+            } else {
+                let start = text.len();
+                text.resize(LONGEST.min(start + length), 0);
+                self.memory.read(part.addr().0, &mut text[start..])?;
+                text[start..].make_ascii_uppercase();
+            }
+        }
+        Ok(written as u32)
     }
 }
 
@@ -78,13 +92,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let host = EmulatedHost::new();
     let vtd = VtdUnit::new(VtdUnitConfig::default().with_sanitize(true));
     let unit = host.add_unit(vtd.clone());
-    let place = Bdf::new(0, 4, 0).ok_or("no such address")?;
-    host.add_device("capitals", unit, place, DeviceConfig::default())?;
+    host.add_device("capitals", unit, Bdf::from_raw(0x20), DeviceConfig::default())?;
     let dev = host.device_bind("capitals")?;
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)])?;
     let ioas = GuestIoas::new(host.clone())?;
     ioas.map_all(&memory)?;
-    let rid = Bdf::new(0, 3, 0).ok_or("no such address")?;
+    let rid = Bdf::from_raw(0x18);
     let builder = VtdBuilder::new(ioas, Arc::new(memory.clone()), Arc::new(Messages));
     let unit = Arc::new(builder.device(rid, dev, "capitals").build()?);
 
@@ -96,19 +109,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         guest.map(table, iova, page, 1, true);
         GuestAddress(page)
     };
-    let [chain, available, used, source, target] =
-        [TABLE, AVAILABLE, USED, SOURCE, TARGET].map(map);
+    let [chain, avail, used, source, target] = [TABLE, AVAILABLE, USED, SOURCE, TARGET].map(map);
     guest.set_entry(rid, 0, Entry::FirstStage { table, domain: 7 });
     guest.enable();
-    let send = |target: u64, number: u16| -> Result<(), Box<dyn Error>> {
+    let send = |target: u64, number: u16| -> GuestMemoryResult<()> {
         memory.write_obj(Descriptor::new(SOURCE, TEXT.len() as u32, NEXT, 1), chain)?;
-        let second = chain.0 + 16;
-        memory.write_obj(Descriptor::new(target, 16, WRITE, 0), GuestAddress(second))?;
+        memory.write_obj(Descriptor::new(target, 16, WRITE, 0), GuestAddress(chain.0 + 16))?;
         // Each time the chain that begins at 0 is made available.
-        memory.write_obj(number, GuestAddress(available.0 + 2))?;
-        Ok(())
+        memory.write_obj(number, GuestAddress(avail.0 + 2))
     };
-    let load = |page| -> Result<[u8; 16], vm_memory::GuestMemoryError> { memory.read_obj(page) };
+    let load = |page| -> GuestMemoryResult<[u8; 16]> { memory.read_obj(page) };
 
     // The device: the queue's addresses are IOVAs, as the driver wrote them to its registers.
     let mut queue = Queue::new(16)?;
@@ -121,27 +131,27 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     memory.write_slice(&TEXT, source)?;
     send(TARGET, 1)?;
-    assert_eq!(device.serve()?, 1);
+    assert!(matches!(device.serve()?[..], [Ok(16)]));
     assert_eq!(load(target)?, *b"HELLO, TWO STAGE");
-    assert_eq!(memory.read_obj::<u16>(GuestAddress(used.0 + 2))?, 1);
 
     // The guest maps another page, and forgets to invalidate: the device still uses the old one.
     let other = map(TARGET);
     memory.write_slice(&[0; 16], target)?;
     send(TARGET, 2)?;
-    assert_eq!(device.serve()?, 1);
+    assert!(matches!(device.serve()?[..], [Ok(16)]));
     assert_eq!((load(target)?, load(other)?), (*b"HELLO, TWO STAGE", [0; 16]));
     let report = vtd.sanitizer_report().ok_or("the sanitizer is on")?;
     println!("{report}");
     assert_eq!(report.stale.first().map(|stale| stale.iova), Some(TARGET));
 
-    // A buffer that is not mapped: nothing is written, and the guest is told.
+    // A buffer that is not mapped: nothing is written, and the guest is told, and has it back.
     send(0x9000, 3)?;
-    println!("the device sees: {}", device.serve().expect_err("nothing is mapped there"));
+    let answer = device.serve()?.remove(0);
+    println!("the device sees: {}", answer.expect_err("nothing is mapped there"));
+    assert_eq!(memory.read_obj::<u16>(GuestAddress(used.0 + 2))?, 3);
     let (record, reason) = guest.take_fault().ok_or("the guest is not told")?;
     println!("the guest sees: {reason:?} at {:#x}", record.address());
     assert_eq!(record.address(), 0x9000);
-    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
 
     unit.shutdown()?;
     host.device_unbind(dev)?;
