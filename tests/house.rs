@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! House rules that no compiler checks: no circular imports between files, limits on the size of
-//! files and folders, comments within 100 columns, the same file names for both architectures,
-//! features and links in what users read.
+//! files and folders, short examples without `unsafe`, comments within 100 columns, the same file
+//! names for both architectures, features and links in what users read.
 //!
 //! Imports are parsed as text: `use` items and paths that begin with `crate`, `super` or `self`.
 //! Reexports of a module (`pub use`) count for their users, not for the module. A module and its
@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 const PACKAGES: [&str; 4] = ["twostage", "emulated", "vmm", "preload"];
 /// Maximum lines of a file.
 const LONGEST: usize = 500;
+/// Maximum lines of what is to show that little is needed, by a part of the path.
+const SHORT: [(&str, usize); 2] = [("/examples/", 160), ("tests/library/adapter.rs", 150)];
 /// Maximum entries of a folder.
 const FULLEST: usize = 20;
 /// Maximum columns of a comment.
@@ -300,6 +302,34 @@ fn no_file_and_no_folder_is_too_large() {
         }
     }
     assert!(too_large.is_empty(), "{}", too_large.join("\n"));
+}
+
+/// What is wrong with the file at `path`, one of [`SHORT`]: it is long, or unsafe.
+fn not_as_shown(path: &str, text: &str) -> Option<String> {
+    let (_, most) = SHORT.into_iter().find(|(part, _)| path.contains(part))?;
+    let lines = text.lines().count();
+    let is_unsafe = code(text).split(|c: char| !c.is_alphanumeric()).any(|word| word == "unsafe");
+    let wrong = lines > most || is_unsafe;
+    wrong.then(|| format!("{path}: {lines} lines of {most}, unsafe: {is_unsafe}"))
+}
+
+#[test]
+fn examples_and_the_adapter_are_short_and_safe() {
+    let all = ["src", "tests"].map(|folder| files(&root().join(folder)).0).concat();
+    let all = all.iter().map(|path| path.to_str().unwrap());
+    let shown: Vec<_> =
+        all.filter(|path| SHORT.iter().any(|(part, _)| path.contains(part))).collect();
+    assert!(shown.len() > 5 && shown.iter().any(|path| path.ends_with("adapter.rs")), "{shown:?}");
+    let wrong = |path: &&str| not_as_shown(path, &fs::read_to_string(path).unwrap());
+    assert_eq!(shown.iter().filter_map(wrong).collect::<Vec<_>>(), [""; 0]);
+
+    let (example, adapter) = ("src/vmm/examples/a.rs", "tests/library/adapter.rs");
+    for (path, most) in [(example, 160), (adapter, 150)] {
+        assert_eq!(not_as_shown(path, &"\n".repeat(most)), None);
+        assert!(not_as_shown(path, &"\n".repeat(most + 1)).is_some());
+        assert_eq!(not_as_shown(path, "// unsafe\nlet unsafely = 1;"), None);
+        assert!(not_as_shown(path, "let it = unsafe { it() };").is_some());
+    }
 }
 
 /// Both architectures can be read side by side: files with the same purpose have the same name.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The adapter: what a VMM of cloud-hypervisor's types writes to have a virtual VT-d. Those types
-//! are memory with an [`AtomicBitmap`], and the traits of its `vm-device`, declared here again.
+//! are memory with an [`AtomicBitmap`], and those of [`super::cloud_hypervisor`].
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
-use std::sync::{Arc, Barrier, Mutex, Weak};
+use std::sync::{Arc, Barrier, Weak};
 
 use twostage::iommufd::{HostIommu, ObjectId};
 use twostage::nesting::GuestIoas;
@@ -18,29 +18,14 @@ use twostage::viommu::vtd::{VtdConfig, VtdState};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::cloud_hypervisor::{
+    BusDeviceSync, InterruptIndex, InterruptSourceConfig, InterruptSourceGroup, Kvm,
+};
 
 /// What it calls `GuestMemoryMmap`.
 pub type Memory = GuestMemoryMmap<AtomicBitmap>;
-
-/// A device on its buses.
-pub trait BusDeviceSync: Send + Sync {
-    fn read(&self, base: u64, offset: u64, data: &mut [u8]);
-    fn write(&self, base: u64, offset: u64, data: &[u8]) -> Option<Arc<Barrier>>;
-}
-
-/// A vector as a device's MSI-X table has it.
-pub struct MsiIrqSourceConfig {
-    pub high_addr: u32,
-    pub low_addr: u32,
-    pub data: u32,
-}
-
-/// The vectors of a device.
-pub trait InterruptSourceGroup: Send + Sync {
-    fn trigger(&self, index: u32) -> io::Result<()>;
-    fn update(&self, index: u32, to: MsiIrqSourceConfig, masked: bool, set: bool)
-        -> io::Result<()>;
-}
 
 /// The unit on the bus.
 pub struct OnBus(pub Vtd);
@@ -60,42 +45,60 @@ impl BusDeviceSync for OnBus {
 struct Vectors(Vec<MsiRoute>);
 
 impl InterruptSourceGroup for Vectors {
-    fn trigger(&self, index: u32) -> io::Result<()> {
+    fn trigger(&self, index: InterruptIndex) -> io::Result<()> {
         self.0.get(index as usize).map(MsiRoute::fire).ok_or(io::ErrorKind::NotFound.into())
     }
 
-    fn update(&self, index: u32, to: MsiIrqSourceConfig, masked: bool, _: bool) -> io::Result<()> {
+    fn notifier(&self, _: InterruptIndex) -> Option<EventFd> {
+        None // Only VFIO and vhost-user ask; see `RouteEnd::unrouting` for them.
+    }
+
+    fn update(
+        &self,
+        index: InterruptIndex,
+        config: InterruptSourceConfig,
+        masked: bool,
+        _set_gsi: bool, // It is set as a whole when it changes.
+    ) -> io::Result<()> {
+        let InterruptSourceConfig::MsiIrq(to) = config else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
         let address = u64::from(to.high_addr) << 32 | u64::from(to.low_addr);
         let message = MsiMessage { address, data: to.data };
         let vector = self.0.get(index as usize).ok_or(io::ErrorKind::NotFound)?;
         vector.set((!masked).then_some(message));
         Ok(())
     }
-}
 
-/// KVM, in a test: what it was told to send.
-#[derive(Default)]
-pub struct Kvm(pub Mutex<Vec<(u64, u32)>>);
+    fn set_gsi(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 impl MsiRouting for Kvm {
-    fn set(&self, _table: &BTreeMap<RouteId, Route>) -> io::Result<()> {
-        Ok(()) // KVM_SET_GSI_ROUTING.
-    }
-}
-
-impl RouteEnd for Kvm {
-    fn kick(&self, message: MsiMessage) {
-        self.send_msi(message.address, message.data); // A write to the eventfd.
-    }
-
-    fn send(&self, source: &MsiSource, message: MsiMessage) -> bool {
-        source.send(message, self)
+    fn set(&self, table: &BTreeMap<RouteId, Route>) -> io::Result<()> {
+        let entry = |route: &Route| (route.message.address, route.message.data);
+        self.set_gsi_routing(table.iter().map(|(id, route)| (id.0, entry(route))).collect());
+        Ok(())
     }
 }
 
 impl InterruptSink for Kvm {
     fn send_msi(&self, address: u64, data: u32) {
-        self.0.lock().unwrap().push((address, data)); // KVM_SIGNAL_MSI.
+        self.signal_msi(address, data);
+    }
+}
+
+/// The irqfd of a vector.
+struct Irqfd(Arc<Kvm>, RouteId);
+
+impl RouteEnd for Irqfd {
+    fn kick(&self, _: MsiMessage) {
+        self.0.write_irqfd(self.1 .0);
+    }
+
+    fn send(&self, source: &MsiSource, message: MsiMessage) -> bool {
+        source.send(message, &*self.0)
     }
 }
 
@@ -122,12 +125,10 @@ impl Vmm {
         let kvm = Arc::new(Kvm::default());
         let builder = VtdBuilder::new(ioas, Arc::new(memory.clone()), kvm.clone());
         let builder = builder.device(rid, dev, "net0");
+        let config = VtdConfig::default().with_interrupt_remapping(true);
         let vtd = match state {
             Some(state) => builder.restore(state)?,
-            None => {
-                let config = VtdConfig::default().with_interrupt_remapping(true);
-                builder.config(&config).build()?
-            }
+            None => builder.config(&config).build()?,
         };
         let table = Arc::new(RouteTable::new(kvm.clone(), 24..4096));
         let routes = RemappedRoutes::new(table.clone());
@@ -139,10 +140,9 @@ impl Vmm {
     /// The one vector of the guest's `rid`.
     pub fn vectors(&self, rid: Bdf) -> Result<Arc<dyn InterruptSourceGroup>, Box<dyn Error>> {
         let remapper = self.vtd.0.interrupt_remapper();
-        let remapper =
-            remapper.map(|remapper| Arc::downgrade(&remapper) as Weak<dyn InterruptRemapper>);
+        let remapper = remapper.map(|it| Arc::downgrade(&it) as Weak<dyn InterruptRemapper>);
         let id = self.table.allocate().ok_or("no GSI is left")?;
-        let route = self.routes.add(id, MsiSource::new(rid, remapper), self.kvm.clone());
-        Ok(Arc::new(Vectors(vec![route])))
+        let end = Arc::new(Irqfd(self.kvm.clone(), id));
+        Ok(Arc::new(Vectors(vec![self.routes.add(id, MsiSource::new(rid, remapper), end)])))
     }
 }

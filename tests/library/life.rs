@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual VT-d in a VMM of cloud-hypervisor's types, which [`super::vmm`] adapts: a guest's life
-//! with DMA, interrupts, a move to another host, and devices that come and go.
+//! A virtual VT-d in a VMM of cloud-hypervisor's types, by [`super::adapter`]: a guest's life with
+//! DMA, interrupts, a move to another host, and devices that come and go.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -18,7 +18,10 @@ use twostage_emulated::{
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::vmm::{BusDeviceSync, InterruptSourceGroup, Memory, MsiIrqSourceConfig, OnBus, Vmm};
+use super::adapter::{Memory, OnBus, Vmm};
+use super::cloud_hypervisor::{
+    BusDeviceSync, InterruptSourceConfig, InterruptSourceGroup, MsiIrqSourceConfig, Sent,
+};
 
 const IOVA: u64 = 0x7000_0000_4000;
 const DOMAIN: u16 = 7;
@@ -83,7 +86,8 @@ fn interrupt(vector: u8) -> Irte {
 /// The guest writes the device's MSI-X entry: the remappable interrupt 3.
 fn unmask(vectors: &dyn InterruptSourceGroup) -> Result<(), Box<dyn Error>> {
     let low_addr = RemappableAddress::new().with_handle(3).into_bits();
-    Ok(vectors.update(0, MsiIrqSourceConfig { high_addr: 0, low_addr, data: 0 }, false, true)?)
+    let config = MsiIrqSourceConfig { low_addr, devid: NET.raw().into(), ..Default::default() };
+    Ok(vectors.update(0, InterruptSourceConfig::MsiIrq(config), false, true)?)
 }
 
 #[test]
@@ -130,9 +134,12 @@ fn a_vmm_of_cloud_hypervisors_types() -> Result<(), Box<dyn Error>> {
     guest.set_interrupt(interrupts, 3, Irte::default());
     invalidate(&guest);
     vectors.trigger(0)?;
-    assert_eq!(*vmm.kvm.0.lock().unwrap(), [(0xfee0_1000, 0x4051), (0xfee0_1000, 0x4052)]);
     let (record, _) = guest.take_fault().ok_or("the guest is not told")?;
     assert_eq!(record.high.sid(), NET.raw());
+    // KVM sent the others by its routes, as they then were.
+    let lapic = 0xfee0_1000;
+    let [first, second] = [0x4051, 0x4052].map(|data| Sent::Routed(lapic, data));
+    assert_eq!(*vmm.kvm.sent.lock().unwrap(), [first, second]);
     guest.set_interrupt(interrupts, 3, interrupt(0x53));
 
     // A move to another host: the state, memory, the same device.
@@ -157,7 +164,7 @@ fn a_vmm_of_cloud_hypervisors_types() -> Result<(), Box<dyn Error>> {
     unmask(&*vectors)?;
     invalidate(&guest);
     vectors.trigger(0)?;
-    assert_eq!(*next.kvm.0.lock().unwrap(), [(0xfee0_1000, 0x4053)]);
+    assert_eq!(*next.kvm.sent.lock().unwrap(), [Sent::Routed(lapic, 0x4053)]);
 
     // A device comes, and goes while the guest uses it.
     host.add_device("late", unit, Bdf::from_raw(0x48), DeviceConfig::default())?;

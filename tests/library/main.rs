@@ -4,5 +4,6 @@
 //! examples.
 
 mod adapter;
-mod vmm;
+mod cloud_hypervisor;
+mod life;
 mod wiring;
