@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion};
 use twostage::iommufd::fake::RecordingHost;
-use twostage::iommufd::{iommu_hw_info_vtd, Extensions, HwCapabilities, HwInfo, HwInfoData};
+use twostage::iommufd::{iommu_hw_info_vtd, Extensions, HwInfo, HwInfoData};
 use twostage::nesting::vtd::{FlushSet, VtdNesting};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
@@ -27,7 +27,7 @@ fn nested_device() -> (Arc<RecordingHost>, VtdNesting) {
     let nesting =
         VtdNesting::new(GuestIoas::new(host.clone()).expect("the recording host makes an IOAS"));
     let data = HwInfoData::Vtd(iommu_hw_info_vtd::default());
-    let info = HwInfo { data, capabilities: HwCapabilities::new(), max_pasid_log2: 0 };
+    let info = HwInfo::new(data);
     let rid = Bdf::from_raw(0x20);
     nesting.add_device(rid, host.add_device(0, info)).expect("the recording host attaches");
     let tables = VtdFirstStage {

@@ -114,11 +114,8 @@ fn behind_smmu(name: &str, smmu: usize) -> DeviceFacts {
     let data = iommu_hw_info_arm_smmuv3 { idr, ..Default::default() };
     DeviceFacts {
         name: name.to_owned(),
-        info: HwInfo {
-            data: HwInfoData::ArmSmmuV3(data),
-            capabilities: HwCapabilities::new().with_pci_ats_not_supported(true),
-            max_pasid_log2: 0,
-        },
+        info: HwInfo::new(HwInfoData::ArmSmmuV3(data))
+            .with_capabilities(HwCapabilities::new().with_pci_ats_not_supported(true)),
         refusal: None,
         dirty_nesting: false,
         page_requests: false,
@@ -147,7 +144,7 @@ fn devices_behind_smmus() {
     assert!(matches!(Offer::new(&mixed), Err(OfferError::Mixed(..))));
     mixed.reverse();
     assert!(matches!(Offer::new(&mixed), Err(OfferError::Mixed(..))));
-    let none = HwInfo { data: HwInfoData::Other(4), ..nvme.info };
+    let none = HwInfo::new(HwInfoData::Other(4));
     let amd = DeviceFacts { info: none, ..nvme.clone() };
     assert_eq!(DeviceReport::new(&amd).iommu, "AMD-Vi");
     assert!(matches!(Offer::new(&[amd]), Err(OfferError::UnknownIommu(_))));

@@ -289,15 +289,14 @@ impl HostIommu for EmulatedHost {
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
         let info = self.objects().get_hw_info(dev);
         let info = info.map_err(|refusal| refusal.of(Verb::GetHwInfo, dev))?;
-        Ok(HwInfo {
-            data: match info.data {
-                DriverInfo::Vtd(info) => HwInfoData::Vtd(info),
-                DriverInfo::ArmSmmuV3(info) => HwInfoData::ArmSmmuV3(info),
-                DriverInfo::Other { .. } => HwInfoData::None,
-            },
-            capabilities: info.capabilities,
-            max_pasid_log2: info.pasid_bits,
-        })
+        let data = match info.data {
+            DriverInfo::Vtd(info) => HwInfoData::Vtd(info),
+            DriverInfo::ArmSmmuV3(info) => HwInfoData::ArmSmmuV3(info),
+            DriverInfo::Other { .. } => HwInfoData::None,
+        };
+        Ok(HwInfo::new(data)
+            .with_capabilities(info.capabilities)
+            .with_max_pasid_log2(info.pasid_bits))
     }
 
     fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId> {
@@ -315,7 +314,7 @@ impl HostIommu for EmulatedHost {
     ) -> Result<(), InvalidateError> {
         let entries = OwnArray::of_invalidations(&data);
         self.objects().hwpt_invalidate(hwpt, &entries).map_err(|Partial { done, refusal }| {
-            InvalidateError { done, error: refusal.of(Verb::HwptInvalidate, hwpt) }
+            InvalidateError::new(done, refusal.of(Verb::HwptInvalidate, hwpt))
         })
     }
 

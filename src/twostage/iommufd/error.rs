@@ -186,6 +186,7 @@ impl fmt::Display for Verb {
 /// A verb that failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{verb}{}: {errno}: {detail}", object_suffix(.object))]
+#[non_exhaustive]
 pub struct HostError {
     /// The verb that was called.
     pub verb: Verb,

@@ -203,11 +203,19 @@ pub const VTD_S1_WPE: u64 = 1 << 2;
 /// the batch might have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{error} ({done} entries were done)")]
+#[non_exhaustive]
 pub struct InvalidateError {
     /// Completed entries: exact on VT-d, an upper bound on SMMUv3.
     pub done: usize,
     /// Why it stopped.
     pub error: super::HostError,
+}
+
+impl InvalidateError {
+    /// It stopped after `done` entries, because of `error`.
+    pub fn new(done: usize, error: super::HostError) -> Self {
+        Self { done, error }
+    }
 }
 
 /// Stopped before the first entry.
@@ -249,6 +257,7 @@ pub struct HwCapabilities {
 
 /// The result of `IOMMU_GET_HW_INFO` for a device (`struct iommu_hw_info`).
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct HwInfo {
     /// Registers of the IOMMU.
     pub data: HwInfoData,
@@ -256,6 +265,26 @@ pub struct HwInfo {
     pub capabilities: HwCapabilities,
     /// Width of the PASIDs the device may use, in bits; 0 if it has none.
     pub max_pasid_log2: u8,
+}
+
+impl HwInfo {
+    /// An IOMMU with the registers `data`: without generic abilities, and the device without
+    /// PASIDs.
+    pub const fn new(data: HwInfoData) -> Self {
+        Self { data, capabilities: HwCapabilities::new(), max_pasid_log2: 0 }
+    }
+
+    /// Sets [`Self::capabilities`].
+    #[must_use]
+    pub const fn with_capabilities(self, capabilities: HwCapabilities) -> Self {
+        Self { capabilities, ..self }
+    }
+
+    /// Sets [`Self::max_pasid_log2`].
+    #[must_use]
+    pub const fn with_max_pasid_log2(self, max_pasid_log2: u8) -> Self {
+        Self { max_pasid_log2, ..self }
+    }
 }
 
 /// Kinds of vIOMMU (`enum iommu_viommu_type`).

@@ -17,13 +17,11 @@ use crate::viommu::vtd::HostVtd;
 /// The VT-d unit in front of the device called `device`; `None` if that is not a VT-d.
 pub fn host_vtd(device: String, info: &HwInfo, extensions: Extensions) -> Option<HostVtd> {
     let HwInfoData::Vtd(registers) = info.data else { return None };
-    Some(HostVtd {
-        device,
-        cap: Cap::from_bits(registers.cap_reg),
-        ecap: Ecap::from_bits(registers.ecap_reg),
-        guest_second_stage: extensions.guest_second_stage,
-        fault_reports: extensions.fault_reports,
-    })
+    let (cap, ecap) = (Cap::from_bits(registers.cap_reg), Ecap::from_bits(registers.ecap_reg));
+    let unit = HostVtd::new(device, cap, ecap)
+        .with_guest_second_stage(extensions.guest_second_stage)
+        .with_fault_reports(extensions.fault_reports);
+    Some(unit)
 }
 
 /// The SMMUv3 in front of the device called `device`; `None` if that is not an SMMUv3.

@@ -2,7 +2,9 @@
 //! Common to the host sides of all virtual IOMMUs: the source of DMA requests, and what a host
 //! refuses.
 
+use std::error::Error;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::spec::pci::{Bdf, Pasid};
 
@@ -34,6 +36,7 @@ impl fmt::Display for Requester {
 /// The host refused.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{what}: {source}")]
+#[non_exhaustive]
 pub struct HostSideError {
     /// The attempted operation, and the requester.
     pub what: String,
@@ -42,12 +45,24 @@ pub struct HostSideError {
     pub still_reachable: bool,
     /// The verb that failed.
     #[source]
-    pub source: std::sync::Arc<dyn std::error::Error + Send + Sync>,
+    pub source: Arc<dyn Error + Send + Sync>,
+}
+
+impl HostSideError {
+    /// `what` was refused because of `source`; [`HostSideError::still_reachable`].
+    pub fn new(
+        what: impl Into<String>,
+        still_reachable: bool,
+        source: Arc<dyn Error + Send + Sync>,
+    ) -> Self {
+        Self { what: what.into(), still_reachable, source }
+    }
 }
 
 /// A host unit does not support what the configuration asks for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the IOMMU of {device} lacks {bit}: {needed_for}")]
+#[non_exhaustive]
 pub struct CapabilityConflict {
     /// A device behind the unit.
     pub device: String,

@@ -12,11 +12,19 @@ use crate::spec::pci::Bdf;
 /// The guest used an address outside its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("guest physical address {address:#x} (+{length:#x} bytes) is not guest memory")]
+#[non_exhaustive]
 pub struct BadAddress {
     /// GPA in bytes.
     pub address: u64,
     /// Length in bytes.
     pub length: u64,
+}
+
+impl BadAddress {
+    /// Not all of `length` bytes at `address` are guest memory.
+    pub const fn new(address: u64, length: u64) -> Self {
+        Self { address, length }
+    }
 }
 
 /// Access to guest memory by guest physical address.

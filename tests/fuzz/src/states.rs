@@ -289,7 +289,7 @@ impl Host {
             return Ok(());
         }
         let source = Arc::new(std::io::Error::from(std::io::ErrorKind::OutOfMemory));
-        Err(HostSideError { what: who.to_string(), still_reachable: false, source })
+        Err(HostSideError::new(who.to_string(), false, source))
     }
 
     /// The state was not restored because of `error`.

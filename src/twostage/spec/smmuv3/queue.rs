@@ -151,6 +151,7 @@ pub struct OutputCons {
 
 /// Why command consumption stopped (CMDQ_CONS.ERR, §7.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
 pub enum CommandError {
     /// 1, CERROR_ILL: the command is illegal or unsupported.
     #[error("CERROR_ILL")]

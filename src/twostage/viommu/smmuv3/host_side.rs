@@ -62,6 +62,7 @@ pub trait SmmuHostSide: Debug + Send + Sync {
 /// The host did not do a batch of invalidations.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("command {refused}: {error}")]
+#[non_exhaustive]
 pub struct SmmuInvalidateError {
     /// The number of the command that the host refused: earlier ones are complete. 0, or the number
     /// of the first forwarded command, when it is unknown.
@@ -73,6 +74,13 @@ pub struct SmmuInvalidateError {
     /// [`HostSideError::still_reachable`].
     #[source]
     pub error: HostSideError,
+}
+
+impl SmmuInvalidateError {
+    /// The host refused command number `refused`, with `error`; [`SmmuInvalidateError::flushed`].
+    pub fn new(refused: usize, flushed: bool, error: HostSideError) -> Self {
+        Self { refused, flushed, error }
+    }
 }
 
 /// What a virtual SMMUv3 offers to the source of events.

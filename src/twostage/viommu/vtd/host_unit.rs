@@ -12,6 +12,7 @@ use crate::viommu::{CapabilityConflict, IntersectError};
 
 /// The features of a host unit, and a device behind it, for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HostVtd {
     /// The device whose `IOMMU_GET_HW_INFO` this is.
     pub device: String,
@@ -24,6 +25,18 @@ pub struct HostVtd {
     pub guest_second_stage: bool,
     /// The host reports requests that it blocks ([`crate::iommufd::Extensions::fault_reports`]).
     pub fault_reports: bool,
+}
+
+impl HostVtd {
+    /// The unit of `device`, with these registers and no more than they say.
+    pub const fn new(device: String, cap: Cap, ecap: Ecap) -> Self {
+        Self { device, cap, ecap, guest_second_stage: false, fault_reports: false }
+    }
+
+    setters! {
+        with_guest_second_stage guest_second_stage: bool;
+        with_fault_reports fault_reports: bool;
+    }
 }
 
 impl VtdConfig {

@@ -21,6 +21,7 @@ pub const ATC_SIZE_ALL: u8 = 52;
 
 /// What no SMMU accepts: CERROR_ILL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
 pub enum DecodeError {
     /// No command has this opcode.
     #[error("opcode {0:#x} is reserved")]

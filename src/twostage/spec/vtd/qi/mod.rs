@@ -18,6 +18,7 @@ pub type Words = [u64; WORDS];
 
 /// What is wrong with a descriptor: the unit sets FSTS.IQE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
 pub enum DecodeError {
     /// No descriptor has this type.
     #[error("descriptor type {0:#x} is reserved")]

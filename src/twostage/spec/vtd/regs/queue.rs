@@ -77,6 +77,7 @@ impl Iqa {
 
 /// Why the invalidation queue stopped (IQERCD.IQEI).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum IqErrorInfo {
     /// 1: the tail is beyond the queue.
     InvalidTail,
