@@ -4,7 +4,8 @@
 //! The regions and their capabilities, the numbers of interrupts, INTx with its resample eventfd,
 //! and the end of interrupts go through [`VfioDevice`]. Here are, with the structures of
 //! `vfio-bindings`, the calls whose result it does not return: accesses, vectors, resets, and
-//! whether there is a reset. `docs/upstream.md` lists them, with the tests that show the lack.
+//! whether there is a reset; and those that it makes without keeping the errno, which are repeated
+//! here when it failed. `docs/upstream.md` lists them, with the tests that show the lack.
 #![allow(unsafe_code)]
 
 use std::error::Error;
@@ -16,9 +17,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
-    vfio_device_info, vfio_irq_set, VFIO_BASE, VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET,
-    VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD,
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_TYPE,
+    vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info, VFIO_BASE,
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_NORESIZE,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_TYPE,
 };
 use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd, VfioRegionInfoCap};
 use vmm_sys_util::errno;
@@ -37,14 +39,18 @@ mod request {
     use super::{ioctl_io_nr, VFIO_BASE, VFIO_TYPE};
 
     ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
+    ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
+    ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
     ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
     ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 }
 
 /// A VFIO PCI device that is bound to an iommufd. The binding lasts as long as this.
 ///
-/// Dropping it detaches it, from whatever its user had attached: no DMA has any effect from then
-/// on. If the kernel refuses, that is logged, and its descriptor stays open.
+/// Dropping it detaches its DMA without PASID, from whatever its user had attached. PASIDs stay
+/// attached until whoever attached them detaches them, as the shutdown of a virtual IOMMU does;
+/// until then it is the device that must be quiet: `VfioPci` takes bus mastering from it and
+/// resets it before. If the kernel refuses, that is logged, and its descriptor stays open.
 pub struct AssignedDevice {
     // Closed in this order: the user's file is the one that unbinds.
     device: Arc<VfioDevice>,
@@ -57,7 +63,8 @@ impl AssignedDevice {
     /// what it is attached to; the IOAS of `iommufd` is not used.
     ///
     /// # Errors
-    /// VFIO's error; `ENOTSUP` if it is not a PCI device.
+    /// VFIO's error; `ENOTSUP` if it is not a PCI device; one that names a region that VFIO does
+    /// not describe.
     pub fn new(file: Arc<File>, iommufd: Arc<VfioIommufd>) -> io::Result<Self> {
         let flags = flags(&file)?;
         if flags & VFIO_DEVICE_FLAGS_PCI == 0 {
@@ -70,15 +77,15 @@ impl AssignedDevice {
         let index = VFIO_PCI_CONFIG_REGION_INDEX;
         let size = this.device.get_region_size(index);
         if !can_be_config_space(size, &this.device.get_region_caps(index)) {
-            return Err(io::Error::other("not all of its regions can be queried"));
+            return Err(io::Error::other(undescribed(&this.file, size)));
         }
         Ok(this)
     }
 
-    /// `VFIO_DEVICE_SET_IRQS`: the interrupts of `irq` from `start` on write `descriptors`.
-    fn set_irqs(&self, irq: Irq, start: u32, descriptors: &[i32]) -> io::Result<()> {
+    /// `VFIO_DEVICE_SET_IRQS` for the interrupts of `irq` from `start` on, one for each of
+    /// `descriptors`.
+    fn set_irqs(&self, irq: Irq, flags: u32, start: u32, descriptors: &[i32]) -> io::Result<()> {
         let argsz = size_of::<vfio_irq_set>() + size_of_val(descriptors);
-        let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
         // All of it is 32-bit numbers; `data` follows the five fields.
         let fields = [argsz as u32, flags, irq as u32, start, descriptors.len() as u32];
         let descriptors = descriptors.iter().map(|descriptor| *descriptor as u32);
@@ -101,6 +108,34 @@ fn flags(file: &File) -> io::Result<u32> {
     // SAFETY: the kernel writes no more than `argsz` bytes, which `info` has.
     check(unsafe { ioctl_with_mut_ref(file, VFIO_DEVICE_GET_INFO(), &mut info) })?;
     Ok(info.flags)
+}
+
+/// `VFIO_DEVICE_GET_IRQ_INFO`: `count` and `flags` of interrupt `index`.
+fn irq_info(file: &File, index: u32) -> io::Result<(u32, u32)> {
+    let argsz = size_of::<vfio_irq_info>() as u32;
+    let mut info = vfio_irq_info { argsz, index, ..vfio_irq_info::default() };
+    // SAFETY: the kernel writes no more than `argsz` bytes, which `info` has.
+    check(unsafe { ioctl_with_mut_ref(file, VFIO_DEVICE_GET_IRQ_INFO(), &mut info) })?;
+    Ok((info.count, info.flags))
+}
+
+/// Why what has the index of configuration space, with `size` bytes, is not that.
+fn undescribed(file: &File, size: u64) -> String {
+    let refusal = |index| {
+        let argsz = size_of::<vfio_region_info>() as u32;
+        let mut info = vfio_region_info { argsz, index, ..vfio_region_info::default() };
+        // SAFETY: the kernel writes no more than `argsz` bytes, which `info` has.
+        let answer = unsafe { ioctl_with_mut_ref(file, VFIO_DEVICE_GET_REGION_INFO(), &mut info) };
+        check(answer)
+            .err()
+            .map(|error| format!("its VFIO driver does not describe region {index}: {error}"))
+    };
+    let problem = (0..=VFIO_PCI_CONFIG_REGION_INDEX).find_map(refusal).unwrap_or_else(|| {
+        format!(
+            "its configuration space (region {VFIO_PCI_CONFIG_REGION_INDEX}) has {size:#x} bytes"
+        )
+    });
+    format!("{problem}; bind it to vfio-pci, or leave it out")
 }
 
 /// Whether a region of this size and with these capabilities can be configuration space. Of those
@@ -149,28 +184,37 @@ impl HostDevice for AssignedDevice {
     }
 
     fn irq(&self, irq: Irq) -> io::Result<IrqInfo> {
-        // Without information, VFIO refused it.
-        let info = self.device.get_irq_info(irq as u32);
-        let info = info.ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?;
-        Ok(IrqInfo { count: info.count, fixed: info.flags & VFIO_IRQ_INFO_NORESIZE != 0 })
+        let (count, flags) = match self.device.get_irq_info(irq as u32) {
+            Some(info) => (info.count, info.flags),
+            None => irq_info(&self.file, irq as u32)?,
+        };
+        Ok(IrqInfo { count, fixed: flags & VFIO_IRQ_INFO_NORESIZE != 0 })
     }
 
     fn set_triggers(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()> {
         if let (Irq::Intx, 0, [Some(event)]) = (irq, start, events) {
-            return self.device.enable_irq(irq as u32, vec![event]).map_err(io_error);
+            if self.device.enable_irq(irq as u32, vec![event]).is_ok() {
+                return Ok(());
+            }
         }
         let descriptor = |event: &Option<&EventFd>| event.map_or(-1, AsRawFd::as_raw_fd);
         let descriptors: Vec<i32> = events.iter().map(descriptor).collect();
-        self.set_irqs(irq, start, &descriptors)
+        let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+        self.set_irqs(irq, flags, start, &descriptors)
     }
 
     fn set_intx_unmask(&self, event: &EventFd) -> io::Result<()> {
-        let intx = Irq::Intx as u32;
-        self.device.set_irq_resample_fd(intx, vec![event]).map_err(io_error)
+        let repeat = |_| {
+            let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_UNMASK;
+            self.set_irqs(Irq::Intx, flags, 0, &[event.as_raw_fd()])
+        };
+        self.device.set_irq_resample_fd(Irq::Intx as u32, vec![event]).or_else(repeat)
     }
 
     fn disable_irq(&self, irq: Irq) -> io::Result<()> {
-        self.device.disable_irq(irq as u32).map_err(io_error)
+        // Neither data nor count: all of that kind.
+        let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
+        self.device.disable_irq(irq as u32).or_else(|_| self.set_irqs(irq, flags, 0, &[]))
     }
 
     fn can_reset(&self) -> bool {
@@ -213,8 +257,13 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_device_is_none() {
-        let error = flags(&tempfile::tempfile().unwrap()).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+        let file = tempfile::tempfile().unwrap();
+        for error in [flags(&file).unwrap_err(), irq_info(&file, 0).unwrap_err()] {
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+        }
+        let text = undescribed(&file, 0);
+        assert!(text.starts_with("its VFIO driver does not describe region 0: Inappro"), "{text}");
+        assert!(text.ends_with("; bind it to vfio-pci, or leave it out"), "{text}");
     }
 
     #[test]
