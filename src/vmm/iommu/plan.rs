@@ -42,8 +42,10 @@ impl Plan<'_> {
         path.map_or_else(|| rid.to_string(), |path| format!("{} ({rid})", path.display()))
     }
 
-    fn has_physical(&self) -> bool {
-        self.functions.iter().any(|function| function.vfio.is_some())
+    /// Whether the function called `name` is a physical device.
+    fn is_physical(&self, name: &str) -> bool {
+        let of_name = |function: &AssignedFunction| self.device_name(function.bdf) == name;
+        self.functions.iter().any(|function| function.vfio.is_some() && of_name(function))
     }
 }
 
@@ -116,24 +118,27 @@ pub(super) fn bind_devices(
     Ok(devices)
 }
 
+/// What to do about a physical device that cannot be behind a virtual IOMMU.
+const WITHOUT: &str = "iommu=off in its --vfio assigns the device without the virtual IOMMU";
+
 /// The error for `plan`, whose virtual IOMMU could not be built. It says what to configure instead.
 pub(super) fn not_built(plan: &Plan<'_>, error: BuildError) -> Error {
     match error {
         BuildError::Add(AddError::Lacks(conflict)) => conflict.into(),
-        BuildError::Add(error @ AddError::WrongIommu { .. }) => Error::HostLacks(error.to_string()),
+        BuildError::Add(AddError::WrongIommu { device, a_model }) => Error::HostLacks(format!(
+            "{device} is not behind {a_model}, which a virtual one needs; {WITHOUT}"
+        )),
         BuildError::Add(error) => match refused_by(&error) {
-            Some(NestingError::OtherSmmu { rid, first }) => Error::HostLacks(format!(
+            Some((_, NestingError::OtherSmmu { rid, first })) => Error::HostLacks(format!(
                 "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: add \
                  one more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
                 plan.device_name(*rid),
                 plan.device_name(*first)
             )),
-            Some(NestingError::Host { source, .. })
-                if source.errno == Errno::EOPNOTSUPP && plan.has_physical() =>
+            Some((device, NestingError::Host { source, .. }))
+                if source.errno == Errno::EOPNOTSUPP && plan.is_physical(device) =>
             {
-                Error::HostLacks(format!(
-                    "{source}; iommu=off in its --vfio assigns the device without the virtual IOMMU"
-                ))
+                Error::HostLacks(format!("{source}; {WITHOUT}"))
             }
             _ => failed("adding a device")(error),
         },
@@ -141,11 +146,11 @@ pub(super) fn not_built(plan: &Plan<'_>, error: BuildError) -> Error {
     }
 }
 
-/// What nesting refused, as a device was added or was first to pass.
-fn refused_by(error: &AddError) -> Option<&NestingError> {
+/// What nesting refused, as a device was added or was first to pass, and the name of the device.
+fn refused_by(error: &AddError) -> Option<(&str, &NestingError)> {
     match error {
-        AddError::Nesting { source, .. } => Some(source),
-        AddError::Refused { source, .. } => source.source.downcast_ref(),
+        AddError::Nesting { device, source } => Some((device, source)),
+        AddError::Refused { device, source } => Some((device, source.source.downcast_ref()?)),
         _ => None,
     }
 }
@@ -178,4 +183,58 @@ impl DmaMaster for DmaPort {
 /// The attributes of a request with `pasid`.
 pub(super) fn attributes(pasid: Option<Pasid>) -> DmaAttributes {
     DmaAttributes { pasid: pasid.map(Pasid::raw), ..DmaAttributes::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommu::tests::FUNCTION;
+    use twostage::iommufd::{HostError, Verb};
+
+    struct NoInterrupts;
+
+    impl InterruptSink for NoInterrupts {
+        fn send_msi(&self, _: u64, _: u32) {}
+    }
+
+    #[test]
+    fn only_a_physical_device_can_be_without_the_virtual_iommu() {
+        let physical = AssignedFunction {
+            bdf: Bdf::from_raw(16),
+            vfio: Some("/dev/vfio/devices/vfio0".into()),
+            ..FUNCTION
+        };
+        let names = ["00:01.0", "/dev/vfio/devices/vfio0 (00:02.0)"];
+        let plan = Plan {
+            id: "vtd0".into(),
+            interrupts: Arc::new(NoInterrupts),
+            messages: &|_| Arc::new(NoInterrupts),
+            config: &IommuConfig::default(),
+            interrupt_remapping: false,
+            guest_second_stage: false,
+            functions: vec![FUNCTION, physical],
+        };
+        let refused = |device: &str| {
+            let source = HostError::new(Verb::HwptAlloc, None, Errno::EOPNOTSUPP, "no nesting");
+            let source = NestingError::Host { what: "a parent".into(), source };
+            let error = AddError::Nesting { device: device.into(), source };
+            not_built(&plan, error.into())
+        };
+        assert_eq!([FUNCTION.bdf, Bdf::from_raw(16)].map(|bdf| plan.device_name(bdf)), names);
+        let without = "iommu=off in its --vfio assigns the device without the virtual IOMMU";
+        let [emulated, physical] = names.map(refused);
+        assert!(matches!(&emulated, Error::Iommu(text) if !text.contains(without)), "{emulated}");
+        assert_eq!(
+            physical.to_string(),
+            format!("--iommu: HWPT_ALLOC: EOPNOTSUPP: no nesting; {without}")
+        );
+        let wrong = AddError::WrongIommu { device: names[1].into(), a_model: "a VT-d" };
+        assert_eq!(
+            not_built(&plan, wrong.into()).to_string(),
+            format!(
+                "--iommu: {} is not behind a VT-d, which a virtual one needs; {without}",
+                names[1]
+            )
+        );
+    }
 }
