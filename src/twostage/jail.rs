@@ -5,7 +5,8 @@
 //! ([`crate::iommufd::KernelHost`]), and its system calls besides `ioctl`. [`EVENTS`] and [`QUEUE`]
 //! are threads that the library starts: [`crate::threads`] tells the VMM, which can install a
 //! filter there. The others are what the VMM's own threads do inside the library; a thread of
-//! several kinds needs the union.
+//! several kinds needs the union. One that calls verbs itself, to track dirty pages or to answer
+//! page requests, for example, needs their [ioctls](crate::iommufd::Verb::ioctls), too.
 //!
 //! # What is in the tables
 //! * Both architectures, glibc and musl, debug and release builds; a system call that a machine
@@ -72,8 +73,6 @@
 //! # thread::spawn(move || apply_filter(&filter)).join().unwrap()?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-
-use crate::iommufd::Verb;
 
 /// An ioctl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -227,39 +226,16 @@ pub static REMOVE: ThreadKind = ThreadKind {
 /// Every kind.
 pub static KINDS: [&ThreadKind; 5] = [&SETUP, &GUEST, &EVENTS, &QUEUE, &REMOVE];
 
-/// The ioctls of `verb` on a kernel's host, for threads that call verbs themselves: to track dirty
-/// pages or to answer page requests, for example.
-pub const fn ioctls_of(verb: Verb) -> &'static [Ioctl] {
-    match verb {
-        Verb::DeviceBind => &[BIND, GET_HW_INFO],
-        Verb::DeviceAttach => &[ATTACH],
-        Verb::DeviceUnbind | Verb::DeviceDetach => &[DETACH],
-        Verb::Destroy => &[DESTROY],
-        Verb::IoasAlloc => &[IOAS_ALLOC],
-        Verb::IoasAllowIovas => &[IOAS_ALLOW_IOVAS],
-        Verb::IoasIovaRanges => &[IOAS_IOVA_RANGES],
-        Verb::IoasMap => &[IOAS_MAP, IOAS_MAP_FILE],
-        Verb::IoasCopy => &[IOAS_COPY],
-        Verb::IoasUnmap => &[IOAS_UNMAP],
-        Verb::HwptAlloc => &[HWPT_ALLOC],
-        Verb::HwptInvalidate => &[HWPT_INVALIDATE],
-        Verb::HwptSetDirtyTracking => &[HWPT_SET_DIRTY_TRACKING],
-        Verb::HwptGetDirtyBitmap => &[HWPT_GET_DIRTY_BITMAP],
-        Verb::ViommuAlloc => &[VIOMMU_ALLOC],
-        Verb::VdeviceAlloc => &[VDEVICE_ALLOC],
-        Verb::FaultQueueAlloc => &[FAULT_QUEUE_ALLOC],
-        Verb::VeventqAlloc => &[VEVENTQ_ALLOC],
-        // Asked when the device is bound. Queues are read and written.
-        Verb::GetHwInfo | Verb::PageRequest | Verb::PageResponse | Verb::Vevent => &[],
-    }
-}
-
 /// `ioctl` itself, for the filter of a kind that has some.
 pub const IOCTL: Syscall = both("ioctl", 16, 29);
 
 /// What any thread may do: wait for others, use memory, handle a signal, and end.
-pub static COMMON: [Syscall; 15] = [
+pub static COMMON: [Syscall; 18] = [
     FUTEX,
+    // The emulated host's invalidations and detachments: DMA that is going on ends first.
+    SCHED_YIELD,
+    CLOCK_NANOSLEEP,
+    NANOSLEEP,
     // Mostly without a system call.
     CLOCK_GETTIME,
     // malloc, and its arenas.
@@ -280,6 +256,9 @@ pub static COMMON: [Syscall; 15] = [
 ];
 
 const FUTEX: Syscall = both("futex", 202, 98);
+const SCHED_YIELD: Syscall = both("sched_yield", 24, 124);
+const CLOCK_NANOSLEEP: Syscall = both("clock_nanosleep", 230, 115);
+const NANOSLEEP: Syscall = both("nanosleep", 35, 101);
 const CLOCK_GETTIME: Syscall = both("clock_gettime", 228, 113);
 const MMAP: Syscall = both("mmap", 9, 222);
 const MUNMAP: Syscall = both("munmap", 11, 215);
@@ -330,26 +309,26 @@ const fn x86(name: &'static str, number: u32) -> Syscall {
     Syscall { name, x86_64: Some(number), aarch64: None }
 }
 
-const DESTROY: Ioctl = ioctl("IOMMU_DESTROY", 0x3b80);
-const IOAS_ALLOC: Ioctl = ioctl("IOMMU_IOAS_ALLOC", 0x3b81);
-const IOAS_ALLOW_IOVAS: Ioctl = ioctl("IOMMU_IOAS_ALLOW_IOVAS", 0x3b82);
-const IOAS_COPY: Ioctl = ioctl("IOMMU_IOAS_COPY", 0x3b83);
-const IOAS_IOVA_RANGES: Ioctl = ioctl("IOMMU_IOAS_IOVA_RANGES", 0x3b84);
-const IOAS_MAP: Ioctl = ioctl("IOMMU_IOAS_MAP", 0x3b85);
-const IOAS_UNMAP: Ioctl = ioctl("IOMMU_IOAS_UNMAP", 0x3b86);
-const HWPT_ALLOC: Ioctl = ioctl("IOMMU_HWPT_ALLOC", 0x3b89);
-const GET_HW_INFO: Ioctl = ioctl("IOMMU_GET_HW_INFO", 0x3b8a);
-const HWPT_SET_DIRTY_TRACKING: Ioctl = ioctl("IOMMU_HWPT_SET_DIRTY_TRACKING", 0x3b8b);
-const HWPT_GET_DIRTY_BITMAP: Ioctl = ioctl("IOMMU_HWPT_GET_DIRTY_BITMAP", 0x3b8c);
-const HWPT_INVALIDATE: Ioctl = ioctl("IOMMU_HWPT_INVALIDATE", 0x3b8d);
-const FAULT_QUEUE_ALLOC: Ioctl = ioctl("IOMMU_FAULT_QUEUE_ALLOC", 0x3b8e);
-const IOAS_MAP_FILE: Ioctl = ioctl("IOMMU_IOAS_MAP_FILE", 0x3b8f);
-const VIOMMU_ALLOC: Ioctl = ioctl("IOMMU_VIOMMU_ALLOC", 0x3b90);
-const VDEVICE_ALLOC: Ioctl = ioctl("IOMMU_VDEVICE_ALLOC", 0x3b91);
-const VEVENTQ_ALLOC: Ioctl = ioctl("IOMMU_VEVENTQ_ALLOC", 0x3b93);
-const BIND: Ioctl = ioctl("VFIO_DEVICE_BIND_IOMMUFD", 0x3b76);
-const ATTACH: Ioctl = ioctl("VFIO_DEVICE_ATTACH_IOMMUFD_PT", 0x3b77);
-const DETACH: Ioctl = ioctl("VFIO_DEVICE_DETACH_IOMMUFD_PT", 0x3b78);
+pub(crate) const DESTROY: Ioctl = ioctl("IOMMU_DESTROY", 0x3b80);
+pub(crate) const IOAS_ALLOC: Ioctl = ioctl("IOMMU_IOAS_ALLOC", 0x3b81);
+pub(crate) const IOAS_ALLOW_IOVAS: Ioctl = ioctl("IOMMU_IOAS_ALLOW_IOVAS", 0x3b82);
+pub(crate) const IOAS_COPY: Ioctl = ioctl("IOMMU_IOAS_COPY", 0x3b83);
+pub(crate) const IOAS_IOVA_RANGES: Ioctl = ioctl("IOMMU_IOAS_IOVA_RANGES", 0x3b84);
+pub(crate) const IOAS_MAP: Ioctl = ioctl("IOMMU_IOAS_MAP", 0x3b85);
+pub(crate) const IOAS_UNMAP: Ioctl = ioctl("IOMMU_IOAS_UNMAP", 0x3b86);
+pub(crate) const HWPT_ALLOC: Ioctl = ioctl("IOMMU_HWPT_ALLOC", 0x3b89);
+pub(crate) const GET_HW_INFO: Ioctl = ioctl("IOMMU_GET_HW_INFO", 0x3b8a);
+pub(crate) const HWPT_SET_DIRTY_TRACKING: Ioctl = ioctl("IOMMU_HWPT_SET_DIRTY_TRACKING", 0x3b8b);
+pub(crate) const HWPT_GET_DIRTY_BITMAP: Ioctl = ioctl("IOMMU_HWPT_GET_DIRTY_BITMAP", 0x3b8c);
+pub(crate) const HWPT_INVALIDATE: Ioctl = ioctl("IOMMU_HWPT_INVALIDATE", 0x3b8d);
+pub(crate) const FAULT_QUEUE_ALLOC: Ioctl = ioctl("IOMMU_FAULT_QUEUE_ALLOC", 0x3b8e);
+pub(crate) const IOAS_MAP_FILE: Ioctl = ioctl("IOMMU_IOAS_MAP_FILE", 0x3b8f);
+pub(crate) const VIOMMU_ALLOC: Ioctl = ioctl("IOMMU_VIOMMU_ALLOC", 0x3b90);
+pub(crate) const VDEVICE_ALLOC: Ioctl = ioctl("IOMMU_VDEVICE_ALLOC", 0x3b91);
+pub(crate) const VEVENTQ_ALLOC: Ioctl = ioctl("IOMMU_VEVENTQ_ALLOC", 0x3b93);
+pub(crate) const BIND: Ioctl = ioctl("VFIO_DEVICE_BIND_IOMMUFD", 0x3b76);
+pub(crate) const ATTACH: Ioctl = ioctl("VFIO_DEVICE_ATTACH_IOMMUFD_PT", 0x3b77);
+pub(crate) const DETACH: Ioctl = ioctl("VFIO_DEVICE_DETACH_IOMMUFD_PT", 0x3b78);
 
 const fn ioctl(name: &'static str, request: u32) -> Ioctl {
     Ioctl { name, request }
@@ -362,6 +341,7 @@ mod tests {
     use iommufd_bindings::*;
 
     use super::*;
+    use crate::iommufd::Verb;
 
     /// Checks numbers while it is compiled, so for every machine; the names of what it checked.
     macro_rules! syscalls {
@@ -387,7 +367,8 @@ mod tests {
     #[test]
     fn numbers_are_those_of_libc() {
         let mut checked = BTreeSet::from(syscalls! {
-            IOCTL SYS_ioctl, FUTEX SYS_futex,
+            IOCTL SYS_ioctl, FUTEX SYS_futex, SCHED_YIELD SYS_sched_yield,
+            CLOCK_NANOSLEEP SYS_clock_nanosleep, NANOSLEEP SYS_nanosleep,
             CLOCK_GETTIME SYS_clock_gettime, MMAP SYS_mmap, MUNMAP SYS_munmap,
             MREMAP SYS_mremap, MPROTECT SYS_mprotect, MADVISE SYS_madvise, BRK
             SYS_brk, SCHED_GETAFFINITY SYS_sched_getaffinity, GETRANDOM
@@ -436,14 +417,14 @@ mod tests {
             checked.insert(ioctl.name);
         }
         let of_kinds = KINDS.iter().flat_map(|kind| kind.ioctls);
-        let of_verbs = Verb::ALL.iter().flat_map(|verb| ioctls_of(*verb));
+        let of_verbs = Verb::ALL.iter().flat_map(|verb| verb.ioctls());
         let used: BTreeSet<_> = of_kinds.chain(of_verbs).map(|ioctl| ioctl.name).collect();
         assert_eq!(used, checked);
     }
 
     #[test]
     fn each_ioctl_of_a_kind_is_that_of_a_verb() {
-        let of_verbs: BTreeSet<_> = Verb::ALL.iter().flat_map(|verb| ioctls_of(*verb)).collect();
+        let of_verbs: BTreeSet<_> = Verb::ALL.iter().flat_map(|verb| verb.ioctls()).collect();
         for kind in KINDS {
             let twice = kind.ioctls.len() - kind.ioctls.iter().collect::<BTreeSet<_>>().len();
             assert_eq!(twice, 0, "{}", kind.name);

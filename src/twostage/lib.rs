@@ -12,8 +12,9 @@
 //! has the same objects, errors and caches. [`spec`] has the common layouts.
 //!
 //! Dependencies point downward only: `unit` joins `viommu` and `nesting`; `nesting` implements the
-//! host-side trait that `viommu` declares and calls `iommufd`; `iommufd` and `spec` depend on
-//! nothing else here.
+//! host-side trait that `viommu` declares and calls `iommufd`; `iommufd` and `spec` depend on none
+//! of these. Below all are small modules that depend on nothing else here, such as [`sync`] and
+//! [`jail`], and [`threads`], which needs these two.
 //!
 //! # Features
 //!

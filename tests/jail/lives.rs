@@ -3,14 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use twostage::iommufd::{
     CountedHost, HostIommu, ObjectId, Protection, UserMemory, Verb, VerbObserver,
 };
-use twostage::jail::{GUEST, REMOVE, SETUP};
+use twostage::jail::{ThreadKind, GUEST, REMOVE, SETUP};
 use twostage::nesting::survey::survey;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
@@ -61,6 +61,9 @@ pub type Load = Box<dyn Fn(u64)>;
 /// Opens the host, whose threads the jail starts.
 pub type Open = Box<dyn Fn(&Jail) -> Arc<dyn HostIommu> + Sync>;
 
+/// Does something on this thread in the midst of DMA by the device.
+pub type DuringDma = Box<dyn Fn(&dyn Fn()) + Sync>;
+
 /// What machines are made of.
 pub struct World {
     pub jail: Jail,
@@ -68,6 +71,7 @@ pub struct World {
     pub device: String,
     pub open: Open,
     pub engine: Box<dyn Fn(ObjectId) -> Load + Sync>,
+    pub during_dma: DuringDma,
 }
 
 /// What a VMM has before there is a virtual IOMMU.
@@ -81,7 +85,7 @@ impl World {
     /// An emulated host with `unit`, each time it is opened.
     pub fn emulated(locked: bool, unit: fn() -> EmulatedUnit) -> Self {
         let hosts = Arc::new(Mutex::new(Vec::<Arc<EmulatedHost>>::new()));
-        let opened = hosts.clone();
+        let (opened, busy) = (hosts.clone(), hosts.clone());
         let open = move |_: &Jail| -> Arc<dyn HostIommu> {
             let host = EmulatedHost::new();
             let id = host.add_unit(unit());
@@ -97,12 +101,18 @@ impl World {
                 let _ = port.lock().unwrap().read(DmaAttributes::default(), iova, &mut [0; 8]);
             })
         };
+        let during_dma = move |work: &dyn Fn()| {
+            let mut port = busy.lock().unwrap().last().unwrap().dma_port("nic").unwrap();
+            let _section = port.section(DmaAttributes::default());
+            work();
+        };
         Self {
             jail: Jail { locked, ..Jail::default() },
             watch: Arc::default(),
             device: "nic".to_owned(),
             open: Box::new(open),
             engine: Box::new(engine),
+            during_dma: Box::new(during_dma),
         }
     }
 
@@ -123,6 +133,30 @@ impl World {
             ioas.map(HIGH, &high, Protection::READ_WRITE).unwrap();
             let dev = host.device_bind(&self.device).unwrap();
             Ground { host, ioas, dev }
+        })
+    }
+
+    /// Does `work` on a new thread of that kind while DMA is going on that ends a long time later.
+    fn run_during_dma<T: Send>(
+        &self,
+        kind: &'static ThreadKind,
+        work: impl FnOnce() -> T + Send,
+    ) -> T {
+        let begun = Barrier::new(2);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                (self.during_dma)(&|| {
+                    begun.wait();
+                    // Who waits for it yields at first (some 900 times), and then sleeps. A yield
+                    // takes as long there as here, even on a busy machine and when it is traced.
+                    (0..1024).for_each(|_| thread::yield_now());
+                    thread::sleep(Duration::from_millis(20));
+                })
+            });
+            self.jail.run(kind, || {
+                begun.wait();
+                work()
+            })
         })
     }
 
@@ -217,7 +251,7 @@ pub fn smmu_life(world: &World) {
     });
     load(IOVA);
     let asid = Command::TlbiNhAsid { vmid: 0, asid: NAME };
-    assert_eq!(jail.run(&GUEST, || guest.submit(&[asid])), smmuv3::Completion::Done);
+    assert_eq!(world.run_during_dma(&GUEST, || guest.submit(&[asid])), smmuv3::Completion::Done);
     let events = || unit.nesting().counters().events;
     load(IOVA + PAGE);
     wait_until("an event", || events() == 1);
@@ -229,8 +263,8 @@ pub fn smmu_life(world: &World) {
     wait_until("a loss", || unit.nesting().counters().events_lost != 0);
     let state = jail.run(&GUEST, || unit.snapshot().unwrap());
     jail.run(&GUEST, || unit.reset().unwrap());
-    jail.run(&REMOVE, || unit.remove_device(RID).unwrap());
-    jail.run(&SETUP, || unit.add_device(RID, ground.dev, "again").unwrap());
+    world.run_during_dma(&REMOVE, || unit.remove_device(RID).unwrap());
+    world.run_during_dma(&SETUP, || unit.add_device(RID, ground.dev, "again").unwrap());
     drop(load);
     jail.run(&REMOVE, || {
         unit.shutdown().unwrap();
@@ -283,12 +317,12 @@ pub fn vtd_life(world: &World, pasids: bool) {
     load(IOVA);
     let pasid = Pasid::new(0).unwrap();
     let all = Descriptor::PasidIotlb { domain: NAME, pasid, range: None };
-    assert_eq!(jail.run(&GUEST, || guest.submit(&[all])), vtd::Completion::Done);
+    assert_eq!(world.run_during_dma(&GUEST, || guest.submit(&[all])), vtd::Completion::Done);
     load(IOVA + PAGE);
     let state = jail.run(&GUEST, || unit.snapshot().unwrap());
     jail.run(&GUEST, || unit.reset().unwrap());
-    jail.run(&REMOVE, || unit.remove_device(RID).unwrap());
-    jail.run(&SETUP, || unit.add_device(RID, ground.dev, "again").unwrap());
+    world.run_during_dma(&REMOVE, || unit.remove_device(RID).unwrap());
+    world.run_during_dma(&SETUP, || unit.add_device(RID, ground.dev, "again").unwrap());
     drop(load);
     jail.run(&REMOVE, || {
         unit.shutdown().unwrap();

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use super::ObjectId;
+use crate::jail::{self, Ioctl};
 
 /// A Linux error number, as returned by an ioctl of `/dev/iommu`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -175,6 +176,35 @@ verbs! {
     VeventqAlloc => "VEVENTQ_ALLOC",
     /// Reading a vEVENTQ.
     Vevent => "VEVENT",
+}
+
+impl Verb {
+    /// The ioctls of the verb on a kernel's host, for the filters of threads that call it: see
+    /// [`crate::jail`].
+    pub const fn ioctls(self) -> &'static [Ioctl] {
+        match self {
+            Self::DeviceBind => &[jail::BIND, jail::GET_HW_INFO],
+            Self::DeviceAttach => &[jail::ATTACH],
+            Self::DeviceUnbind | Self::DeviceDetach => &[jail::DETACH],
+            Self::Destroy => &[jail::DESTROY],
+            Self::IoasAlloc => &[jail::IOAS_ALLOC],
+            Self::IoasAllowIovas => &[jail::IOAS_ALLOW_IOVAS],
+            Self::IoasIovaRanges => &[jail::IOAS_IOVA_RANGES],
+            Self::IoasMap => &[jail::IOAS_MAP, jail::IOAS_MAP_FILE],
+            Self::IoasCopy => &[jail::IOAS_COPY],
+            Self::IoasUnmap => &[jail::IOAS_UNMAP],
+            Self::HwptAlloc => &[jail::HWPT_ALLOC],
+            Self::HwptInvalidate => &[jail::HWPT_INVALIDATE],
+            Self::HwptSetDirtyTracking => &[jail::HWPT_SET_DIRTY_TRACKING],
+            Self::HwptGetDirtyBitmap => &[jail::HWPT_GET_DIRTY_BITMAP],
+            Self::ViommuAlloc => &[jail::VIOMMU_ALLOC],
+            Self::VdeviceAlloc => &[jail::VDEVICE_ALLOC],
+            Self::FaultQueueAlloc => &[jail::FAULT_QUEUE_ALLOC],
+            Self::VeventqAlloc => &[jail::VEVENTQ_ALLOC],
+            // Asked when the device is bound. Queues are read and written.
+            Self::GetHwInfo | Self::PageRequest | Self::PageResponse | Self::Vevent => &[],
+        }
+    }
 }
 
 impl fmt::Display for Verb {

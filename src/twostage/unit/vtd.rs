@@ -146,8 +146,8 @@ impl VtdBuilder {
         self
     }
 
-    /// Who starts the unit's threads; [`StdThreads`](crate::threads::StdThreads) without this. A
-    /// virtual VT-d has none at present: no host has a queue of faults for it.
+    /// Has no effect: a virtual VT-d starts no thread, as no host has a queue of faults for it, and
+    /// `threads` is dropped. It is here so that both builders have the same verbs.
     pub fn threads(self, threads: Arc<dyn ThreadStart>) -> Self {
         drop(threads);
         self
