@@ -8,12 +8,18 @@
 
 mod contract;
 
+use std::sync::Arc;
+
+use twostage::iommufd::{HostIommu, MapTarget, Protection};
+use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage_emulated::{
-    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, EmulatedUnit, SmmuV3Unit, SmmuV3UnitConfig,
-    VtdUnit, VtdUnitConfig,
+    DeviceConfig, DmaAttributes, DmaMemory, DmaPort, EmulatedHost, EmulatedUnit, SmmuV3Unit,
+    SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
 };
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use contract::memory::Memory;
 use contract::{Engine, Subject};
 
 const NAME: &str = "edu";
@@ -56,17 +62,51 @@ fn smmuv3_without_nesting() -> Subject {
     subject(SmmuV3Unit::new(SmmuV3UnitConfig::default().with_nesting(false)))
 }
 
-fn subject(unit: impl Into<EmulatedUnit>) -> Subject {
+fn machine(unit: impl Into<EmulatedUnit>) -> (Arc<EmulatedHost>, DmaPort) {
     let host = EmulatedHost::new();
     let unit = host.add_unit(unit);
     let rid = Bdf::new(0, 4, 0).expect("a PCI address");
     host.add_device(NAME, unit, rid, DeviceConfig::default()).expect("a new device");
     let port = host.dma_port(NAME).expect("the device");
+    (host, port)
+}
+
+fn subject(unit: impl Into<EmulatedUnit>) -> Subject {
+    let (host, port) = machine(unit);
     Subject {
-        host: host.clone(),
+        host,
         device: NAME.to_owned(),
         engine: Box::new(move |_| Box::new(Port { port: port.clone(), buffer: [0; 8] })),
     }
+}
+
+#[test]
+fn a_section_reaches_a_vmms_own_memory_where_the_guest_has_it() {
+    let (host, port) = machine(VtdUnit::new(VtdUnitConfig::default()));
+    let ioas = GuestIoas::new(host.clone()).unwrap();
+    let pieces = [0, 0x10_0000].map(|gpa| (gpa, Memory::at(gpa, 0x100)));
+    let raw = |memory: &Memory| memory.raw(Arc::new(memory.region()));
+    for (gpa, piece) in &pieces {
+        ioas.map(*gpa, &raw(piece), Protection::READ_WRITE).unwrap();
+    }
+    let regions = pieces.iter().map(|(_, piece)| piece.region()).collect();
+    let memory = GuestMemoryMmap::from_arc_regions(regions).unwrap();
+    let dev = host.device_bind(NAME).unwrap();
+    host.device_attach(dev, None, ioas.id()).unwrap();
+    let mut device = DmaMemory::behind_iommu(memory.clone(), port);
+    device.section().write_obj(7u8, GuestAddress(0x10_1000)).unwrap();
+    let read = |gpa| memory.read_obj::<u8>(GuestAddress(gpa)).unwrap();
+    assert_eq!([0x1000, 0x10_1000].map(read), [0, 7]);
+
+    // Who maps it without saying where the guest has it learns that, and nothing is written.
+    let elsewhere = MapTarget::Fixed(0x20_0000);
+    let [_, (_, high)] = &pieces;
+    host.ioas_map(ioas.id(), &raw(high), elsewhere, Protection::READ_WRITE).unwrap();
+    let error = device.section().write_obj(8u8, GuestAddress(0x20_1000)).unwrap_err();
+    assert!(error.to_string().contains("memory without a GPA"), "{error}");
+    assert_eq!([0x1000, 0x10_1000].map(read), [0, 7]);
+    device.write(0x20_1000, &[9]).unwrap();
+    assert_eq!([0x1000, 0x10_1000].map(read), [0, 9]);
 }
 
 #[test]

@@ -66,6 +66,15 @@ pub enum DmaError {
         /// IOVA in bytes.
         address: u64,
     },
+    /// The memory behind it has no guest's address
+    /// ([`UserMemory::gpa`](twostage::iommufd::UserMemory::gpa)), which only sections need.
+    #[error(
+        "DMA to {address:#x} reaches memory without a GPA: map it `at_gpa`, or by `GuestIoas`"
+    )]
+    NoGpa {
+        /// IOVA in bytes.
+        address: u64,
+    },
     /// The request goes past the end of the address space. Nothing was transferred.
     #[error("DMA of {length:#x} bytes to {address:#x} goes past the end of the address space")]
     PastEnd {

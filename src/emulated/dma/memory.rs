@@ -19,7 +19,7 @@ use crate::dma::error::DmaError;
 
 /// The memory that one device can access.
 ///
-/// `M` has the regions that the IOMMU's second stage maps. Whatever the type of its bitmap, what
+/// `M` has the regions that the IOMMU's second stage maps, where the guest has them. Whatever the type of its bitmap, what
 /// the device writes is marked there, as it is without an IOMMU. (`vm_memory`'s `IommuMemory` would
 /// mark a bitmap of IOVAs instead.)
 ///

@@ -314,7 +314,7 @@ impl Translated<'_> {
         // A mapping lies within its memory ([`twostage::iommufd::UserMemory`]), so this never
         // fails.
         let slice = self.engine.common.caches.slice(self.target.place, self.length);
-        slice.unwrap_or_else(MemoryMap::nothing)
+        slice.unwrap_or_else(MemoryMap::empty_slice)
     }
 }
 

@@ -14,7 +14,8 @@ use crate::dma::{DmaAccess, DmaAttributes, DmaPort};
 /// and the guest's memory in a [`vm_memory::IommuMemory`], a device that knows nothing of IOMMUs
 /// works behind one.
 ///
-/// The memory must consist of the regions that the IOAS maps: translations are addresses in them.
+/// The memory must have what the IOAS maps at the same guest's address
+/// ([`UserMemory::gpa`](twostage::iommufd::UserMemory::gpa)): translations lead there.
 ///
 /// `vm_memory` translates first and accesses later. So the section is entered when this is created
 /// and left when it is dropped, and a [`vm_memory::IommuMemory`] that owns it lends no slice for
@@ -26,9 +27,10 @@ use crate::dma::{DmaAccess, DmaAttributes, DmaPort};
 /// translation to look it up again.
 ///
 /// What was translated for writing is marked in the bitmaps of the memory that the IOAS maps when
-/// this is dropped: after all writes, as is right for who copies what is marked. (An `IommuMemory`
-/// itself marks a bitmap of IOVAs.) [`DmaMemory`](crate::DmaMemory) marks each write at once, and
-/// needs no `IommuMemory`.
+/// this is dropped. Before the writes would be too early: who copies marked pages might clear the
+/// mark and copy the old bytes. So the last copy is made when no section is open. (An
+/// `IommuMemory` itself marks a bitmap of IOVAs.) [`DmaMemory`](crate::DmaMemory) marks each write
+/// at once, and needs no `IommuMemory`.
 ///
 /// ```
 /// use twostage_emulated::DmaAttributes;
@@ -168,10 +170,14 @@ pub(super) mod tests {
     use super::*;
     use crate::units::hardware::{CacheTag, Hardware, Translation};
     use crate::units::stage2::{Mapping, Stage2};
-    use crate::{VtdUnit, VtdUnitConfig};
-    use twostage::iommufd::{Protection, UserMemory};
+    use crate::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
+    use twostage::iommufd::{HostIommu, Protection, UserMemory};
+    use twostage::nesting::GuestIoas;
+    use twostage::spec::pci::Bdf;
+    use vm_memory::bitmap::AtomicBitmap;
     use vm_memory::{
-        Bytes, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, IommuMemory,
+        Bytes, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+        GuestRegionMmap, IommuMemory,
     };
 
     /// Two, far apart.
@@ -218,6 +224,38 @@ pub(super) mod tests {
         assert!(behind.write_slice(&[0; 2], GuestAddress(u64::MAX)).is_err());
         assert!(behind.write_slice(&[], GuestAddress(u64::MAX)).is_ok());
         assert!(behind.read_slice(&mut [], GuestAddress(0x1800)).is_ok());
+    }
+
+    #[test]
+    fn memory_is_where_the_guest_has_it_whatever_its_region_says() {
+        let region =
+            || GuestRegionMmap::<AtomicBitmap>::from_range(GuestAddress(0), 0x4000, None).unwrap();
+        let (low, firmware) = (region(), region());
+        let host = EmulatedHost::new();
+        let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+        host.add_device("disk", unit, Bdf::from_raw(0x20), DeviceConfig::default()).unwrap();
+        let ioas = GuestIoas::new(host.clone()).unwrap();
+        for (gpa, region) in [(0, &low), (0x10_0000, &firmware)] {
+            ioas.map(gpa, &UserMemory::of(region), Protection::READ_WRITE).unwrap();
+        }
+        let dev = host.device_bind("disk").unwrap();
+        host.device_attach(dev, None, ioas.id()).unwrap();
+        let high = GuestRegionMmap::with_arc(firmware.get_mmap(), GuestAddress(0x10_0000)).unwrap();
+        let memory = GuestMemoryMmap::from_regions(vec![low, high]).unwrap();
+
+        let mut port = host.dma_port("disk").unwrap();
+        let section = port.section(DmaAttributes::default());
+        let behind = IommuMemory::new(memory.clone(), section, true, AtomicBitmap::default());
+        behind.write_obj(7u8, GuestAddress(0x10_1000)).unwrap();
+        let marked = || -> Vec<u64> {
+            memory.iter().flat_map(|region| region.get_mmap().bitmap().get_and_reset()).collect()
+        };
+        // The memory itself marks nothing.
+        assert_eq!(marked(), [0, 0]);
+        drop(behind);
+        assert_eq!(marked(), [0, 0b10]);
+        let read = |gpa| memory.read_obj::<u8>(GuestAddress(gpa)).unwrap();
+        assert_eq!([0x1000, 0x10_1000].map(read), [0, 7]);
     }
 
     #[test]

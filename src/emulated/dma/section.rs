@@ -33,8 +33,8 @@ pub(crate) struct Section<'a> {
 }
 
 impl Section<'_> {
-    /// Translates `iova` (bytes): the memory's address within the mapped regions, and how many
-    /// bytes from there on are contiguous; at least one.
+    /// Translates `iova` (bytes): the guest's address of the memory, and how many bytes from there
+    /// on are contiguous; at least one.
     ///
     /// # Errors
     /// As [`DmaPort::read`](super::DmaPort::read), but the fault is reported at the end of the
@@ -47,8 +47,8 @@ impl Section<'_> {
     ) -> Result<(GuestAddress, usize), DmaError> {
         let target = self.target(attributes, iova, access)?;
         let memory = self.engine.common.caches.memory(target.place);
-        let address = memory.and_then(|memory| memory.base.checked_add(target.place.offset));
-        let address = address.ok_or(DmaError::NoMemory { address: iova })?;
+        let memory = memory.ok_or(DmaError::NoMemory { address: iova })?;
+        let address = memory.gpa(target.place.offset).ok_or(DmaError::NoGpa { address: iova })?;
         Ok((GuestAddress(address), self.interrupts.piece(attributes, iova, target.length)))
     }
 

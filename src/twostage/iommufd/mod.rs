@@ -19,5 +19,5 @@ pub use forwarding::{CountedHost, FailNth, VerbCounters, VerbObserver};
 pub use host::{EventQueue, FaultQueue, FaultSink, HostIommu, PageRequestGroup, Readiness};
 #[cfg(feature = "kernel")]
 pub use kernel::{KernelHost, OpenError};
-pub use memory::{DirtyMark, MemoryMap, MemorySlice, UserMemory, UserMemoryError};
+pub use memory::{DirtyMark, MemoryMap, MemorySlice, MemoryWord, UserMemory, UserMemoryError};
 pub use types::*;

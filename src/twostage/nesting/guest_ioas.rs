@@ -104,7 +104,8 @@ impl GuestIoas {
         self.id
     }
 
-    /// Maps `memory` at `gpa` (bytes, aligned as the host requires), for every device.
+    /// Maps `memory` at `gpa` (bytes, aligned as the host requires), for every device. There the
+    /// guest has it, whatever its region says ([`UserMemory::at_gpa`]): IOVAs of this IOAS are GPAs.
     ///
     /// # Errors
     /// The host refuses; or the mapping is read-only and the IOMMU of a device cannot enforce that
@@ -115,7 +116,7 @@ impl GuestIoas {
             users.check_read_only(gpa)?;
         }
         self.host
-            .ioas_map(self.id, memory, MapTarget::Fixed(gpa), access)
+            .ioas_map(self.id, &memory.clone().at_gpa(gpa), MapTarget::Fixed(gpa), access)
             .context(|| format!("mapping guest memory at {gpa:#x}"))?;
         if !access.write {
             users.mapped_read_only(gpa);

@@ -21,8 +21,25 @@ pub struct Memory(Arc<GuestRegionMmap>);
 impl Memory {
     /// `pages` of anonymous memory.
     pub fn new(pages: u64) -> Self {
-        let region = GuestRegionMmap::from_range(GuestAddress(0), (pages * PAGE) as usize, None);
+        Self::at(0, pages)
+    }
+
+    /// `pages` of anonymous memory that the guest has at `gpa`.
+    pub fn at(gpa: u64, pages: u64) -> Self {
+        let region = GuestRegionMmap::from_range(GuestAddress(gpa), (pages * PAGE) as usize, None);
         Self(Arc::new(region.expect("memory")))
+    }
+
+    pub fn region(&self) -> Arc<GuestRegionMmap> {
+        self.0.clone()
+    }
+
+    /// The bytes as a VMM's own, which are kept by `owner`, a reference to the region.
+    pub fn raw(&self, owner: Arc<Arc<GuestRegionMmap>>) -> UserMemory {
+        assert!(Arc::ptr_eq(&owner, &self.0));
+        let (start, length) = (self.0.as_ptr(), self.length() as usize);
+        // SAFETY: the region keeps the bytes mapped, and they are accessed through it only.
+        unsafe { UserMemory::from_raw(start, length, owner, None) }.expect("memory")
     }
 
     /// `pages` of a memfd, with one more before them.
@@ -85,11 +102,9 @@ pub fn raw(subject: &Subject) {
     let mut bound = Bound::new(subject);
     let host = bound.host();
     let memory = Memory::new(4);
-    let (start, owner) = (memory.0.as_ptr(), Arc::new(memory.0.clone()));
-    // SAFETY: the region keeps the bytes mapped, and they are accessed through it only.
-    let raw = unsafe { UserMemory::from_raw(start, (4 * PAGE) as usize, owner.clone(), None) };
+    let owner = Arc::new(memory.region());
+    let raw = memory.raw(owner.clone());
     let ioas = host.ioas_alloc().expect("IOAS_ALLOC");
-    let raw = raw.expect("memory");
     host.ioas_map(ioas, &raw, MapTarget::Fixed(BASE), Protection::READ_WRITE).expect("IOAS_MAP");
     drop(raw);
     bound.attach(ioas);

@@ -6,7 +6,7 @@
 
 mod hwpt;
 mod ioas;
-mod memory;
+pub mod memory;
 mod smmuv3;
 #[allow(dead_code)] // shared with programs that use more of it
 #[path = "../../preload/program/uapi.rs"]

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use super::cache::Cache;
@@ -17,7 +17,7 @@ use super::key::{size, IovaRange, Key, Lookup, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::origins::{CachesOfWalk, Origins};
 use crate::units::stage2::Mapping;
-use twostage::iommufd::MemorySlice;
+use twostage::iommufd::{MemorySlice, MemoryWord};
 
 /// Sizes of the pieces of stage 2 that are cached, as powers of two: 4 KiB, 2 MiB, 1 GiB.
 const STAGE2_SHIFTS: [u8; 3] = [12, 21, 30];
@@ -393,18 +393,10 @@ impl Caches {
         counters.stage2_evictions.add(evicted.into());
     }
 
-    /// The 8-byte word at `place`, which is aligned; none if no memory is there. Stores must be
-    /// followed by [`Caches::mark_word`].
+    /// The 8-byte word at `place`, which is aligned; none if no memory is there.
     #[inline]
-    pub fn word(&self, place: Place) -> Option<&AtomicU64> {
+    pub fn word(&self, place: Place) -> Option<MemoryWord<'_>> {
         self.memory(place)?.map.word(place.offset)
-    }
-
-    /// The word at `place` was written: whoever tracks the memory's writes is told.
-    pub fn mark_word(&self, place: Place) {
-        if let Some(memory) = self.memory(place) {
-            memory.map.mark_dirty(place.offset, size_of::<u64>());
-        }
     }
 
     /// The memories that places are in.

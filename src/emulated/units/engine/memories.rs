@@ -65,18 +65,29 @@ pub(crate) struct Memory {
     /// The mapping in this process. Without the region: a memory stays here for longer than it is
     /// mapped in an IOAS, and who counts the users of the region must not wait for that.
     pub map: MemoryMap,
-    /// The start address that the region claims.
-    pub base: u64,
+    /// The guest's address of the start of the mapping, if known. It wraps: the guest may have
+    /// only a later part.
+    base: Option<u64>,
 }
 
 impl Memory {
     fn of(memory: &UserMemory) -> Self {
-        Self { map: memory.map().without_region(), base: memory.base() }
+        Self { map: memory.map().without_region(), base: base(memory) }
     }
 
     fn is(&self, memory: &UserMemory) -> bool {
-        self.map.same(memory.map()) && self.base == memory.base()
+        self.map.same(memory.map()) && self.base == base(memory)
     }
+
+    /// The guest's address of the byte at `offset`, if known.
+    pub fn gpa(&self, offset: u64) -> Option<u64> {
+        Some(self.base?.wrapping_add(offset))
+    }
+}
+
+/// The guest's address of the start of the mapping of `memory`, which wraps; if known.
+fn base(memory: &UserMemory) -> Option<u64> {
+    Some(memory.gpa()?.wrapping_sub(memory.offset()))
 }
 
 /// See the [module's documentation](self).
@@ -125,15 +136,25 @@ impl Memories {
         self.tracked.load(Ordering::Relaxed)
     }
 
-    /// Records that `length` bytes at `address`, as the regions claim it, were written.
+    /// Records that the `length` bytes at the guest's `address` were written.
     pub fn mark_dirty(&self, address: u64, length: u64) {
+        // Nothing follows the end of the address space, but what has a base may wrap.
+        let length = length.min(u64::MAX - address);
         let used = self.used.load(Ordering::Acquire);
         for Memory { map, base } in self.slots.iter().take(used).filter_map(OnceLock::get) {
-            let start = address.max(*base);
-            let end = address.saturating_add(length).min(base.saturating_add(map.length()));
-            if let Some(length) = end.checked_sub(start).filter(|length| *length > 0) {
+            let Some(base) = base else { continue };
+            // What starts within the memory, or else before it.
+            let offset = address.wrapping_sub(*base);
+            let (start, length) = match offset < map.length() {
+                true => (offset, length.min(map.length() - offset)),
+                false => {
+                    let before = base.wrapping_sub(address);
+                    (0, length.saturating_sub(before).min(map.length()))
+                }
+            };
+            if length > 0 {
                 // Not more than the memory has.
-                map.mark_dirty(start - base, length as usize);
+                map.mark_dirty(start, length as usize);
             }
         }
     }
@@ -175,7 +196,7 @@ mod tests {
         assert_eq!(memories.number(&three[1].part(0x800, 1).unwrap()), Some(1));
         memories.retain(|number| number != 1);
         assert!(memories.get(1).is_none());
-        assert_eq!(memories.get(2).unwrap().base, 0x10000);
+        assert_eq!(memories.get(2).unwrap().gpa(0x800), Some(0x10800));
         assert_eq!(memories.number(&three[2]), Some(2));
         assert_eq!(memories.number(&memory(0)), Some(1));
         assert!(memories.get(u16::MAX).is_none());
@@ -203,6 +224,14 @@ mod tests {
         assert_eq!(marked(), [0, 0]);
         memories.mark_dirty(0xafff, 0x1002);
         assert_eq!(marked(), [0b1100, 1]);
+        memories.mark_dirty(0x7fff, u64::MAX);
+        assert_eq!(marked(), [0b1111, 0b1111]);
+        // The guest has only the second half of a memory, at 0.
+        let half = UserMemory::of(&regions[0]).part(0x2000, 0x2000).unwrap().at_gpa(0);
+        let number = memories.number(&half).unwrap();
+        assert_eq!(memories.get(number).unwrap().gpa(0x2010), Some(0x10));
+        memories.mark_dirty(0x1000, 1);
+        assert_eq!(marked(), [0b1000, 0]);
     }
 
     #[test]

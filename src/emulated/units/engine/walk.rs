@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The page walk: user-owned tables, with each pointer translated by stage 2.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::caches::{CachedPage, Caches, Stage2Page, Table, Target};
 use super::counters::LocalCounters;
@@ -72,8 +72,7 @@ pub(crate) struct Walk<'a> {
 }
 
 /// An entry on the way of a walk.
-struct Step<'a> {
-    entry: &'a AtomicU64,
+struct Step {
     place: Place,
     at: At,
     /// The word read.
@@ -158,11 +157,11 @@ impl Walk<'_> {
 
     /// Reads the entries from the lowest cached table, or the top table, to the leaf, and puts them
     /// into `steps`, which are empty. (The caller's: they are large, and moving them is not free.)
-    fn descend<'a, F: TableFormat>(
-        &'a self,
+    fn descend<F: TableFormat>(
+        &self,
         tables: &F,
         iova: u64,
-        steps: &mut [Option<Step<'a>>; MAX_LEVELS],
+        steps: &mut [Option<Step>; MAX_LEVELS],
     ) -> Result<Descent, F::Fault> {
         let cached = match self.dirty {
             None => self.caches.table(tables, self.source, iova, self.counters),
@@ -184,8 +183,8 @@ impl Walk<'_> {
                     (at, self.locate(tables, table_gpa, index, level, at)?)
                 }
             };
-            let found = table.entry(index).and_then(|at| Some((at, self.caches.word(at)?)));
-            let (place, entry) = found.ok_or_else(|| tables.entry_unreadable(at))?;
+            let place = table.entry(index).ok_or_else(|| tables.entry_unreadable(at))?;
+            let entry = self.caches.word(place).ok_or_else(|| tables.entry_unreadable(at))?;
             let word = u64::from_le(entry.load(Ordering::Acquire));
             let Entry { leaf, address, path: allowed, global } = tables.decode(word, level)?;
             let above = path;
@@ -193,7 +192,7 @@ impl Walk<'_> {
             // The top table needs no caching, and a cached one still is.
             let table_found = (at.gpa.is_some() && !top).then_some((table, above));
             let writable = table.writable;
-            *slot = Some(Step { entry, place, at, word, leaf, writable, table: table_found });
+            *slot = Some(Step { place, at, word, leaf, writable, table: table_found });
             if leaf {
                 let gpa = address | iova & (size(tables.shift(level)) - 1);
                 return Ok(Descent { path, gpa, level, leaf: word, global });
@@ -284,7 +283,7 @@ impl Walk<'_> {
     fn set_flags<F: TableFormat>(
         &self,
         tables: &F,
-        steps: &[Option<Step<'_>>],
+        steps: &[Option<Step>],
         kind: RequestKind,
     ) -> Result<bool, F::Fault> {
         for step in steps.iter().flatten() {
@@ -299,10 +298,12 @@ impl Walk<'_> {
             if let (Some(log), Some(gpa)) = (self.dirty, step.at.gpa) {
                 log.mark(gpa..=gpa);
             }
-            if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            // It was there when it was read.
+            let entry = self.caches.word(step.place);
+            let entry = entry.ok_or_else(|| tables.entry_unreadable(step.at))?;
+            if entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 return Ok(false);
             }
-            self.caches.mark_word(step.place);
         }
         Ok(true)
     }

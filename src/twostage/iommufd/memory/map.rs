@@ -8,7 +8,7 @@
 use std::any::{Any, TypeId};
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
@@ -142,6 +142,38 @@ impl Bitmap for DirtyMark<'_> {
     }
 }
 
+/// The 8 bytes at an aligned address of a [`MemoryMap`]. Whoever writes them records it, too.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryWord<'a> {
+    word: &'a AtomicU64,
+    mark: DirtyMark<'a>,
+}
+
+impl MemoryWord<'_> {
+    /// As [`AtomicU64::load`].
+    #[inline]
+    pub fn load(&self, order: Ordering) -> u64 {
+        self.word.load(order)
+    }
+
+    /// As [`AtomicU64::compare_exchange`].
+    ///
+    /// # Errors
+    /// It is not `current`: the value that it has.
+    #[inline]
+    pub fn compare_exchange(
+        &self,
+        current: u64,
+        new: u64,
+        success: Ordering,
+        failure: Ordering,
+    ) -> Result<u64, u64> {
+        let before = self.word.compare_exchange(current, new, success, failure)?;
+        self.mark.mark_dirty(0, size_of::<u64>());
+        Ok(before)
+    }
+}
+
 impl MemoryMap {
     /// The memory of `region`, whose `Arc` is kept.
     pub(super) fn of_region<B: Bitmap + Send + Sync + 'static>(
@@ -196,20 +228,26 @@ impl MemoryMap {
     #[inline]
     pub fn slice(&self, offset: u64, length: usize) -> Option<MemorySlice<'_>> {
         let start = self.within(offset, length)?;
-        let mark = DirtyMark(self.tracked.then_some((self, start)));
+        let mark = self.mark(start);
         // SAFETY: they are within the memory, which stays mapped while `self` is borrowed, and
         // which everybody accesses as the type's documentation says.
         Some(unsafe { VolatileSlice::with_bitmap(self.start.add(start), length, mark, None) })
     }
 
     /// The 8 bytes at `offset`; none if they are not within the memory or their address is not a
-    /// multiple of 8. A store must be recorded with [`MemoryMap::mark_dirty`] afterwards.
+    /// multiple of 8.
     #[inline]
-    pub fn word(&self, offset: u64) -> Option<&AtomicU64> {
+    pub fn word(&self, offset: u64) -> Option<MemoryWord<'_>> {
         let start = self.within(offset, size_of::<u64>())?;
         let word = self.start.wrapping_add(start).cast::<u64>();
         // SAFETY: as in `slice`; and it is aligned.
-        word.is_aligned().then(|| unsafe { AtomicU64::from_ptr(word) })
+        let word = word.is_aligned().then(|| unsafe { AtomicU64::from_ptr(word) })?;
+        Some(MemoryWord { word, mark: self.mark(start) })
+    }
+
+    #[inline]
+    fn mark(&self, start: usize) -> DirtyMark<'_> {
+        DirtyMark(self.tracked.then_some((self, start)))
     }
 
     /// Records that `length` bytes at `offset` were written.
@@ -243,8 +281,8 @@ impl MemoryMap {
         Self { mapping: Arc::clone(&self.mapping).alone(), ..*self }
     }
 
-    /// No memory.
-    pub fn nothing<'a>() -> MemorySlice<'a> {
+    /// No bytes of any memory.
+    pub fn empty_slice<'a>() -> MemorySlice<'a> {
         let nowhere = NonNull::dangling().as_ptr();
         // SAFETY: any pointer is valid for no bytes.
         unsafe { VolatileSlice::with_bitmap(nowhere, 0, DirtyMark(None), None) }
@@ -266,7 +304,6 @@ impl fmt::Debug for MemoryMap {
 #[cfg(test)]
 mod tests {
     use std::num::NonZeroUsize;
-    use std::sync::atomic::Ordering;
 
     use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
     use vm_memory::mmap::MmapRegionBuilder;
@@ -296,13 +333,16 @@ mod tests {
         assert_eq!(marked(&region), [1, 2]);
         assert!(slice.bitmap().dirty_at(0xfff) && !slice.bitmap().dirty_at(0x2000));
         let map = memory.map();
-        map.word(0x3008).unwrap().store(5, Ordering::Relaxed);
+        let (word, order) = (map.word(0x3008).unwrap(), Ordering::Relaxed);
+        assert_eq!(word.load(order), 0);
+        assert_eq!(word.compare_exchange(1, 5, order, order), Err(0));
         assert_eq!(marked(&region), [1, 2]);
-        map.mark_dirty(0x3008, 8);
-        assert_eq!(marked(&region), [1, 2, 3]);
+        assert_eq!(word.compare_exchange(0, 5, order, order), Ok(0));
+        assert_eq!((word.load(order), marked(&region)), (5, vec![1, 2, 3]));
+        map.mark_dirty(0xfff, 1);
         map.mark_dirty(0x3fff, 2);
         map.mark_dirty(u64::MAX, 8);
-        assert_eq!(marked(&region), [1, 2, 3]);
+        assert_eq!(marked(&region), [0, 1, 2, 3]);
     }
 
     #[test]
@@ -311,7 +351,7 @@ mod tests {
         assert!(memory.slice().bitmap().0.is_none());
         memory.map().mark_dirty(0, 8);
         assert!(!memory.slice().bitmap().dirty_at(0));
-        assert!(MemoryMap::nothing().is_empty());
+        assert!(MemoryMap::empty_slice().is_empty());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use vm_memory::{
     FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-pub use map::{DirtyMark, MemoryMap, MemorySlice};
+pub use map::{DirtyMark, MemoryMap, MemorySlice, MemoryWord};
 
 /// A piece of this process's memory that stays mapped while the value exists.
 ///
@@ -45,7 +45,8 @@ pub use map::{DirtyMark, MemoryMap, MemorySlice};
 #[derive(Clone)]
 pub struct UserMemory {
     map: MemoryMap,
-    base: u64,
+    /// Of the first byte of the piece, if known.
+    gpa: Option<u64>,
     offset: u64,
     length: u64,
 }
@@ -90,13 +91,13 @@ impl UserMemory {
     /// All of `region`, whose `Arc` is kept.
     pub fn whole<B: Bitmap + Send + Sync + 'static>(region: Arc<GuestRegionMmap<B>>) -> Self {
         let base = region.start_addr();
-        Self::all(MemoryMap::of_region(region), base.0)
+        Self::all(MemoryMap::of_region(region), Some(base.0))
     }
 
     /// All of `region`, whose mapping is kept: for regions that belong to somebody, such as those
     /// of a [`GuestMemoryMmap`].
     pub fn of<B: Bitmap + Send + Sync + 'static>(region: &GuestRegionMmap<B>) -> Self {
-        Self::all(MemoryMap::of(region.get_mmap()), region.start_addr().0)
+        Self::all(MemoryMap::of(region.get_mmap()), Some(region.start_addr().0))
     }
 
     /// Every region of `memory`, with the guest's address of each.
@@ -112,7 +113,8 @@ impl UserMemory {
     /// [`start`](FileOffset::start) on, if that is so: a kernel's host then maps by file.
     ///
     /// Writes are not recorded anywhere: for that, make a [`GuestRegionMmap`] with a bitmap over
-    /// the bytes.
+    /// the bytes. Nor has it a guest's address before
+    /// [`GuestIoas::map`](crate::nesting::GuestIoas::map) or [`UserMemory::at_gpa`].
     ///
     /// # Safety
     /// Until `owner` is dropped, the bytes must be mapped for reading and writing, and must only be
@@ -132,19 +134,21 @@ impl UserMemory {
             UserMemoryError::Impossible { address: start.addr() as u64, length: length as u64 };
         // SAFETY: guaranteed by the caller.
         let map = unsafe { MemoryMap::raw(start, length, owner, file) };
-        Ok(Self::all(map.ok_or(impossible)?, 0))
+        Ok(Self::all(map.ok_or(impossible)?, None))
     }
 
-    fn all(map: MemoryMap, base: u64) -> Self {
+    fn all(map: MemoryMap, gpa: Option<u64>) -> Self {
         let length = map.length();
-        Self { map, base, offset: 0, length }
+        Self { map, gpa, offset: 0, length }
     }
 
-    /// The same piece of a region that starts at the guest's address `base`: for memory of
-    /// [`UserMemory::from_raw`], whose start has address 0 otherwise.
+    /// The same piece, of which the guest has the first byte at `gpa`, whatever its region says.
+    ///
+    /// [`GuestIoas::map`](crate::nesting::GuestIoas::map) does this. It is for who maps memory of
+    /// [`UserMemory::from_raw`] by [`HostIommu::ioas_map`](super::HostIommu::ioas_map).
     #[must_use]
-    pub fn with_base(self, base: u64) -> Self {
-        Self { base, ..self }
+    pub fn at_gpa(self, gpa: u64) -> Self {
+        Self { gpa: Some(gpa), ..self }
     }
 
     /// The `length` bytes at `offset` of this piece; both in bytes.
@@ -154,16 +158,20 @@ impl UserMemory {
     pub fn part(&self, offset: u64, length: u64) -> Result<Self, UserMemoryError> {
         match offset.checked_add(length) {
             Some(end) if end <= self.length => {
-                Ok(Self { offset: self.offset + offset, length, ..self.clone() })
+                let gpa = self.gpa.and_then(|gpa| gpa.checked_add(offset));
+                Ok(Self { gpa, offset: self.offset + offset, length, ..self.clone() })
             }
             _ => Err(UserMemoryError::Outside { offset, length, region: self.length }),
         }
     }
 
-    /// This piece and `next`, if `next` follows it in the same region.
+    /// This piece and `next`, if `next` follows it in the same region. They have a guest's address
+    /// if `next` follows there, too.
     pub fn join(&self, next: &Self) -> Option<Self> {
         let follows = self.map.is_of_same(&next.map) && self.offset + self.length == next.offset;
-        follows.then(|| Self { length: self.length + next.length, ..self.clone() })
+        let end = self.gpa.and_then(|gpa| gpa.checked_add(self.length));
+        let gpa = self.gpa.filter(|_| end == next.gpa);
+        follows.then(|| Self { gpa, length: self.length + next.length, ..self.clone() })
     }
 
     /// The memory of the whole region.
@@ -171,9 +179,10 @@ impl UserMemory {
         &self.map
     }
 
-    /// The guest's address of the start of the region.
-    pub fn base(&self) -> u64 {
-        self.base
+    /// The guest's address of the first byte of the piece, if known: what its region says, or
+    /// [`UserMemory::at_gpa`].
+    pub fn gpa(&self) -> Option<u64> {
+        self.gpa
     }
 
     /// The bytes of the piece.
@@ -181,7 +190,7 @@ impl UserMemory {
         let length = usize::try_from(self.length).ok();
         // Every piece is within its region.
         let slice = length.and_then(|length| self.map.slice(self.offset, length));
-        slice.unwrap_or_else(MemoryMap::nothing)
+        slice.unwrap_or_else(MemoryMap::empty_slice)
     }
 
     /// The file of the piece and the offset in it, if it is a shared mapping of a file.
@@ -230,10 +239,11 @@ mod tests {
         let region = region::<()>();
         let piece = UserMemory::new(region.clone(), 0x1000, 0x3000).unwrap();
         assert_eq!(piece.user_va(), UserMemory::whole(region.clone()).user_va() + 0x1000);
-        assert_eq!((piece.base(), piece.slice().len()), (0x8000, 0x3000));
+        assert_eq!((piece.gpa(), piece.slice().len()), (Some(0x9000), 0x3000));
         assert!(UserMemory::new(region.clone(), 0x1000, 0x3001).is_err());
         assert!(UserMemory::new(region, u64::MAX, 2).is_err());
-        assert_eq!(piece.part(0x1000, 0x2000).unwrap().offset(), 0x2000);
+        let part = piece.part(0x1000, 0x2000).unwrap();
+        assert_eq!((part.offset(), part.gpa()), (0x2000, Some(0xa000)));
         assert!(piece.part(0x1000, 0x2001).is_err());
         assert!(piece.part(u64::MAX, 2).is_err());
     }
@@ -244,10 +254,17 @@ mod tests {
         let piece =
             |of: &Arc<GuestRegionMmap>, at| UserMemory::new(of.clone(), at, 0x1000).unwrap();
         let joined = piece(&region, 0x1000).join(&piece(&region, 0x2000)).unwrap();
-        assert_eq!((joined.offset(), joined.length()), (0x1000, 0x2000));
+        assert_eq!(
+            (joined.offset(), joined.length(), joined.gpa()),
+            (0x1000, 0x2000, Some(0x9000))
+        );
         for next in [piece(&region, 0x1000), piece(&region, 0x3000), piece(&other, 0x2000)] {
             assert!(piece(&region, 0x1000).join(&next).is_none());
         }
+        // They follow in the region, but not in the guest.
+        let elsewhere = piece(&region, 0x2000).at_gpa(0x2000);
+        let joined = piece(&region, 0x1000).join(&elsewhere).unwrap();
+        assert_eq!((joined.length(), joined.gpa()), (0x2000, None));
     }
 
     #[test]
@@ -296,12 +313,9 @@ mod tests {
         let start = owner.1.as_ptr().cast_mut().cast::<u8>();
         // SAFETY: the words are atomic, and the owner's.
         let memory = unsafe { UserMemory::from_raw(start, 4096, Arc::new(owner), None) }.unwrap();
-        let memory = memory.with_base(0x10_0000);
-        assert_eq!(
-            (memory.base(), memory.length(), memory.file().is_none()),
-            (0x10_0000, 4096, true)
-        );
+        assert_eq!((memory.gpa(), memory.length(), memory.file().is_none()), (None, 4096, true));
         let (part, map) = (memory.part(8, 8).unwrap(), memory.map().without_region());
+        assert_eq!((part.gpa(), part.clone().at_gpa(0x1000).gpa()), (None, Some(0x1000)));
         drop(memory);
         assert_eq!(part.slice().read_obj::<u64>(0).unwrap(), 1);
         drop(part);
