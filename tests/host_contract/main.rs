@@ -85,7 +85,7 @@ fn a_section_reaches_a_vmms_own_memory_where_the_guest_has_it() {
     let (host, port) = machine(VtdUnit::new(VtdUnitConfig::default()));
     let ioas = GuestIoas::new(host.clone()).unwrap();
     let pieces = [0, 0x10_0000].map(|gpa| (gpa, Memory::at(gpa, 0x100)));
-    let raw = |memory: &Memory| memory.raw(Arc::new(memory.region()));
+    let raw = |memory: &Memory| memory.raw(memory.owner());
     for (gpa, piece) in &pieces {
         ioas.map(*gpa, &raw(piece), Protection::READ_WRITE).unwrap();
     }

@@ -18,6 +18,9 @@ use super::{destroy, ioas_of, Bound, Subject, BASE, PAGE};
 /// Memory shared by devices and the check.
 pub struct Memory(Arc<GuestRegionMmap>);
 
+/// Keeps a region.
+pub struct Owner(Arc<GuestRegionMmap>);
+
 impl Memory {
     /// `pages` of anonymous memory.
     pub fn new(pages: u64) -> Self {
@@ -34,9 +37,14 @@ impl Memory {
         self.0.clone()
     }
 
-    /// The bytes as a VMM's own, which are kept by `owner`, a reference to the region.
-    pub fn raw(&self, owner: Arc<Arc<GuestRegionMmap>>) -> UserMemory {
-        assert!(Arc::ptr_eq(&owner, &self.0));
+    /// What keeps the bytes as a VMM's own.
+    pub fn owner(&self) -> Arc<Owner> {
+        Arc::new(Owner(self.region()))
+    }
+
+    /// The bytes as a VMM's own, which are kept by `owner`.
+    pub fn raw(&self, owner: Arc<Owner>) -> UserMemory {
+        assert!(Arc::ptr_eq(&owner.0, &self.0));
         let (start, length) = (self.0.as_ptr(), self.length() as usize);
         // SAFETY: the region keeps the bytes mapped, and they are accessed through it only.
         unsafe { UserMemory::from_raw(start, length, owner, None) }.expect("memory")
@@ -102,7 +110,7 @@ pub fn raw(subject: &Subject) {
     let mut bound = Bound::new(subject);
     let host = bound.host();
     let memory = Memory::new(4);
-    let owner = Arc::new(memory.region());
+    let owner = memory.owner();
     let raw = memory.raw(owner.clone());
     let ioas = host.ioas_alloc().expect("IOAS_ALLOC");
     host.ioas_map(ioas, &raw, MapTarget::Fixed(BASE), Protection::READ_WRITE).expect("IOAS_MAP");
