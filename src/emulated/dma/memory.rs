@@ -19,9 +19,9 @@ use crate::dma::error::DmaError;
 
 /// The memory that one device can access.
 ///
-/// `M` has the regions that the IOMMU's second stage maps, where the guest has them. Whatever the type of its bitmap, what
-/// the device writes is marked there, as it is without an IOMMU. (`vm_memory`'s `IommuMemory` would
-/// mark a bitmap of IOVAs instead.)
+/// `M` has the regions that the IOMMU's second stage maps, where the guest has them. Whatever the
+/// type of its bitmap, what the device writes is marked there, as it is without an IOMMU.
+/// (`vm_memory`'s `IommuMemory` would mark a bitmap of IOVAs instead.)
 ///
 /// ```
 /// use std::sync::Arc;

@@ -105,7 +105,7 @@ impl GuestIoas {
     }
 
     /// Maps `memory` at `gpa` (bytes, aligned as the host requires), for every device. There the
-    /// guest has it, whatever its region says ([`UserMemory::at_gpa`]): IOVAs of this IOAS are GPAs.
+    /// guest has it, whatever its region says ([`UserMemory::at_gpa`]): an IOVA here is a GPA.
     ///
     /// # Errors
     /// The host refuses; or the mapping is read-only and the IOMMU of a device cannot enforce that
