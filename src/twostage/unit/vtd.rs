@@ -32,14 +32,13 @@ type Wrap = Box<dyn FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget>>;
 /// # #[cfg(feature = "test-support")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use std::sync::Arc;
-/// use twostage::iommufd::{Extensions, HostIommu};
+/// use twostage::iommufd::HostIommu;
 /// use twostage::nesting::GuestIoas;
 /// use twostage::spec::pci::Bdf;
 /// use twostage::unit::VtdBuilder;
 /// use twostage::viommu::InterruptSink;
 /// use vm_memory::{GuestAddress, GuestMemoryMmap};
 /// # use twostage::iommufd::fake::RecordingHost;
-/// # use twostage::iommufd::{iommu_hw_info_vtd, HwCapabilities, HwInfo, HwInfoData};
 ///
 /// struct Messages;
 /// impl InterruptSink for Messages {
@@ -49,14 +48,7 @@ type Wrap = Box<dyn FnOnce(Arc<VtdIommu>) -> Arc<dyn FaultTarget>>;
 /// }
 ///
 /// // A host, and a device bound to it. With the kernel's: `KernelHost` and `device_bind`.
-/// # let data = HwInfoData::Vtd(iommu_hw_info_vtd {
-/// #     cap_reg: 0x1ff0_0000_0000_0000 | 47 << 16,
-/// #     ecap_reg: 1 << 43 | 1 << 40 | 19 << 35 | 1 << 26,
-/// #     ..Default::default()
-/// # });
-/// # let info = HwInfo { data, capabilities: HwCapabilities::new(), max_pasid_log2: 20 };
-/// # let recording = RecordingHost::new(Extensions::default());
-/// # let nic = recording.add_device(0, info);
+/// # let (recording, nic) = RecordingHost::with_vtd();
 /// # let host: Arc<dyn HostIommu> = recording;
 /// let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)])?;
 /// let ioas = GuestIoas::new(host)?;
