@@ -14,7 +14,7 @@ use vm_memory::{
 };
 
 use super::section::Section;
-use super::{DmaAccess, DmaAttributes, DmaPort};
+use super::{DmaAttributes, DmaPort};
 use crate::dma::error::DmaError;
 
 /// The memory that one device can access.
@@ -149,21 +149,11 @@ impl<'p, M> DmaSection<'p, M> {
         access: Permissions,
     ) -> GuestMemoryResult<(GuestAddress, usize)> {
         let Some(port) = &self.port else { return Ok((GuestAddress(iova), length)) };
-        let directions: &[DmaAccess] = match access {
-            Permissions::No => &[],
-            Permissions::Read => &[DmaAccess::Read],
-            Permissions::Write => &[DmaAccess::Write],
-            Permissions::ReadWrite => &[DmaAccess::Read, DmaAccess::Write],
-        };
-        let (mut port, mut found) = (port.lock(), None);
-        for &direction in directions {
-            let (address, piece) = port
-                .translate(self.attributes, iova, direction)
-                .map_err(|error| not_translated(iova, length, &error))?;
-            let before = found.map_or(length, |(_, before)| before);
-            found = Some((address, before.min(piece)));
-        }
-        found.ok_or_else(|| not_translated(iova, length, &DmaError::NoMemory { address: iova }))
+        let found = port.lock().translate(self.attributes, iova, access);
+        let (address, piece) = found
+            .and_then(|found| found.ok_or(DmaError::NoMemory { address: iova }))
+            .map_err(|error| not_translated(iova, length, &error))?;
+        Ok((address, length.min(piece)))
     }
 }
 

@@ -8,7 +8,7 @@ use vm_memory::iommu::{Error, IotlbIterator, IovaRange, MappedRange};
 use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
 
 use crate::dma::section::Section;
-use crate::dma::{DmaAccess, DmaAttributes, DmaPort};
+use crate::dma::{DmaAttributes, DmaPort};
 
 /// One requester's DMA as a [`vm_memory::Iommu`] for the duration of one critical section: with it
 /// and the guest's memory in a [`vm_memory::IommuMemory`], a device that knows nothing of IOMMUs
@@ -100,22 +100,13 @@ impl State<'_> {
         end: u64,
         access: Permissions,
     ) -> Result<(), String> {
-        let directions: &[DmaAccess] = match access {
-            Permissions::No => return Err("no access requested".into()),
-            Permissions::Read => &[DmaAccess::Read],
-            Permissions::Write => &[DmaAccess::Write],
-            Permissions::ReadWrite => &[DmaAccess::Read, DmaAccess::Write],
-        };
         // One that somebody still iterates over is left to them, and a new one starts empty.
         let mut iotlb = Arc::into_inner(std::mem::take(&mut self.iotlb)).unwrap_or_default();
         let mut at = iova;
         while at < end {
-            let (mut address, mut length) = (GuestAddress(0), usize::MAX);
-            for &direction in directions {
-                let piece = self.section.translate(attributes, at, direction);
-                let piece = piece.map_err(|error| error.to_string())?;
-                (address, length) = (piece.0, length.min(piece.1));
-            }
+            let piece = self.section.translate(attributes, at, access);
+            let piece = piece.map_err(|error| error.to_string())?;
+            let (address, length) = piece.ok_or("no access requested")?;
             // It may exceed the request, but not the address space.
             let length = length.min((u64::MAX - at) as usize);
             iotlb

@@ -4,7 +4,7 @@
 use std::ops::RangeInclusive;
 
 use twostage::iommufd::MemorySlice;
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, Permissions};
 
 use super::{DmaAccess, DmaAttributes};
 use crate::dma::error::DmaError;
@@ -33,8 +33,8 @@ pub(crate) struct Section<'a> {
 }
 
 impl Section<'_> {
-    /// Translates `iova` (bytes): the guest's address of the memory, and how many bytes from there
-    /// on are contiguous; at least one.
+    /// Translates `iova` (bytes) for all that `access` has: the guest's address of the memory, and
+    /// how many bytes from there on are contiguous; at least one. `None` if it has nothing.
     ///
     /// # Errors
     /// As [`DmaPort::read`](super::DmaPort::read), but the fault is reported at the end of the
@@ -43,13 +43,26 @@ impl Section<'_> {
         &mut self,
         attributes: DmaAttributes,
         iova: u64,
-        access: DmaAccess,
-    ) -> Result<(GuestAddress, usize), DmaError> {
-        let target = self.target(attributes, iova, access)?;
-        let memory = self.engine.common.caches.memory(target.place);
-        let memory = memory.ok_or(DmaError::NoMemory { address: iova })?;
-        let address = memory.gpa(target.place.offset).ok_or(DmaError::NoGpa { address: iova })?;
-        Ok((GuestAddress(address), self.interrupts.piece(attributes, iova, target.length)))
+        access: Permissions,
+    ) -> Result<Option<(GuestAddress, usize)>, DmaError> {
+        let directions: &[DmaAccess] = match access {
+            Permissions::No => &[],
+            Permissions::Read => &[DmaAccess::Read],
+            Permissions::Write => &[DmaAccess::Write],
+            Permissions::ReadWrite => &[DmaAccess::Read, DmaAccess::Write],
+        };
+        let mut found = None;
+        for &direction in directions {
+            let target = self.target(attributes, iova, direction)?;
+            let memory = self.engine.common.caches.memory(target.place);
+            let memory = memory.ok_or(DmaError::NoMemory { address: iova })?;
+            let address = memory.gpa(target.place.offset);
+            let address = address.ok_or(DmaError::NoGpa { address: iova })?;
+            let length = self.interrupts.piece(attributes, iova, target.length);
+            let length = found.map_or(length, |(_, before)| length.min(before));
+            found = Some((GuestAddress(address), length));
+        }
+        Ok(found)
     }
 
     /// Translates `iova` (bytes): the memory of the next `length` bytes, as far as they are
