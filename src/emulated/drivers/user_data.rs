@@ -224,8 +224,8 @@ fn first_stage_bytes(tables: &iommu_hwpt_vtd_s1) -> Vec<u8> {
 }
 
 fn second_stage_bytes(tables: &HwptVtdSecondStage) -> Vec<u8> {
-    let HwptVtdSecondStage { pgtbl_addr, addr_width } = *tables;
-    join(0, pgtbl_addr, addr_width, 0).to_vec()
+    let HwptVtdSecondStage { pgtbl_addr, addr_width, accessed_dirty } = *tables;
+    join(accessed_dirty.into(), pgtbl_addr, addr_width, 0).to_vec()
 }
 
 fn invalidation_bytes(entry: &iommu_hwpt_vtd_s1_invalidate) -> [u8; 24] {

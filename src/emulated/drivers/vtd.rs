@@ -171,9 +171,11 @@ impl VtdDriver {
                 Ok(UserTables::VtdFirstStage(tables))
             }
             VTD_SECOND_STAGE if self.hardware.extensions().guest_second_stage => {
-                let (_, pgtbl_addr, addr_width, _) =
+                let (flags, pgtbl_addr, addr_width, _) =
                     split(&data.read_struct(VTD_SECOND_STAGE, 24)?);
-                Ok(UserTables::VtdSecondStage(HwptVtdSecondStage { pgtbl_addr, addr_width }))
+                let accessed_dirty = flags & 1 != 0;
+                let tables = HwptVtdSecondStage { pgtbl_addr, addr_width, accessed_dirty };
+                Ok(UserTables::VtdSecondStage(tables))
             }
             other => refuse(Errno::EOPNOTSUPP, format!("tables of type {other:#x}")),
         }

@@ -96,6 +96,10 @@ pub enum HwptData {
     /// the parent. No hardware supports this; a host offers it with
     /// [`Extensions::guest_second_stage`].
     VtdSecondStage(HwptVtdSecondStage),
+    /// Beyond Linux: VT-d first-stage tables over second-stage tables, both of them the user's,
+    /// walked on top of the parent (PGTT=011b of a guest that is a host itself). Offered with
+    /// [`Extensions::guest_second_stage`].
+    VtdNested(HwptVtdNested),
     /// `IOMMU_HWPT_DATA_ARM_SMMUV3`: words 0 and 1 of a user's stream table entry, on a vIOMMU of
     /// [`ViommuKind::ArmSmmuV3`]: abort, bypass or stage 1, whose context descriptors and tables
     /// are in the user's address space.
@@ -109,6 +113,17 @@ pub struct HwptVtdSecondStage {
     pub pgtbl_addr: u64,
     /// Input address width of the tables: 39, 48 or 57 bits.
     pub addr_width: u32,
+    /// The IOMMU sets accessed and dirty flags in the tables (SSADE).
+    pub accessed_dirty: bool,
+}
+
+/// Data of [`HwptData::VtdNested`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HwptVtdNested {
+    /// The first stage. Its addresses, and those in its tables, are input addresses of `second`.
+    pub first: iommu_hwpt_vtd_s1,
+    /// The second stage, in the parent's input address space (GPA).
+    pub second: HwptVtdSecondStage,
 }
 
 /// Arguments of `IOMMU_HWPT_ALLOC` (`struct iommu_hwpt_alloc`).
@@ -133,7 +148,9 @@ pub enum InvalidateData<'a> {
     /// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`. Addresses in bytes, counts in 4 KiB pages; `addr = 0,
     /// npages = u64::MAX` is everything.
     VtdS1(&'a [iommu_hwpt_vtd_s1_invalidate]),
-    /// The same entries for a HWPT of [`HwptData::VtdSecondStage`].
+    /// The same entries with second-stage addresses, for a HWPT of [`HwptData::VtdSecondStage`] or
+    /// [`HwptData::VtdNested`]. (The latter takes both kinds: an address of the second stage names
+    /// everything that was translated by both stages, §6.5.2.4.)
     VtdSecondStage(&'a [iommu_hwpt_vtd_s1_invalidate]),
     /// `IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3`, for a vIOMMU: commands of the SMMU's queue with
     /// the user's StreamIDs, without a VMID, and only those allowed for users.
@@ -310,7 +327,8 @@ impl ViommuKind {
 /// Abilities of a host beyond the kernel's uAPI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Extensions {
-    /// Supports [`HwptData::VtdSecondStage`]: walks guest-owned second-stage tables.
+    /// Supports [`HwptData::VtdSecondStage`] and [`HwptData::VtdNested`]: walks second-stage tables
+    /// that the guest owns.
     pub guest_second_stage: bool,
     /// Reports every unrecoverable DMA fault to a [`super::FaultSink`] (Linux 7.2's VT-d driver
     /// reports none to user space).

@@ -14,7 +14,7 @@ use crate::Result;
 use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::unit::{self, VtdBuilder};
-use twostage::viommu::vtd::{Policy, Stage1, VtdConfig, VtdIommu};
+use twostage::viommu::vtd::{Policy, Stage1, VtdConfig, VtdIommu, VtdNested};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, Requester};
 use twostage_emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
 
@@ -155,6 +155,9 @@ impl ContextTables for GuestContexts {
             Policy::Bypass => DmaWay::Bypass,
             Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
             Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),
+            Policy::Stage1(Stage1::VtdNested(VtdNested { first, second })) => {
+                DmaWay::Nested { first: first.table, second: second.table }
+            }
         })
     }
 }

@@ -8,7 +8,7 @@ use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, ObjectId, Protect
 use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::{host_vtd, DeviceInfo, GuestIoas, NestingError};
 use twostage::spec::pci::{Bdf, Pasid};
-use twostage::viommu::vtd::{FaultTarget, Policy, Stage1};
+use twostage::viommu::vtd::{FaultTarget, Policy, Stage1, VtdNested};
 use twostage::viommu::vtd::{HostVtd, VtdConfig, VtdIommu, VtdState};
 use twostage::viommu::{InterruptSink, Requester, RestoreError};
 use twostage_emulated::kit::vtd::Driver;
@@ -97,6 +97,9 @@ impl ContextTables for Contexts {
             Policy::Bypass => DmaWay::Bypass,
             Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
             Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),
+            Policy::Stage1(Stage1::VtdNested(VtdNested { first, second })) => {
+                DmaWay::Nested { first: first.table, second: second.table }
+            }
         })
     }
 }

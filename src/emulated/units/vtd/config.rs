@@ -234,7 +234,11 @@ mod tests {
     }
 
     fn second_stage(addr_width: u32) -> UserTables {
-        UserTables::VtdSecondStage(HwptVtdSecondStage { pgtbl_addr: 0, addr_width })
+        UserTables::VtdSecondStage(HwptVtdSecondStage {
+            pgtbl_addr: 0,
+            addr_width,
+            accessed_dirty: false,
+        })
     }
 
     #[test]

@@ -17,8 +17,9 @@ use super::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, iommu_hwpt_vtd_s1_invalidate,
     iommu_viommu_arm_smmuv3_invalidate, DirtyRange, Errno, EventQueue, Extensions, FaultQueue,
     FaultSink, HostError, HostFault, HostIommu, HwCapabilities, HwInfo, HwInfoData, HwptAlloc,
-    HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
-    UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3, VTD_INV_FLAGS_LEAF,
+    HwptData, HwptVtdNested, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
+    Protection, Result, UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3,
+    VTD_INV_FLAGS_LEAF,
 };
 use state::{Events, Object, OpenEvents, SilentQueue, State};
 
@@ -435,6 +436,10 @@ fn hwpt_text(args: &HwptAlloc) -> String {
         HwptData::VtdSecondStage(ss) => {
             format!("second-stage({:#x}, {} bits)", ss.pgtbl_addr, ss.addr_width)
         }
+        HwptData::VtdNested(HwptVtdNested { first, second }) => format!(
+            "nested({:#x}, {} bits, over {:#x}, {} bits)",
+            first.pgtbl_addr, first.addr_width, second.pgtbl_addr, second.addr_width
+        ),
         HwptData::ArmSmmuV3(smmu) => format!("ARM_SMMUV3({:#x}, {:#x})", smmu.ste[0], smmu.ste[1]),
     };
     if args.flags.nest_parent() {

@@ -271,7 +271,7 @@ impl HostIommu for KernelHost {
             HwptData::ArmSmmuV3(data) => {
                 self.alloc_hwpt(args, uapi::iommu_hwpt_data_type_IOMMU_HWPT_DATA_ARM_SMMUV3, data)
             }
-            HwptData::VtdSecondStage(_) => {
+            HwptData::VtdSecondStage(_) | HwptData::VtdNested(_) => {
                 let detail = "no hardware nests second-stage tables of a guest";
                 return Err(HostError::new(Verb::HwptAlloc, args.pt, Errno::EOPNOTSUPP, detail));
             }

@@ -4,12 +4,14 @@
 use super::nested::{Attached, Slot};
 use super::state::{Device, Parent, State};
 use crate::iommufd::{
-    iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId,
-    VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
+    iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdNested, HwptVtdSecondStage,
+    ObjectId, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
 };
 use crate::nesting::{NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage};
+use crate::viommu::vtd::{
+    DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdNested, VtdSecondStage,
+};
 use crate::viommu::Requester;
 use crate::warn_limited;
 
@@ -156,20 +158,19 @@ impl State {
         check_pasid(requester, device)?;
         let data = match stage1 {
             Stage1::VtdFirstStage(first) => HwptData::VtdS1(vtd_s1(&first)),
-            Stage1::VtdSecondStage(_) if !self.nests_second_stage() => {
+            _ if !self.nests_second_stage() => {
                 return Err(NestingError::GuestSecondStage(requester));
             }
-            Stage1::VtdSecondStage(second) => HwptData::VtdSecondStage(HwptVtdSecondStage {
-                pgtbl_addr: second.table,
-                addr_width: second.address_width.bits().into(),
-            }),
+            Stage1::VtdSecondStage(second) => HwptData::VtdSecondStage(vtd_ss(&second)),
+            Stage1::VtdNested(VtdNested { first, second }) => {
+                let (first, second) = (vtd_s1(&first), vtd_ss(&second));
+                HwptData::VtdNested(HwptVtdNested { first, second })
+            }
         };
-        let table = match stage1 {
-            Stage1::VtdFirstStage(first) => first.table,
-            Stage1::VtdSecondStage(second) => second.table,
-        };
-        if table % TABLE_ALIGNMENT != 0 {
-            return Err(NestingError::UnalignedTable { requester, table });
+        for table in stage1.tables() {
+            if table % TABLE_ALIGNMENT != 0 {
+                return Err(NestingError::UnalignedTable { requester, table });
+            }
         }
         let args = HwptAlloc {
             flags: HwptFlags::new().with_pasid(parent.pasid),
@@ -273,6 +274,14 @@ fn check_pasid(requester: Requester, device: &Device) -> Result<()> {
             Err(NestingError::PasidTooWide { requester, bits })
         }
         _ => Ok(()),
+    }
+}
+
+fn vtd_ss(tables: &VtdSecondStage) -> HwptVtdSecondStage {
+    HwptVtdSecondStage {
+        pgtbl_addr: tables.table,
+        addr_width: tables.address_width.bits().into(),
+        accessed_dirty: tables.accessed_dirty,
     }
 }
 

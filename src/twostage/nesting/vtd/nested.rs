@@ -251,7 +251,11 @@ mod tests {
     const PARENT: ObjectId = ObjectId(1);
 
     fn tables(table: u64) -> Stage1 {
-        Stage1::VtdSecondStage(VtdSecondStage { table, address_width: AddressWidth::Bits48 })
+        Stage1::VtdSecondStage(VtdSecondStage {
+            table,
+            address_width: AddressWidth::Bits48,
+            accessed_dirty: false,
+        })
     }
 
     fn on(hwpt: ObjectId, domain: u16) -> Slot {

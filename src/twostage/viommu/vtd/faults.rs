@@ -129,6 +129,8 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
         Policy::Stage1(Stage1::VtdFirstStage(_)) => first_stage(fault),
         Policy::Stage1(Stage1::VtdSecondStage(_)) if legacy => legacy_second_stage(fault),
         Policy::Stage1(Stage1::VtdSecondStage(_)) => second_stage(fault),
+        // The host tells which of the guest's two stages refused.
+        Policy::Stage1(Stage1::VtdNested(_)) => first_stage(fault),
     };
     Some(Blocked { reason, fault_disabled: config.fault_disabled })
 }
@@ -223,6 +225,7 @@ mod tests {
     const SECOND: Policy = Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage {
         table: 0,
         address_width: AddressWidth::Bits48,
+        accessed_dirty: false,
     }));
 
     fn of(policy: Policy, ttm: u8, fault: DmaFault, fault_disabled: bool) -> Option<Blocked> {

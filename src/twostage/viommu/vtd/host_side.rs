@@ -42,6 +42,23 @@ pub struct VtdSecondStage {
     pub table: u64,
     /// Width of input addresses (AW).
     pub address_width: AddressWidth,
+    /// Accessed and dirty flags are set in them (SSADE).
+    pub accessed_dirty: bool,
+}
+
+/// A first stage over a second stage, both of them the guest's (PGTT nested): what a guest that is
+/// a host itself programs. Addresses of and in the first-stage tables are translated by `second`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+pub struct VtdNested {
+    /// The first stage.
+    pub first: VtdFirstStage,
+    /// The second stage.
+    pub second: VtdSecondStage,
 }
 
 /// Guest-owned tables, by format.
@@ -52,6 +69,21 @@ pub enum Stage1 {
     VtdFirstStage(VtdFirstStage),
     /// VT-d second-stage: only on a host with [`crate::iommufd::Extensions::guest_second_stage`].
     VtdSecondStage(VtdSecondStage),
+    /// Both, the first over the second: on the same hosts.
+    VtdNested(VtdNested),
+}
+
+impl Stage1 {
+    /// GPAs of the top tables, in bytes. (The first one of a nested pair is an address of its
+    /// second stage.)
+    pub fn tables(&self) -> impl Iterator<Item = u64> {
+        let (first, second) = match self {
+            Self::VtdFirstStage(first) => (first.table, None),
+            Self::VtdSecondStage(second) => (second.table, None),
+            Self::VtdNested(VtdNested { first, second }) => (first.table, Some(second.table)),
+        };
+        [first].into_iter().chain(second)
+    }
 }
 
 /// The treatment of a requester's DMA.
@@ -131,6 +163,7 @@ impl Invalidation {
         match stage1 {
             Stage1::VtdFirstStage(_) => self.pasid.is_some(),
             Stage1::VtdSecondStage(_) => true,
+            Stage1::VtdNested(_) => self.pasid.is_some(),
         }
     }
 }

@@ -50,7 +50,7 @@ pub use config::{Capabilities, VtdConfig, VtdConfigError, MMIO_SIZE};
 pub use fault_log::{EventRegisters, FaultLog};
 pub use host_side::{
     DmaFault, DomainTag, FaultTarget, Invalidation, Policy, Progress, RequesterConfig, Stage1,
-    VtdFirstStage, VtdHostSide, VtdSecondStage,
+    VtdFirstStage, VtdHostSide, VtdNested, VtdSecondStage,
 };
 pub use host_unit::HostVtd;
 pub use state::{

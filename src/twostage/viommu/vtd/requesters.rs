@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use bitfield_struct::bitfield;
 
-use super::host_side::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
+use super::host_side::{
+    DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdNested, VtdSecondStage,
+};
 use super::state::{FunctionState, PasidState, Translating};
 use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
@@ -203,6 +205,7 @@ enum Kind {
     Bypass,
     FirstStage,
     SecondStage,
+    Nested,
 }
 
 impl Kind {
@@ -210,13 +213,14 @@ impl Kind {
         self as u8
     }
 
-    /// Of two bits.
+    /// Of three bits.
     const fn from_bits(bits: u8) -> Self {
         match bits {
             0 => Self::Blocked,
             1 => Self::Bypass,
             2 => Self::FirstStage,
-            _ => Self::SecondStage,
+            3 => Self::SecondStage,
+            _ => Self::Nested,
         }
     }
 }
@@ -231,9 +235,9 @@ struct Word {
     /// The page of the top table.
     #[bits(40)]
     page: u64,
-    #[bits(2)]
+    #[bits(3)]
     kind: Kind,
-    /// FSPM or AW.
+    /// FSPM.
     #[bits(2)]
     width: u8,
     supervisor_requests: bool,
@@ -243,8 +247,67 @@ struct Word {
     applied: bool,
     /// Fault reason.
     reason: u8,
-    #[bits(7)]
+    #[bits(6)]
     __: u8,
+}
+
+/// Tables are below the host's address width: 52 bits.
+fn page(table: u64) -> u64 {
+    table >> PAGE_SHIFT & ((1 << Word::PAGE_BITS) - 1)
+}
+
+impl Word {
+    fn with_first(self, first: VtdFirstStage) -> Self {
+        self.with_page(page(first.table))
+            .with_width(first.paging_mode.into_bits())
+            .with_supervisor_requests(first.supervisor_requests)
+            .with_write_protect(first.write_protect)
+            .with_extended_accessed(first.extended_accessed)
+    }
+
+    fn first(self) -> VtdFirstStage {
+        VtdFirstStage {
+            table: self.page() << PAGE_SHIFT,
+            // A word contains what was written: the value that matters is never reserved.
+            paging_mode: PagingMode::from_bits(self.width()).unwrap_or(PagingMode::Level4),
+            supervisor_requests: self.supervisor_requests(),
+            write_protect: self.write_protect(),
+            extended_accessed: self.extended_accessed(),
+        }
+    }
+}
+
+/// A second stage, alone or below a first one.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+struct SecondWord {
+    /// The page of the top table.
+    #[bits(40)]
+    page: u64,
+    /// AW.
+    #[bits(2)]
+    width: u8,
+    accessed_dirty: bool,
+    #[bits(21)]
+    __: u32,
+}
+
+impl SecondWord {
+    fn of(tables: VtdSecondStage) -> Self {
+        Self::new()
+            .with_page(page(tables.table))
+            .with_width(tables.address_width.into_bits())
+            .with_accessed_dirty(tables.accessed_dirty)
+    }
+
+    fn tables(self) -> VtdSecondStage {
+        VtdSecondStage {
+            table: self.page() << PAGE_SHIFT,
+            // Never reserved where it matters, as above.
+            address_width: AddressWidth::from_bits(self.width()).unwrap_or(AddressWidth::Bits39),
+            accessed_dirty: self.accessed_dirty(),
+        }
+    }
 }
 
 /// A [`Given`] of a request with PASID, whose tag has that PASID, in a few bytes: there may be 2^20
@@ -254,6 +317,7 @@ struct Word {
 #[repr(Rust, packed(4))]
 struct PackedGiven {
     word: Word,
+    second: SecondWord,
     domain: u16,
 }
 
@@ -261,51 +325,41 @@ impl PackedGiven {
     fn new(given: Given) -> Self {
         let Given { decision: RequesterConfig { policy, tag, fault_disabled }, applied } = given;
         let word = Word::new().with_fault_disabled(fault_disabled).with_applied(applied);
-        // Tables are below the host's address width: 52 bits.
-        let page = |table: u64| table >> PAGE_SHIFT & ((1 << Word::PAGE_BITS) - 1);
-        let word = match policy {
-            Policy::Blocked(reason) => word.with_kind(Kind::Blocked).with_reason(reason.code()),
-            Policy::Bypass => word.with_kind(Kind::Bypass),
-            Policy::Stage1(Stage1::VtdFirstStage(tables)) => word
-                .with_kind(Kind::FirstStage)
-                .with_page(page(tables.table))
-                .with_width(tables.paging_mode.into_bits())
-                .with_supervisor_requests(tables.supervisor_requests)
-                .with_write_protect(tables.write_protect)
-                .with_extended_accessed(tables.extended_accessed),
-            Policy::Stage1(Stage1::VtdSecondStage(tables)) => word
-                .with_kind(Kind::SecondStage)
-                .with_page(page(tables.table))
-                .with_width(tables.address_width.into_bits()),
+        let (word, second) = match policy {
+            Policy::Blocked(reason) => {
+                (word.with_kind(Kind::Blocked).with_reason(reason.code()), None)
+            }
+            Policy::Bypass => (word.with_kind(Kind::Bypass), None),
+            Policy::Stage1(Stage1::VtdFirstStage(first)) => {
+                (word.with_kind(Kind::FirstStage).with_first(first), None)
+            }
+            Policy::Stage1(Stage1::VtdSecondStage(second)) => {
+                (word.with_kind(Kind::SecondStage), Some(second))
+            }
+            Policy::Stage1(Stage1::VtdNested(VtdNested { first, second })) => {
+                (word.with_kind(Kind::Nested).with_first(first), Some(second))
+            }
         };
-        Self { word, domain: tag.domain }
+        let second = second.map_or(SecondWord::new(), SecondWord::of);
+        Self { word, second, domain: tag.domain }
     }
 
     /// The configuration of `pasid`.
     fn of(self, pasid: Pasid) -> Given {
-        let Self { word, domain } = self;
-        let table = word.page() << PAGE_SHIFT;
-        // A word contains what `new` wrote: the value that matters is never reserved.
-        let paging_mode = PagingMode::from_bits(word.width()).unwrap_or(PagingMode::Level4);
-        let address_width = AddressWidth::from_bits(word.width()).unwrap_or(AddressWidth::Bits39);
+        let Self { word, second, domain } = self;
         let reason = FaultReason::from_code(word.reason()).unwrap_or(UNKNOWN);
-        let fault_disabled = word.fault_disabled();
         let policy = match word.kind() {
             Kind::Bypass => Policy::Bypass,
-            Kind::FirstStage => Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
-                table,
-                paging_mode,
-                supervisor_requests: word.supervisor_requests(),
-                write_protect: word.write_protect(),
-                extended_accessed: word.extended_accessed(),
+            Kind::FirstStage => Policy::Stage1(Stage1::VtdFirstStage(word.first())),
+            Kind::SecondStage => Policy::Stage1(Stage1::VtdSecondStage(second.tables())),
+            Kind::Nested => Policy::Stage1(Stage1::VtdNested(VtdNested {
+                first: word.first(),
+                second: second.tables(),
             })),
-            Kind::SecondStage => {
-                Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
-            }
             Kind::Blocked => Policy::Blocked(reason),
         };
         let tag = DomainTag { domain, pasid: pasid.raw() };
-        let decision = RequesterConfig { policy, tag, fault_disabled };
+        let decision = RequesterConfig { policy, tag, fault_disabled: word.fault_disabled() };
         Given { decision, applied: word.applied() }
     }
 
@@ -322,25 +376,37 @@ mod tests {
     use super::*;
 
     fn policy() -> impl Strategy<Value = Policy> {
-        let first = |(page, five, srs, wp, eaf)| {
-            Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
-                table: page << 12,
-                paging_mode: if five { PagingMode::Level5 } else { PagingMode::Level4 },
-                supervisor_requests: srs,
-                write_protect: wp,
-                extended_accessed: eaf,
-            }))
+        let page = || (0u64..1 << 40).prop_map(|page| page << 12);
+        let first = || {
+            (page(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+                |(table, five, supervisor_requests, write_protect, extended_accessed)| {
+                    let paging_mode = if five { PagingMode::Level5 } else { PagingMode::Level4 };
+                    VtdFirstStage {
+                        table,
+                        paging_mode,
+                        supervisor_requests,
+                        write_protect,
+                        extended_accessed,
+                    }
+                },
+            )
         };
-        let second = |(page, address_width)| {
-            let table: u64 = page << 12;
-            Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
+        let second = || {
+            (page(), prop::sample::select(&AddressWidth::ALL[..]), any::<bool>()).prop_map(
+                |(table, address_width, accessed_dirty)| VtdSecondStage {
+                    table,
+                    address_width,
+                    accessed_dirty,
+                },
+            )
         };
-        let page = || 0u64..1 << 40;
+        let nested = (first(), second()).prop_map(|(first, second)| VtdNested { first, second });
         prop_oneof![
             prop::sample::select(FaultReason::ALL).prop_map(Policy::Blocked),
             Just(Policy::Bypass),
-            (page(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(first),
-            (page(), prop::sample::select(&AddressWidth::ALL[..])).prop_map(second),
+            first().prop_map(|first| Policy::Stage1(Stage1::VtdFirstStage(first))),
+            second().prop_map(|second| Policy::Stage1(Stage1::VtdSecondStage(second))),
+            nested.prop_map(|both| Policy::Stage1(Stage1::VtdNested(both))),
         ]
     }
 
@@ -365,6 +431,6 @@ mod tests {
 
     #[test]
     fn it_is_small() {
-        assert_eq!((size_of::<PackedGiven>(), align_of::<PackedGiven>()), (12, 4));
+        assert_eq!((size_of::<PackedGiven>(), align_of::<PackedGiven>()), (20, 4));
     }
 }

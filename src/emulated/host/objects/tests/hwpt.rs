@@ -135,7 +135,7 @@ fn a_format_that_the_iommu_lacks_is_not_supported() {
     let bench = Bench::of(fake, Fake::able());
     let (a, far, ioas) = (bench.bind("a"), bench.bind("far"), bench.ioas());
     let parent = bench.paging(a, ioas, PARENT).unwrap();
-    let tables = HwptVtdSecondStage { pgtbl_addr: 0, addr_width: 48 };
+    let tables = HwptVtdSecondStage { pgtbl_addr: 0, addr_width: 48, accessed_dirty: false };
     let data = HwptData::VtdSecondStage(tables);
     assert_eq!(bench.host.hwpt_alloc(&with_data(a, parent, data)).errno(), Errno::EOPNOTSUPP);
     let nested = bench.host.hwpt_alloc(&with_data(far, parent, data)).unwrap();

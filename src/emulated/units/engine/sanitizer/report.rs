@@ -194,6 +194,13 @@ pub enum DmaWay {
     FirstStage(u64),
     /// Through the guest's second-stage tables at this GPA (bytes).
     SecondStage(u64),
+    /// First-stage tables over second-stage tables, both the guest's.
+    Nested {
+        /// Address of the first stage's top table, which the second stage translates.
+        first: u64,
+        /// GPA of the second stage's top table.
+        second: u64,
+    },
     /// Through the tables of an SMMUv3's context descriptor.
     AddressSpace {
         /// Its ASID.
@@ -210,6 +217,10 @@ impl fmt::Display for DmaWay {
             Self::Bypass => f.write_str("untranslated"),
             Self::FirstStage(table) => write!(f, "through first-stage tables at {table:#x}"),
             Self::SecondStage(table) => write!(f, "through second-stage tables at {table:#x}"),
+            Self::Nested { first, second } => {
+                write!(f, "through first-stage tables at {first:#x} over second-stage tables at ")?;
+                write!(f, "{second:#x}")
+            }
             Self::AddressSpace { asid, tables } => {
                 write!(f, "through the tables of ASID {asid:#x}")?;
                 let at = tables.iter().zip(["TTB0", "TTB1"]);

@@ -97,7 +97,7 @@ impl Machine {
     /// Attaches the device (or its `pasid`) to the user's second-stage tables.
     pub fn attach_second_stage(&self, pasid: Option<u32>, tag: u32, root: u64, levels: u8) {
         let addr_width = 12 + 9 * u32::from(levels);
-        let data = HwptVtdSecondStage { pgtbl_addr: root, addr_width };
+        let data = HwptVtdSecondStage { pgtbl_addr: root, addr_width, accessed_dirty: false };
         self.install(pasid, tag, Some(UserTables::VtdSecondStage(data)));
     }
 

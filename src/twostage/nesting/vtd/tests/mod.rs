@@ -65,7 +65,11 @@ fn first_stage(table: u64) -> Policy {
 
 fn second_stage(table: u64) -> Policy {
     let address_width = AddressWidth::Bits48;
-    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
+    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage {
+        table,
+        address_width,
+        accessed_dirty: false,
+    }))
 }
 
 fn page(tag: DomainTag, address: u64) -> Invalidation {

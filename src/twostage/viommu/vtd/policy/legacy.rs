@@ -37,7 +37,11 @@ pub(super) fn serve(
         if tables.memory.load_u64(table).is_err() {
             return Err(invalid);
         }
-        Some(Stage1::VtdSecondStage(VtdSecondStage { table, address_width: width }))
+        Some(Stage1::VtdSecondStage(VtdSecondStage {
+            table,
+            address_width: width,
+            accessed_dirty: false,
+        }))
     } else {
         None
     };
@@ -126,14 +130,22 @@ mod tests {
 
     #[test]
     fn well_formed_entries_are_served() {
-        let tables = VtdSecondStage { table: 0x3000, address_width: AddressWidth::Bits48 };
+        let tables = VtdSecondStage {
+            table: 0x3000,
+            address_width: AddressWidth::Bits48,
+            accessed_dirty: false,
+        };
         let served = decide(&with_second_stage(), [0; 2], [0; 2]);
         assert_eq!(served, Policy::Stage1(Stage1::VtdSecondStage(tables)));
         // Bits 6:3 of the upper word are ignored.
         let served = decide(&with_second_stage(), [0; 2], [0, 0x78]);
         assert_eq!(served, Policy::Stage1(Stage1::VtdSecondStage(tables)));
         let narrow = decide(&with_second_stage(), [0; 2], [0, 3]);
-        let tables = VtdSecondStage { table: 0x3000, address_width: AddressWidth::Bits39 };
+        let tables = VtdSecondStage {
+            table: 0x3000,
+            address_width: AddressWidth::Bits39,
+            accessed_dirty: false,
+        };
         assert_eq!(narrow, Policy::Stage1(Stage1::VtdSecondStage(tables)));
         assert_eq!(decide(&with_second_stage(), [0; 2], [0b1000, 0]), Policy::Bypass);
     }

@@ -9,7 +9,9 @@ mod legacy;
 mod scalable;
 
 use super::config::Capabilities;
-use super::host_side::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
+use super::host_side::{
+    DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdNested, VtdSecondStage,
+};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
@@ -125,20 +127,25 @@ fn offers_width(caps: &Capabilities, width: AddressWidth) -> bool {
 /// Whether some tables of a guest lead to `policy` on a unit with `caps`.
 pub(super) fn is_possible(policy: Policy, caps: &Capabilities) -> bool {
     let Capabilities { cap, ecap } = caps;
-    let (table, offered) = match policy {
-        Policy::Blocked(_) | Policy::Bypass => return true,
-        Policy::Stage1(Stage1::VtdFirstStage(first)) => {
-            let VtdFirstStage { table, paging_mode, .. } = first;
-            let not_offered = paging_mode == PagingMode::Level5 && !cap.fs5lp()
-                || first.supervisor_requests && !ecap.srs()
-                || first.extended_accessed && !ecap.eafs();
-            (table, ecap.fsts() && !not_offered)
-        }
-        Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width })) => {
-            (table, offers_width(caps, address_width))
+    let Policy::Stage1(stage1) = policy else { return true };
+    let first_offered = |first: VtdFirstStage| {
+        let not_offered = first.paging_mode == PagingMode::Level5 && !cap.fs5lp()
+            || first.supervisor_requests && !ecap.srs()
+            || first.extended_accessed && !ecap.eafs();
+        ecap.fsts() && !not_offered
+    };
+    let second_offered = |second: VtdSecondStage| {
+        offers_width(caps, second.address_width) && (!second.accessed_dirty || ecap.ssads())
+    };
+    let offered = match stage1 {
+        Stage1::VtdFirstStage(first) => first_offered(first),
+        Stage1::VtdSecondStage(second) => second_offered(second),
+        Stage1::VtdNested(VtdNested { first, second }) => {
+            ecap.nest() && first_offered(first) && second_offered(second)
         }
     };
-    offered && table.trailing_zeros() >= PAGE_SHIFT && !is_beyond_width(table)
+    let usable = |table: u64| table.trailing_zeros() >= PAGE_SHIFT && !is_beyond_width(table);
+    offered && stage1.tables().all(usable)
 }
 
 impl PasidTable<'_> {

@@ -246,7 +246,11 @@ impl TableEntry {
             Pgtt::SecondStage if ecap.ssts() => {
                 let address_width = tables.second_stage_width(qw0.aw())?;
                 let table = self.entry.second_stage_table();
-                Some(Some(Stage1::VtdSecondStage(VtdSecondStage { table, address_width })))
+                Some(Some(Stage1::VtdSecondStage(VtdSecondStage {
+                    table,
+                    address_width,
+                    accessed_dirty: false,
+                })))
             }
             Pgtt::PassThrough if ecap.pt() => Some(None),
             // Nested: no unit can nest the guest's two stages on a third.

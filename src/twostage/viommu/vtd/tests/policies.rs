@@ -216,7 +216,11 @@ fn fields_of_what_is_not_offered_are_reserved() {
 fn second_stage_tables_where_they_are_offered() {
     let config = VtdConfig { second_stage: true, ..Default::default() };
     let tables = Spoiled::new(config).with(PASID_TABLE, |_| 0x6000 | 2 << 6 | 2 << 2 | 1);
-    let expected = VtdSecondStage { table: 0x6000, address_width: AddressWidth::Bits48 };
+    let expected = VtdSecondStage {
+        table: 0x6000,
+        address_width: AddressWidth::Bits48,
+        accessed_dirty: false,
+    };
     assert_eq!(tables.policy(), Policy::Stage1(Stage1::VtdSecondStage(expected)));
     let wide = tables.with(PASID_TABLE, |word| word | 1 << 2);
     assert_eq!(wide.policy(), blocked(0x5b));

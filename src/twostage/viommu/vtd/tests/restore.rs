@@ -18,7 +18,11 @@ const UPPER_BLOCKED: Policy = Policy::Blocked(FaultReason::RootNotPresent);
 
 fn second_stage() -> Policy {
     let address_width = AddressWidth::Bits48;
-    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table: FIRST_STAGE, address_width }))
+    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage {
+        table: FIRST_STAGE,
+        address_width,
+        accessed_dirty: false,
+    }))
 }
 
 fn five_levels() -> Policy {

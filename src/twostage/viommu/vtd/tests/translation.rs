@@ -226,8 +226,11 @@ fn legacy_tables_are_served_where_second_stage_tables_are_offered() {
     guest.set_root(0);
     guest.calls();
     guest.enable_translation();
-    let tables =
-        crate::viommu::vtd::VtdSecondStage { table: 0x5000, address_width: AddressWidth::Bits48 };
+    let tables = crate::viommu::vtd::VtdSecondStage {
+        table: 0x5000,
+        address_width: AddressWidth::Bits48,
+        accessed_dirty: false,
+    };
     let policy = Policy::Stage1(Stage1::VtdSecondStage(tables));
     assert_eq!(guest.calls(), [configured(Requester::rid(RID), policy)]);
     // By register, as the queue is off: the entry is gone.
