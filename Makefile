@@ -127,6 +127,7 @@ lint:
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the features that other packages enable.
 	cargo clippy --locked -p twostage -- -D warnings
+	cargo clippy --locked -p twostage-vmm -- -D warnings
 	cargo clippy --locked -p twostage-emulated -p twostage-iommufd-preload --all-targets \
 		--features selftest -- -D warnings
 	@ARM64=$(ARM64) scripts/check/lint-arm64

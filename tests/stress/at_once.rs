@@ -127,7 +127,7 @@ impl World {
             world.build_tables(tables, to);
         }
         for mover in Mover::ALL {
-            mover.places().into_iter().for_each(|place| world.fill(place, CLEAN));
+            mover.places().into_iter().for_each(|place| world.memory.fill(place, CLEAN));
             if matches!(mover, Mover::Stage2 | Mover::Pinned) {
                 world.map(mover, 0);
             }
@@ -147,26 +147,12 @@ impl World {
     fn build_tables(&self, root: u64, to: usize) {
         for level in 0..3 {
             let entry = root + level * PAGE + (IOVA >> (39 - 9 * level) & 0x1ff) * 8;
-            self.store(entry, (root + (level + 1) * PAGE) | 0x27);
+            self.memory.put(entry, (root + (level + 1) * PAGE) | 0x27);
         }
         for mover in [Mover::Leaf, Mover::Replace, Mover::Detach] {
-            self.store(Self::leaf(root, mover), mover.places()[to] | 0x67);
+            self.memory.put(Self::leaf(root, mover), mover.places()[to] | 0x67);
         }
-        self.store(Self::leaf(root, Mover::Stage2), WINDOW | 0x67);
-    }
-
-    fn store(&self, offset: u64, word: u64) {
-        self.memory.store(word.to_le(), MemoryRegionAddress(offset), Ordering::SeqCst).unwrap();
-    }
-
-    fn fill(&self, place: u64, byte: u8) {
-        self.memory.write_slice(&[byte; PAGE as usize], MemoryRegionAddress(place)).unwrap();
-    }
-
-    fn holds(&self, place: u64, byte: u8) -> bool {
-        let mut bytes = [0; PAGE as usize];
-        self.memory.read_slice(&mut bytes, MemoryRegionAddress(place)).unwrap();
-        bytes.iter().all(|&it| it == byte)
+        self.memory.put(Self::leaf(root, Mover::Stage2), WINDOW | 0x67);
     }
 
     fn map(&self, mover: Mover, to: usize) {
@@ -179,7 +165,7 @@ impl World {
     fn move_to(&self, mover: Mover, to: usize) {
         match mover {
             Mover::Leaf => {
-                self.store(Self::leaf(TABLES[0], mover), mover.places()[to] | 0x67);
+                self.memory.put(Self::leaf(TABLES[0], mover), mover.places()[to] | 0x67);
                 let entry = iommu_hwpt_vtd_s1_invalidate {
                     addr: mover.iova(),
                     npages: 1,
@@ -342,10 +328,10 @@ fn everything_at_once() {
                 clock.work(who, |round| {
                     let (to, from) = if round % 2 == 0 { (1, 0) } else { (0, 1) };
                     world.move_to(mover, to);
-                    world.fill(mover.places()[from], QUARANTINE);
+                    world.memory.fill(mover.places()[from], QUARANTINE);
                     (0..users).for_each(|user| clock.wait_for(user));
-                    add(u64::from(!world.holds(mover.places()[from], QUARANTINE)));
-                    world.fill(mover.places()[from], CLEAN);
+                    add(u64::from(!world.memory.holds(mover.places()[from], QUARANTINE)));
+                    world.memory.fill(mover.places()[from], CLEAN);
                 });
             });
         }

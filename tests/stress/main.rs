@@ -122,18 +122,13 @@ impl Machine {
         for level in 0..3 {
             let shift = 39 - 9 * level;
             let entry = root + level * PAGE + (IOVA >> shift & 0x1ff) * 8;
-            self.store(entry, (root + (level + 1) * PAGE) | 0x27);
+            self.memory.put(entry, (root + (level + 1) * PAGE) | 0x27);
         }
-        self.store(Self::leaf(root), gpa | 0x67);
+        self.memory.put(Self::leaf(root), gpa | 0x67);
     }
 
     fn leaf(root: u64) -> u64 {
         root + 3 * PAGE + (IOVA >> 12 & 0x1ff) * 8
-    }
-
-    fn store(&self, offset: u64, word: u64) {
-        let at = MemoryRegionAddress(offset);
-        self.memory.store(word.to_le(), at, Ordering::SeqCst).unwrap();
     }
 
     fn map_window(&self, place: u64) {
@@ -146,13 +141,13 @@ impl Machine {
     fn move_to(&self, way: Way, to: usize) {
         match way {
             Way::Leaf { flags } => {
-                self.store(Self::leaf(TABLES[0]), PLACES[to] | 0x67);
+                self.memory.put(Self::leaf(TABLES[0]), PLACES[to] | 0x67);
                 let entry =
                     iommu_hwpt_vtd_s1_invalidate { addr: IOVA, npages: 1, flags, __reserved: 0 };
                 let data = InvalidateData::VtdS1(&[entry]);
                 self.host.hwpt_invalidate(self.nested[0], data).unwrap();
             }
-            Way::LeafForgotten => self.store(Self::leaf(TABLES[0]), PLACES[to] | 0x67),
+            Way::LeafForgotten => self.memory.put(Self::leaf(TABLES[0]), PLACES[to] | 0x67),
             Way::Replace => {
                 self.host.device_attach(self.dev, None, self.nested[to]).unwrap();
             }
@@ -162,14 +157,32 @@ impl Machine {
             }
         }
     }
+}
+
+/// Guest memory from GPA 0 on, as tests change and read it.
+trait Places {
+    /// Writes the word of a table entry at `gpa`.
+    fn put(&self, gpa: u64, word: u64);
+
+    /// Fills the page at `place` with `byte`.
+    fn fill(&self, place: u64, byte: u8);
+
+    /// Whether every byte of the page at `place` is `byte`.
+    fn holds(&self, place: u64, byte: u8) -> bool;
+}
+
+impl Places for GuestRegionMmap {
+    fn put(&self, gpa: u64, word: u64) {
+        self.store(word.to_le(), MemoryRegionAddress(gpa), Ordering::SeqCst).unwrap();
+    }
 
     fn fill(&self, place: u64, byte: u8) {
-        self.memory.write_slice(&[byte; PAGE as usize], MemoryRegionAddress(place)).unwrap();
+        self.write_slice(&[byte; PAGE as usize], MemoryRegionAddress(place)).unwrap();
     }
 
     fn holds(&self, place: u64, byte: u8) -> bool {
         let mut bytes = [0; PAGE as usize];
-        self.memory.read_slice(&mut bytes, MemoryRegionAddress(place)).unwrap();
+        self.read_slice(&mut bytes, MemoryRegionAddress(place)).unwrap();
         bytes.iter().all(|&it| it == byte)
     }
 }
@@ -210,7 +223,7 @@ fn stale_uses(way: Way, manners: Manners, rounds: u32, until_stale: bool) -> u64
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let machine = Machine::new(way);
     for place in PLACES {
-        machine.fill(place, CLEAN);
+        machine.memory.fill(place, CLEAN);
     }
     let stale = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
@@ -246,7 +259,7 @@ fn stale_uses(way: Way, manners: Manners, rounds: u32, until_stale: bool) -> u64
         for round in 0..rounds {
             let (to, from) = if round % 2 == 0 { (1, 0) } else { (0, 1) };
             machine.move_to(way, to);
-            machine.fill(PLACES[from], QUARANTINE);
+            machine.memory.fill(PLACES[from], QUARANTINE);
             // What was in progress when the verb returned has ended when every device has made two
             // more transfers.
             for done in &transfers {
@@ -255,10 +268,10 @@ fn stale_uses(way: Way, manners: Manners, rounds: u32, until_stale: bool) -> u64
                     thread::yield_now();
                 }
             }
-            if !machine.holds(PLACES[from], QUARANTINE) {
+            if !machine.memory.holds(PLACES[from], QUARANTINE) {
                 stale.fetch_add(1, Ordering::Relaxed);
             }
-            machine.fill(PLACES[from], CLEAN);
+            machine.memory.fill(PLACES[from], CLEAN);
             if until_stale && stale.load(Ordering::Relaxed) != 0 {
                 break;
             }

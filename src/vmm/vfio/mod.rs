@@ -35,8 +35,11 @@ use std::ops::RangeInclusive;
 
 use config_image::ConfigError;
 pub use function::{Surroundings, VfioPci};
+#[cfg(feature = "test-support")]
 pub use host_device::{HostDevice, Irq, IrqInfo, Region};
-pub use mapping::{page_size, KvmSlots, Lender, Mapping};
+#[cfg(feature = "test-support")]
+pub use mapping::Mapping;
+pub use mapping::{page_size, KvmSlots, Lender};
 pub use message_window::{message_window, DoorbellWatch};
 use twostage::iommufd::HostError;
 pub use vfio_device::AssignedDevice;
