@@ -23,6 +23,10 @@ use twostage::spec::vtd::second_stage::SecondStageEntry;
 
 use super::{Mmio, Pages, PAGE};
 
+/// Where the second stage of nested tables has guest memory: the address of its byte 0. So an
+/// address that the second stage should have translated, and did not, is nowhere.
+pub const BELOW: u64 = 1 << 40;
+
 /// The status a wait descriptor stores.
 const DONE: u32 = 0x600d;
 
@@ -66,10 +70,16 @@ pub enum Entry {
         /// The domain ID.
         domain: u16,
     },
-    /// First-stage tables on second-stage ones, both the guest's, which no unit here offers.
+    /// First-stage tables over second-stage tables; see [`Driver::map_nested`].
     Nested {
+        /// The first stage's top table, as a GPA.
+        first: u64,
+        /// The second stage's top table.
+        second: u64,
         /// The domain ID.
         domain: u16,
+        /// Accessed and dirty flags in second-stage tables (SSADE).
+        accessed_dirty: bool,
     },
 }
 
@@ -246,23 +256,23 @@ impl<M: Mmio> Driver<M> {
     /// Writes the PASID table entry of `rid`'s `pasid`, creating missing tables.
     pub fn set_entry(&self, rid: Bdf, pasid: u32, entry: Entry) {
         let slot = self.pasid_slot(rid, pasid);
-        let (pgtt, domain, table) = match entry {
+        let (pgtt, domain, first, second, ssade) = match entry {
             Entry::NotPresent => {
                 self.store(slot, 0);
                 return;
             }
-            Entry::FirstStage { table, domain } => (Pgtt::FirstStage, domain, table),
-            Entry::SecondStage { table, domain } => (Pgtt::SecondStage, domain, table),
-            Entry::PassThrough { domain } => (Pgtt::PassThrough, domain, 0),
-            Entry::Nested { domain } => (Pgtt::Nested, domain, 0),
+            Entry::FirstStage { table, domain } => (Pgtt::FirstStage, domain, table, 0, false),
+            Entry::SecondStage { table, domain } => (Pgtt::SecondStage, domain, 0, table, false),
+            Entry::PassThrough { domain } => (Pgtt::PassThrough, domain, 0, 0, false),
+            Entry::Nested { first, second, domain, accessed_dirty } => {
+                (Pgtt::Nested, domain, BELOW + first, second, accessed_dirty)
+            }
         };
         // AW: 48 bits, required for pass-through, too.
         let qw0 = PasidEntry0::new().with_p(true).with_aw(2).with_pgtt(pgtt.into_bits());
+        let qw0 = qw0.with_ssade(ssade).with_ssptptr(second / PAGE);
         let qw1 = PasidEntry1::new().with_did(domain);
-        let (qw0, qw2) = match pgtt {
-            Pgtt::FirstStage => (qw0, PasidEntry2::new().with_fsptptr(table / PAGE)),
-            _ => (qw0.with_ssptptr(table / PAGE), PasidEntry2::new()),
-        };
+        let qw2 = PasidEntry2::new().with_fsptptr(first / PAGE);
         let entry = PasidEntry { qw0, qw1, qw2, reserved: [0; 5] };
         self.store_words(slot, &entry.to_words());
     }
@@ -332,13 +342,37 @@ impl<M: Mmio> Driver<M> {
         self.store(table + index(iova, 1) * ENTRY_SIZE, leaf.into_bits());
     }
 
-    /// Unmaps a 4 KiB page.
+    /// Maps one 4 KiB page in the 4-level first-stage table `first`, and in the 4-level
+    /// second-stage table `second` that page and every table on the way, each at its GPA above
+    /// [`BELOW`].
+    pub fn map_nested(&self, first: u64, second: u64, iova: u64, gpa: u64, writable: bool) {
+        let below = |page| {
+            self.map_second_stage(second, BELOW + page, page, true);
+            FirstStageEntry::new().with_p(true).with_us(true).with_frame((BELOW + page) / PAGE)
+        };
+        below(first);
+        let mut table = first;
+        for above in (2..=4).rev() {
+            let entry = table + index(iova, above) * ENTRY_SIZE;
+            table = self.table_at(entry, |page| below(page).with_rw(true).into_bits()) & !BELOW;
+        }
+        let entry = table + index(iova, 1) * ENTRY_SIZE;
+        self.store(entry, below(gpa).with_rw(writable).into_bits());
+    }
+
+    /// Unmaps a 4 KiB page, in tables of any kind.
     pub fn unmap(&self, top: u64, iova: u64) {
+        self.store(self.leaf_at(top, iova), 0);
+    }
+
+    /// The GPA of the entry for a 4 KiB page that was mapped, in tables of any kind.
+    pub fn leaf_at(&self, top: u64, iova: u64) -> u64 {
         let mut table = top;
         for above in (2..=4).rev() {
-            table = self.load(table + index(iova, above) * ENTRY_SIZE) & !0xfff;
+            let word = self.load(table + index(iova, above) * ENTRY_SIZE);
+            table = word & 0x000f_ffff_ffff_f000 & !BELOW;
         }
-        self.store(table + index(iova, 1) * ENTRY_SIZE, 0);
+        table + index(iova, 1) * ENTRY_SIZE
     }
 
     /// The table that the entry at `entry` points to; a new one if there is none.

@@ -34,6 +34,8 @@ impl FromStr for IommuConfig {
 
 fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
     let default = VtdOptions::default();
+    // Kernels do not nest on guest-owned second-stage tables.
+    let second_stage = pairs.take("second-stage", emulated, on_off)?;
     let options = VtdOptions {
         address_width: pairs.take("aw", default.address_width, |text| match text {
             "48" => Ok(48),
@@ -42,8 +44,8 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
         })?,
         pasid_bits: pairs
             .take("pasid-bits", default.pasid_bits, |text| pasid_bits(text).map(Some))?,
-        // Kernels do not nest on guest-owned second-stage tables.
-        second_stage: pairs.take("second-stage", emulated, on_off)?,
+        second_stage,
+        nest: nest(pairs, emulated, second_stage)?,
         ats: pairs.take("ats", default.ats, on_off)?,
         caching_mode: caching_mode(pairs, default.caching_mode, emulated)?,
         interrupt_remapping: pairs
@@ -51,6 +53,20 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
         sanitize: sanitize(pairs, emulated)?,
     };
     Ok(options)
+}
+
+fn nest(pairs: &mut Pairs<'_>, emulated: bool, second_stage: bool) -> Result<bool, String> {
+    let on = pairs.take("nest", false, on_off)?;
+    if on && !emulated {
+        // Nesting refuses it, too; here before any device is touched.
+        return Err("nest=on needs host=emulated: no hardware nests two stages of a guest on its \
+                    host's; say nest=off"
+            .into());
+    }
+    if on && !second_stage {
+        return Err("nest=on needs second-stage=on, the lower one of the two stages".into());
+    }
+    Ok(on)
 }
 
 fn caching_mode(pairs: &mut Pairs<'_>, default: bool, emulated: bool) -> Result<bool, String> {
@@ -270,7 +286,7 @@ mod tests {
     fn options_are_understood() {
         assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
         assert_eq!(
-            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,\
+            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,nest=off,ats=on,\
              caching-mode=off,intremap=on,sanitize=on"
                 .parse(),
             Ok(IommuConfig {
@@ -281,6 +297,7 @@ mod tests {
                     address_width: 57,
                     pasid_bits: Some(16),
                     second_stage: false,
+                    nest: false,
                     ats: true,
                     caching_mode: false,
                     interrupt_remapping: Some(true),
@@ -297,6 +314,8 @@ mod tests {
                 dma_mask: 0xffff_ffff
             }))
         );
+        let nest = VtdOptions { nest: true, ..VtdOptions::default() };
+        assert_eq!("vtd,nest=on".parse(), Ok(IommuConfig::from(nest)));
         let kernel = "vtd,host=/dev/iommu".parse::<IommuConfig>().unwrap();
         assert_eq!(kernel.host, HostChoice::Kernel(DEV_IOMMU.into()));
         assert!(!kernel.model.vtd().unwrap().second_stage);
@@ -361,6 +380,9 @@ mod tests {
         refused::<IommuConfig>("smmu", "unknown IOMMU 'smmu'");
         refused::<IommuConfig>("smmuv3,caching-mode=on", "unknown key 'caching-mode'");
         refused::<IommuConfig>("vtd,host=/dev/iommu,caching-mode=off", "say caching-mode=on");
+        refused::<IommuConfig>("vtd,host=/dev/iommu,nest=on", "nest=on needs host=emulated");
+        refused::<IommuConfig>("vtd,second-stage=off,nest=on", "nest=on needs second-stage=on");
+        refused::<IommuConfig>("smmuv3,nest=on", "unknown key 'nest'");
         refused::<IommuConfig>("smmuv3,aw=57", "aw: '57' is neither 48 nor 52");
         refused::<IommuConfig>("smmuv3,granules=4K+8K", "granules: '8K' is none of 4K, 16K, 64K");
         refused::<IommuConfig>("smmuv3,granules=4K,aw=52", "add 64K to granules=");

@@ -100,13 +100,14 @@ struct RunArgs {
     /// Granules and invalidation by range (`ril`) default to what the devices' SMMU has, which must
     /// support what is given. Interrupt remapping is for all units or none, and moves the IOAPIC
     /// out of the kernel; `intremap=off` leaves it there, and `intremap=on` fails if KVM does not
-    /// support that. With `host=/dev/iommu` the kernel translates, and the devices behind it are
+    /// support that. A guest that is a host for assigned devices nests their tables with `nest=on`
+    /// (ECAP.NEST). With `host=/dev/iommu` the kernel translates, and the devices behind it are
     /// assigned ones (--vfio).
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,\
-            ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|\
-            smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,\
+            nest=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,\
+            sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,\
             ril=on|off,host=emulated|PATH,sanitize=on|off]"
     )]
     iommus: Vec<IommuConfig>,

@@ -219,6 +219,8 @@ pub struct VtdOptions {
     pub pasid_bits: Option<u8>,
     /// Offers guest-owned second-stage tables.
     pub second_stage: bool,
+    /// Offers nested translation: the guest's first stage over its second stage.
+    pub nest: bool,
     /// Offers device TLBs (ATS).
     pub ats: bool,
     /// Caching mode: the guest must also invalidate entries that become present. Without it, tables
@@ -237,6 +239,7 @@ impl Default for VtdOptions {
             address_width: 48,
             pasid_bits: None,
             second_stage: true,
+            nest: false,
             ats: false,
             caching_mode: true,
             interrupt_remapping: None,

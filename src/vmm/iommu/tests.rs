@@ -200,15 +200,17 @@ fn the_emulated_host_serves_what_is_asked_for() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let config = |asked: bool| {
         let (address_width, pasid_bits) = if asked { (57, 20) } else { (48, 6) };
-        let (ats, second_stage) = (asked, asked);
+        let (ats, second_stage, nest) = (asked, asked, asked);
         let pasid_bits = Some(pasid_bits);
-        VtdOptions { address_width, pasid_bits, ats, second_stage, ..VtdOptions::default() }
+        VtdOptions { address_width, pasid_bits, ats, second_stage, nest, ..VtdOptions::default() }
     };
     let check = |iommu: &Iommu, asked: bool| {
         let (offered, config) = (iommu.model.vtd_capabilities().unwrap(), config(asked));
         assert_eq!(offered.cap.mgaw() + 1, config.address_width);
         assert_eq!(Some(offered.ecap.pasid_bits()), config.pasid_bits);
-        assert_eq!((offered.ecap.dt(), offered.ecap.ssts()), (asked, asked));
+        let ecap = offered.ecap;
+        let both = [ecap.dt(), ecap.ssts(), ecap.nest(), ecap.ssads()];
+        assert_eq!(both, [asked; 4]);
     };
     for asked in [false, true] {
         check(&one(config(asked).into(), &memory).all()[0], asked);

@@ -135,6 +135,7 @@ fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
         .with_address_width(config.address_width)
         .with_pasid_bits(config.pasid_bits)
         .with_second_stage(config.second_stage)
+        .with_nest(config.nest)
         .with_caching_mode(config.caching_mode)
         .with_device_iotlb(config.ats)
         .with_interrupt_remapping(interrupt_remapping)

@@ -96,6 +96,7 @@ fn vtd_value() -> Value {
     let config = VtdConfig::default()
         .with_pasid_bits(Some(20))
         .with_second_stage(true)
+        .with_nest(true)
         .with_device_iotlb(true)
         .with_interrupt_remapping(true);
     let host = Arc::new(Host::default());
@@ -104,12 +105,14 @@ fn vtd_value() -> Value {
         unit.add_device(Bdf::from_raw(rid)).expect("the host accepts it");
     }
     let mut value = serde_json::to_value(unit.snapshot().expect("a snapshot")).expect("JSON");
-    let first_stage = |table| {
-        json!({ "Stage1": { "VtdFirstStage": { "table": table, "paging_mode": "Level4",
-            "supervisor_requests": false, "write_protect": true, "extended_accessed": false } } })
+    let first = |table| {
+        json!({ "table": table, "paging_mode": "Level4", "supervisor_requests": false,
+            "write_protect": true, "extended_accessed": false })
     };
-    let second_stage =
-        json!({ "Stage1": { "VtdSecondStage": { "table": 0x3000, "address_width": "Bits48" } } });
+    let second = json!({ "table": 0x3000, "address_width": "Bits48", "accessed_dirty": true });
+    let first_stage = |table| json!({ "Stage1": { "VtdFirstStage": first(table) } });
+    let nested = json!({ "Stage1": { "VtdNested": { "first": first(0x1000), "second": second } } });
+    let second_stage = json!({ "Stage1": { "VtdSecondStage": second } });
     let decision = |policy, pasid| {
         json!({ "applied": true, "config": { "policy": policy, "fault_disabled": false,
             "tag": { "domain": 1, "pasid": pasid } } })
@@ -119,6 +122,7 @@ fn vtd_value() -> Value {
     functions[0]["pasids"] = json!([
         { "first": 1, "last": 4, "decision": decision(first_stage(0x2000), 1) },
         { "first": 6, "last": 6, "decision": decision(first_stage(0x1000), 6) },
+        { "first": 7, "last": 8, "decision": decision(nested, 7) },
     ]);
     functions[1]["decision"] = decision(second_stage, 0);
     functions[2]["decision"] = decision(json!({ "Blocked": "ContextNotPresent" }), 0);

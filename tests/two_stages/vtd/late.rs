@@ -71,7 +71,8 @@ fn an_entry_that_becomes_right_is_found_too() {
         (Entry::SecondStage { table: second, domain: DOMAIN }, IOVA, 2),
         (Entry::PassThrough { domain: DOMAIN }, page, 2),
     ] {
-        guest.set_entry(A, 0, Entry::Nested { domain: DOMAIN });
+        let nested = Entry::Nested { first, second, domain: DOMAIN, accessed_dirty: false };
+        guest.set_entry(A, 0, nested);
         assert_eq!(guest.flush_pasid_cache(), Completion::Done);
         assert!(machine.read(A, None, iova).is_err());
         expect_fault(&machine, FaultReason::PasidEntryInvalid, iova, None);

@@ -17,9 +17,9 @@ use super::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, iommu_hwpt_vtd_s1_invalidate,
     iommu_viommu_arm_smmuv3_invalidate, DirtyRange, Errno, EventQueue, Extensions, FaultQueue,
     FaultSink, HostError, HostFault, HostIommu, HwCapabilities, HwInfo, HwInfoData, HwptAlloc,
-    HwptData, HwptVtdNested, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
-    Protection, Result, UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3,
-    VTD_INV_FLAGS_LEAF,
+    HwptData, HwptVtdNested, HwptVtdSecondStage, InvalidateData, InvalidateError, IovaRanges,
+    MapTarget, ObjectId, Protection, Result, UserMemory, Verb, Vevent, ViommuKind,
+    VEVENTQ_ARM_SMMUV3, VTD_INV_FLAGS_LEAF,
 };
 use state::{Events, Object, OpenEvents, SilentQueue, State};
 
@@ -427,6 +427,11 @@ fn source(dev: ObjectId, pasid: Option<u32>) -> String {
     }
 }
 
+fn second_stage_text(tables: &HwptVtdSecondStage) -> String {
+    let flags = if tables.accessed_dirty { ", SSADE" } else { "" };
+    format!("{:#x}, {} bits{flags}", tables.pgtbl_addr, tables.addr_width)
+}
+
 fn hwpt_text(args: &HwptAlloc) -> String {
     let mut text = match args.data {
         HwptData::None => "paging".to_owned(),
@@ -434,11 +439,13 @@ fn hwpt_text(args: &HwptAlloc) -> String {
             format!("VTD_S1({:#x}, {} bits, flags {:#x})", s1.pgtbl_addr, s1.addr_width, s1.flags)
         }
         HwptData::VtdSecondStage(ss) => {
-            format!("second-stage({:#x}, {} bits)", ss.pgtbl_addr, ss.addr_width)
+            format!("second-stage({})", second_stage_text(&ss))
         }
         HwptData::VtdNested(HwptVtdNested { first, second }) => format!(
-            "nested({:#x}, {} bits, over {:#x}, {} bits)",
-            first.pgtbl_addr, first.addr_width, second.pgtbl_addr, second.addr_width
+            "nested({:#x}, {} bits, over {})",
+            first.pgtbl_addr,
+            first.addr_width,
+            second_stage_text(&second)
         ),
         HwptData::ArmSmmuV3(smmu) => format!("ARM_SMMUV3({:#x}, {:#x})", smmu.ste[0], smmu.ste[1]),
     };

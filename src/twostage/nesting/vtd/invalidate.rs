@@ -10,7 +10,7 @@ use crate::iommufd::{
 };
 use crate::nesting::{NestingError, Result};
 use crate::spec::vtd::PageRange;
-use crate::viommu::vtd::{Invalidation, Progress, Stage1};
+use crate::viommu::vtd::{Invalidation, Progress, Stage};
 
 /// What an invalidation names: a domain and a PASID, each or all of them.
 type Name = (Option<u16>, Option<u32>);
@@ -103,9 +103,12 @@ impl State {
             let left = named.next();
             drop(named);
             for hwpt in hwpts {
-                let mut ranges = FlushSet::default();
-                ranges.add(one.range.filter(|_| self.is_by_address(hwpt, one)));
-                self.forget(hwpt, ranges, refused);
+                let mut flush = Flush::default();
+                match self.stage(hwpt, one) {
+                    Some(stage) => flush.of(stage).add(one.range),
+                    None => flush.first.add(None),
+                }
+                self.forget(hwpt, flush, refused);
             }
             left
         } else {
@@ -117,33 +120,33 @@ impl State {
                     left = Some(hwpt);
                     break;
                 }
-                let mut ranges = FlushSet::default();
+                let mut flush = Flush::default();
                 for ((domain, pasid), set) in sets {
-                    if self.is_by_address(hwpt, &Invalidation { domain, pasid, range: None }) {
-                        ranges.extend(set);
-                    } else {
-                        ranges.extend_to_everything(set);
+                    match self.stage(hwpt, &Invalidation { domain, pasid, range: None }) {
+                        Some(stage) => flush.of(stage).extend(set),
+                        None => flush.first.extend_to_everything(set),
                     }
                 }
-                entries += self.forget(hwpt, ranges, refused);
+                entries += self.forget(hwpt, flush, refused);
             }
             left
         };
         progress.go_on_at(left.map(|hwpt| hwpt.0.into()));
     }
 
-    /// See [`Invalidation::is_by_address`].
-    fn is_by_address(&self, hwpt: ObjectId, invalidation: &Invalidation) -> bool {
-        self.nested.stage1(hwpt).is_some_and(|stage1| invalidation.is_by_address(&stage1))
+    /// See [`Invalidation::stage`].
+    fn stage(&self, hwpt: ObjectId, invalidation: &Invalidation) -> Option<Stage> {
+        self.nested.stage1(hwpt).and_then(|stage1| invalidation.stage(&stage1))
     }
 
-    /// Invalidates `ranges` in `hwpt`; returns the number of ranges after merging. On failure, its
-    /// users are blocked and `refused` records it.
-    fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, refused: &mut Option<Refused>) -> usize {
-        let added = ranges.added();
+    /// Does `flush` in `hwpt`; returns the number of ranges after merging. On failure, its users
+    /// are blocked and `refused` records it.
+    fn forget(&mut self, hwpt: ObjectId, flush: Flush, refused: &mut Option<Refused>) -> usize {
+        let added = flush.first.added() + flush.second.added();
+        let (stage, ranges) = flush.into_ranges();
         let entries = ranges.into_entries();
         self.counters.merged += added - entries.len() as u64;
-        if let Err(error) = self.flush(hwpt, &entries) {
+        if let Err(error) = self.flush(hwpt, stage, &entries) {
             let refused = refused.get_or_insert(Refused { error, still_reachable: false });
             // What cannot be invalidated must not be used.
             for requester in self.nested.users(hwpt) {
@@ -154,17 +157,23 @@ impl State {
         entries.len()
     }
 
-    /// Flushes all of `hwpt`.
+    /// Flushes all of `hwpt`, of both stages if it has two.
     pub fn flush_everything(&mut self, hwpt: ObjectId) -> Result<()> {
-        self.flush(hwpt, &[EVERYTHING])
+        let stage = self.stage(hwpt, &Invalidation::ALL).unwrap_or(Stage::First);
+        self.flush(hwpt, stage, &[EVERYTHING])
     }
 
-    /// Has the host process `entries`. Where it stops, a flush of everything replaces the failed
-    /// entry and all after it; those before it are complete.
-    fn flush(&mut self, hwpt: ObjectId, entries: &[iommu_hwpt_vtd_s1_invalidate]) -> Result<()> {
-        let Err(stopped) = self.invalidate_hwpt(hwpt, entries) else { return Ok(()) };
+    /// Has the host process `entries`, of addresses of `stage`. Where it stops, a flush of
+    /// everything replaces the failed entry and all after it; those before it are complete.
+    fn flush(
+        &mut self,
+        hwpt: ObjectId,
+        stage: Stage,
+        entries: &[iommu_hwpt_vtd_s1_invalidate],
+    ) -> Result<()> {
+        let Err(stopped) = self.invalidate_hwpt(hwpt, stage, entries) else { return Ok(()) };
         log::debug!("HWPT {hwpt} is flushed completely: {stopped}");
-        self.invalidate_hwpt(hwpt, &[EVERYTHING]).map_err(|stopped| NestingError::Host {
+        self.invalidate_hwpt(hwpt, stage, &[EVERYTHING]).map_err(|stopped| NestingError::Host {
             what: format!("invalidating HWPT {hwpt}"),
             source: stopped.error,
         })
@@ -173,11 +182,12 @@ impl State {
     fn invalidate_hwpt(
         &mut self,
         hwpt: ObjectId,
+        stage: Stage,
         entries: &[iommu_hwpt_vtd_s1_invalidate],
     ) -> Result<(), InvalidateError> {
-        let data = match self.nested.stage1(hwpt) {
-            Some(Stage1::VtdSecondStage(_)) => InvalidateData::VtdSecondStage(entries),
-            _ => InvalidateData::VtdS1(entries),
+        let data = match stage {
+            Stage::First => InvalidateData::VtdS1(entries),
+            Stage::Second => InvalidateData::VtdSecondStage(entries),
         };
         let result = self.objects.host().hwpt_invalidate(hwpt, data);
         let done = match &result {
@@ -200,6 +210,32 @@ const MAX_RANGES: usize = 2 * MAX_ENTRIES;
 /// Everything, including paging-structure caches, as the uAPI expresses it.
 const EVERYTHING: iommu_hwpt_vtd_s1_invalidate =
     iommu_hwpt_vtd_s1_invalidate { addr: 0, npages: u64::MAX, flags: 0, __reserved: 0 };
+
+/// What to invalidate in one HWPT, by addresses of either stage.
+#[derive(Debug, Default)]
+struct Flush {
+    first: FlushSet,
+    second: FlushSet,
+}
+
+impl Flush {
+    fn of(&mut self, stage: Stage) -> &mut FlushSet {
+        match stage {
+            Stage::First => &mut self.first,
+            Stage::Second => &mut self.second,
+        }
+    }
+
+    /// The ranges of one call. Whatever address of the second stage is invalidated, nothing is left
+    /// of the first: so only one of the two needs a call.
+    fn into_ranges(self) -> (Stage, FlushSet) {
+        if self.second.added() > 0 {
+            (Stage::Second, self.second)
+        } else {
+            (Stage::First, self.first)
+        }
+    }
+}
 
 /// What to invalidate in one HWPT: some ranges, or everything. Its size is bounded, whatever is
 /// added.

@@ -48,6 +48,10 @@ pub struct VtdConfig {
     /// Offer second-stage tables owned by the guest: legacy mode, and PGTT second-stage. Only
     /// possible on a host that walks them on top of its own.
     pub second_stage: bool,
+    /// Offer nested translation (NEST): the guest's first-stage tables over its second-stage ones,
+    /// for a guest that is a host itself; with it, accessed and dirty flags in second-stage tables
+    /// (SSADS) where walks are coherent. Needs `second_stage`, and the same hosts.
+    pub nest: bool,
     /// Caching mode: the guest also invalidates entries that become present or valid. Without it,
     /// the tables are read again for each request that they blocked, so the host has to ask before
     /// it fails one ([`crate::iommufd::Extensions::fault_reports`]).
@@ -80,6 +84,7 @@ impl Default for VtdConfig {
             pasid_bits: None,
             scalable_mode: true,
             second_stage: false,
+            nest: false,
             caching_mode: true,
             device_iotlb: false,
             interrupt_remapping: false,
@@ -109,6 +114,9 @@ pub enum VtdConfigError {
     /// There would be no kind of translation.
     #[error("neither scalable mode nor second-stage tables are on; nothing could be translated")]
     NoTranslation,
+    /// Nested translation is of scalable mode, and has two stages.
+    #[error("nested translation needs scalable mode and second-stage tables; turn them on")]
+    NestWithoutStages,
     /// The number of fault recording registers is out of range.
     #[error("{0} fault records are not possible; from 1 to {MAX_FAULT_RECORDS} are")]
     FaultRecords(u16),
@@ -120,6 +128,7 @@ impl VtdConfig {
         with_pasid_bits pasid_bits: Option<u8>;
         with_scalable_mode scalable_mode: bool;
         with_second_stage second_stage: bool;
+        with_nest nest: bool;
         with_caching_mode caching_mode: bool;
         with_device_iotlb device_iotlb: bool;
         with_interrupt_remapping interrupt_remapping: bool;
@@ -148,6 +157,9 @@ impl VtdConfig {
         }
         if !self.scalable_mode && !self.second_stage {
             return Err(VtdConfigError::NoTranslation);
+        }
+        if self.nest && !(self.scalable_mode && self.second_stage) {
+            return Err(VtdConfigError::NestWithoutStages);
         }
         if !(1..=MAX_FAULT_RECORDS).contains(&self.fault_records) {
             return Err(VtdConfigError::FaultRecords(self.fault_records));
@@ -225,6 +237,7 @@ impl VtdConfig {
             .with_pt(true)
             .with_sc(self.snoop_control)
             .with_iro(IRO)
+            .with_nest(self.nest)
             .with_srs(self.scalable_mode && self.supervisor_requests)
             .with_eafs(self.scalable_mode && self.extended_accessed)
             .with_pasid(self.pasids() > 0)
@@ -232,6 +245,7 @@ impl VtdConfig {
             .with_pds(self.scalable_mode)
             .with_pss(self.pasids().saturating_sub(1))
             .with_smts(self.scalable_mode)
+            .with_ssads(self.nest && self.coherent_walks)
             .with_ssts(self.scalable_mode && self.second_stage)
             .with_fsts(self.scalable_mode)
             .with_smpwcs(self.scalable_mode && self.coherent_walks)
@@ -262,6 +276,12 @@ mod tests {
             |c: &mut VtdConfig| (c.scalable_mode, c.pasid_bits) = (false, Some(1));
         assert_eq!(with(none_for_pasids), VtdConfigError::PasidWithoutScalableMode);
         assert_eq!(with(|c| c.scalable_mode = false), VtdConfigError::NoTranslation);
+        let no_second = |c: &mut VtdConfig| (c.nest, c.second_stage) = (true, false);
+        assert_eq!(with(no_second), VtdConfigError::NestWithoutStages);
+        let no_first = |c: &mut VtdConfig| {
+            (c.nest, c.second_stage, c.scalable_mode) = (true, true, false);
+        };
+        assert_eq!(with(no_first), VtdConfigError::NestWithoutStages);
         assert_eq!(with(|c| c.fault_records = 0), VtdConfigError::FaultRecords(0));
         assert_eq!(with(|c| c.fault_records = 129), VtdConfigError::FaultRecords(129));
     }
@@ -277,6 +297,22 @@ mod tests {
         assert!(!cap.fs5lp());
         // A legacy-mode driver finds no usable width.
         assert_eq!((cap.sagaw(), cap.sslps()), (0, 0));
+    }
+
+    /// What Linux's driver looks at before it serves nested tables, and tracks dirty pages below
+    /// them: NEST, SSTS, SSADS, SMPWCS; and FSTS, SRS and PASIDs for what its guest may have.
+    #[test]
+    fn nesting_offers_all_that_a_host_needs() {
+        let config = VtdConfig { nest: true, second_stage: true, ..Default::default() };
+        let Capabilities { cap, ecap } = config.capabilities().unwrap();
+        assert!(ecap.nest() && ecap.ssts() && ecap.fsts() && ecap.ssads() && ecap.smpwcs());
+        assert!(ecap.srs() && ecap.pasid() && ecap.pds() && cap.fs1gp());
+        assert_eq!((cap.sagaw(), cap.sslps()), (0b00110, 0b11));
+        // Flags that others are to see are written by walks that snoop.
+        let Capabilities { ecap, .. } = config.with_coherent_walks(false).capabilities().unwrap();
+        assert!(ecap.nest() && !ecap.ssads() && !ecap.smpwcs());
+        let second = VtdConfig { second_stage: true, ..Default::default() };
+        assert!(!second.capabilities().unwrap().ecap.ssads());
     }
 
     #[test]

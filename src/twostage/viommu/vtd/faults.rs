@@ -129,8 +129,7 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
         Policy::Stage1(Stage1::VtdFirstStage(_)) => first_stage(fault),
         Policy::Stage1(Stage1::VtdSecondStage(_)) if legacy => legacy_second_stage(fault),
         Policy::Stage1(Stage1::VtdSecondStage(_)) => second_stage(fault),
-        // The host tells which of the guest's two stages refused.
-        Policy::Stage1(Stage1::VtdNested(_)) => first_stage(fault),
+        Policy::Stage1(Stage1::VtdNested(_)) => nested(fault),
     };
     Some(Blocked { reason, fault_disabled: config.fault_disabled })
 }
@@ -179,8 +178,30 @@ fn second_stage(fault: &DmaFault) -> FaultReason {
     use FaultReason as R;
     match fault.reason {
         Some(reason) if !fault.stage2 => reason,
-        Some(reason @ (R::SecondStageTopAccess | R::SecondStageAccess)) => reason,
+        Some(
+            reason @ (R::SecondStageTopAccess | R::SecondStageAccess | R::SecondStageFlagsUpdate),
+        ) => reason,
         _ => R::SecondStageDenied,
+    }
+}
+
+/// Through first-stage tables over second-stage tables. The host tells which of the two refused;
+/// where its own stage 2 did, the guest's second stage leads to what is not memory: a table of
+/// either stage, or the page.
+fn nested(fault: &DmaFault) -> FaultReason {
+    use FaultReason as R;
+    match fault.reason {
+        None if !fault.stage2 => denied(fault),
+        Some(
+            R::FirstStageTopAccess
+            | R::FirstStageAccess
+            | R::FirstStagePointerBeyond
+            | R::FirstStageTopSecondStageDenied
+            | R::FirstStageSecondStageDenied
+            | R::FirstStageFlagsSecondStageDenied
+            | R::FirstStageFlagsUpdate,
+        ) => first_stage(fault),
+        _ => second_stage(fault),
     }
 }
 
@@ -212,7 +233,7 @@ mod tests {
     use crate::spec::vtd::pasid::PagingMode;
     use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::vtd::config::VtdConfig;
-    use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdSecondStage};
+    use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdNested, VtdSecondStage};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     const FIRST: Policy = Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
@@ -227,6 +248,14 @@ mod tests {
         address_width: AddressWidth::Bits48,
         accessed_dirty: false,
     }));
+
+    const NESTED: Policy = match (FIRST, SECOND) {
+        (
+            Policy::Stage1(Stage1::VtdFirstStage(first)),
+            Policy::Stage1(Stage1::VtdSecondStage(second)),
+        ) => Policy::Stage1(Stage1::VtdNested(VtdNested { first, second })),
+        _ => unreachable!(),
+    };
 
     fn of(policy: Policy, ttm: u8, fault: DmaFault, fault_disabled: bool) -> Option<Blocked> {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
@@ -293,8 +322,25 @@ mod tests {
         for (host, guest) in [(0x7b, 0x7b), (0x78, 0x78), (0x79, 0x79), (0x84, 0x79)] {
             assert_eq!(code(SECOND, 1, host, true, true), guest, "{host:#x}");
         }
+        assert_eq!(code(SECOND, 1, 0x7d, true, true), 0x7d);
         assert_eq!(code(Policy::Bypass, 1, 0x79, true, true), 0x83);
         assert_eq!(code(Policy::Bypass, 0, 0x79, true, true), 0x04);
+    }
+
+    #[test]
+    fn nested_reasons_are_those_of_the_stage_that_refused() {
+        // The guest's stages, including what its second stage does to tables of its first.
+        let of_the_guest = [0x70, 0x71, 0x72, 0x73, 0x74, 0x75, 0x76, 0x77, 0x78, 0x79, 0x7a];
+        for reason in of_the_guest.into_iter().chain([0x7b, 0x7d, 0x80, 0x81, 0x84, 0x85, 0x91]) {
+            assert_eq!(code(NESTED, 1, reason, true, false), reason);
+        }
+        assert_eq!(code(NESTED, 1, 0, true, false), 0x85);
+        // The host's stage 2 has no memory: for tables of the first stage, of the second, a page.
+        let first = [(0x73, 0x73), (0x75, 0x73), (0x70, 0x70), (0x76, 0x70), (0x77, 0x91)];
+        let second = [(0x7b, 0x7b), (0x78, 0x78), (0x7d, 0x7d), (0x79, 0x79), (0x84, 0x79)];
+        for (host, guest) in first.into_iter().chain(second).chain([(0x85, 0x79), (0, 0x79)]) {
+            assert_eq!(code(NESTED, 1, host, true, true), guest, "{host:#x}");
+        }
     }
 
     #[test]

@@ -139,8 +139,17 @@ pub struct Invalidation {
     /// PASID; `None` for every PASID of the domain.
     pub pasid: Option<u32>,
     /// Addresses; `None` for all of them. They do not apply to every kind of tables, see
-    /// [`Invalidation::is_by_address`].
+    /// [`Invalidation::stage`].
     pub range: Option<PageRange>,
+}
+
+/// One of the guest's two stages of translation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Its input addresses are IOVAs.
+    First,
+    /// Its input addresses are IOVAs, or what a first stage translates to.
+    Second,
 }
 
 impl Invalidation {
@@ -153,17 +162,19 @@ impl Invalidation {
             && self.pasid.is_none_or(|pasid| pasid == tag.pasid)
     }
 
-    /// Whether [`Invalidation::range`] applies to tables like `stage1`; if not, everything cached
-    /// from them is invalidated.
+    /// The stage of tables like `stage1` that [`Invalidation::range`] has input addresses of;
+    /// `None` if it has none of these: everything cached from the tables is invalidated.
     ///
     /// An invalidation without PASID is page-selective-within-domain. Its addresses are those of
-    /// second-stage tables; of first-stage tables it invalidates every page of the domain, and
-    /// every paging-structure entry, hint or not (§6.5.2.3).
-    pub fn is_by_address(&self, stage1: &Stage1) -> bool {
+    /// second-stage tables; of first-stage tables, nested or not, it invalidates every page of the
+    /// domain, and every paging-structure entry, hint or not (§6.5.2.3). One with PASID invalidates
+    /// nothing that is cached of the second stage of nested tables (§6.5.2.4).
+    pub fn stage(&self, stage1: &Stage1) -> Option<Stage> {
         match stage1 {
-            Stage1::VtdFirstStage(_) => self.pasid.is_some(),
-            Stage1::VtdSecondStage(_) => true,
-            Stage1::VtdNested(_) => self.pasid.is_some(),
+            Stage1::VtdFirstStage(_) => self.pasid.is_some().then_some(Stage::First),
+            Stage1::VtdSecondStage(_) => Some(Stage::Second),
+            Stage1::VtdNested(_) if self.pasid.is_some() => Some(Stage::First),
+            Stage1::VtdNested(_) => Some(Stage::Second),
         }
     }
 }

@@ -116,6 +116,11 @@ impl VtdConfig {
                 format!("aw={bits} was requested, and guest addresses have {has} bits there");
             return conflict("CAP.MGAW", needed_for);
         }
+        if self.nest && !guest_second_stage {
+            let needed_for = "nest=on was requested, and no hardware nests two stages of a guest \
+                              on a third; say nest=off";
+            return conflict("guest_second_stage", needed_for.into());
+        }
         if self.second_stage && !guest_second_stage {
             let needed_for = "second-stage=on was requested; say second-stage=off";
             return conflict("guest_second_stage", needed_for.into());
@@ -199,6 +204,24 @@ mod tests {
         let lowered = config.intersect(&[able(), poor]).unwrap();
         assert!(!lowered.first_stage_1g && !lowered.extended_accessed);
         assert!(lowered.supervisor_requests && lowered.snoop_control);
+    }
+
+    #[test]
+    fn nesting_is_for_hosts_that_walk_both_stages() {
+        let config = VtdConfig { second_stage: true, nest: true, ..Default::default() };
+        assert_eq!(config.intersect(&[able()]).map(|lowered| lowered.nest), Ok(true));
+        config.check_late(&able()).unwrap();
+        let hardware = HostVtd { device: "nic1".into(), guest_second_stage: false, ..able() };
+        for error in [
+            config.intersect(&[able(), hardware.clone()]).unwrap_err().to_string(),
+            config.check_late(&hardware).unwrap_err().to_string(),
+        ] {
+            assert_eq!(
+                error,
+                "the IOMMU of nic1 lacks guest_second_stage: nest=on was requested, and no \
+                 hardware nests two stages of a guest on a third; say nest=off"
+            );
+        }
     }
 
     #[test]

@@ -9,8 +9,8 @@
 //! If the host cannot even block what the guest revokes, nothing is acknowledged: the queue stops
 //! with an error, TES stays as it was and RTPS clear, and the next command retries.
 //!
-//! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of
-//! the guest's own. Their registers read as after reset.
+//! Not offered: page requests, advanced fault logging, protected memory regions. Their registers
+//! read as after reset.
 //!
 //! # Locks
 //! The registers have one lock, held across calls to the host and to the interrupt sink, neither of
@@ -49,8 +49,8 @@ use std::sync::{Arc, MutexGuard};
 pub use config::{Capabilities, VtdConfig, VtdConfigError, MMIO_SIZE};
 pub use fault_log::{EventRegisters, FaultLog};
 pub use host_side::{
-    DmaFault, DomainTag, FaultTarget, Invalidation, Policy, Progress, RequesterConfig, Stage1,
-    VtdFirstStage, VtdHostSide, VtdNested, VtdSecondStage,
+    DmaFault, DomainTag, FaultTarget, Invalidation, Policy, Progress, RequesterConfig, Stage,
+    Stage1, VtdFirstStage, VtdHostSide, VtdNested, VtdSecondStage,
 };
 pub use host_unit::HostVtd;
 pub use state::{

@@ -287,7 +287,7 @@ fn second_stage_tables_of_the_guest_need_a_host_that_walks_them() {
     assert!(error.to_string().contains("second-stage"), "{error}");
     rig.expect(&["DEVICE_DETACH #1"]);
 
-    let rig = Rig::with(Extensions { guest_second_stage: true, ..Extensions::default() });
+    let rig = Rig::walking();
     rig.configure(Requester::rid(A), second_stage(0x1000)).unwrap();
     rig.nesting.invalidate(&[Invalidation::ALL]).unwrap();
     rig.expect(&[
@@ -298,9 +298,67 @@ fn second_stage_tables_of_the_guest_need_a_host_that_walks_them() {
 }
 
 #[test]
+fn both_stages_of_the_guest_are_one_object_that_requesters_share() {
+    let rig = Rig::new();
+    let error = rig.configure(Requester::rid(A), nested(0x1000, 0x2000)).unwrap_err();
+    assert!(error.to_string().contains("second-stage"), "{error}");
+    rig.expect(&["DEVICE_DETACH #1"]);
+
+    let rig = Rig::walking();
+    rig.configure(Requester::rid(A), nested(0x1000, 0x2000)).unwrap();
+    rig.configure(Requester::rid(B), nested(0x1000, 0x2000)).unwrap();
+    rig.configure(pasid(B, 3), nested(0x1000, 0x2000)).unwrap();
+    // Another first stage on the same second one, and another second stage.
+    rig.configure(Requester::rid(A), nested(0x3000, 0x2000)).unwrap();
+    rig.configure(Requester::rid(B), nested(0x3000, 0x4000)).unwrap();
+    rig.configure(pasid(B, 3), second_stage(0x2000)).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC nested(0x1000, 48 bits, over 0x2000, 48 bits) PASID on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 to #5",
+        "DEVICE_ATTACH #2 to #5",
+        // A name of its own, under which nothing is cached in the guest's view.
+        "HWPT_INVALIDATE #5 second-stage [all]",
+        "DEVICE_ATTACH #2 PASID 0x3 to #5",
+        "HWPT_ALLOC nested(0x3000, 48 bits, over 0x2000, 48 bits) PASID on #4 for #1 = #6",
+        "DEVICE_ATTACH #1 to #6",
+        "HWPT_ALLOC nested(0x3000, 48 bits, over 0x4000, 48 bits) PASID on #4 for #2 = #7",
+        "DEVICE_ATTACH #2 to #7",
+        "HWPT_ALLOC second-stage(0x2000, 48 bits) PASID on #4 for #2 = #8",
+        "DEVICE_ATTACH #2 PASID 0x3 to #8",
+        "DESTROY #5",
+    ]);
+    rig.ends_clean();
+}
+
+#[test]
+fn flags_of_the_second_stage_reach_the_host() {
+    let rig = Rig::walking();
+    for policy in [second_stage(0x2000), nested(0x1000, 0x2000)] {
+        let Policy::Stage1(mut stage1) = policy else { unreachable!() };
+        if let Stage1::VtdSecondStage(second) | Stage1::VtdNested(VtdNested { second, .. }) =
+            &mut stage1
+        {
+            second.accessed_dirty = true;
+        }
+        rig.configure(Requester::rid(A), policy).unwrap();
+        // Without the flags, and with them: other tables.
+        let calls = rig.host.take_log();
+        assert!(calls[0].starts_with("HWPT_ALLOC") && !calls[0].contains("SSADE"), "{calls:?}");
+        rig.configure(Requester::rid(A), Policy::Stage1(stage1)).unwrap();
+        let calls = rig.host.take_log();
+        assert!(calls[0].starts_with("HWPT_ALLOC") && calls[0].contains("SSADE"), "{calls:?}");
+    }
+    rig.ends_clean();
+}
+
+#[test]
 fn a_table_off_its_page_never_reaches_the_host() {
     let rig = Rig::new();
     rig.configure(Requester::rid(A), first_stage(0x1008)).unwrap_err();
+    rig.expect(&["DEVICE_DETACH #1"]);
+    let rig = Rig::walking();
+    rig.configure(Requester::rid(A), nested(0x1000, 0x2008)).unwrap_err();
+    rig.configure(Requester::rid(A), nested(0x1008, 0x2000)).unwrap_err();
     rig.expect(&["DEVICE_DETACH #1"]);
 }
 

@@ -43,7 +43,7 @@ fn only_nested_requesters_that_are_named_cost_a_call() {
 /// §6.5.2.3: alone and in a batch.
 #[test]
 fn pages_of_a_domain_are_all_of_its_first_stage_tables_and_those_pages_of_its_second_stage_ones() {
-    let rig = Rig::with(Extensions { guest_second_stage: true, ..Extensions::default() });
+    let rig = Rig::walking();
     rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
     rig.configure(Requester::rid(B), second_stage(0x2000)).unwrap();
     rig.host.take_log();
@@ -61,6 +61,43 @@ fn pages_of_a_domain_are_all_of_its_first_stage_tables_and_those_pages_of_its_se
     ]);
     let counters = rig.nesting.counters();
     assert_eq!((counters.invalidations_in, counters.entries_out, counters.merged), (5, 6, 4));
+    rig.ends_clean();
+}
+
+/// §6.5.2.3, §6.5.2.4: addresses without a PASID are of the second stage, those with one of the
+/// first, and what the second stage drops needs no call for the first.
+#[test]
+fn nested_tables_are_invalidated_by_addresses_of_either_stage() {
+    let rig = Rig::walking();
+    rig.configure(Requester::rid(A), nested(0x1000, 0x2000)).unwrap();
+    rig.host.take_log();
+    let of_domain = |address| Invalidation { pasid: None, ..page(TAG, address) };
+    let all_of = |pasid| Invalidation { domain: Some(TAG.domain), pasid, range: None };
+    let first = page(TAG, 0x7000);
+    let batches: [(&[_], &str); 9] = [
+        (&[first], "[0x7000/1 leaf]"),
+        (&[first, page(TAG, 0x8000)], "[0x7000/2 leaf]"),
+        (&[of_domain(0x5000)], "second-stage [0x5000/1 leaf]"),
+        (&[of_domain(0x5000), of_domain(0x6000)], "second-stage [0x5000/2 leaf]"),
+        (&[first, of_domain(0x5000)], "second-stage [0x5000/1 leaf]"),
+        (&[of_domain(0x5000), all_of(Some(0)), first], "second-stage [0x5000/1 leaf]"),
+        (&[all_of(Some(0))], "[all]"),
+        (&[all_of(None)], "second-stage [all]"),
+        (&[first, Invalidation::ALL], "second-stage [all]"),
+    ];
+    for (batch, call) in batches {
+        rig.nesting.invalidate(batch).unwrap();
+        rig.expect(&[&format!("HWPT_INVALIDATE #5 {call}")]);
+    }
+    let counters = rig.nesting.counters();
+    assert_eq!((counters.invalidations_in, counters.entries_out, counters.merged), (15, 9, 6));
+    // What stops halfway goes on with everything of the same stage.
+    for (invalidation, kind) in [(first, ""), (of_domain(0x5000), "second-stage ")] {
+        rig.host.fail_invalidation(0, Errno::EINVAL);
+        rig.nesting.invalidate(&[invalidation]).unwrap();
+        let calls = rig.host.take_log();
+        assert_eq!(calls[1], format!("HWPT_INVALIDATE #5 {kind}[all]"), "{calls:?}");
+    }
     rig.ends_clean();
 }
 

@@ -22,7 +22,7 @@ use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PageRange;
 use crate::viommu::vtd::{
     DomainTag, Invalidation, Policy, Progress, RequesterConfig, Stage1, VtdFirstStage, VtdHostSide,
-    VtdSecondStage,
+    VtdNested, VtdSecondStage,
 };
 use crate::viommu::{HostSideError, Requester};
 
@@ -72,6 +72,17 @@ fn second_stage(table: u64) -> Policy {
     }))
 }
 
+/// First-stage tables at `first` over second-stage tables at `second`.
+fn nested(first: u64, second: u64) -> Policy {
+    match (first_stage(first), second_stage(second)) {
+        (
+            Policy::Stage1(Stage1::VtdFirstStage(first)),
+            Policy::Stage1(Stage1::VtdSecondStage(second)),
+        ) => Policy::Stage1(Stage1::VtdNested(VtdNested { first, second })),
+        other => unreachable!("{other:?}"),
+    }
+}
+
 fn page(tag: DomainTag, address: u64) -> Invalidation {
     let range = PageRange::new(address, 1, true);
     Invalidation { domain: Some(tag.domain), pasid: Some(tag.pasid), range: Some(range) }
@@ -86,6 +97,11 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         Self::with(Extensions::default())
+    }
+
+    /// On a host that walks second-stage tables of the guest.
+    fn walking() -> Self {
+        Self::with(Extensions { guest_second_stage: true, ..Extensions::default() })
     }
 
     fn with(extensions: Extensions) -> Self {

@@ -13,7 +13,7 @@ use crate::spec::vtd::root::{
     RootHalf, ScalableContextHigh, ScalableContextLow, ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES,
     SCALABLE_CONTEXT_ENTRY_SIZE,
 };
-use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdFirstStage, VtdSecondStage};
+use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdFirstStage, VtdNested, VtdSecondStage};
 use crate::viommu::Requester;
 
 /// What the tables at `root` say about `requester`.
@@ -216,45 +216,59 @@ impl TableEntry {
             || (qw2.sre() && !ecap.srs())
             || (qw2.ere() && !ecap.ers())
             || (qw2.eafe() && !ecap.eafs());
-        // A pointer matters only if the type uses it.
+        // A pointer matters only if the type uses it. (The width of the second stage, which may be
+        // less for FSPTPTR of a nested entry, is the walk's business.)
+        let first = tables.is_beyond_width(self.entry.first_stage_table());
+        let second = tables.is_beyond_width(self.entry.second_stage_table());
         let beyond_width = match self.entry.translation_type() {
-            Some(Pgtt::FirstStage) => tables.is_beyond_width(self.entry.first_stage_table()),
-            Some(Pgtt::SecondStage) => tables.is_beyond_width(self.entry.second_stage_table()),
-            _ => false,
+            Some(Pgtt::FirstStage) => first,
+            Some(Pgtt::SecondStage) => second,
+            Some(Pgtt::Nested) => first || second,
+            Some(Pgtt::PassThrough) | None => false,
         };
         reserved || not_offered || beyond_width
     }
 
     /// The tables of the entry, none for pass-through; `None` if it is programmed wrongly.
     fn stage1(&self, tables: &Tables<'_>) -> Option<Option<Stage1>> {
-        let PasidEntry { qw0, qw2, .. } = self.entry;
         let ecap = tables.caps.ecap;
-        match self.entry.translation_type()? {
-            Pgtt::FirstStage if ecap.fsts() => {
-                let paging_mode = PagingMode::from_bits(qw2.fspm())?;
-                if paging_mode == PagingMode::Level5 && !tables.caps.cap.fs5lp() {
-                    return None;
-                }
-                Some(Some(Stage1::VtdFirstStage(VtdFirstStage {
-                    table: self.entry.first_stage_table(),
-                    paging_mode,
-                    supervisor_requests: qw2.sre(),
-                    write_protect: qw2.wpe(),
-                    extended_accessed: qw2.eafe(),
-                })))
-            }
-            Pgtt::SecondStage if ecap.ssts() => {
-                let address_width = tables.second_stage_width(qw0.aw())?;
-                let table = self.entry.second_stage_table();
-                Some(Some(Stage1::VtdSecondStage(VtdSecondStage {
-                    table,
-                    address_width,
-                    accessed_dirty: false,
-                })))
-            }
-            Pgtt::PassThrough if ecap.pt() => Some(None),
-            // Nested: no unit can nest the guest's two stages on a third.
-            Pgtt::FirstStage | Pgtt::SecondStage | Pgtt::Nested | Pgtt::PassThrough => None,
+        let stage1 = match self.entry.translation_type()? {
+            Pgtt::FirstStage if ecap.fsts() => Stage1::VtdFirstStage(self.first_stage(tables)?),
+            Pgtt::SecondStage if ecap.ssts() => Stage1::VtdSecondStage(self.second_stage(tables)?),
+            // A unit with NEST has both stages.
+            Pgtt::Nested if ecap.nest() => Stage1::VtdNested(VtdNested {
+                first: self.first_stage(tables)?,
+                second: self.second_stage(tables)?,
+            }),
+            Pgtt::PassThrough if ecap.pt() => return Some(None),
+            Pgtt::FirstStage | Pgtt::SecondStage | Pgtt::Nested | Pgtt::PassThrough => return None,
+        };
+        Some(Some(stage1))
+    }
+
+    /// `None` if FSPM is reserved, or for more levels than the unit has.
+    fn first_stage(&self, tables: &Tables<'_>) -> Option<VtdFirstStage> {
+        let qw2 = self.entry.qw2;
+        let paging_mode = PagingMode::from_bits(qw2.fspm())?;
+        if paging_mode == PagingMode::Level5 && !tables.caps.cap.fs5lp() {
+            return None;
         }
+        Some(VtdFirstStage {
+            table: self.entry.first_stage_table(),
+            paging_mode,
+            supervisor_requests: qw2.sre(),
+            write_protect: qw2.wpe(),
+            extended_accessed: qw2.eafe(),
+        })
+    }
+
+    /// `None` if the unit has no second-stage tables of the width AW.
+    fn second_stage(&self, tables: &Tables<'_>) -> Option<VtdSecondStage> {
+        let qw0 = self.entry.qw0;
+        Some(VtdSecondStage {
+            table: self.entry.second_stage_table(),
+            address_width: tables.second_stage_width(qw0.aw())?,
+            accessed_dirty: qw0.ssade(),
+        })
     }
 }

@@ -4,7 +4,7 @@
 use super::*;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::AddressWidth;
-use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdSecondStage};
+use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdNested, VtdSecondStage};
 use crate::viommu::vtd::policy::Tables;
 
 /// Well-formed tables for [`RID`], to be corrupted.
@@ -228,6 +228,91 @@ fn second_stage_tables_where_they_are_offered() {
     assert_eq!(beyond.policy(), blocked(0x5a));
     let nested = beyond.with(PASID_TABLE, |_| 0x6000 | 3 << 6 | 2 << 2 | 1);
     assert_eq!(nested.policy(), blocked(0x5b));
+}
+
+/// A unit that nests, whose tables at 0x6000 are the second stage of what [`default_tables`] has as
+/// its only one.
+fn nested_tables(config: VtdConfig) -> Spoiled {
+    let config = VtdConfig { second_stage: true, nest: true, ..config };
+    Spoiled::new(config).with(PASID_TABLE, |_| 0x6000 | 3 << 6 | 2 << 2 | 1)
+}
+
+fn nested(accessed_dirty: bool) -> Policy {
+    let Policy::Stage1(Stage1::VtdFirstStage(first)) = first_stage(FIRST_STAGE) else { panic!() };
+    let address_width = AddressWidth::Bits48;
+    let second = VtdSecondStage { table: 0x6000, address_width, accessed_dirty };
+    Policy::Stage1(Stage1::VtdNested(VtdNested { first, second }))
+}
+
+#[test]
+fn nested_tables_where_they_are_offered() {
+    let config = nested_tables(VtdConfig::default()).decide(Requester::rid(RID));
+    assert_eq!(config.policy, nested(false));
+    assert_eq!(config.tag, DomainTag { domain: DOMAIN, pasid: 0 });
+    // SRE, WPE and EAFE; FSPM of 5 levels, AW of 3: each stage has a width of its own.
+    let wide = nested_tables(VtdConfig { address_width: 57, ..Default::default() })
+        .with(PASID_TABLE, |word| word ^ 3 << 2)
+        .with(PASID_TABLE + 16, |word| word | 1 << 7 | 1 << 4 | 1 << 2 | 1);
+    let Policy::Stage1(Stage1::VtdNested(VtdNested { first, second })) = wide.policy() else {
+        panic!("{:?}", wide.policy())
+    };
+    assert_eq!(
+        (first.paging_mode, second.address_width),
+        (PagingMode::Level5, AddressWidth::Bits39)
+    );
+    assert!(first.supervisor_requests && first.write_protect && first.extended_accessed);
+}
+
+#[test]
+fn each_check_of_a_nested_entry_has_its_reason() {
+    let cases: &[(u64, u64, u8)] = &[
+        // Reserved fields, and those of features that are not offered: SSEE, ERE.
+        (PASID_TABLE, 1 << 10, 0x5a),
+        (PASID_TABLE + 8, 1 << 16, 0x5a),
+        (PASID_TABLE + 16, 1 << 8, 0x5a),
+        (PASID_TABLE + 24, 1, 0x5a),
+        (PASID_TABLE + 56, 1 << 63, 0x5a),
+        (PASID_TABLE, 1 << 5, 0x5a),
+        (PASID_TABLE + 16, 2, 0x5a),
+        // Both pointers.
+        (PASID_TABLE, ABOVE, 0x5a),
+        (PASID_TABLE + 16, ABOVE, 0x5a),
+        // AW of 57 bits, 30 and a reserved one; FSPM of 5 levels, and a reserved one.
+        (PASID_TABLE, 1 << 2, 0x5b),
+        (PASID_TABLE, 2 << 2, 0x5b),
+        (PASID_TABLE, 4 << 2, 0x5b),
+        (PASID_TABLE + 16, 1 << 2, 0x5b),
+        (PASID_TABLE + 16, 2 << 2, 0x5b),
+    ];
+    for &(address, bits, reason) in cases {
+        let tables = nested_tables(VtdConfig::default()).with(address, |word| word ^ bits);
+        assert_eq!(tables.policy(), blocked(reason), "{address:#x} {bits:#x}");
+    }
+    // A unit of either stage alone, or of both, that does not nest.
+    for (second_stage, entry) in [(false, 0x5b), (true, 0x5b)] {
+        let tables = nested_tables(VtdConfig::default());
+        let config = VtdConfig { second_stage, ..Default::default() };
+        assert_eq!(Spoiled { config, ..tables }.policy(), blocked(entry), "{second_stage}");
+    }
+}
+
+#[test]
+fn second_stage_flags_are_kept_where_they_are_offered() {
+    const SSADE: u64 = 1 << 9;
+    let flags = |tables: Spoiled| tables.with(PASID_TABLE, |word| word | SSADE).policy();
+    let nesting = || nested_tables(VtdConfig::default());
+    assert_eq!(flags(nesting()), nested(true));
+    let second = nesting().with(PASID_TABLE, |word| word ^ (2 ^ 3) << 6);
+    let Policy::Stage1(Stage1::VtdSecondStage(second)) = flags(second) else { panic!() };
+    assert!(second.accessed_dirty);
+    // Without a second stage the bit has no effect.
+    let first = nesting().with(PASID_TABLE, |word| word ^ (1 ^ 3) << 6);
+    assert_eq!(flags(first), first_stage(FIRST_STAGE));
+    // Not offered: walks that do not snoop, and a unit that does not nest.
+    let without = VtdConfig { coherent_walks: false, ..Default::default() };
+    assert_eq!(flags(nested_tables(without)), blocked(0x5a));
+    let config = VtdConfig { second_stage: true, ..Default::default() };
+    assert_eq!(flags(Spoiled { config, ..nesting() }), blocked(0x5a));
 }
 
 #[test]

@@ -103,9 +103,10 @@ proptest! {
         pointers in any::<bool>(),
         ttm in 0..4u64,
         value in prop::option::of(0..1u32 << 20),
+        nest: bool,
     ) {
-        let config = VtdConfig { pasid_bits: Some(6), second_stage: true, ..Default::default() };
-        let guest = Guest::new(config);
+        let stages = VtdConfig { second_stage: true, nest, ..Default::default() };
+        let guest = Guest::new(stages.with_pasid_bits(Some(6)));
         let keep =
             |word: u64, address: u64| if pointers { word & 0xffe | address | 1 } else { word };
         guest.write(ROOT + 0x10, &[keep(root[0], CONTEXT), root[1]]);
@@ -118,6 +119,9 @@ proptest! {
         let requester = Requester { rid: RID, pasid: value.and_then(Pasid::new) };
         guest.iommu.dma_fault(&fault(requester));
         prop_assert_eq!(guest.read32(regs::GSTS) >> 31, 1);
+        // Whatever was decided is a decision that a unit can have, and go on with elsewhere.
+        let state = guest.iommu.snapshot().unwrap();
+        prop_assert_eq!(guest.restored(&state).unwrap().iommu.snapshot().unwrap(), state);
     }
 }
 

@@ -7,7 +7,7 @@ use super::slices::{PASIDS, PASID_CACHE, RTPS, TES};
 use super::*;
 use crate::spec::vtd::qi::{IotlbScope, StatusWrite};
 use crate::spec::vtd::root::AddressWidth;
-use crate::viommu::vtd::VtdSecondStage;
+use crate::viommu::vtd::{VtdNested, VtdSecondStage};
 use crate::viommu::{RestoreError, SnapshotError};
 
 const GLOBAL: Descriptor =
@@ -31,6 +31,14 @@ fn five_levels() -> Policy {
     };
     tables.paging_mode = PagingMode::Level5;
     Policy::Stage1(Stage1::VtdFirstStage(tables))
+}
+
+/// First-stage tables over second-stage ones, with flags in the latter.
+fn nested() -> Policy {
+    let Policy::Stage1(Stage1::VtdFirstStage(first)) = first_stage(0x6000) else { unreachable!() };
+    let address_width = AddressWidth::Bits48;
+    let second = VtdSecondStage { table: FIRST_STAGE, address_width, accessed_dirty: true };
+    Policy::Stage1(Stage1::VtdNested(VtdNested { first, second }))
 }
 
 /// Damage to a state.
@@ -233,6 +241,7 @@ fn no_part_of_a_snapshot_may_have_an_unknown_field() {
     let mut state = Guest::lived().iommu.snapshot().unwrap();
     state.interrupt_entries = vec![InterruptEntryState { index: 3, entry: [0; 2] }];
     state.functions[1].decision.as_mut().unwrap().config.policy = second_stage();
+    state.functions[0].decision.as_mut().unwrap().config.policy = nested();
     let good = serde_json::to_value(&state).unwrap();
     assert_eq!(serde_json::from_value::<VtdState>(good.clone()).unwrap(), state);
     for (place, changed) in crate::viommu::testing::with_unknown_fields(&good) {
@@ -262,7 +271,7 @@ fn what_no_unit_can_have_is_refused_and_the_host_is_not_called() {
     let of_rid = |state: &mut VtdState, policy| {
         state.functions[0].decision.as_mut().unwrap().config.policy = policy;
     };
-    let changes: [(Change, &str); 20] = [
+    let changes: [(Change, &str); 22] = [
         (&|state| state.faults.records.truncate(7), "7 fault records, but 8 are configured"),
         (&|state| state.faults.next = 8, "fault record 8 is the next one, but there are 8"),
         (
@@ -316,6 +325,15 @@ fn what_no_unit_can_have_is_refused_and_the_host_is_not_called() {
         (&|state| of_rid(state, first_stage(1 << 52)), "01:01.0 cannot have RequesterConfig"),
         (&|state| of_rid(state, second_stage()), "01:01.0 cannot have RequesterConfig"),
         (&|state| of_rid(state, five_levels()), "01:01.0 cannot have RequesterConfig"),
+        (&|state| of_rid(state, nested()), "01:01.0 cannot have RequesterConfig"),
+        // Both stages alone do not make a unit that nests.
+        (
+            &|state| {
+                state.config.second_stage = true;
+                of_rid(state, nested());
+            },
+            "01:01.0 cannot have RequesterConfig",
+        ),
     ];
     for (change, what) in changes {
         let told = refused(change);
@@ -325,10 +343,15 @@ fn what_no_unit_can_have_is_refused_and_the_host_is_not_called() {
     // Where they are offered, these are possible.
     let mut state = good.clone();
     state.config.address_width = 57;
-    state.config.second_stage = true;
-    for policy in [second_stage(), five_levels()] {
+    (state.config.second_stage, state.config.nest) = (true, true);
+    for policy in [second_stage(), five_levels(), nested()] {
         of_rid(&mut state, policy);
-        assert!(guest.restored(&state).is_ok(), "{policy:?}");
+        state.functions[0].pasids[1].decision.config.policy = policy;
+        let restored = guest.restored(&state).unwrap();
+        assert_eq!(restored.iommu.snapshot().unwrap(), state, "{policy:?}");
+        let given = restored.calls();
+        assert_eq!(given[0], Call::Configure(Requester::rid(RID), policy));
+        assert_eq!(given[3], Call::Configure(with_pasid(9), policy));
     }
     // A head beyond the queue is the guest's to find out.
     let mut state = good.clone();
