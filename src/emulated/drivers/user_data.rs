@@ -6,12 +6,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate, Errno,
-    HwptData, HwptVtdSecondStage, InvalidateData,
+    HwptData, HwptVtdNested, HwptVtdSecondStage, InvalidateData,
 };
 
 /// The type of [`HwptData::VtdSecondStage`]. The uAPI's types have 32 bits, so no ioctl can name
 /// it.
 pub(crate) const VTD_SECOND_STAGE: u64 = 1 << 32;
+/// The type of [`HwptData::VtdNested`], likewise: [`VTD_S1`] followed by [`VTD_SECOND_STAGE`].
+pub(super) const VTD_NESTED: u64 = VTD_SECOND_STAGE + 1;
 /// The type of [`InvalidateData::VtdSecondStage`], likewise.
 pub(crate) const VTD_SECOND_STAGE_INVALIDATE: u64 = 1 << 32;
 /// `IOMMU_HWPT_DATA_VTD_S1`.
@@ -132,6 +134,9 @@ impl OwnData {
             HwptData::None => return None,
             HwptData::VtdS1(tables) => (VTD_S1, first_stage_bytes(tables)),
             HwptData::VtdSecondStage(tables) => (VTD_SECOND_STAGE, second_stage_bytes(tables)),
+            HwptData::VtdNested(HwptVtdNested { first, second }) => {
+                (VTD_NESTED, [first_stage_bytes(first), second_stage_bytes(second)].concat())
+            }
             HwptData::ArmSmmuV3(entry) => (ARM_SMMUV3, words(entry.ste)),
             _ => (UNKNOWN, Vec::new()),
         };
@@ -223,9 +228,27 @@ fn first_stage_bytes(tables: &iommu_hwpt_vtd_s1) -> Vec<u8> {
     join(flags, pgtbl_addr, addr_width, __reserved).to_vec()
 }
 
+/// The tables of [`first_stage_bytes`].
+pub(super) fn first_stage(bytes: &[u8; 24]) -> iommu_hwpt_vtd_s1 {
+    let (flags, pgtbl_addr, addr_width, __reserved) = split(bytes);
+    iommu_hwpt_vtd_s1 { flags, pgtbl_addr, addr_width, __reserved }
+}
+
 fn second_stage_bytes(tables: &HwptVtdSecondStage) -> Vec<u8> {
     let HwptVtdSecondStage { pgtbl_addr, addr_width, accessed_dirty } = *tables;
     join(accessed_dirty.into(), pgtbl_addr, addr_width, 0).to_vec()
+}
+
+/// The tables of [`second_stage_bytes`].
+pub(super) fn second_stage(bytes: &[u8; 24]) -> HwptVtdSecondStage {
+    let (accessed_dirty, pgtbl_addr, addr_width, _) = split(bytes);
+    HwptVtdSecondStage { pgtbl_addr, addr_width, accessed_dirty: accessed_dirty & 1 != 0 }
+}
+
+/// Both tables of [`VTD_NESTED`].
+pub(super) fn nested(bytes: &[u8; 48]) -> HwptVtdNested {
+    let [first, second]: &[[u8; 24]; 2] = zerocopy::transmute_ref!(bytes);
+    HwptVtdNested { first: first_stage(first), second: second_stage(second) }
 }
 
 fn invalidation_bytes(entry: &iommu_hwpt_vtd_s1_invalidate) -> [u8; 24] {
@@ -274,6 +297,23 @@ mod tests {
         }
         let other: &dyn UserData = &of_length(8);
         assert_eq!(other.read_struct::<8>(6, 4).unwrap_err().errno, Errno::EINVAL);
+    }
+
+    #[test]
+    fn both_stages_of_nested_tables_come_back_as_they_were() {
+        let first = iommu_hwpt_vtd_s1 {
+            flags: 1,
+            pgtbl_addr: 0x2000,
+            addr_width: 48,
+            ..Default::default()
+        };
+        let second =
+            HwptVtdSecondStage { pgtbl_addr: 0x3000, addr_width: 39, accessed_dirty: true };
+        let both = HwptVtdNested { first, second };
+        let data = OwnData::of_hwpt(&HwptData::VtdNested(both)).unwrap();
+        let data: &dyn UserData = &data;
+        assert_eq!(nested(&data.read_struct(VTD_NESTED, 48).unwrap()), both);
+        assert_eq!(data.read_struct::<24>(VTD_S1, 24).unwrap_err().errno, Errno::EINVAL);
     }
 
     #[test]

@@ -6,7 +6,9 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
-use super::user_data::{split, VTD_S1, VTD_S1_INVALIDATE};
+use super::user_data::{
+    first_stage, nested, second_stage, split, VTD_NESTED, VTD_S1, VTD_S1_INVALIDATE,
+};
 use super::vtd_tables::{DomainIds, Features, Tables};
 use super::{
     own_nested, own_paging, CacheTags, Domain, Driver, DriverInfo, NestedDomain, OwnedTag,
@@ -19,8 +21,8 @@ use crate::units::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTa
 use crate::units::page_requests::PageRequests;
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
-    iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags,
-    HwptVtdSecondStage, ObjectId, VTD_INV_FLAGS_LEAF,
+    iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags, HwptVtdNested, ObjectId,
+    VTD_INV_FLAGS_LEAF,
 };
 use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 use twostage::spec::vtd::PageRange;
@@ -70,6 +72,9 @@ struct VtdNested {
 /// Number of attachments of tables behind each unit; no count is 0. Units are few, and tables many.
 type Attached = Vec<(Arc<dyn Hardware>, u32)>;
 
+/// Drops what a unit has cached.
+type Invalidate = fn(&dyn Hardware, CacheTag, &[CacheRange]);
+
 impl VtdNested {
     fn attached(&self) -> MutexGuard<'_, Attached> {
         self.attached.lock()
@@ -96,28 +101,33 @@ impl VtdNested {
         attached.retain(|(_, left)| *left != 0);
     }
 
-    /// The type of invalidations it takes.
-    fn invalidation_type(&self) -> u64 {
-        match self.tables {
-            UserTables::VtdFirstStage(_) => VTD_S1_INVALIDATE,
-            UserTables::VtdSecondStage(_) => VTD_SECOND_STAGE_INVALIDATE,
+    /// What does invalidations of `data_type`, if it takes them.
+    fn invalidation(&self, data_type: u64) -> Option<Invalidate> {
+        match (self.tables, data_type) {
+            (UserTables::FirstStage(_) | UserTables::Nested(_), VTD_S1_INVALIDATE)
+            | (UserTables::SecondStage(_), VTD_SECOND_STAGE_INVALIDATE) => {
+                Some(|hardware, tag, ranges| hardware.invalidate(tag, ranges))
+            }
+            (UserTables::Nested(_), VTD_SECOND_STAGE_INVALIDATE) => {
+                Some(|hardware, tag, ranges| hardware.invalidate_second_stage(tag, ranges))
+            }
+            _ => None,
         }
     }
 }
 
 impl NestedDomain for VtdNested {
     fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial> {
-        let expected = self.invalidation_type();
-        if entries.data_type() != expected {
-            let detail =
-                format!("the page table has no invalidations of type {:#x}", entries.data_type());
+        let data_type = entries.data_type();
+        let Some(invalidate) = self.invalidation(data_type) else {
+            let detail = format!("the page table has no invalidations of type {data_type:#x}");
             return refuse(Errno::EINVAL, detail).map_err(Partial::from);
-        }
+        };
         // One call for all entries: each call stops DMA.
         let mut ranges = Vec::with_capacity(entries.count());
         let mut read = |index| {
             ranges.push(cache_range(
-                &invalidation(&entries.read_entry(expected, index, 24)?),
+                &invalidation(&entries.read_entry(data_type, index, 24)?),
                 index,
             )?);
             Ok(())
@@ -125,7 +135,7 @@ impl NestedDomain for VtdNested {
         let refused = (0..entries.count()).find_map(|index| read(index).err());
         if !ranges.is_empty() {
             for (hardware, _) in self.attached().iter() {
-                hardware.invalidate(self.tag.tag(), &ranges);
+                invalidate(&**hardware, self.tag.tag(), &ranges);
             }
         }
         refused.map_or(Ok(()), |refusal| Err(Partial { done: ranges.len(), refusal }))
@@ -133,12 +143,16 @@ impl NestedDomain for VtdNested {
 
     fn describe(&self) -> String {
         match self.tables {
-            UserTables::VtdFirstStage(tables) => {
+            UserTables::FirstStage(tables) => {
                 format!("VTD_S1 at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
             }
-            UserTables::VtdSecondStage(tables) => {
+            UserTables::SecondStage(tables) => {
                 format!("VTD_SECOND_STAGE at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
             }
+            UserTables::Nested(HwptVtdNested { first, second }) => format!(
+                "VTD_S1 at {:#x}, {} bits, over VTD_SECOND_STAGE at {:#x}, {} bits",
+                first.pgtbl_addr, first.addr_width, second.pgtbl_addr, second.addr_width
+            ),
         }
     }
 }
@@ -165,17 +179,14 @@ impl VtdDriver {
     fn user_tables(&self, data: &dyn UserData) -> Outcome<UserTables> {
         match data.data_type() {
             VTD_S1 if self.features.nest() => {
-                let (flags, pgtbl_addr, addr_width, __reserved) =
-                    split(&data.read_struct(VTD_S1, 24)?);
-                let tables = iommu_hwpt_vtd_s1 { flags, pgtbl_addr, addr_width, __reserved };
-                Ok(UserTables::VtdFirstStage(tables))
+                Ok(UserTables::FirstStage(first_stage(&data.read_struct(VTD_S1, 24)?)))
             }
             VTD_SECOND_STAGE if self.hardware.extensions().guest_second_stage => {
-                let (flags, pgtbl_addr, addr_width, _) =
-                    split(&data.read_struct(VTD_SECOND_STAGE, 24)?);
-                let accessed_dirty = flags & 1 != 0;
-                let tables = HwptVtdSecondStage { pgtbl_addr, addr_width, accessed_dirty };
-                Ok(UserTables::VtdSecondStage(tables))
+                let tables = second_stage(&data.read_struct(VTD_SECOND_STAGE, 24)?);
+                Ok(UserTables::SecondStage(tables))
+            }
+            VTD_NESTED if self.hardware.extensions().guest_second_stage => {
+                Ok(UserTables::Nested(nested(&data.read_struct(VTD_NESTED, 48)?)))
             }
             other => refuse(Errno::EOPNOTSUPP, format!("tables of type {other:#x}")),
         }

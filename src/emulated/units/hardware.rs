@@ -7,7 +7,8 @@ use std::sync::{Arc, Weak};
 use crate::units::page_requests::PageRequests;
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
-    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdNested, HwptVtdSecondStage,
+    ObjectId,
 };
 use twostage::spec::vtd::PageRange;
 
@@ -20,9 +21,12 @@ pub(crate) struct CacheTag(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum UserTables {
     /// VT-d first-stage, nested on stage 2.
-    VtdFirstStage(iommu_hwpt_vtd_s1),
+    FirstStage(iommu_hwpt_vtd_s1),
     /// VT-d second-stage, walked on top of the host's stage 2.
-    VtdSecondStage(HwptVtdSecondStage),
+    SecondStage(HwptVtdSecondStage),
+    /// VT-d first-stage, nested on the user's own second stage, which is walked on top of the
+    /// host's stage 2.
+    Nested(HwptVtdNested),
 }
 
 /// What an attachment writes to the host-side PASID table: where a requester's DMA goes.
@@ -72,6 +76,10 @@ pub(crate) trait Hardware: Debug + Send + Sync {
 
     /// Drops what is cached of one HWPT's user tables in all of `ranges` at once.
     fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]);
+
+    /// The same for [`UserTables::Nested`] and addresses of its second stage: drops what is
+    /// cached of that stage in all of `ranges`, and everything that was translated by both.
+    fn invalidate_second_stage(&self, tag: CacheTag, ranges: &[CacheRange]);
 
     /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything
     /// cached through it.

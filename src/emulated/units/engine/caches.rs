@@ -58,7 +58,7 @@ pub(crate) struct CachedPage {
     pub rights: Rights,
 }
 
-/// Stage 2's translation of a GPA.
+/// The translation of an address by the stage below some tables: stage 2's of a GPA, mostly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stage2Page {
     /// Where the byte is.
@@ -68,12 +68,14 @@ pub(crate) struct Stage2Page {
     /// Size of the page around it that is contiguous and can be cached, as a power of two; none if
     /// it is smaller than 4 KiB.
     pub shift: Option<u8>,
+    /// It serves reads, without a further walk.
     pub read: bool,
+    /// It serves writes, without a further walk.
     pub write: bool,
 }
 
 impl Stage2Page {
-    /// Whether stage 2 allows requests of `kind`.
+    /// Whether it serves requests of `kind`.
     pub fn allows(&self, kind: RequestKind) -> bool {
         if kind.write() {
             self.write
@@ -93,7 +95,7 @@ pub(crate) struct Table {
     pub skipped: u64,
     /// Bytes of it that are contiguous, from `place` on.
     pub length: u64,
-    /// Stage 2 allows writes to its entries.
+    /// Its entries may be written without asking the stage below once more.
     pub writable: bool,
 }
 
@@ -196,6 +198,27 @@ impl Caches {
             true => self.cached_page(shifts, source, iova, kind),
             false => None,
         }
+    }
+
+    /// The IOTLB's translation of `address` by tables that are the stage below others, for requests
+    /// of `kind`.
+    pub fn page(
+        &self,
+        source: Source,
+        shifts: &[u8],
+        address: u64,
+        kind: RequestKind,
+    ) -> Option<Stage2Page> {
+        let (value, shift) = self.cached_page(shifts, source, address, kind)?;
+        let (value, offset) = (CachedPlace::from_bits(value.get()), address & (size(shift) - 1));
+        let rights = Rights::from_flags(value.flags());
+        Some(Stage2Page {
+            place: value.place(offset),
+            length: size(shift) - offset,
+            shift: Some(shift),
+            read: rights.allow(RequestKind::new(false, false, false)),
+            write: rights.allow(RequestKind::new(true, false, false)),
+        })
     }
 
     /// Size of the page that [`Caches::translation`] finds, as a power of two.

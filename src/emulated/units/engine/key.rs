@@ -112,8 +112,6 @@ pub(crate) struct Scope {
 /// Address spaces of a tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Spaces {
-    /// All of them.
-    All,
     /// Up to this one.
     UpTo(u32),
     /// This one.
@@ -123,17 +121,11 @@ pub(crate) enum Spaces {
 }
 
 impl Scope {
-    /// All of `tag`.
-    pub fn of_tag(tag: u32) -> Self {
-        Self { tag, spaces: Spaces::All }
-    }
-
     /// Whether `source` is in scope.
     pub fn has(self, source: Source) -> bool {
         let space = source.space();
         source.tag() == self.tag
             && match self.spaces {
-                Spaces::All => true,
                 Spaces::UpTo(last) => space <= last,
                 Spaces::One(one) => space == one,
                 Spaces::Two(one, other) => space == one || space == other,

@@ -14,6 +14,7 @@ mod counters;
 mod format;
 mod host_stage2;
 mod key;
+mod lower;
 mod memories;
 mod origins;
 mod sanitizer;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 use crate::dma::error::DmaFaultReason;
 use crate::units::stage2::Stage2;
 
-pub(crate) use caches::{CacheSizes, Caches, Target};
+pub(crate) use caches::{CacheSizes, Caches, Stage2Page, Target};
 pub(crate) use counters::{Counters, LocalCounters, Totals};
 pub(crate) use format::{
     At, Entry, Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat,
@@ -36,6 +37,7 @@ pub(crate) use host_stage2::{Gone, HostStage2, Sharing};
 pub(crate) use key::{
     ascending, half, size, without_top_byte, Half, IovaRange, Lookup, Scope, Source, Spaces,
 };
+pub(crate) use lower::{LowerStage, OverHost};
 pub(crate) use origins::{Origins, Trail};
 pub(crate) use sanitizer::{Sanitizer, Used};
 pub(crate) use walk::Walk;

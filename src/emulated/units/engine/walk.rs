@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The page walk: user-owned tables, with each pointer translated by stage 2.
+//! The page walk: user-owned tables, with each pointer translated by the stage below.
 
 use std::sync::atomic::Ordering;
 
 use super::caches::{CachedPage, Caches, Stage2Page, Table, Target};
 use super::counters::LocalCounters;
 use super::format::{At, Entry, Path, RequestKind, Rights, Stage2Refusal, TableFormat};
-use super::host_stage2::HostStage2;
 use super::key::{size, Source};
+use super::lower::{own, LowerStage, OverHost};
 use super::memories::Place;
-use crate::units::stage2::DirtyLog;
 
 /// How often a walk restarts because an entry changed between reading it and setting its flags. The
 /// guest may change entries continuously; it must not keep a walk running.
@@ -21,30 +20,27 @@ const MAX_LEVELS: usize = 5;
 /// Size of the largest page that is cached, as a power of two: 1 GiB.
 const MAX_PAGE_SHIFT: u8 = 30;
 
-/// Granularity of marking writes when dirty pages are tracked, as a power of two.
-const DIRTY_SHIFT: u8 = 12;
-
-/// The translation of an IOVA by both stages.
+/// The translation of an IOVA by tables and the stage below.
 #[derive(Clone, Copy)]
 struct Output {
-    /// Stage 2's translation of stage 1's GPA.
+    /// The lower stage's translation of the address that the tables lead to.
     page: Stage2Page,
-    /// Bytes from the requested one to the end of what is contiguous in both stages.
+    /// Bytes from the requested one to the end of what is contiguous in all stages.
     length: u64,
-    /// Size of the page that is contiguous in both stages, as a power of two; none if it is smaller
+    /// Size of the page that is contiguous in all stages, as a power of two; none if it is smaller
     /// than 4 KiB.
     shift: Option<u8>,
-    /// Size of the page of stage 1, as a power of two.
+    /// Size of the page of the tables, as a power of two.
     whole: u8,
-    /// The requests that both stages allow, without a further walk.
+    /// The requests that all stages allow, without a further walk.
     rights: Rights,
     /// Source of the page.
     source: Source,
 }
 
 impl Output {
-    /// `page` is stage 2's translation of `gpa`, which stage 1 has in a page of `shift` with
-    /// `rights`.
+    /// `page` is the lower stage's translation of `gpa`, which the tables have in a page of `shift`
+    /// with `rights`.
     fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, source: Source) -> Self {
         Self {
             page,
@@ -57,18 +53,17 @@ impl Output {
     }
 }
 
-/// A walk through the tables of one context.
+/// A walk through the tables of one context, over the stage `L`.
 #[derive(Debug)]
-pub(crate) struct Walk<'a> {
+pub(crate) struct Walk<'a, L> {
     pub caches: &'a Caches,
     /// Source of what is cached on the way.
     pub source: Source,
     /// Source of global pages.
     pub global: Source,
-    pub host: &'a HostStage2,
     pub counters: &'a LocalCounters,
-    /// The log of written stage-2 pages, if tracking is on.
-    pub dirty: Option<&'a DirtyLog>,
+    /// The stage below.
+    pub lower: L,
 }
 
 /// An entry on the way of a walk.
@@ -79,10 +74,17 @@ struct Step {
     word: u64,
     /// It is a page.
     leaf: bool,
-    /// Stage 2 allows writing it.
-    writable: bool,
-    /// Its table and what is allowed so far, if that can be cached.
-    table: Option<(Table, Path)>,
+    /// Its table.
+    table: Table,
+    /// What the entries above allow.
+    above: Path,
+}
+
+impl Step {
+    /// Its table, to be cached: the top table needs no caching, and a cached one still is.
+    fn new_table(&self) -> Option<(&Table, Path)> {
+        (self.at.gpa.is_some() && !self.at.top).then_some((&self.table, self.above))
+    }
 }
 
 /// Where the entries of a walk lead.
@@ -99,7 +101,7 @@ struct Descent {
     global: bool,
 }
 
-impl Walk<'_> {
+impl<L> Walk<'_, L> {
     /// Translates `iova` for a request of `kind`, setting accessed and dirty flags, and caches the
     /// result.
     pub fn walk<F: TableFormat>(
@@ -107,36 +109,83 @@ impl Walk<'_> {
         tables: &F,
         iova: u64,
         kind: RequestKind,
-    ) -> Result<Target, F::Fault> {
+    ) -> Result<Target, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
+        Ok(self.cache(&self.output(tables, iova, kind)?, iova))
+    }
+
+    /// The page at `address` for a read or write of another walk, to which these tables are the
+    /// stage below: cached as one of `shifts`, or by a walk, which is then cached.
+    pub fn page<F: TableFormat>(
+        &self,
+        tables: &F,
+        shifts: &[u8],
+        address: u64,
+        write: bool,
+    ) -> Result<Stage2Page, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
+        if let Some(page) = self.caches.page(self.source, shifts, address, own(write)) {
+            return Ok(page);
+        }
+        let output = self.output(tables, address, own(write))?;
+        self.cache(&output, address);
+        let Output { page, length, shift, rights, .. } = output;
+        let [read, write] = [false, true].map(|write| rights.allow(own(write)));
+        Ok(Stage2Page { place: page.place, length, shift, read, write })
+    }
+
+    /// Translates `iova` for a request of `kind`, setting accessed and dirty flags, and caches what
+    /// is on the way.
+    // Inlined, as an `Output` that is stored and then copied is slow.
+    #[inline(always)]
+    fn output<F: TableFormat>(
+        &self,
+        tables: &F,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Result<Output, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
         self.counters.walks.count();
         tables.check_request(kind)?;
         tables.check_address(iova)?;
-        for _ in 0..ATTEMPTS {
-            if let Some(target) = self.attempt(tables, iova, kind)? {
-                return Ok(target);
+        for attempt in 0..ATTEMPTS {
+            if let Some(output) = self.attempt(tables, iova, kind, attempt == 0)? {
+                return Ok(output);
             }
         }
         Err(tables.flags_unsettled())
     }
 
-    /// One walk; none if an entry changed during it.
+    /// One walk, from the lowest cached table if `cached`; none if an entry changed during it, or
+    /// if it takes a walk from the top table to set its flags.
     fn attempt<F: TableFormat>(
         &self,
         tables: &F,
         iova: u64,
         kind: RequestKind,
-    ) -> Result<Option<Target>, F::Fault> {
+        cached: bool,
+    ) -> Result<Option<Output>, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
         let mut steps = [const { None }; MAX_LEVELS];
-        let Descent { path, gpa, level, leaf, global } = self.descend(tables, iova, &mut steps)?;
+        let descent = self.descend(tables, iova, cached, &mut steps)?;
+        let Descent { path, gpa, level, leaf, global } = descent;
         tables.check_path(path, kind)?;
-        let page = self.page(gpa, kind).map_err(|why| tables.page_refused(gpa, why))?;
+        let page = self.lower.page(tables, gpa, kind)?;
         // Nothing blocks the request any more.
-        if !self.set_flags(tables, &steps, kind)? {
+        if !self.set_flags(tables, &mut steps, kind)? {
             return Ok(None);
         }
         // Not earlier: an entry with a clear accessed flag must not be cached.
-        for (table, path) in steps.iter().flatten().filter_map(|step| step.table) {
-            self.caches.add_table(tables, (self.source, iova), &table, path, self.counters);
+        for (table, path) in steps.iter().flatten().filter_map(Step::new_table) {
+            self.caches.add_table(tables, (self.source, iova), table, path, self.counters);
         }
         let leaf = leaf | tables.flags(true, kind.write());
         let rights = Rights::of(|kind| {
@@ -146,29 +195,29 @@ impl Walk<'_> {
         });
         let source = if global { self.global } else { self.source };
         let output = Output::new(page, gpa, tables.shift(level), rights, source);
-        let output = self.track(output, gpa, kind);
         let read = || steps.iter().flatten().map(|step| step.word);
         // No overflow: there are at most 5 levels.
         let start = level + read().skip(1).count() as u8;
         let page = output.shift.map(|shift| (source, shift));
         self.caches.record_origin(tables, (self.source, iova), start, read(), page);
-        Ok(Some(self.cache(&output, iova)))
+        Ok(Some(output))
     }
 
-    /// Reads the entries from the lowest cached table, or the top table, to the leaf, and puts them
-    /// into `steps`, which are empty. (The caller's: they are large, and moving them is not free.)
+    /// Reads the entries from the lowest cached table if `cached`, or the top table, to the leaf,
+    /// and puts them into `steps`, which are empty. (The caller's: they are large, and moving them
+    /// is not free.)
     fn descend<F: TableFormat>(
         &self,
         tables: &F,
         iova: u64,
+        cached: bool,
         steps: &mut [Option<Step>; MAX_LEVELS],
-    ) -> Result<Descent, F::Fault> {
-        let cached = match self.dirty {
-            None => self.caches.table(tables, self.source, iova, self.counters),
-            // Setting an entry's flags makes the page of its table dirty, so its address must be
-            // known.
-            Some(_) => None,
-        };
+    ) -> Result<Descent, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
+        let cached =
+            cached.then(|| self.caches.table(tables, self.source, iova, self.counters)).flatten();
         let mut level = cached.map_or(tables.levels(), |(table, _)| table.level);
         let mut path = cached.map_or(Path::UNLIMITED, |(_, path)| path);
         let mut cached = cached.map(|(table, _)| table);
@@ -180,7 +229,7 @@ impl Walk<'_> {
                 Some(table) => (At { gpa: None, top }, table),
                 None => {
                     let at = At { gpa: Some(table_gpa + index * 8), top };
-                    (at, self.locate(tables, table_gpa, index, level, at)?)
+                    (at, self.locate(tables, table_gpa, index, level, top)?)
                 }
             };
             let place = table.entry(index).ok_or_else(|| tables.entry_unreadable(at))?;
@@ -189,10 +238,7 @@ impl Walk<'_> {
             let Entry { leaf, address, path: allowed, global } = tables.decode(word, level)?;
             let above = path;
             path = path & allowed;
-            // The top table needs no caching, and a cached one still is.
-            let table_found = (at.gpa.is_some() && !top).then_some((table, above));
-            let writable = table.writable;
-            *slot = Some(Step { place, at, word, leaf, writable, table: table_found });
+            *slot = Some(Step { place, at, word, leaf, table, above });
             if leaf {
                 let gpa = address | iova & (size(tables.shift(level)) - 1);
                 return Ok(Descent { path, gpa, level, leaf: word, global });
@@ -202,19 +248,6 @@ impl Walk<'_> {
         }
         // Not reached: there are no more levels than steps, and the last has leaves only.
         Err(tables.entry_unreadable(At { gpa: None, top: false }))
-    }
-
-    /// Translates `gpa` for a request of `kind` by stage 2 only, which serves `served`, and caches
-    /// the result.
-    pub fn stage2_only(
-        &self,
-        gpa: u64,
-        kind: RequestKind,
-        served: Rights,
-    ) -> Result<Target, Stage2Refusal> {
-        let page = self.page(gpa, kind)?;
-        let output = Output::new(page, gpa, MAX_PAGE_SHIFT, served, self.source);
-        Ok(self.cache(&self.track(output, gpa, kind), gpa))
     }
 
     /// Caches what can be cached of `output`, the translation of `iova`; returns where it leads.
@@ -230,28 +263,6 @@ impl Walk<'_> {
         Target { place: page.place, length }
     }
 
-    /// Restricts `output`, of a request of `kind` to `gpa`, when dirty pages are tracked: to a page
-    /// of 4 KiB, which is marked by a write; after a read, the first write must walk again.
-    fn track(&self, output: Output, gpa: u64, kind: RequestKind) -> Output {
-        let Some(log) = self.dirty else { return output };
-        let rights = output.rights;
-        if kind.write() {
-            log.mark(gpa..=gpa);
-        }
-        Output {
-            length: output.length.min(size(DIRTY_SHIFT) - (gpa & (size(DIRTY_SHIFT) - 1))),
-            shift: output.shift.map(|_| DIRTY_SHIFT),
-            rights: Rights::of(|other| rights.allow(other) && (kind.write() || !other.write())),
-            ..output
-        }
-    }
-
-    /// The page that a request of `kind` accesses at `gpa`.
-    fn page(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Stage2Refusal> {
-        let page = self.caches.stage2(self.host, gpa, self.counters)?;
-        page.allows(kind).then_some(page).ok_or(Stage2Refusal::Denied)
-    }
-
     /// The address of the table of `level` at `gpa`, as far as it is contiguous with its entry
     /// number `index`.
     fn locate<F: TableFormat>(
@@ -260,44 +271,49 @@ impl Walk<'_> {
         gpa: u64,
         index: u64,
         level: u8,
-        at: At,
-    ) -> Result<Table, F::Fault> {
+        top: bool,
+    ) -> Result<Table, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
         let entry_at = index * 8;
-        match self.caches.stage2(self.host, gpa + entry_at, self.counters) {
-            Ok(page) if page.read => {
-                // The page of stage 2 may start in the middle of a large table.
-                let before = page.shift.map_or(0, |shift| (gpa + entry_at) & (size(shift) - 1));
-                let skipped = entry_at.saturating_sub(before);
-                let place = page.place.back(entry_at - skipped);
-                let place = place.ok_or_else(|| tables.entry_unreadable(at))?;
-                let length = page.length + (entry_at - skipped);
-                Ok(Table { place, level, skipped, length, writable: page.write })
-            }
-            Ok(_) => Err(tables.table_refused(at, Stage2Refusal::Denied)),
-            Err(why) => Err(tables.table_refused(at, why)),
-        }
+        let page = self.lower.entry(tables, gpa + entry_at, top)?;
+        // The page of the lower stage may start in the middle of a large table.
+        let before = page.shift.map_or(0, |shift| (gpa + entry_at) & (size(shift) - 1));
+        let skipped = entry_at.saturating_sub(before);
+        let at = At { gpa: Some(gpa + entry_at), top };
+        let place = page.place.back(entry_at - skipped);
+        let place = place.ok_or_else(|| tables.entry_unreadable(at))?;
+        let length = page.length + (entry_at - skipped);
+        Ok(Table { place, level, skipped, length, writable: page.write })
     }
 
     /// Sets the flags that a request of `kind` sets in the entries of `steps`. Returns `false` if
-    /// an entry has changed since it was read.
+    /// that takes another walk: an entry has changed since it was read, or its address is unknown,
+    /// as its table is a cached one that may not be written like this.
     fn set_flags<F: TableFormat>(
         &self,
         tables: &F,
-        steps: &[Option<Step>],
+        steps: &mut [Option<Step>],
         kind: RequestKind,
-    ) -> Result<bool, F::Fault> {
-        for step in steps.iter().flatten() {
+    ) -> Result<bool, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
+        for step in steps.iter_mut().flatten() {
             let wanted = step.word | tables.flags(step.leaf, kind.write());
             if wanted == step.word {
                 continue;
             }
-            if !step.writable {
-                return Err(tables.flags_refused(step.at));
+            if !step.table.writable {
+                let Some(gpa) = step.at.gpa else { return Ok(false) };
+                let page = self.lower.entry_flags(tables, gpa, step.at.top)?;
+                if page.place != step.place {
+                    return Ok(false);
+                }
+                step.table.writable = page.write;
             }
             let (old, new) = (step.word.to_le(), wanted.to_le());
-            if let (Some(log), Some(gpa)) = (self.dirty, step.at.gpa) {
-                log.mark(gpa..=gpa);
-            }
             // It was there when it was read.
             let entry = self.caches.word(step.place);
             let entry = entry.ok_or_else(|| tables.entry_unreadable(step.at))?;
@@ -306,5 +322,20 @@ impl Walk<'_> {
             }
         }
         Ok(true)
+    }
+}
+
+impl Walk<'_, OverHost<'_>> {
+    /// Translates `gpa` for a request of `kind` by stage 2 only, which serves `served`, and caches
+    /// the result.
+    pub fn stage2_only(
+        &self,
+        gpa: u64,
+        kind: RequestKind,
+        served: Rights,
+    ) -> Result<Target, Stage2Refusal> {
+        let page = self.lower.access(gpa, kind)?;
+        let output = Output::new(page, gpa, MAX_PAGE_SHIFT, served, self.source);
+        Ok(self.cache(&output, gpa))
     }
 }

@@ -13,8 +13,8 @@ use super::streams::{
     Configuration, Configurations, Requester, Stream, StreamEntry, StreamTable, UserStage1,
 };
 use crate::units::engine::{
-    Architecture, Blocked, Common, ConfigCache, Engine, Known, LocalCounters, Request, RequestKind,
-    Rights, Sanitizer, Spaces, Target, Walk,
+    Architecture, Blocked, Common, ConfigCache, Engine, Known, LocalCounters, OverHost, Request,
+    RequestKind, Rights, Sanitizer, Spaces, Target, Walk,
 };
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 
@@ -85,15 +85,9 @@ impl SmmuV3 {
         request: &Request,
     ) -> Result<Target, Fault> {
         let Request { address, kind, .. } = *request;
-        let (at, host) = (configuration.lookup(), &configuration.host);
-        let walk = Walk {
-            caches: &common.caches,
-            source: at.source,
-            global: at.global,
-            host,
-            counters,
-            dirty: host.tracking(),
-        };
+        let (at, caches) = (configuration.lookup(), &common.caches);
+        let lower = OverHost::new(caches, &configuration.host, counters);
+        let walk = Walk { caches, source: at.source, global: at.global, counters, lower };
         let Some(space) = &configuration.space else {
             if address >> self.config.output_bits() != 0 {
                 return Err(Fault::stage1(EventId::AddressSize, true));

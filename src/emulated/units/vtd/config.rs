@@ -4,8 +4,8 @@
 use crate::units::engine::CacheSizes;
 use crate::units::hardware::UserTables;
 use twostage::iommufd::{
-    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, HwptVtdSecondStage, HW_INFO_VTD_ERRATA_772415_SPR17,
-    VTD_S1_EAFE, VTD_S1_SRE,
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, HwptVtdNested, HwptVtdSecondStage,
+    HW_INFO_VTD_ERRATA_772415_SPR17, VTD_S1_EAFE, VTD_S1_SRE,
 };
 use twostage::spec::vtd::regs::{Cap, Ecap};
 
@@ -52,9 +52,10 @@ pub struct VtdUnitConfig {
     pub page_requests: bool,
     /// User-owned first-stage tables nested on the host's stage 2 (ECAP.NEST).
     pub nesting: bool,
-    /// User-owned second-stage tables on the host's stage 2, which no hardware supports.
+    /// User-owned second-stage tables on the host's stage 2, and first-stage tables over those (if
+    /// the unit has nesting): no hardware supports this.
     pub guest_second_stage: bool,
-    /// Accessed and dirty flags in the host's stage 2 (ECAP.SSADS): written pages can be tracked.
+    /// Accessed and dirty flags in the second stage (ECAP.SSADS): written pages can be tracked.
     pub dirty_tracking: bool,
     /// Reports erratum 772415 (GET_HW_INFO's flags): nested translation may write through read-only
     /// mappings, so an IOAS with a nesting parent allows none (`EINVAL`). Linux 7.2 reports it for
@@ -197,9 +198,15 @@ impl VtdUnitConfig {
     /// Whether the unit can walk `tables`.
     pub(super) fn walks(&self, tables: &UserTables) -> bool {
         match tables {
-            UserTables::VtdFirstStage(tables) => self.nesting && self.walks_first_stage(tables),
-            UserTables::VtdSecondStage(tables) => {
+            UserTables::FirstStage(tables) => self.nesting && self.walks_first_stage(tables),
+            UserTables::SecondStage(tables) => {
                 self.guest_second_stage && self.walks_second_stage(tables)
+            }
+            UserTables::Nested(HwptVtdNested { first, second }) => {
+                self.nesting
+                    && self.guest_second_stage
+                    && self.walks_first_stage(first)
+                    && self.walks_second_stage(second)
             }
         }
     }
@@ -216,11 +223,12 @@ impl VtdUnitConfig {
     }
 
     fn walks_second_stage(&self, tables: &HwptVtdSecondStage) -> bool {
-        match tables.addr_width {
+        let width = match tables.addr_width {
             39 | 48 => true,
             57 => self.address_width == AddressWidth::Bits57,
             _ => false,
-        }
+        };
+        width && (!tables.accessed_dirty || self.dirty_tracking)
     }
 }
 
@@ -230,11 +238,11 @@ mod tests {
     use twostage::iommufd::VTD_S1_WPE;
 
     fn first_stage(addr_width: u32, flags: u64) -> UserTables {
-        UserTables::VtdFirstStage(iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() })
+        UserTables::FirstStage(iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() })
     }
 
     fn second_stage(addr_width: u32) -> UserTables {
-        UserTables::VtdSecondStage(HwptVtdSecondStage {
+        UserTables::SecondStage(HwptVtdSecondStage {
             pgtbl_addr: 0,
             addr_width,
             accessed_dirty: false,
@@ -252,6 +260,15 @@ mod tests {
         };
         let poor =
             VtdUnitConfig { nesting: false, guest_second_stage: false, ..VtdUnitConfig::default() };
+        let nested = |of_first, flags, of_second| match (
+            first_stage(of_first, flags),
+            second_stage(of_second),
+        ) {
+            (UserTables::FirstStage(first), UserTables::SecondStage(second)) => {
+                UserTables::Nested(HwptVtdNested { first, second })
+            }
+            other => panic!("{other:?}"),
+        };
         for (tables, by_plain, by_rich) in [
             (first_stage(48, VTD_S1_WPE), true, true),
             (first_stage(57, 0), false, true),
@@ -261,11 +278,34 @@ mod tests {
             (second_stage(39), true, true),
             (second_stage(57), false, true),
             (second_stage(40), false, false),
+            (nested(48, 0, 39), true, true),
+            (nested(48, 0, 57), false, true),
+            (nested(57, 0, 48), false, true),
+            (nested(48, VTD_S1_SRE, 48), false, true),
+            (nested(48, 0, 40), false, false),
         ] {
             assert_eq!(plain.walks(&tables), by_plain, "{tables:?}");
             assert_eq!(rich.walks(&tables), by_rich, "{tables:?}");
             assert!(!poor.walks(&tables), "{tables:?}");
         }
+        // Both abilities are needed for both stages.
+        for half in [poor.clone().with_nesting(true), poor.with_guest_second_stage(true)] {
+            assert!(!half.walks(&nested(48, 0, 48)), "{half:?}");
+        }
+    }
+
+    #[test]
+    fn flags_of_the_second_stage_need_the_unit_to_have_them() {
+        let tables = HwptVtdSecondStage { pgtbl_addr: 0, addr_width: 48, accessed_dirty: true };
+        let config = VtdUnitConfig::default();
+        assert!(config.walks(&UserTables::SecondStage(tables)));
+        let without = config.with_dirty_tracking(false);
+        assert!(!without.walks(&UserTables::SecondStage(tables)));
+        let nested = HwptVtdNested {
+            first: iommu_hwpt_vtd_s1 { addr_width: 48, ..Default::default() },
+            second: tables,
+        };
+        assert!(!without.walks(&UserTables::Nested(nested)));
     }
 
     #[test]

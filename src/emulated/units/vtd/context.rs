@@ -12,6 +12,11 @@ use twostage::runs::Runs;
 /// PASID that tags translations for requests without PASID (RID_PASID, as set by Linux).
 const RID_PASID: u32 = 0;
 
+/// The last PASID (PCIe §6.20): the address spaces of requests.
+pub(super) const LAST_PASID: u32 = (1 << 20) - 1;
+/// The address space of what is cached of a second stage below a first one: of no PASID.
+pub(super) const SECOND_STAGE: u32 = LAST_PASID + 1;
+
 /// An entry of the PASID table, the same for all requesters that are attached to a HWPT.
 #[derive(Debug)]
 pub(super) struct Context {
@@ -42,6 +47,11 @@ impl Context {
     /// The source of cached translations for requests with `pasid`.
     pub fn source(&self, pasid: Option<u32>) -> Source {
         Source::new(self.tag.0, pasid.unwrap_or(RID_PASID))
+    }
+
+    /// The source of cached translations of a second stage below a first one.
+    pub fn second_stage_source(&self) -> Source {
+        Source::new(self.tag.0, SECOND_STAGE)
     }
 }
 

@@ -4,13 +4,14 @@
 use std::sync::Arc;
 
 use super::config::VtdUnitConfig;
-use super::context::{Context, PasidTable};
+use super::context::{Context, PasidTable, LAST_PASID, SECOND_STAGE};
 use super::fault::{page_refused, Fault, Sinks};
+use super::nested::OverSecondStage;
 use super::sanitizer::Sanitizer;
-use super::tables::{Tables, PAGE_SHIFTS};
+use super::tables::{Nested, Tables, PAGE_SHIFTS};
 use crate::units::engine::{
     ascending, Architecture, Blocked, Common, ConfigCache, Engine, IovaRange, Known, LocalCounters,
-    Request, Rights, Scope, Target, Walk,
+    OverHost, Request, Rights, Scope, Spaces, Target, Walk,
 };
 use crate::units::hardware::{CacheRange, CacheTag, Translation};
 use twostage::spec::vtd::fault::FaultReason;
@@ -67,16 +68,10 @@ impl Vtd {
         request: &Request,
     ) -> Result<Target, Fault> {
         let Request { pasid, address: iova, kind, .. } = *request;
-        let (source, host) = (context.source(pasid), &context.host);
-        let walk = Walk {
-            caches: &common.caches,
-            source,
-            // Global pages are cached by PASID, like all others.
-            global: source,
-            host,
-            counters,
-            dirty: host.tracking(),
-        };
+        let (source, caches) = (context.source(pasid), &common.caches);
+        let lower = OverHost::new(caches, &context.host, counters);
+        // Global pages are cached by PASID, like all others.
+        let walk = Walk { caches, source, global: source, counters, lower };
         match &context.tables {
             Tables::None if kind.execute() => Err(Fault::stage1(FaultReason::ExecuteDisabled)),
             Tables::None => walk
@@ -84,6 +79,12 @@ impl Vtd {
                 .map_err(page_refused),
             Tables::FirstStage(tables) => walk.walk(tables, iova, kind),
             Tables::SecondStage(tables) => walk.walk(tables, iova, kind),
+            Tables::Nested(Nested { first, second }) => {
+                let below = context.second_stage_source();
+                let below = Walk { source: below, global: below, ..walk };
+                let lower = OverSecondStage { tables: second, walk: below };
+                Walk { caches, source, global: source, counters, lower }.walk(first, iova, kind)
+            }
             Tables::Unsupported => Err(Fault::stage1(FaultReason::PasidEntryInvalid)),
         }
     }
@@ -155,17 +156,31 @@ impl Engine<Vtd> {
     /// Drops what is cached of the tables of `tag` in all of `ranges`: in one pass over each cache,
     /// as DMA waits.
     pub(super) fn invalidate(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
+        let dropped = self.drop_ranges(tag, Spaces::UpTo(LAST_PASID), ranges);
+        self.common.count_invalidations(ranges.len() as u64, dropped);
+    }
+
+    /// The same for a second stage below a first one. With it goes everything that was translated
+    /// by both (§6.5.2.4), as nothing tells where in the second stage that came by.
+    pub(super) fn invalidate_second_stage(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
+        let dropped = self.drop_ranges(tag, Spaces::One(SECOND_STAGE), ranges)
+            + self.drop_ranges(tag, Spaces::UpTo(LAST_PASID), &[CacheRange::All]);
+        self.common.count_invalidations(ranges.len() as u64, dropped);
+    }
+
+    /// Drops what is cached of `tag` for `spaces` in all of `ranges`; returns the number of
+    /// entries.
+    fn drop_ranges(&mut self, tag: CacheTag, spaces: Spaces, ranges: &[CacheRange]) -> u64 {
         let Common { caches, sanitizer, .. } = &mut self.common;
-        let scope = Scope::of_tag(tag.0);
+        let scope = Scope { tag: tag.0, spaces };
         let pages = ascending(ranges.iter().map(|range| addresses(*range)));
         let without_leaves = ranges.iter().filter(|range| !is_leaf(**range));
         let tables = ascending(without_leaves.map(|range| addresses(*range)));
-        let dropped = caches.drop_pages(scope, &pages, &PAGE_SHIFTS)
-            + caches.drop_tables(scope, &tables, &STRUCTURE_SHIFTS);
         if let Some(sanitizer) = sanitizer {
             ranges.iter().for_each(|range| sanitizer.invalidated(scope, *range));
         }
-        self.common.count_invalidations(ranges.len() as u64, dropped);
+        caches.drop_pages(scope, &pages, &PAGE_SHIFTS)
+            + caches.drop_tables(scope, &tables, &STRUCTURE_SHIFTS)
     }
 }
 

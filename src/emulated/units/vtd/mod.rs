@@ -11,6 +11,7 @@ mod config;
 mod context;
 mod engine;
 mod fault;
+mod nested;
 mod sanitizer;
 mod tables;
 #[cfg(test)]
@@ -113,6 +114,10 @@ impl Hardware for VtdUnit {
 
     fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]) {
         self.gate.write(|engine| engine.invalidate(tag, ranges));
+    }
+
+    fn invalidate_second_stage(&self, tag: CacheTag, ranges: &[CacheRange]) {
+        self.gate.write(|engine| engine.invalidate_second_stage(tag, ranges));
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {

@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock, Weak};
 
 use super::context::Context;
-use super::tables::{Tables, PAGE_SHIFTS};
+use super::tables::{Nested, Tables, PAGE_SHIFTS};
 use crate::units::engine::{
     self, Caches, ContextInvalidation, ContextTables, DmaWay, LocalCounters, Request, StaleContext,
     TableFormat, Target, TlbInvalidation, Used,
@@ -45,7 +45,7 @@ impl Sanitizer {
         }
         match &context.tables {
             // Stage 2 is the host's, which drops what it changes.
-            Tables::None | Tables::Unsupported => target,
+            Tables::None | Tables::Unsupported | Tables::Nested(_) => target,
             Tables::FirstStage(tables) => {
                 let used = used(context, request.pasid, tables, TlbInvalidation::VtdPasidIotlb);
                 self.common.check(caches, &used, counters, request, target)
@@ -85,6 +85,9 @@ fn way(tables: &Tables) -> DmaWay {
         Tables::None => DmaWay::Bypass,
         Tables::FirstStage(tables) => DmaWay::FirstStage(tables.table),
         Tables::SecondStage(tables) => DmaWay::SecondStage(tables.table),
+        Tables::Nested(Nested { first, second }) => {
+            DmaWay::Nested { first: first.table, second: second.table }
+        }
         Tables::Unsupported => DmaWay::Blocked,
     }
 }

@@ -6,7 +6,7 @@ use super::fault::{page_refused, Fault, Reasons};
 use crate::units::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
 use crate::units::hardware::UserTables;
 use twostage::iommufd::{
-    iommu_hwpt_vtd_s1, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
+    iommu_hwpt_vtd_s1, HwptVtdNested, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
 };
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::first_stage::{self, is_canonical, FirstStageEntry};
@@ -25,6 +25,8 @@ pub(super) enum Tables {
     FirstStage(FirstStage),
     /// Second-stage tables.
     SecondStage(SecondStage),
+    /// First-stage tables over second-stage tables.
+    Nested(Nested),
     /// Tables that the unit cannot walk: invalid programming.
     Unsupported,
 }
@@ -34,14 +36,29 @@ impl Tables {
     pub fn new(tables: Option<&UserTables>, config: &VtdUnitConfig) -> Self {
         match tables {
             None => Self::None,
-            Some(UserTables::VtdFirstStage(data)) => {
+            Some(UserTables::FirstStage(data)) => {
                 FirstStage::new(data, config).map_or(Self::Unsupported, Self::FirstStage)
             }
-            Some(UserTables::VtdSecondStage(data)) => {
+            Some(UserTables::SecondStage(data)) => {
                 SecondStage::new(data, config).map_or(Self::Unsupported, Self::SecondStage)
+            }
+            Some(UserTables::Nested(HwptVtdNested { first, second })) => {
+                let first = FirstStage::new(first, config);
+                let both = first.zip(SecondStage::new(second, config));
+                both.map_or(Self::Unsupported, |(first, second)| {
+                    Self::Nested(Nested { first, second })
+                })
             }
         }
     }
+}
+
+/// First-stage tables over second-stage tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Nested {
+    /// Its addresses are those of `second`.
+    pub first: FirstStage,
+    pub second: SecondStage,
 }
 
 /// First-stage tables, as described by a PASID-table entry.
@@ -198,8 +215,7 @@ impl TableFormat for FirstStage {
     }
 }
 
-/// Second-stage tables, as described by a PASID-table entry. Accessed and dirty flags are not
-/// updated (SSADE is clear).
+/// Second-stage tables, as described by a PASID-table entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SecondStage {
     /// GPA of the top table (SSPTPTR), in bytes, 4 KiB aligned.
@@ -208,6 +224,8 @@ pub(super) struct SecondStage {
     pub levels: u8,
     /// CAP.SSLPS.
     pub large_pages: u8,
+    /// SSADE.
+    pub accessed_dirty: bool,
 }
 
 impl SecondStage {
@@ -218,8 +236,12 @@ impl SecondStage {
             57 if config.address_width == AddressWidth::Bits57 => 5,
             _ => return None,
         };
-        let large_pages = config.second_stage_large_pages();
-        Some(Self { table: data.pgtbl_addr & !0xfff, levels, large_pages })
+        Some(Self {
+            table: data.pgtbl_addr & !0xfff,
+            levels,
+            large_pages: config.second_stage_large_pages(),
+            accessed_dirty: data.accessed_dirty,
+        })
     }
 }
 
@@ -230,7 +252,6 @@ const SECOND_STAGE_REASONS: Reasons = Reasons {
     denied: FaultReason::SecondStageAccess,
     top_access: FaultReason::SecondStageTopAccess,
     access: FaultReason::SecondStageAccess,
-    // Flags are never written.
     flags_denied: FaultReason::SecondStageFlagsUpdate,
     flags_update: FaultReason::SecondStageFlagsUpdate,
 };
@@ -292,12 +313,15 @@ impl TableFormat for SecondStage {
         })
     }
 
-    fn flags(&self, _leaf: bool, _write: bool) -> u64 {
-        0
+    fn flags(&self, leaf: bool, write: bool) -> u64 {
+        match self.accessed_dirty {
+            true => SecondStageEntry::A | if leaf && write { SecondStageEntry::D } else { 0 },
+            false => 0,
+        }
     }
 
-    fn is_dirty(&self, _word: u64) -> bool {
-        true
+    fn is_dirty(&self, word: u64) -> bool {
+        !self.accessed_dirty || word & SecondStageEntry::D != 0
     }
 
     fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Fault> {
@@ -323,123 +347,5 @@ impl TableFormat for SecondStage {
 
     fn page_refused(&self, _: u64, why: Stage2Refusal) -> Fault {
         page_refused(why)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::units::engine::testing::*;
-    use crate::units::vtd::tests::{Machine, Outcome, ALL};
-
-    const READ: u64 = 1;
-    const WRITE: u64 = 2;
-
-    fn machine() -> Machine {
-        Machine::new(VtdUnitConfig {
-            address_width: AddressWidth::Bits57,
-            ..VtdUnitConfig::default()
-        })
-    }
-
-    /// Maps `iova` with entries that all have `bits`.
-    fn map(machine: &Machine, root: u64, levels: u8, iova: u64, level: u8, gpa: u64) -> u64 {
-        let entry = machine.entry(root, levels, iova, level, READ | WRITE);
-        let large = if level > 1 { 0x80 } else { 0 };
-        machine.poke(entry, gpa | READ | WRITE | large);
-        entry
-    }
-
-    #[test]
-    fn pages_of_every_size_through_three_to_five_levels() {
-        let machine = machine();
-        let mut port = machine.port();
-        for levels in 3..=5 {
-            for level in 1..=3 {
-                let iova = 0x12_4000_0000;
-                let root = machine.table();
-                map(&machine, root, levels, iova, level, HIGH);
-                machine.attach_second_stage(None, 1, root, levels);
-                machine.poke(HIGH + 0x10, u64::from(levels));
-                for _ in 0..2 {
-                    assert_eq!(machine.read_u64(&mut port, PLAIN, iova + 0x10), Ok(levels.into()));
-                }
-                let width = 12 + 9 * u32::from(levels);
-                let beyond = Err((FaultReason::AddressBeyondGuest, false));
-                assert_eq!(machine.read_u64(&mut port, PLAIN, 1 << width), beyond);
-                let absent = Err((FaultReason::SecondStageDenied, false));
-                assert_eq!(machine.read_u64(&mut port, PLAIN, (1 << width) - 8), absent);
-            }
-        }
-    }
-
-    #[test]
-    fn every_level_limits_and_must_be_well_formed() {
-        let machine = machine();
-        let mut port = machine.port();
-        let iova = 0x12_3456_7000;
-        let root = machine.table();
-        map(&machine, root, 4, iova, 1, HIGH);
-        machine.attach_second_stage(None, 1, root, 4);
-        let denied = Err((FaultReason::SecondStageDenied, false));
-        let reserved = Err((FaultReason::SecondStageReserved, false));
-        for level in 1..=4 {
-            let entry = machine.entry(root, 4, iova, level, 0);
-            let good = machine.peek(entry);
-            let mut check = |word: u64, read: Outcome, write: Outcome| {
-                machine.poke(entry, word);
-                machine.invalidate(1, ALL);
-                for _ in 0..2 {
-                    let context = format!("level {level}, {word:#x}");
-                    assert_eq!(machine.read_u64(&mut port, PLAIN, iova), read, "{context}");
-                    assert_eq!(machine.write_u64(&mut port, PLAIN, iova, 0), write, "{context}");
-                }
-            };
-            check(good & !WRITE, Ok(0), denied);
-            check(good & !READ, denied, Ok(0));
-            check(good & !READ & !WRITE, denied, denied);
-            // Accessed and dirty are ignored and not set.
-            check(good | 0x300, Ok(0), Ok(0));
-            check(good, Ok(0), Ok(0));
-            assert_eq!(machine.peek(entry), good);
-            match level {
-                1 => check(good | 1 << 62, reserved, reserved),
-                2 => check(good | 0x80 | 0x1000, reserved, reserved),
-                3 => check(good | 0x80 | 0x1000_0000, reserved, reserved),
-                _ => check(good | 0x80, reserved, reserved),
-            }
-            machine.poke(entry, good);
-        }
-    }
-
-    #[test]
-    fn every_pointer_goes_through_stage_2() {
-        let machine = machine();
-        let mut port = machine.port();
-        let iova = 0x12_3456_7000;
-        machine.attach_second_stage(None, 1, NOWHERE, 4);
-        let top = Err((FaultReason::SecondStageTopAccess, true));
-        assert_eq!(machine.read_u64(&mut port, PLAIN, iova), top);
-        let root = machine.table();
-        map(&machine, root, 4, iova, 1, HIGH);
-        machine.attach_second_stage(None, 1, root, 4);
-        for level in 1..=4 {
-            let entry = machine.entry(root, 4, iova, level, 0);
-            let good = machine.peek(entry);
-            machine.poke(entry, NOWHERE | READ | WRITE);
-            machine.invalidate(1, ALL);
-            let reason = match level {
-                1 => FaultReason::SecondStageDenied,
-                _ => FaultReason::SecondStageAccess,
-            };
-            assert_eq!(machine.read_u64(&mut port, PLAIN, iova), Err((reason, true)));
-            machine.poke(entry, good);
-        }
-        let leaf = machine.entry(root, 4, iova, 1, 0);
-        machine.poke(leaf, READ_ONLY | READ | WRITE);
-        machine.invalidate(1, ALL);
-        assert_eq!(machine.read_u64(&mut port, PLAIN, iova), Ok(0));
-        let denied = Err((FaultReason::SecondStageDenied, true));
-        assert_eq!(machine.write_u64(&mut port, PLAIN, iova, 0), denied);
     }
 }

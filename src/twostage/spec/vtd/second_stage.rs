@@ -46,6 +46,11 @@ pub struct SecondStageEntry {
 }
 
 impl SecondStageEntry {
+    /// The accessed flag in the word.
+    pub const A: u64 = 1 << 8;
+    /// The dirty flag in the word.
+    pub const D: u64 = 1 << 9;
+
     /// Whether the entry is present: it may be read or written.
     pub const fn is_present(self) -> bool {
         self.r() || self.w()
@@ -90,6 +95,8 @@ mod tests {
     fn fields_stand_where_the_specification_puts_them() {
         assert_eq!(SecondStageEntry::new().with_emt(7).into_bits(), 7 << 3);
         assert_eq!(SecondStageEntry::new().with_ps(true).into_bits(), PS);
+        assert_eq!(SecondStageEntry::new().with_a(true).into_bits(), SecondStageEntry::A);
+        assert_eq!(SecondStageEntry::new().with_d(true).into_bits(), SecondStageEntry::D);
         assert_eq!(SecondStageEntry::new().with_snp(true).into_bits(), 1 << 11);
         assert_eq!(SecondStageEntry::new().with_tm(true).into_bits(), 1 << 62);
         assert_eq!(SecondStageEntry::new().with_frame(1).into_bits(), 1 << 12);

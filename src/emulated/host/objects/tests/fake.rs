@@ -26,6 +26,8 @@ pub enum Told {
     Install(u16, Option<u32>, Option<u64>),
     Remove(u16, Option<u32>),
     Invalidate(CacheTag, CacheRange),
+    /// Of the second stage below a first one.
+    InvalidateSecondStage(CacheTag, CacheRange),
     Stage2Changed,
     FaultSink(u16, Option<ObjectId>),
 }
@@ -97,8 +99,10 @@ impl Hardware for Fake {
 
     fn walks(&self, tables: &UserTables) -> bool {
         match tables {
-            UserTables::VtdFirstStage(tables) => tables.addr_width == 48,
-            UserTables::VtdSecondStage(_) => self.extensions.guest_second_stage,
+            UserTables::FirstStage(tables) => tables.addr_width == 48,
+            UserTables::SecondStage(_) | UserTables::Nested(_) => {
+                self.extensions.guest_second_stage
+            }
         }
     }
 
@@ -112,8 +116,9 @@ impl Hardware for Fake {
 
     fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {
         let table = translation.tables.map(|tables| match tables {
-            UserTables::VtdFirstStage(tables) => tables.pgtbl_addr,
-            UserTables::VtdSecondStage(tables) => tables.pgtbl_addr,
+            UserTables::FirstStage(tables) => tables.pgtbl_addr,
+            UserTables::SecondStage(tables) => tables.pgtbl_addr,
+            UserTables::Nested(tables) => tables.first.pgtbl_addr,
         });
         self.tell(Told::Install(rid, pasid, table));
     }
@@ -125,6 +130,12 @@ impl Hardware for Fake {
     fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]) {
         for range in ranges {
             self.tell(Told::Invalidate(tag, *range));
+        }
+    }
+
+    fn invalidate_second_stage(&self, tag: CacheTag, ranges: &[CacheRange]) {
+        for range in ranges {
+            self.tell(Told::InvalidateSecondStage(tag, *range));
         }
     }
 

@@ -6,8 +6,8 @@ use crate::units::hardware::CacheRange;
 use crate::ObjectKind;
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, HostIommu, HwInfoData, HwptAlloc,
-    HwptData, HwptFlags, HwptVtdSecondStage, InvalidateData, InvalidateError, MapTarget, ObjectId,
-    Protection,
+    HwptData, HwptFlags, HwptVtdNested, HwptVtdSecondStage, InvalidateData, InvalidateError,
+    MapTarget, ObjectId, Protection,
 };
 use twostage::spec::vtd::regs::{Cap, Ecap};
 use twostage::spec::vtd::PageRange;
@@ -137,9 +137,12 @@ fn a_format_that_the_iommu_lacks_is_not_supported() {
     let parent = bench.paging(a, ioas, PARENT).unwrap();
     let tables = HwptVtdSecondStage { pgtbl_addr: 0, addr_width: 48, accessed_dirty: false };
     let data = HwptData::VtdSecondStage(tables);
-    assert_eq!(bench.host.hwpt_alloc(&with_data(a, parent, data)).errno(), Errno::EOPNOTSUPP);
-    let nested = bench.host.hwpt_alloc(&with_data(far, parent, data)).unwrap();
-    assert_eq!(bench.host.device_attach(a, None, nested).errno(), Errno::EINVAL);
+    let both = HwptData::VtdNested(HwptVtdNested { first: s1(0), second: tables });
+    for data in [data, both] {
+        assert_eq!(bench.host.hwpt_alloc(&with_data(a, parent, data)).errno(), Errno::EOPNOTSUPP);
+        let nested = bench.host.hwpt_alloc(&with_data(far, parent, data)).unwrap();
+        assert_eq!(bench.host.device_attach(a, None, nested).errno(), Errno::EINVAL);
+    }
     assert!(!bench.host.extensions().guest_second_stage, "not every IOMMU does");
 }
 
@@ -267,6 +270,25 @@ fn only_user_owned_tables_are_invalidated() {
     let format = bench.host.hwpt_invalidate(nested, InvalidateData::VtdSecondStage(&[]));
     assert_eq!(failure(format), (0, Errno::EINVAL));
     bench.host.hwpt_invalidate(nested, none).expect("an empty array probes the format");
+}
+
+#[test]
+fn nested_tables_take_invalidations_of_both_their_stages() {
+    let bench = Bench::new();
+    let (a, ioas) = (bench.bind("a"), bench.ioas());
+    let parent = bench.paging(a, ioas, PARENT).unwrap();
+    let second = HwptVtdSecondStage { pgtbl_addr: 0, addr_width: 48, accessed_dirty: true };
+    let both = HwptData::VtdNested(HwptVtdNested { first: s1(0x5000), second });
+    let nested = bench.host.hwpt_alloc(&with_data(a, parent, both)).unwrap();
+    bench.host.device_attach(a, None, nested).unwrap();
+    assert_eq!(bench.fake.told(), [Told::Install(0x20, None, Some(0x5000))]);
+    let entries = [page(0x1000)];
+    let range = CacheRange::Pages(PageRange::new(0x1000, 1, false));
+    bench.host.hwpt_invalidate(nested, InvalidateData::VtdS1(&entries)).unwrap();
+    let [Told::Invalidate(tag, first)] = bench.fake.told()[..] else { panic!() };
+    assert_eq!(first, range);
+    bench.host.hwpt_invalidate(nested, InvalidateData::VtdSecondStage(&entries)).unwrap();
+    assert_eq!(bench.fake.told(), [Told::InvalidateSecondStage(tag, range)]);
 }
 
 #[test]

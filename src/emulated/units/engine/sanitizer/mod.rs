@@ -331,7 +331,7 @@ impl Findings {
     pub fn invalidated(&mut self, scope: Scope, range: CacheRange) {
         self.invalidations += 1;
         let space = match scope.spaces {
-            Spaces::All | Spaces::UpTo(_) => None,
+            Spaces::UpTo(_) => None,
             // The other one is that of global pages, which is never queried.
             Spaces::One(space) | Spaces::Two(space, _) => Some(space),
         };

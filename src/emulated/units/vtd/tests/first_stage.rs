@@ -2,7 +2,7 @@
 //! The walk through first-stage tables nested on stage 2.
 
 use super::*;
-use crate::units::engine::{Caches, LocalCounters, RequestKind, Walk};
+use crate::units::engine::{Caches, LocalCounters, OverHost, RequestKind, Walk};
 use crate::units::vtd::context::Context;
 use crate::units::vtd::fault::Fault;
 use crate::units::vtd::tables::{FirstStage, Tables};
@@ -199,9 +199,9 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     let context = Context::new(translation, 0, &config);
     assert_eq!(context.tables, Tables::None);
     let counters = LocalCounters::default();
-    let (source, host) = (context.source(None), &context.host);
-    let counters = &counters;
-    let walk = Walk { caches: &caches, source, global: source, host, counters, dirty: None };
+    let (source, caches, counters) = (context.source(None), &caches, &counters);
+    let lower = OverHost::new(caches, &context.host, counters);
+    let walk = Walk { caches, source, global: source, counters, lower };
     let tables = FirstStage {
         table: root,
         levels: 4,

@@ -3,8 +3,10 @@
 
 mod attachments;
 mod first_stage;
+mod nested;
 mod reference;
 mod sanitizer;
+mod second_stage;
 mod staleness;
 
 use std::ops::Deref;
@@ -18,7 +20,8 @@ use crate::units::hardware::UserTables;
 use crate::units::stage2::Mapping;
 use crate::{DmaAccess, DmaAttributes, DmaError, DmaFaultReason};
 use twostage::iommufd::{
-    iommu_hwpt_vtd_s1, FaultSink, HostFault, HwptVtdSecondStage, ObjectId, Protection, UserMemory,
+    iommu_hwpt_vtd_s1, FaultSink, HostFault, HwptVtdNested, HwptVtdSecondStage, ObjectId,
+    Protection, UserMemory,
 };
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
@@ -48,6 +51,22 @@ impl Deref for Machine {
     fn deref(&self) -> &Memory {
         &self.memory
     }
+}
+
+/// First-stage tables over second-stage tables.
+#[derive(Debug, Clone, Copy)]
+pub struct FirstStage {
+    pub root: u64,
+    pub levels: u8,
+    pub flags: u64,
+}
+
+/// Second-stage tables.
+#[derive(Debug, Clone, Copy)]
+pub struct SecondStage {
+    pub root: u64,
+    pub levels: u8,
+    pub accessed_dirty: bool,
 }
 
 impl Machine {
@@ -91,14 +110,31 @@ impl Machine {
     pub fn attach(&self, pasid: Option<u32>, tag: u32, root: u64, levels: u8, flags: u64) {
         let addr_width = if levels == 5 { 57 } else { 48 };
         let data = iommu_hwpt_vtd_s1 { flags, pgtbl_addr: root, addr_width, ..Default::default() };
-        self.install(pasid, tag, Some(UserTables::VtdFirstStage(data)));
+        self.install(pasid, tag, Some(UserTables::FirstStage(data)));
+    }
+
+    /// Attaches the device (or its `pasid`) to first-stage tables over second-stage tables.
+    pub fn attach_nested(
+        &self,
+        pasid: Option<u32>,
+        tag: u32,
+        first: FirstStage,
+        second: SecondStage,
+    ) {
+        let FirstStage { root, levels, flags } = first;
+        let addr_width = if levels == 5 { 57 } else { 48 };
+        let first = iommu_hwpt_vtd_s1 { flags, pgtbl_addr: root, addr_width, ..Default::default() };
+        let SecondStage { root, levels, accessed_dirty } = second;
+        let addr_width = 12 + 9 * u32::from(levels);
+        let second = HwptVtdSecondStage { pgtbl_addr: root, addr_width, accessed_dirty };
+        self.install(pasid, tag, Some(UserTables::Nested(HwptVtdNested { first, second })));
     }
 
     /// Attaches the device (or its `pasid`) to the user's second-stage tables.
     pub fn attach_second_stage(&self, pasid: Option<u32>, tag: u32, root: u64, levels: u8) {
         let addr_width = 12 + 9 * u32::from(levels);
         let data = HwptVtdSecondStage { pgtbl_addr: root, addr_width, accessed_dirty: false };
-        self.install(pasid, tag, Some(UserTables::VtdSecondStage(data)));
+        self.install(pasid, tag, Some(UserTables::SecondStage(data)));
     }
 
     pub fn install(&self, pasid: Option<u32>, tag: u32, tables: Option<UserTables>) {
@@ -112,6 +148,10 @@ impl Machine {
 
     pub fn invalidate(&self, tag: u32, range: CacheRange) {
         self.unit.invalidate(CacheTag(tag), &[range]);
+    }
+
+    pub fn invalidate_second_stage(&self, tag: u32, range: CacheRange) {
+        self.unit.invalidate_second_stage(CacheTag(tag), &[range]);
     }
 
     /// The word read, or why the read was blocked.

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The stage below the tables that a walk goes through: where the addresses in them lead.
+//!
+//! That is the host's stage 2, or a second stage of the user's over it.
+
+use super::caches::{Caches, Stage2Page};
+use super::counters::LocalCounters;
+use super::format::{At, RequestKind, Stage2Refusal, TableFormat};
+use super::host_stage2::HostStage2;
+use super::key::size;
+use crate::units::stage2::DirtyLog;
+
+/// Granularity of marking writes when dirty pages are tracked, as a power of two.
+const DIRTY_SHIFT: u8 = 12;
+
+/// The stage below tables of the format `F`. The pages that it gives out say which requests need
+/// not ask it again: one that was asked for a read may have to set a flag before a write.
+pub(crate) trait LowerStage<F: TableFormat> {
+    /// The page with the table entry at `address`, for a read; `top` is whether of the top table.
+    fn entry(&self, tables: &F, address: u64, top: bool) -> Result<Stage2Page, F::Fault>;
+
+    /// The same, for a write of its flags.
+    fn entry_flags(&self, tables: &F, address: u64, top: bool) -> Result<Stage2Page, F::Fault>;
+
+    /// The page at `address`, for a request of `kind`.
+    fn page(&self, tables: &F, address: u64, kind: RequestKind) -> Result<Stage2Page, F::Fault>;
+}
+
+/// The host's stage 2 as the lower stage.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OverHost<'a> {
+    caches: &'a Caches,
+    host: &'a HostStage2,
+    counters: &'a LocalCounters,
+    /// The log of written pages, if tracking is on.
+    dirty: Option<&'a DirtyLog>,
+}
+
+impl<'a> OverHost<'a> {
+    /// The stage 2 of `host`, cached in `caches`.
+    pub fn new(caches: &'a Caches, host: &'a HostStage2, counters: &'a LocalCounters) -> Self {
+        Self { caches, host, counters, dirty: host.tracking() }
+    }
+
+    /// The page at `gpa`, for a request of `kind`. When dirty pages are tracked, it is one of 4
+    /// KiB, which is marked by a write; after a read, the first write must ask again.
+    pub fn access(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Stage2Refusal> {
+        let page = self.caches.stage2(self.host, gpa, self.counters)?;
+        if !page.allows(kind) {
+            return Err(Stage2Refusal::Denied);
+        }
+        let Some(log) = self.dirty else { return Ok(page) };
+        if kind.write() {
+            log.mark(gpa..=gpa);
+        }
+        Ok(Stage2Page {
+            length: page.length.min(size(DIRTY_SHIFT) - (gpa & (size(DIRTY_SHIFT) - 1))),
+            shift: page.shift.map(|_| DIRTY_SHIFT),
+            write: page.write && kind.write(),
+            ..page
+        })
+    }
+}
+
+/// A read or write of the walk's own.
+pub(crate) fn own(write: bool) -> RequestKind {
+    RequestKind::new(write, false, false)
+}
+
+impl<F: TableFormat> LowerStage<F> for OverHost<'_> {
+    #[inline]
+    fn entry(&self, tables: &F, address: u64, top: bool) -> Result<Stage2Page, F::Fault> {
+        let refused = |why| tables.table_refused(At { gpa: Some(address), top }, why);
+        self.access(address, own(false)).map_err(refused)
+    }
+
+    fn entry_flags(&self, tables: &F, address: u64, top: bool) -> Result<Stage2Page, F::Fault> {
+        let refused = |_| tables.flags_refused(At { gpa: Some(address), top });
+        self.access(address, own(true)).map_err(refused)
+    }
+
+    #[inline]
+    fn page(&self, tables: &F, address: u64, kind: RequestKind) -> Result<Stage2Page, F::Fault> {
+        self.access(address, kind).map_err(|why| tables.page_refused(address, why))
+    }
+}
