@@ -56,7 +56,7 @@ pub struct Iommu {
     pub name: String,
     /// Its model.
     pub model: Model,
-    /// Width of its addresses in bits: 48 or 57; for an SMMUv3 a value of IDR5.OAS, 32 to 52.
+    /// Width of its addresses in bits: 39, 48 or 57; for an SMMUv3 a value of IDR5.OAS, 32 to 52.
     #[serde(default = "forty_eight")]
     pub address_width: u8,
     /// Width of its PASIDs in bits, at most 20; 0 for none.
@@ -192,7 +192,7 @@ impl Config {
                 return of(&"there are two of that name");
             }
             let widths: &[u8] = match iommu.model {
-                Model::Vtd => &[48, 57],
+                Model::Vtd => &[39, 48, 57],
                 Model::Smmuv3 => &[32, 36, 40, 42, 44, 48, 52],
             };
             if !widths.contains(&iommu.address_width) {
@@ -274,7 +274,7 @@ mod tests {
         let device = "[[device]]\nvfio = 0\niommu = 'a'\naddress = '00:04.0'\n";
         for (text, words) in [
             (format!("{unit}{unit}"), "two of that name"),
-            (format!("{unit}address-width = 39\n"), "[48, 57]"),
+            (format!("{unit}address-width = 40\n"), "[39, 48, 57]"),
             (format!("{}address-width = 57\n", unit.replace("vtd", "smmuv3")), "44, 48, 52]"),
             (format!("{unit}pasid-bits = 21\n"), "at most 20"),
             (format!("{unit}colour = 'red'\n"), "unknown field"),
@@ -296,6 +296,7 @@ mod tests {
             assert!(error.contains(words), "{text}: {error}");
         }
         assert!(Config::parse(&format!("{unit}{device}")).is_ok());
+        assert!(Config::parse(&format!("{unit}address-width = 39\n")).is_ok());
         assert!(Config::parse(&unit.replace("vtd", "smmuv3")).is_ok());
     }
 }

@@ -29,6 +29,9 @@
 //! * Pinned memory stays: shared mappings are mapped a second time; private ones are kept when the
 //!   program unmaps them, and accessed whatever protection the program sets (`memory/pins.rs`).
 //!   `/proc/PID/status` shows the amount.
+//! * The PCI bus, `vfio-dev`, IOMMU groups and IOMMUs in `/sys`, and the folders of `/dev/vfio`,
+//!   are the machine's: those of the kernel are not visible. They are files in a folder that only
+//!   this process uses (`sysfs.rs`).
 //! * A call concurrent with `close`, `close_range` or `dup2` of its descriptor in another thread
 //!   completes or fails with `EBADF`: it does not block.
 //! * A process on whose behalf calls are made is identified by a pidfd: a later process with the
@@ -40,8 +43,10 @@
 //!
 //! * Calls that bypass libc's exported functions are not seen: direct system calls, and those
 //!   within libc (`free` of pinned memory, `fopen` of a device).
-//! * Paths are matched literally: `/dev/iommu`, not `iommu` in `/dev`. `/dev/vfio` and `/sys` do
-//!   not list the devices.
+//! * Paths are matched literally, as they are written from the root on: `/dev/iommu`, not `iommu`
+//!   in `/dev`, nor anything relative to the current folder. What is relative to an open folder of
+//!   `/dev/vfio` or of the machine's `/sys` is found. `/dev` does not list `iommu`.
+//! * `glob`, `ftw` and `fts` look for files within libc, and see the kernel's `/sys`.
 //! * Pages that the program discards (`MADV_DONTNEED` and similar, for private memory), or punches
 //!   out of a file (holes, `MADV_REMOVE`, a shorter file), are lost to devices, too: they see what
 //!   the program sees, while a kernel leaves them the pinned pages. Tables that an IOMMU walks must
@@ -68,6 +73,7 @@ mod memory;
 mod next;
 mod state;
 mod sys;
+mod sysfs;
 mod table;
 mod trace;
 mod world;

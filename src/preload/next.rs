@@ -50,6 +50,8 @@ macro_rules! next {
             ///
             /// # Safety
             /// As the function of that name in libc.
+            // Not everything can be done by a system call.
+            #[allow(unused_unsafe)]
             pub unsafe fn $name($($argument: $type),*) -> $result {
                 static FOUND: AtomicPtr<c_void> = AtomicPtr::new(null_mut());
                 const NAME: &CStr =
@@ -236,6 +238,35 @@ next! {
         -> c_int,
         unsafe extern "C" fn(c_int, Path, c_int, u32, *mut libc::statx) -> c_int,
         syscall(libc::SYS_statx, directory, path, flags, mask, status);
+    // Not system calls, either.
+    fn opendir(path: Path) -> Buffer,
+        unsafe extern "C" fn(Path) -> Buffer,
+        { let _ = path; null_mut::<c_void>() };
+    fn scandir(path: Path, list: Buffer, filter: Data, compare: Data) -> c_int,
+        unsafe extern "C" fn(Path, Buffer, Data, Data) -> c_int,
+        { let _ = (path, list, filter, compare); -1 };
+    fn scandir64(path: Path, list: Buffer, filter: Data, compare: Data) -> c_int,
+        unsafe extern "C" fn(Path, Buffer, Data, Data) -> c_int,
+        { let _ = (path, list, filter, compare); -1 };
+    fn realpath(path: Path, to: *mut c_char) -> *mut c_char,
+        unsafe extern "C" fn(Path, *mut c_char) -> *mut c_char,
+        { let _ = (path, to); null_mut::<c_char>() };
+    fn __realpath_chk(path: Path, to: *mut c_char, room: size_t) -> *mut c_char,
+        unsafe extern "C" fn(Path, *mut c_char, size_t) -> *mut c_char,
+        { let _ = (path, to, room); null_mut::<c_char>() };
+    fn readlink(path: Path, to: *mut c_char, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(Path, *mut c_char, size_t) -> ssize_t,
+        syscall(libc::SYS_readlinkat, AT_FDCWD, path, to, count);
+    fn readlinkat(directory: c_int, path: Path, to: *mut c_char, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Path, *mut c_char, size_t) -> ssize_t,
+        syscall(libc::SYS_readlinkat, directory, path, to, count);
+    fn __readlink_chk(path: Path, to: *mut c_char, count: size_t, room: size_t) -> ssize_t,
+        unsafe extern "C" fn(Path, *mut c_char, size_t, size_t) -> ssize_t,
+        syscall(libc::SYS_readlinkat, AT_FDCWD, path, to, count.min(room));
+    fn __readlinkat_chk(directory: c_int, path: Path, to: *mut c_char, count: size_t, room: size_t)
+        -> ssize_t,
+        unsafe extern "C" fn(c_int, Path, *mut c_char, size_t, size_t) -> ssize_t,
+        syscall(libc::SYS_readlinkat, directory, path, to, count.min(room));
     fn access(path: Path, mode: c_int) -> c_int,
         unsafe extern "C" fn(Path, c_int) -> c_int,
         syscall(libc::SYS_faccessat, AT_FDCWD, path, mode);

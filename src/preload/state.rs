@@ -23,6 +23,7 @@ use crate::files::iommufd::Windows;
 use crate::memory::accounts::Accounts;
 use crate::memory::pins::Pins;
 use crate::sys::{self, Mark};
+use crate::sysfs::Sysfs;
 use crate::table::{self, Entry, Internal};
 use crate::world::World;
 
@@ -45,6 +46,7 @@ pub struct State {
     /// The processes on whose behalf calls are made.
     pub processes: Processes,
     world: OnceLock<Result<World, Errno>>,
+    sysfs: OnceLock<Option<Sysfs>>,
     service: OnceLock<Result<Service, Errno>>,
     opened: AtomicU64,
     /// The files that wait for a call on another one.
@@ -132,6 +134,7 @@ fn begin(inherited: *mut State) -> &'static State {
         accounts: Accounts::default(),
         processes: Processes::default(),
         world: OnceLock::new(),
+        sysfs: OnceLock::new(),
         service: OnceLock::new(),
         opened: AtomicU64::new(0),
         waiting: Waiting::default(),
@@ -192,6 +195,26 @@ impl State {
             .get_or_init(|| World::from_environment(&self.pins))
             .as_ref()
             .map_err(|errno| *errno)
+    }
+
+    /// The machine's `/sys`, made on first use; none if that fails, which has been reported then.
+    pub fn sysfs(&self) -> Option<&Sysfs> {
+        let make = || {
+            let world = self.world().ok()?;
+            Sysfs::new(world.devices(), world.iommus())
+                .inspect_err(|error| log::error!("the machine's /sys cannot be shown: {error}"))
+                .ok()
+        };
+        // A child of vfork has other descriptors than the lock's.
+        if self.has_descriptors() {
+            return self.sysfs.get_or_init(make).as_ref();
+        }
+        self.made_sysfs()
+    }
+
+    /// The machine's `/sys`, if it is made.
+    pub fn made_sysfs(&self) -> Option<&Sysfs> {
+        self.sysfs.get()?.as_ref()
     }
 
     /// Starts the service, which `serve`s files, unless it is running.

@@ -83,6 +83,7 @@ fn number_of(text: &[u8]) -> Option<u32> {
 pub struct World {
     machine: Arc<Machine>,
     devices: Arc<BTreeMap<u32, Entry>>,
+    iommus: Vec<Iommu>,
     capabilities: u64,
     groups: Arc<Groups>,
     /// Of the process.
@@ -126,12 +127,29 @@ impl World {
         }
         let devices = Arc::new(with_groups(&config.device));
         let capabilities = config.capabilities.iter().fold(0, |all, one| all | one.bit());
-        Ok(Self { machine, devices, capabilities, groups: Arc::default(), pins })
+        Ok(Self {
+            machine,
+            devices,
+            iommus: config.iommu.clone(),
+            capabilities,
+            groups: Arc::default(),
+            pins,
+        })
     }
 
     /// Capabilities granted to every process here, besides its own, as bits.
     pub fn capabilities(&self) -> u64 {
         self.capabilities
+    }
+
+    /// Its devices, by number.
+    pub fn devices(&self) -> &BTreeMap<u32, Entry> {
+        &self.devices
+    }
+
+    /// Its IOMMUs.
+    pub fn iommus(&self) -> &[Iommu] {
+        &self.iommus
     }
 
     /// Whether `node` exists.
@@ -193,6 +211,7 @@ fn unit(iommu: &Iommu) -> EmulatedUnit {
         Model::Vtd => VtdUnit::new(
             VtdUnitConfig::default()
                 .with_address_width(match iommu.address_width {
+                    39 => AddressWidth::Bits39,
                     57 => AddressWidth::Bits57,
                     _ => AddressWidth::Bits48,
                 })

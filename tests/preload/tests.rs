@@ -347,6 +347,67 @@ fn a_machine_from_a_file() {
     assert!(error.contains("unknown variant"), "{error}");
 }
 
+/// How QEMU and DPDK find devices.
+#[test]
+fn devices_are_in_sysfs() {
+    let device = "/sys/devices/pci0000:00/";
+    let (of_processes, lines): (Vec<_>, Vec<_>) = log(&mut preloaded(PROGRAM, &["sysfs"]))
+        .into_iter()
+        .partition(|line| line.starts_with("pid "));
+    assert_eq!(
+        lines,
+        [
+            "on the bus: [\"0000:00:04.0\", \"0000:00:05.0\"]",
+            "a link: ../../../devices/pci0000:00/0000:00:04.0",
+            &format!("really: {device}0000:00:04.0"),
+            "0x1234 0x11e8 0x00ff00",
+            "0x00000000fe000000 0x00000000fe0fffff 0x0000000000040200",
+            "driver: vfio-pci",
+            "group: 0, of [\"0000:00:04.0\"]",
+            "IOMMU: dmar0",
+            "cdev: [\"vfio0\"], 511:0, st_rdev 511:0",
+            "groups: [\"0\", \"1\"]",
+            "the configuration space: 256, 34 12 e8 11",
+            "in /dev/vfio: [\"0\", \"1\", \"devices\", \"vfio\"]",
+            "in /dev/vfio/devices: [\"vfio0\", \"vfio1\"]",
+            "vfio1 in the open folder: character device true, bind ok",
+            "a folder is one: true",
+            "what is not there: errno 2 2 2 2",
+            "the rest of /sys: true",
+            "/dev/iommu is no link: errno 22, really /dev/iommu",
+            "in a child: 2 devices",
+        ],
+    );
+    assert_eq!(of_processes.len(), 2);
+    let gone = |folder: std::fs::DirEntry| {
+        let name = folder.file_name().into_string().unwrap_or_default();
+        let of = |line: &String| line.replace("pid ", ".twostage-iommufd.") + ".";
+        !of_processes.iter().any(|line| name.starts_with(&of(line)))
+    };
+    for folder in [PathBuf::from("/dev/shm"), std::env::temp_dir()] {
+        let entries = std::fs::read_dir(folder).expect("a folder");
+        assert!(entries.flatten().all(gone), "the folders are removed at exit");
+    }
+}
+
+/// What QEMU calls, as a distribution builds it.
+#[test]
+fn fortified_calls() {
+    expect(
+        &["fortified", "/dev/vfio/devices/vfio1"],
+        &[
+            "__open64_2, __openat_2: true true",
+            "__pread64_chk: 256, 34 12 e8 11",
+            "__pread_chk: 7",
+            "__read_chk: errno 22",
+            "__readlink_chk: ../../../kernel/iommu_groups/1",
+            "__readlinkat_chk: 30",
+            "__realpath_chk: /sys/devices/pci0000:00/0000:00:05.0",
+            "__poll_chk: 1, __ppoll_chk: 1",
+        ],
+    );
+}
+
 /// Programs that do not use devices behave as without the library.
 #[test]
 fn other_programs_are_left_alone() {

@@ -38,7 +38,8 @@ const REGION_FLAGS: u32 = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRI
 /// A region's offset in the file is its index, shifted by this, as in vfio-pci.
 const REGION_SHIFT: u32 = 40;
 
-const BAR_SIZE: u64 = edu::BAR_SIZE as u64;
+/// Of BAR 0, in bytes.
+pub const BAR_SIZE: u64 = edu::BAR_SIZE as u64;
 const CONFIG_SIZE: usize = 256;
 const COMMAND: usize = 0x04;
 /// Memory space, bus master: the writable bits of the command register.
@@ -313,8 +314,8 @@ impl File for Device {
     }
 }
 
-/// A function after reset.
-fn config_space() -> [u8; CONFIG_SIZE] {
+/// The configuration space of a function after reset.
+pub fn config_space() -> [u8; CONFIG_SIZE] {
     let mut space = [0; CONFIG_SIZE];
     // Vendor and device, command and status, revision and class.
     let header = [0x34, 0x12, 0xe8, 0x11, 0, 0, 0, 0, 0x10, 0, 0xff, 0];

@@ -6,20 +6,30 @@
 //! AArch64 a variadic integer is passed like a named one, and missing ones are not used.
 #![allow(unsafe_code)]
 
+/// The folder that the paths of a function are relative to: its argument, or the current one.
+macro_rules! folder {
+    () => {
+        libc::AT_FDCWD
+    };
+    ($folder:ident) => {
+        $folder
+    };
+}
+
 mod descriptors;
+mod folders;
 mod io;
 mod memory;
 mod paths;
 
-use std::ffi::{c_char, c_int, CStr};
+use std::ffi::{c_char, c_int, CStr, CString};
 use std::os::fd::RawFd;
 
 use twostage::iommufd::Errno;
 
 use crate::state::{self, State};
-use crate::table;
 use crate::world::Node;
-use crate::{logger, sys};
+use crate::{logger, sys, sysfs, table};
 
 /// A libc-style result: -1, and `errno`.
 fn answer(result: Result<i64, Errno>) -> i64 {
@@ -34,18 +44,64 @@ fn answer_int(result: Result<i64, Errno>) -> c_int {
     answer(result) as c_int
 }
 
-/// The node at `path`, if the machine has it.
-///
-/// # Safety
-/// `path` is null or a C string.
-unsafe fn node(path: *const c_char) -> Option<(&'static State, Node)> {
-    if path.is_null() {
-        return None;
+/// What a path of the program leads to.
+enum Place {
+    /// Nothing of ours.
+    Elsewhere,
+    /// A node of the machine.
+    Node(&'static State, Node),
+    /// A file or folder in the process's [`sysfs`] folder, by its path there.
+    Shown(CString),
+}
+
+impl Place {
+    /// Where `path`, relative to `folder` if it is relative, leads.
+    ///
+    /// # Safety
+    /// `path` is null or a C string.
+    unsafe fn of(folder: RawFd, path: *const c_char) -> Self {
+        if path.is_null() {
+            return Self::Elsewhere;
+        }
+        // SAFETY: guaranteed by the caller.
+        let path = unsafe { CStr::from_ptr(path) }.to_bytes();
+        if path.first() != Some(&b'/') {
+            // The kernel finds what is shown, but not what a file there stands for.
+            return Self::node(&below(folder, path).unwrap_or_default());
+        }
+        match Self::node(path) {
+            Self::Elsewhere if sysfs::is_shown(path) => {
+                let inner = state::current().sysfs().and_then(|sysfs| sysfs.inner(path));
+                inner.map_or(Self::Elsewhere, Self::Shown)
+            }
+            place => place,
+        }
     }
-    // SAFETY: guaranteed by the caller.
-    let node = Node::of(unsafe { CStr::from_ptr(path) }.to_bytes())?;
-    let state = state::current();
-    state.world().is_ok_and(|world| world.has(node)).then_some((state, node))
+
+    /// The node at `path`, if the machine has it.
+    fn node(path: &[u8]) -> Self {
+        let Some(node) = Node::of(path) else { return Self::Elsewhere };
+        let state = state::current();
+        match state.world() {
+            Ok(world) if world.has(node) => Self::Node(state, node),
+            _ => Self::Elsewhere,
+        }
+    }
+
+    /// What the next library is to be called with instead of `path`.
+    fn instead_of(&self, path: *const c_char) -> *const c_char {
+        match self {
+            Self::Shown(inner) => inner.as_ptr(),
+            Self::Elsewhere | Self::Node(..) => path,
+        }
+    }
+}
+
+/// What `path` in the open folder `folder` stands for, if that is in the process's folder.
+fn below(folder: RawFd, path: &[u8]) -> Option<Vec<u8>> {
+    let sysfs = state::begun().filter(|_| folder >= 0)?.made_sysfs()?;
+    let open = sys::path_of(folder)?;
+    Some([sysfs.outer(&open)?, path].join(&b'/'))
 }
 
 /// The state if `fd` is, or may be, a descriptor of ours.
@@ -63,6 +119,17 @@ extern "C" fn begin() {
         state::current().recognise(fd);
     }
 }
+
+/// Removes what this process has shown.
+extern "C" fn end() {
+    if let Some(sysfs) = state::begun().and_then(State::made_sysfs) {
+        sysfs.remove();
+    }
+}
+
+#[used]
+#[cfg_attr(not(test), link_section = ".fini_array")]
+static END: extern "C" fn() = end;
 
 #[used]
 #[cfg_attr(not(test), link_section = ".init_array")]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Opening paths, and the status of paths and descriptors: character devices that everybody may
-//! read and write.
+//! read and write, and what stands for the machine's `/sys`.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, CStr};
@@ -9,20 +9,19 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use libc::mode_t;
 use twostage::iommufd::Errno;
 
-use super::{answer_int, node, ours};
+use super::{answer_int, ours, Place};
 #[cfg(feature = "selftest")]
 use crate::files::fail_nth;
 use crate::world::Node;
 use crate::{callers::calls, memory::proc_status, next, state, sys};
 
-/// Opens `path` if it, or its content, is emulated.
+/// Opens `path`, which leads to `place`, if it, or its content, is emulated.
 ///
 /// # Safety
 /// `path` is null or a C string.
-unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
+unsafe fn open_ours(place: &Place, path: *const c_char, flags: c_int) -> Option<c_int> {
     let close_on_exec = flags & libc::O_CLOEXEC != 0;
-    // SAFETY: guaranteed by the caller.
-    if let Some((state, node)) = unsafe { node(path) } {
+    if let Place::Node(state, node) = *place {
         let opened = state.world().and_then(|world| match world.open(node) {
             Err(Errno::EBUSY) => {
                 // Perhaps busy only because of a process that is gone.
@@ -38,11 +37,11 @@ unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
         return Some(answer_int(installed.map(i64::from)));
     }
     #[cfg(feature = "selftest")]
-    // SAFETY: as above.
+    // SAFETY: guaranteed by the caller.
     if let Some(opened) = unsafe { open_fault_injection(path, close_on_exec) } {
         return Some(opened);
     }
-    // SAFETY: as above.
+    // SAFETY: guaranteed by the caller.
     unsafe { status_file(path) }.map(|status| give(status, close_on_exec))
 }
 
@@ -97,8 +96,12 @@ macro_rules! fopen {
                 // SAFETY: the descriptor belongs to a file, and is owned by the stream from now on;
                 // the mode is as the program gave it.
                 Some(status) => unsafe { libc::fdopen(status.into_raw_fd(), mode) },
-                // SAFETY: the arguments are as the program gave them.
-                None => unsafe { next::$name(path, mode) },
+                None => {
+                    // SAFETY: libc's contract for the path.
+                    let place = unsafe { Place::of(libc::AT_FDCWD, path) };
+                    // SAFETY: the arguments are as the program gave them, or stand for them.
+                    unsafe { next::$name(place.instead_of(path), mode) }
+                }
             }
         }
     )* };
@@ -120,10 +123,15 @@ macro_rules! hooks {
                 $(, $mode: $mode_type)?
             ) -> c_int {
                 // SAFETY: libc's contract for the path.
-                match unsafe { open_ours(path, flags) } {
+                let place = unsafe { Place::of(folder!($($before)?), path) };
+                // SAFETY: as above.
+                match unsafe { open_ours(&place, path, flags) } {
                     Some(result) => result,
-                    // SAFETY: the arguments are as the program gave them.
-                    None => unsafe { next::$name($($before,)? path, flags $(, $mode)?) },
+                    None => {
+                        let path = place.instead_of(path);
+                        // SAFETY: the arguments are as the program gave them, or stand for them.
+                        unsafe { next::$name($($before,)? path, flags $(, $mode)?) }
+                    }
                 }
             }
         )*
@@ -193,12 +201,14 @@ macro_rules! of_paths {
                 $(, $flags: $flags_type)?
             ) -> c_int {
                 // SAFETY: libc's contract for the path.
-                match unsafe { node(path) } {
+                let place = unsafe { Place::of(folder!($($before)?), path) };
+                if let Place::Node(_, node) = place {
                     // SAFETY: libc's contract for the status.
-                    Some((_, node)) => unsafe { fill(node, status) },
-                    // SAFETY: the arguments are as the program gave them.
-                    None => unsafe { next::$name($($before,)? path, status $(, $flags)?) },
+                    return unsafe { fill(node, status) };
                 }
+                let path = place.instead_of(path);
+                // SAFETY: the arguments are as the program gave them, or stand for them.
+                unsafe { next::$name($($before,)? path, status $(, $flags)?) }
             }
         )*
     };
@@ -267,14 +277,19 @@ unsafe extern "C" fn statx(
     status: *mut libc::statx,
 ) -> c_int {
     // SAFETY: libc's contract for the path.
-    let named = unsafe { node(path) }.map(|(_, node)| node);
+    let place = unsafe { Place::of(directory, path) };
+    let named = match place {
+        Place::Node(_, node) => Some(node),
+        Place::Elsewhere | Place::Shown(_) => None,
+    };
     // SAFETY: as above.
     let of_descriptor = named.is_none() && unsafe { is_descriptor(path, flags) };
     let node = match if of_descriptor { node_of(directory) } else { Ok(named) } {
         Ok(Some(node)) => node,
         Err(errno) => return answer_int(Err(errno)),
         Ok(None) => {
-            // SAFETY: the arguments are as the program gave them.
+            let path = place.instead_of(path);
+            // SAFETY: the arguments are as the program gave them, or stand for them.
             let result = unsafe { next::statx(directory, path, flags, mask, status) };
             if result != 0 || !of_descriptor {
                 return result;
@@ -311,10 +326,10 @@ fn may(mode: c_int) -> c_int {
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn access(path: *const c_char, mode: c_int) -> c_int {
     // SAFETY: libc's contract for the path.
-    match unsafe { node(path) } {
-        Some(_) => may(mode),
-        // SAFETY: the arguments are as the program gave them.
-        None => unsafe { next::access(path, mode) },
+    match unsafe { Place::of(libc::AT_FDCWD, path) } {
+        Place::Node(..) => may(mode),
+        // SAFETY: the arguments are as the program gave them, or stand for them.
+        place => unsafe { next::access(place.instead_of(path), mode) },
     }
 }
 
@@ -326,9 +341,9 @@ unsafe extern "C" fn faccessat(
     flags: c_int,
 ) -> c_int {
     // SAFETY: libc's contract for the path.
-    match unsafe { node(path) } {
-        Some(_) => may(mode),
-        // SAFETY: the arguments are as the program gave them.
-        None => unsafe { next::faccessat(directory, path, mode, flags) },
+    match unsafe { Place::of(directory, path) } {
+        Place::Node(..) => may(mode),
+        // SAFETY: the arguments are as the program gave them, or stand for them.
+        place => unsafe { next::faccessat(directory, place.instead_of(path), mode, flags) },
     }
 }

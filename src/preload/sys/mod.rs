@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use libc::{iovec, syscall};
 use rustix::event::{epoll, PollFd, PollFlags, Timespec};
-use rustix::fs::{MemfdFlags, Mode, OFlags, Stat, CWD};
+use rustix::fs::{FlockOperation, MemfdFlags, Mode, OFlags, Stat, CWD};
 use rustix::io::FdFlags;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
@@ -273,6 +273,20 @@ pub fn read_to_string(path: &CStr) -> Result<String, Errno> {
         Ok(_) => Ok(text),
         Err(error) => Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
     }
+}
+
+/// Locks the open file `fd` until its last descriptor is closed.
+///
+/// # Errors
+/// `EWOULDBLOCK` it is locked by another open.
+pub fn lock(fd: RawFd) -> Result<(), Errno> {
+    rustix::fs::flock(numbered(fd)?, FlockOperation::NonBlockingLockExclusive).map_err(errno)
+}
+
+/// The path of the open file `fd`.
+pub fn path_of(fd: RawFd) -> Option<Vec<u8>> {
+    let link = format!("/proc/self/fd/{fd}");
+    rustix::fs::readlinkat(CWD, link, Vec::new()).ok().map(std::ffi::CString::into_bytes)
 }
 
 /// An unnamed file that contains `bytes`, positioned at the start; with close-on-exec.

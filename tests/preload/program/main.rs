@@ -12,6 +12,7 @@ mod container;
 mod descriptors;
 mod memory;
 mod smmu;
+mod sysfs;
 mod uapi;
 mod vtd;
 
@@ -29,6 +30,8 @@ fn main() {
         ["files", device] => memory::files(device),
         ["closing"] => descriptors::closing(),
         ["page-requests", device] => vtd::page_requests(device),
+        ["sysfs"] => sysfs::run(),
+        ["fortified", device] => sysfs::fortified(device),
         ["fork"] => descriptors::fork(),
         ["vfork"] => descriptors::vfork(),
         ["exec"] => descriptors::exec(),

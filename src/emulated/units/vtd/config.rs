@@ -15,6 +15,9 @@ const MAX_PASID_BITS: u8 = 20;
 /// Widths of guest addresses that a unit translates (CAP.MGAW).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AddressWidth {
+    /// 39 bits: 3-level tables of the second stage, as in desktop processors. First-stage tables
+    /// have 4 levels all the same.
+    Bits39,
     /// 48 bits: 4-level tables.
     Bits48,
     /// 57 bits: 5-level tables too.
@@ -25,6 +28,7 @@ impl AddressWidth {
     /// The width in bits.
     pub const fn bits(self) -> u8 {
         match self {
+            Self::Bits39 => 39,
             Self::Bits48 => 48,
             Self::Bits57 => 57,
         }
@@ -120,7 +124,11 @@ impl VtdUnitConfig {
         let five_levels = self.address_width == AddressWidth::Bits57;
         Cap::new()
             .with_nd(6)
-            .with_sagaw(if five_levels { 0b1110 } else { 0b0110 })
+            .with_sagaw(match self.address_width {
+                AddressWidth::Bits39 => 0b0010,
+                AddressWidth::Bits48 => 0b0110,
+                AddressWidth::Bits57 => 0b1110,
+            })
             .with_mgaw(self.address_width.bits() - 1)
             .with_sslps(self.second_stage_large_pages())
             .with_psi(true)
@@ -224,7 +232,8 @@ impl VtdUnitConfig {
 
     fn walks_second_stage(&self, tables: &HwptVtdSecondStage) -> bool {
         let width = match tables.addr_width {
-            39 | 48 => true,
+            39 => true,
+            48 => self.address_width != AddressWidth::Bits39,
             57 => self.address_width == AddressWidth::Bits57,
             _ => false,
         };
@@ -315,6 +324,10 @@ mod tests {
         assert!(!config.cap().fs5lp() && config.cap().fs1gp());
         assert_eq!(config.ecap().pasid_bits(), 16);
         assert!(config.ecap().nest() && config.ecap().smts() && !config.ecap().srs());
+        let narrow = VtdUnitConfig::default().with_address_width(AddressWidth::Bits39);
+        assert_eq!((narrow.cap().guest_address_width(), narrow.cap().sagaw()), (39, 0b0010));
+        assert!(narrow.walks(&first_stage(48, 0)) && narrow.walks(&second_stage(39)));
+        assert!(!narrow.walks(&second_stage(48)));
         let none = VtdUnitConfig { pasid_bits: 0, ..VtdUnitConfig::default() };
         assert!(!none.ecap().pasid());
         let wide = VtdUnitConfig { pasid_bits: 200, ..VtdUnitConfig::default() };

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Listing folders and following links: of what stands for the machine's `/sys` and `/dev/vfio`.
+//!
+//! An open folder is a real one of the process's folder; what is read from it needs no hook.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_char, c_int, c_void, CStr};
+
+use libc::{size_t, ssize_t, AT_FDCWD};
+use twostage::iommufd::Errno;
+
+use super::{answer, Place};
+use crate::{next, state};
+
+macro_rules! lists {
+    ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(path: *const c_char $(, $argument: $type)*) -> $result {
+            // SAFETY: libc's contract for the path.
+            let place = unsafe { Place::of(AT_FDCWD, path) };
+            // SAFETY: the arguments are as the program gave them, or stand for them.
+            unsafe { next::$name(place.instead_of(path) $(, $argument)*) }
+        }
+    )* };
+}
+
+lists! {
+    opendir() -> *mut c_void;
+    scandir(list: *mut c_void, filter: *const c_void, compare: *const c_void) -> c_int;
+    scandir64(list: *mut c_void, filter: *const c_void, compare: *const c_void) -> c_int;
+}
+
+/// The length of what `path`, which the next library returned, stands for; which is the end of it.
+fn outer(path: &[u8]) -> Option<usize> {
+    let sysfs = state::begun().and_then(state::State::made_sysfs)?;
+    sysfs.outer(path).map(<[u8]>::len)
+}
+
+/// Replaces the path of `length` bytes at `to` by what it stands for; returns the length.
+///
+/// # Safety
+/// There are so many bytes.
+unsafe fn outwards(to: *mut c_char, length: usize) -> usize {
+    // SAFETY: guaranteed by the caller.
+    let path = unsafe { std::slice::from_raw_parts(to.cast::<u8>(), length) };
+    let Some(rest) = outer(path) else { return length };
+    // SAFETY: the rest ends where the path does.
+    unsafe { std::ptr::copy(to.add(length - rest), to, rest) };
+    rest
+}
+
+macro_rules! links {
+    ($($name:ident($($folder:ident)?; $($room:ident)?);)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(
+            $($folder: c_int,)?
+            path: *const c_char,
+            to: *mut c_char,
+            count: size_t
+            $(, $room: size_t)?
+        ) -> ssize_t {
+            // SAFETY: libc's contract for the path.
+            let place = unsafe { Place::of(folder!($($folder)?), path) };
+            if let Place::Node(..) = place {
+                return answer(Err(Errno::EINVAL)) as ssize_t;
+            }
+            let path = place.instead_of(path);
+            // SAFETY: the arguments are as the program gave them, or stand for them.
+            let read = unsafe { next::$name($($folder,)? path, to, count $(, $room)?) };
+            match usize::try_from(read) {
+                // SAFETY: so many bytes have been written.
+                Ok(length) => unsafe { outwards(to, length) as ssize_t },
+                Err(_) => read,
+            }
+        }
+    )* };
+}
+
+links! {
+    readlink(; );
+    readlinkat(directory; );
+    __readlink_chk(; room);
+    __readlinkat_chk(directory; room);
+}
+
+/// The path of a node, as `realpath` returns it.
+///
+/// # Safety
+/// As for `realpath`.
+unsafe fn node_path(path: *const c_char, to: *mut c_char) -> *mut c_char {
+    if to.is_null() {
+        // SAFETY: the path of a node is a C string.
+        return unsafe { libc::strdup(path) };
+    }
+    // SAFETY: there is room for `PATH_MAX` bytes, and the path of a node is shorter.
+    unsafe { libc::strcpy(to, path) }
+}
+
+/// `found`, which the next library returned, as the program is to see it.
+///
+/// # Safety
+/// It is null or a C string that may be changed.
+unsafe fn real(found: *mut c_char) -> *mut c_char {
+    if !found.is_null() {
+        // SAFETY: guaranteed by the caller.
+        let length = unsafe { CStr::from_ptr(found) }.count_bytes();
+        // SAFETY: as above; what remains is not longer, and there is room for the end.
+        unsafe { found.add(outwards(found, length)).write(0) };
+    }
+    found
+}
+
+macro_rules! real_paths {
+    ($($name:ident($($room:ident)?);)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(
+            path: *const c_char,
+            to: *mut c_char
+            $(, $room: size_t)?
+        ) -> *mut c_char {
+            // SAFETY: libc's contract for the path.
+            let place = unsafe { Place::of(AT_FDCWD, path) };
+            if let Place::Node(..) = place {
+                // SAFETY: libc's contract.
+                return unsafe { node_path(path, to) };
+            }
+            // SAFETY: the arguments are as the program gave them, or stand for them.
+            unsafe { real(next::$name(place.instead_of(path), to $(, $room)?)) }
+        }
+    )* };
+}
+
+real_paths! {
+    realpath();
+    __realpath_chk(room);
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn canonicalize_file_name(path: *const c_char) -> *mut c_char {
+    // SAFETY: libc's contract for the path.
+    unsafe { realpath(path, std::ptr::null_mut()) }
+}

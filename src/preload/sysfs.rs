@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The machine's `/sys`, as far as programs look for devices there, and the folders of `/dev/vfio`:
+//! a folder of ordinary files, links and folders, to which the hooks lead paths that begin with
+//! [`AREAS`].
+//!
+//! It belongs to one process, is locked while that lives, and is removed at its exit. A process
+//! that is killed, or calls exec, leaves its folder to the next one that makes its own. Other users
+//! cannot look into it. What is written there has no effect.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{symlink, DirBuilderExt};
+use std::path::{Path, PathBuf};
+
+use crate::config::{Dma, Iommu};
+use crate::files::device::{config_space, BAR_SIZE};
+use crate::files::group::{device_name, Entry};
+use crate::sys;
+use crate::table::Internal;
+use crate::world::Node;
+
+/// What is shown from here instead of the kernel's: these paths, and those below.
+const AREAS: [&str; 9] = [
+    "/dev/vfio",
+    "/sys/bus/pci",
+    "/sys/class/iommu",
+    "/sys/class/vfio-dev",
+    "/sys/devices/virtual/iommu",
+    "/sys/kernel/iommu_groups",
+    "/sys/module/iommufd",
+    "/sys/module/vfio",
+    "/sys/module/vfio_pci",
+];
+/// Followed by a domain and a bus.
+const ROOT_BUS: &str = "/sys/devices/pci";
+
+/// The start of the folders' names. They are hidden from `ls`.
+const PREFIX: &str = ".twostage-iommufd.";
+
+/// Lines of the file `resource`: BARs, the ROM.
+const RESOURCES: usize = 7;
+/// `IORESOURCE_MEM | IORESOURCE_SIZEALIGN`: the flags of a memory BAR of 32 bits.
+const MEMORY_BAR: u64 = 0x4_0200;
+/// Where BAR 0 of the first device is to a program that asks.
+const FIRST_BAR: u64 = 0xfe00_0000;
+
+/// The folder of one process.
+#[derive(Debug)]
+pub struct Sysfs {
+    root: PathBuf,
+    /// Keeps others from removing it.
+    _lock: Internal,
+}
+
+/// Whether `path` is within what is shown.
+pub fn is_shown(path: &[u8]) -> bool {
+    let below = |area: &str| {
+        let rest = path.strip_prefix(area.as_bytes());
+        rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'/')))
+    };
+    path.starts_with(ROOT_BUS.as_bytes()) || AREAS.into_iter().any(below)
+}
+
+impl Sysfs {
+    /// Makes the folder with what `devices` and `iommus` have, in memory if possible.
+    ///
+    /// # Errors
+    /// Neither /dev/shm nor the folder of temporary files can be written; names the latter.
+    pub fn new(devices: &BTreeMap<u32, Entry>, iommus: &[Iommu]) -> Result<Self, String> {
+        let temporary = std::env::temp_dir();
+        let in_folder = |folder: &Path| {
+            remove_left(folder);
+            let sysfs = Self::empty(folder)?;
+            sysfs.fill(devices, iommus)?;
+            Ok(sysfs)
+        };
+        in_folder(Path::new("/dev/shm"))
+            .or_else(|_: io::Error| in_folder(&temporary))
+            .map_err(|error| format!("{}: {error}; set TMPDIR", temporary.display()))
+    }
+
+    fn empty(folder: &Path) -> io::Result<Self> {
+        // Of the next process with this ID, the folder may be there still; and another process may
+        // remove a new one before it is locked.
+        const TURNS: u32 = 16;
+        for turn in 0..TURNS {
+            let root = folder.join(format!("{PREFIX}{}.{turn}", sys::process_id()));
+            match DirBuilder::new().mode(0o700).create(&root) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                made => made?,
+            }
+            match lock(&root) {
+                Some(lock) if root.exists() => return Ok(Self { root, _lock: lock }),
+                _ => {}
+            }
+        }
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+
+    /// What stands for `path`, which is shown or relative to something that is.
+    pub fn inner(&self, path: &[u8]) -> Option<CString> {
+        let root = self.root.as_os_str().as_bytes();
+        CString::new([root, path].concat()).ok()
+    }
+
+    /// What `path`, which may be in the folder, stands for.
+    pub fn outer<'a>(&self, path: &'a [u8]) -> Option<&'a [u8]> {
+        let path = path.strip_prefix(self.root.as_os_str().as_bytes())?;
+        (path.first() == Some(&b'/')).then_some(path)
+    }
+
+    /// Removes the folder.
+    pub fn remove(&self) {
+        // If that fails, the next process tries.
+        let _ = fs::remove_dir_all(&self.root);
+    }
+
+    fn fill(&self, devices: &BTreeMap<u32, Entry>, iommus: &[Iommu]) -> io::Result<()> {
+        self.folder("/dev/vfio/devices")?;
+        for name in ["devices", "drivers/vfio-pci"] {
+            self.folder(&format!("/sys/bus/pci/{name}"))?;
+        }
+        for name in ["bind", "unbind", "new_id", "remove_id"] {
+            self.file(&format!("/sys/bus/pci/drivers/vfio-pci/{name}"), "")?;
+        }
+        self.file("/sys/bus/pci/drivers_probe", "")?;
+        for area in AREAS.into_iter().filter(|area| area.starts_with("/sys/module")) {
+            self.folder(area)?;
+        }
+        // Stand for the character devices in lists.
+        self.file("/dev/vfio/vfio", "")?;
+        for iommu in iommus {
+            let (folder, class) =
+                (unit_folder(&iommu.name), format!("/sys/class/iommu/{}", iommu.name));
+            self.folder(&format!("{folder}/devices"))?;
+            self.link(&class, &folder)?;
+        }
+        for (place, (number, device)) in devices.iter().enumerate() {
+            self.add(*number, device, FIRST_BAR + BAR_SIZE * place as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the device `number`, whose BAR 0 is at `bar` if it has one.
+    fn add(&self, number: u32, device: &Entry, bar: u64) -> io::Result<()> {
+        let rid = device.config.rid().map_err(io::Error::other)?;
+        let (name, vfio) = (format!("0000:{rid}"), device_name(number));
+        let folder = format!("{ROOT_BUS}0000:{:02x}/{name}", rid.bus());
+        let file = |file: &str, text: String| self.file(&format!("{folder}/{file}"), text);
+        let config = config_space();
+        let byte = |at: usize| config.get(at).copied().unwrap_or(0);
+        let word = |at: usize| u16::from_le_bytes([byte(at), byte(at + 1)]);
+        let class = u32::from_le_bytes([byte(9), byte(10), byte(11), 0]);
+        for (text, value) in
+            [("vendor", 0), ("device", 2), ("subsystem_vendor", 0x2c), ("subsystem_device", 0x2e)]
+        {
+            file(text, format!("{:#06x}\n", word(value)))?;
+        }
+        self.file(&format!("{folder}/config"), config)?;
+        file("class", format!("{class:#08x}\n"))?;
+        file("revision", format!("{:#04x}\n", byte(8)))?;
+        file("irq", "0\n".into())?;
+        file("enable", "0\n".into())?;
+        file("numa_node", "-1\n".into())?;
+        file("driver_override", "vfio-pci\n".into())?;
+        file("uevent", uevent(&name, [word(0), word(2), word(0x2c), word(0x2e)], class))?;
+        let has_bar = device.config.dma == Dma::Edu;
+        let lines = (0..RESOURCES).map(|line| match line {
+            0 if has_bar => [bar, bar + BAR_SIZE - 1, MEMORY_BAR],
+            _ => [0; 3],
+        });
+        let lines =
+            lines.map(|[first, last, flags]| format!("{first:#018x} {last:#018x} {flags:#018x}\n"));
+        file("resource", lines.collect())?;
+
+        let unit = unit_folder(&device.config.iommu);
+        let group = format!("/sys/kernel/iommu_groups/{}", device.group);
+        for (link, target) in [
+            (format!("/sys/bus/pci/devices/{name}"), &folder),
+            (format!("/sys/bus/pci/drivers/vfio-pci/{name}"), &folder),
+            (format!("{group}/devices/{name}"), &folder),
+            (format!("{unit}/devices/{name}"), &folder),
+            (format!("{folder}/iommu"), &unit),
+            (format!("{folder}/iommu_group"), &group),
+        ] {
+            self.link(&link, target)?;
+        }
+        self.link(&format!("{folder}/driver"), "/sys/bus/pci/drivers/vfio-pci")?;
+        self.link(&format!("{folder}/subsystem"), "/sys/bus/pci")?;
+        self.file(&format!("{group}/type"), "DMA\n")?;
+
+        let own = format!("{folder}/vfio-dev/{vfio}");
+        let (major, minor) = Node::Device(number).device_number();
+        self.file(&format!("{own}/dev"), format!("{major}:{minor}\n"))?;
+        let text = format!("MAJOR={major}\nMINOR={minor}\nDEVNAME=vfio/devices/{vfio}\n");
+        self.file(&format!("{own}/uevent"), text)?;
+        self.link(&format!("{own}/device"), &folder)?;
+        self.link(&format!("{own}/subsystem"), "/sys/class/vfio-dev")?;
+        self.link(&format!("/sys/class/vfio-dev/{vfio}"), &own)?;
+        self.file(&format!("/dev/vfio/devices/{vfio}"), "")?;
+        self.file(&format!("/dev/vfio/{}", device.group), "")
+    }
+
+    /// The place of `path` in the folder, whose parents are there from then on.
+    fn at(&self, path: &str) -> io::Result<PathBuf> {
+        let place = self.root.join(path.trim_start_matches('/'));
+        place.parent().map_or(Ok(()), fs::create_dir_all)?;
+        Ok(place)
+    }
+
+    fn folder(&self, path: &str) -> io::Result<()> {
+        fs::create_dir_all(self.at(path)?)
+    }
+
+    fn file(&self, path: &str, content: impl AsRef<[u8]>) -> io::Result<()> {
+        fs::write(self.at(path)?, content)
+    }
+
+    /// Makes a link at `path` to `target`, both in `/sys`: relative, as in sysfs.
+    fn link(&self, path: &str, target: &str) -> io::Result<()> {
+        // Without the empty part before the first separator, "sys", and the link itself.
+        let up = "../".repeat(path.split('/').count().saturating_sub(3));
+        symlink(up + target.trim_start_matches("/sys/"), self.at(path)?)
+    }
+}
+
+fn unit_folder(name: &str) -> String {
+    format!("/sys/devices/virtual/iommu/{name}")
+}
+
+/// The file `uevent` of the PCI function at `name` with these IDs.
+fn uevent(name: &str, ids: [u16; 4], class: u32) -> String {
+    let [vendor, device, of_subsystem, subsystem] = ids;
+    let [_, base, sub, interface] = class.to_be_bytes();
+    format!(
+        "DRIVER=vfio-pci\nPCI_CLASS={class:X}\nPCI_ID={vendor:04X}:{device:04X}\n\
+         PCI_SUBSYS_ID={of_subsystem:04X}:{subsystem:04X}\nPCI_SLOT_NAME={name}\n\
+         MODALIAS=pci:v{vendor:08X}d{device:08X}sv{of_subsystem:08X}sd{subsystem:08X}\
+         bc{base:02X}sc{sub:02X}i{interface:02X}\n"
+    )
+}
+
+/// Locks the folder `path`, unless another process has.
+fn lock(path: &Path) -> Option<Internal> {
+    let folder = Internal::new(fs::File::open(path).ok()?.into());
+    sys::lock(folder.raw()).ok().map(|()| folder)
+}
+
+/// Removes folders in `folder` of processes that are gone.
+fn remove_left(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let is_one = entry.file_name().as_bytes().starts_with(PREFIX.as_bytes());
+        if let Some(_lock) = is_one.then(|| lock(&entry.path())).flatten() {
+            // If it is another user's, that one removes it.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::world::World;
+    use std::sync::Arc;
+
+    fn made() -> Sysfs {
+        let world = World::new(&Config::load(None).unwrap(), Arc::default()).unwrap();
+        Sysfs::new(world.devices(), world.iommus()).unwrap()
+    }
+
+    #[test]
+    fn what_is_shown() {
+        for (path, shown) in [
+            ("/sys/bus/pci", true),
+            ("/sys/bus/pci/devices/0000:00:04.0/config", true),
+            ("/sys/bus/pci_express", false),
+            ("/sys/devices/pci0000:00/0000:00:04.0", true),
+            ("/sys/devices/system/cpu", false),
+            ("/sys/module/vfio_pci_core", false),
+            ("/dev/vfio", true),
+            ("/dev/vfio/devices", true),
+            ("/dev/iommu", false),
+            ("sys/bus/pci", false),
+        ] {
+            assert_eq!(is_shown(path.as_bytes()), shown, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_folder_is_its_process_s_until_it_ends() {
+        use std::os::unix::fs::PermissionsExt;
+        let sysfs = made();
+        let root = sysfs.root.clone();
+        assert_eq!(root.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        remove_left(root.parent().unwrap());
+        assert!(root.exists(), "it is locked");
+        let other = made();
+        assert_ne!(other.root, root);
+        other.remove();
+        assert!(!other.root.exists());
+        // As when the process was killed.
+        drop(sysfs);
+        assert!(root.exists());
+        remove_left(root.parent().unwrap());
+        assert!(!root.exists());
+    }
+
+    #[test]
+    fn links_lead_to_what_is_shown() {
+        let sysfs = made();
+        let leads = |path: &str| {
+            let inner = sysfs.inner(path.as_bytes()).unwrap();
+            let real = fs::canonicalize(inner.to_str().unwrap()).unwrap();
+            String::from_utf8(sysfs.outer(real.as_os_str().as_bytes()).unwrap().to_vec()).unwrap()
+        };
+        let device = "/sys/devices/pci0000:00/0000:00:05.0";
+        let short = "/sys/bus/pci/devices/0000:00:05.0";
+        for (link, target) in [
+            (short.to_owned(), device.to_owned()),
+            (format!("{short}/iommu_group"), "/sys/kernel/iommu_groups/1".to_owned()),
+            (format!("{short}/iommu_group/devices/0000:00:05.0"), device.to_owned()),
+            (format!("{short}/iommu/devices/0000:00:05.0"), device.to_owned()),
+            (format!("{short}/driver/0000:00:05.0"), device.to_owned()),
+            (format!("{short}/subsystem/devices/0000:00:05.0"), device.to_owned()),
+            ("/sys/class/vfio-dev/vfio1/device".to_owned(), device.to_owned()),
+            ("/sys/class/iommu/dmar0".to_owned(), unit_folder("dmar0")),
+        ] {
+            assert_eq!(leads(&link), target, "{link}");
+        }
+        assert_eq!(sysfs.outer(b"/sys/bus/pci"), None);
+        sysfs.remove();
+    }
+}
