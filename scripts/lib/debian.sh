@@ -149,3 +149,13 @@ find_package() {
     echo "error: no package $find_pattern for $private_apt_architectures in: $*" >&2
     return 1
 }
+
+# in_root DIRECTORY COMMAND...: runs a command of the Debian unpacked there, with DIRECTORY as the
+# root directory, and with this system's devices and processes.
+in_root() {
+    user=--map-root-user
+    [ "$(id -u)" != 0 ] || user=
+    # shellcheck disable=SC2016,SC2086 # for the other shell; one word or none
+    unshare $user --mount sh -c 'mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" &&
+        exec chroot "$@"' sh "$@"
+}

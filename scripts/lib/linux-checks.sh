@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by scripts/check/linux-checks and scripts/check/linux-checks-arm64, which run Linux guests
-# in the combinations that matter. A failure does not stop the others. A run that hangs is retried
-# once, and the summary says so.
+# Sourced by scripts/check/linux-checks*, which run Linux guests in the combinations that matter. A
+# failure does not stop the others. A run that hangs is retried once, and the summary says so.
 # shellcheck shell=sh
 # shellcheck source-path=SCRIPTDIR
 . scripts/lib/box.sh
 
+# The statuses after which a run is retried. 124: timeout; 125: the nested host died.
+retried='124 125'
 failures=
 retries=
 took=
@@ -37,13 +38,13 @@ attempt() {
     : >"$output"
     keeping "$@"
     status=$?
-    # 124: timeout; 125: the nested host died.
-    if [ "$status" = 124 ] || [ "$status" = 125 ]; then
+    case " $retried " in *" $status "*)
         box "RETRY: '$name' exited with status $status" 2>&1 | tee -a "$output"
         retries="$retries '$name'"
         keeping "$@"
         status=$?
-    fi
+        ;;
+    esac
     seconds=$(($(date +%s) - started))
     echo "=== linux: $name: status $status, $seconds s"
     took="$took$(printf '%6d s  %s' "$seconds" "$name")

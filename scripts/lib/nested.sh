@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by scripts/nested/x86_64 and scripts/nested/arm64, which run twostage in a virtual machine
-# that QEMU emulates, with the init of guest-images/nested-host.
+# Sourced by the scripts/nested that run twostage in a virtual machine, with the init of
+# guest-images/nested-host.
 # shellcheck shell=sh
 # shellcheck disable=SC2034,SC2154 # variables of the scripts that source it
 # shellcheck source-path=SCRIPTDIR
@@ -145,18 +145,15 @@ end_when_silent() {
     done
 }
 
-# run_nested ARCHIVE... -- QEMU WORD...: boots with an initramfs of the archives and of what has
-# been added, and exits with the program's status.
-run_nested() {
+# pack_nested ARCHIVE...: makes $work/initramfs of the archives and of what has been added.
+pack_nested() {
     "$root/guest-images/pack-initramfs" "$tree" "$work/run.cpio"
-    : >"$work/initramfs"
-    while [ "$1" != -- ]; do
-        cat "$1" >>"$work/initramfs"
-        shift
-    done
-    shift
-    cat "$work/run.cpio" >>"$work/initramfs"
+    cat "$@" "$work/run.cpio" >"$work/initramfs"
+    rm "$work/run.cpio"
+}
 
+# run_nested QEMU WORD...: boots with $work/initramfs, and exits with the program's status.
+run_nested() {
     status=0 watcher=''
     if [ -n "$silence" ]; then
         end_when_silent >/dev/null 2>&1 </dev/null &

@@ -2,6 +2,7 @@
 //! A program that uses iommufd and VFIO by raw ioctls, and prints the results.
 //!
 //!   raw-ioctls flow DEVICE      the nested flow on a VFIO device behind a VT-d
+//!   raw-ioctls flow-without-dirty DEVICE    the same without dirty tracking
 //!   raw-ioctls smmu DEVICE      the same behind an SMMUv3
 //!   raw-ioctls NAME             one of the others; see `main`
 //!
@@ -20,7 +21,8 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["flow", device] => vtd::flow(device),
+        ["flow", device] => vtd::flow(device, true),
+        ["flow-without-dirty", device] => vtd::flow(device, false),
         ["smmu", device] => smmu::flow(device),
         ["container", group, device, own] => container::run(group, device, own),
         ["descriptors"] => descriptors::run(),

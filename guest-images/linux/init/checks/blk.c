@@ -191,10 +191,10 @@ void check_md5(void)
 {
     struct device device;
 
-    if (find_device("nvme", &device))
+    if (find_device("nvme", &device) || find_device("virtio_blk", &device))
         digest(device.node);
     else
-        failed("md5", "there is no NVMe controller");
+        failed("md5", "there is no disk");
 }
 
 const char *try_disk(const char *name)
