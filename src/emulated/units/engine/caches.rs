@@ -11,11 +11,12 @@ use std::sync::Arc;
 
 use super::cache::Cache;
 use super::counters::LocalCounters;
+use super::entries::{CachedPage, Stage2Page, Table, Target};
 use super::format::{Path, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::host_stage2::{Gone, HostStage2};
 use super::key::{size, IovaRange, Key, Lookup, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
-use super::origins::{CachesOfWalk, Origins};
+use super::origins::{CachesOfWalk, Origins, Trail};
 use crate::units::stage2::Mapping;
 use twostage::iommufd::{MemorySlice, MemoryWord};
 
@@ -35,78 +36,6 @@ pub(crate) struct CacheSizes {
     pub paging_structures: usize,
     /// Of the cache of stage-2 translations.
     pub stage2: usize,
-}
-
-/// Where the requested byte is, and how many follow it in the same page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Target {
-    pub(crate) place: Place,
-    /// Bytes from it to the end of the page, at least 1.
-    pub length: u64,
-}
-
-/// A page as translated by both stages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct CachedPage {
-    /// Where the byte is.
-    pub place: Place,
-    /// Size of the piece around it that is contiguous in both stages, as a power of two.
-    pub shift: u8,
-    /// Size of the stage-1 page that contains the piece, as a power of two.
-    pub whole: u8,
-    /// The requests it serves.
-    pub rights: Rights,
-}
-
-/// The translation of an address by the stage below some tables: stage 2's of a GPA, mostly.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Stage2Page {
-    /// Where the byte is.
-    pub place: Place,
-    /// Bytes from it to the end of the contiguous range, as far as known.
-    pub length: u64,
-    /// Size of the page around it that is contiguous and can be cached, as a power of two; none if
-    /// it is smaller than 4 KiB.
-    pub shift: Option<u8>,
-    /// It serves reads, without a further walk.
-    pub read: bool,
-    /// It serves writes, without a further walk.
-    pub write: bool,
-}
-
-impl Stage2Page {
-    /// Whether it serves requests of `kind`.
-    pub fn allows(&self, kind: RequestKind) -> bool {
-        if kind.write() {
-            self.write
-        } else {
-            self.read
-        }
-    }
-}
-
-/// A user's table in memory.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Table {
-    pub place: Place,
-    /// From 1, for the tables of the smallest pages.
-    pub level: u8,
-    /// Bytes of it before `place`, which are not contiguous with it.
-    pub skipped: u64,
-    /// Bytes of it that are contiguous, from `place` on.
-    pub length: u64,
-    /// Its entries may be written without asking the stage below once more.
-    pub writable: bool,
-}
-
-impl Table {
-    /// The place of the entry number `index`, if it is contiguous with the start.
-    #[inline]
-    pub fn entry(&self, index: u64) -> Option<Place> {
-        let offset = (index * 8).checked_sub(self.skipped)?;
-        let contiguous = offset + 8 <= self.length;
-        contiguous.then_some(Place { offset: self.place.offset + offset, ..self.place })
-    }
 }
 
 /// Flags of a cached table: eight bits of [`Path`], and this one.
@@ -236,28 +165,21 @@ impl Caches {
         })
     }
 
-    /// Records for the sanitizer, if there is one, what a walk's cache entries were made from: see
-    /// [`Origins::record`].
-    pub fn record_origin<F: TableFormat>(
-        &self,
-        tables: &F,
-        way: (Source, u64),
-        start: u8,
-        words: impl Iterator<Item = u64>,
-        page: Option<(Source, u8)>,
-    ) {
+    /// Records for the sanitizer, if there is one, what a walk's cache entries were made from:
+    /// `record` does it.
+    #[inline]
+    pub fn record_origin(&self, record: impl FnOnce(&Origins, CachesOfWalk<'_>)) {
         if let Some(origins) = &self.origins {
             let Self { iotlb, paging_structures, .. } = self;
-            let words: Vec<_> = words.collect();
-            origins.record(
-                CachesOfWalk { iotlb, paging_structures },
-                tables,
-                way,
-                start,
-                &words,
-                page,
-            );
+            record(origins, CachesOfWalk { iotlb, paging_structures });
         }
+    }
+
+    /// What the IOTLB's page of one of `shifts` for `address` was made from, if that is recorded.
+    pub fn origin(&self, source: Source, shifts: &[u8], address: u64) -> Option<Trail> {
+        let read = RequestKind::new(false, false, false);
+        let shift = self.translation_shift(shifts, source, address, read)?;
+        self.origins.as_ref()?.page(source, address, shift)
     }
 
     /// Caches that `page` translates `iova`; `global` is whether in several address spaces.

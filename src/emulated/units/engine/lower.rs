@@ -3,11 +3,13 @@
 //!
 //! That is the host's stage 2, or a second stage of the user's over it.
 
-use super::caches::{Caches, Stage2Page};
+use super::caches::Caches;
 use super::counters::LocalCounters;
+use super::entries::Stage2Page;
 use super::format::{At, RequestKind, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
 use super::key::size;
+use super::origins::Trail;
 use crate::units::stage2::DirtyLog;
 
 /// Granularity of marking writes when dirty pages are tracked, as a power of two.
@@ -24,6 +26,11 @@ pub(crate) trait LowerStage<F: TableFormat> {
 
     /// The page at `address`, for a request of `kind`.
     fn page(&self, tables: &F, address: u64, kind: RequestKind) -> Result<Stage2Page, F::Fault>;
+
+    /// For the sanitizer: what the page at `address` was made from; none if it has no tables.
+    fn origin(&self, _address: u64) -> Option<Trail> {
+        None
+    }
 }
 
 /// The host's stage 2 as the lower stage.

@@ -11,6 +11,7 @@
 mod cache;
 mod caches;
 mod counters;
+mod entries;
 mod format;
 mod host_stage2;
 mod key;
@@ -28,8 +29,9 @@ use std::sync::Arc;
 use crate::dma::error::DmaFaultReason;
 use crate::units::stage2::Stage2;
 
-pub(crate) use caches::{CacheSizes, Caches, Stage2Page, Target};
+pub(crate) use caches::{CacheSizes, Caches};
 pub(crate) use counters::{Counters, LocalCounters, Totals};
+pub(crate) use entries::{Stage2Page, Target};
 pub(crate) use format::{
     At, Entry, Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat,
 };
@@ -38,8 +40,8 @@ pub(crate) use key::{
     ascending, half, size, without_top_byte, Half, IovaRange, Lookup, Scope, Source, Spaces,
 };
 pub(crate) use lower::{LowerStage, OverHost};
-pub(crate) use origins::{Origins, Trail};
-pub(crate) use sanitizer::{Sanitizer, Used};
+pub(crate) use origins::{Origins, Trail, Words, PAGE};
+pub(crate) use sanitizer::{Lower, Sanitizer, Used};
 pub(crate) use walk::Walk;
 
 pub use sanitizer::{

@@ -3,12 +3,14 @@
 
 use std::sync::atomic::Ordering;
 
-use super::caches::{CachedPage, Caches, Stage2Page, Table, Target};
+use super::caches::Caches;
 use super::counters::LocalCounters;
+use super::entries::{CachedPage, Stage2Page, Table, Target};
 use super::format::{At, Entry, Path, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::key::{size, Source};
 use super::lower::{own, LowerStage, OverHost};
 use super::memories::Place;
+use super::origins::WalkOrigin;
 
 /// How often a walk restarts because an entry changed between reading it and setting its flags. The
 /// guest may change entries continuously; it must not keep a walk running.
@@ -195,11 +197,15 @@ impl<L> Walk<'_, L> {
         });
         let source = if global { self.global } else { self.source };
         let output = Output::new(page, gpa, tables.shift(level), rights, source);
-        let read = || steps.iter().flatten().map(|step| step.word);
-        // No overflow: there are at most 5 levels.
-        let start = level + read().skip(1).count() as u8;
-        let page = output.shift.map(|shift| (source, shift));
-        self.caches.record_origin(tables, (self.source, iova), start, read(), page);
+        self.caches.record_origin(|origins, caches| {
+            let read = steps.iter().flatten().map(|step| (step.word, step.at.gpa));
+            let entries: &Vec<_> = &read.collect();
+            // No overflow: there are at most 5 levels.
+            let start = level + entries.iter().skip(1).count() as u8;
+            let (way, page) = ((self.source, iova), output.shift.map(|shift| (source, shift)));
+            let walk = WalkOrigin { way, start, entries, end: gpa, page };
+            origins.record(caches, tables, &walk, |address| self.lower.origin(address));
+        });
         Ok(Some(output))
     }
 

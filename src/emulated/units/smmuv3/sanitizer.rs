@@ -63,6 +63,7 @@ pub(super) fn check(
     let (address, Some(tables)) = space.half(request.address) else { return target };
     let used = Used {
         tables,
+        lower: None,
         host,
         source: Source::new(*tag, space.asid.into()),
         others: Some(Source::new(*tag, GLOBAL)),

@@ -7,7 +7,7 @@
 
 use super::fault::Fault;
 use super::tables::{FirstStage, SecondStage, PAGE_SHIFTS};
-use crate::units::engine::{LowerStage, OverHost, RequestKind, Stage2Page, Walk};
+use crate::units::engine::{LowerStage, OverHost, RequestKind, Stage2Page, Trail, Walk};
 use twostage::spec::vtd::fault::FaultReason;
 
 /// The second stage as the stage below the first.
@@ -36,6 +36,10 @@ impl LowerStage<FirstStage> for OverSecondStage<'_> {
     fn page(&self, _: &FirstStage, address: u64, kind: RequestKind) -> Result<Stage2Page, Fault> {
         // Access to the page is all that the second stage looks at (§3.8.2).
         self.access(address, kind.write())
+    }
+
+    fn origin(&self, address: u64) -> Option<Trail> {
+        self.walk.caches.origin(self.walk.source, &PAGE_SHIFTS, address)
     }
 }
 

@@ -9,8 +9,8 @@ use std::sync::{Arc, OnceLock, Weak};
 use super::context::Context;
 use super::tables::{Nested, Tables, PAGE_SHIFTS};
 use crate::units::engine::{
-    self, Caches, ContextInvalidation, ContextTables, DmaWay, LocalCounters, Request, StaleContext,
-    TableFormat, Target, TlbInvalidation, Used,
+    self, Caches, ContextInvalidation, ContextTables, DmaWay, LocalCounters, Lower, Request,
+    StaleContext, TableFormat, Target, TlbInvalidation, Used,
 };
 use twostage::spec::pci::Bdf;
 
@@ -45,7 +45,7 @@ impl Sanitizer {
         }
         match &context.tables {
             // Stage 2 is the host's, which drops what it changes.
-            Tables::None | Tables::Unsupported | Tables::Nested(_) => target,
+            Tables::None | Tables::Unsupported => target,
             Tables::FirstStage(tables) => {
                 let used = used(context, request.pasid, tables, TlbInvalidation::VtdPasidIotlb);
                 self.common.check(caches, &used, counters, request, target)
@@ -53,6 +53,13 @@ impl Sanitizer {
             Tables::SecondStage(tables) => {
                 let used = used(context, request.pasid, tables, TlbInvalidation::VtdIotlb);
                 self.common.check(caches, &used, counters, request, target)
+            }
+            Tables::Nested(Nested { first, second }) => {
+                let source = context.second_stage_source();
+                let invalidation = TlbInvalidation::VtdIotlb;
+                let lower = Some(Lower { tables: second, source, invalidation });
+                let used = used(context, request.pasid, first, TlbInvalidation::VtdPasidIotlb);
+                self.common.check(caches, &Used { lower, ..used }, counters, request, target)
             }
         }
     }
@@ -76,7 +83,7 @@ fn used<'a, F: TableFormat>(
     invalidation: TlbInvalidation,
 ) -> Used<'a, F> {
     let (source, host) = (context.source(pasid), &context.host);
-    Used { tables, host, source, others: None, shifts: &PAGE_SHIFTS, invalidation }
+    Used { tables, lower: None, host, source, others: None, shifts: &PAGE_SHIFTS, invalidation }
 }
 
 /// Where `tables` lead.

@@ -9,6 +9,8 @@
 //!   that is becoming read-only;
 //! * the host changed stage 2, which does not concern the guest.
 //!
+//! If a second stage of the guest's is below the tables, it is compared as well.
+//!
 //! The unit of each architecture also compares which tables serve a requester, a separate kind of
 //! finding ([`Sanitizer::context_used`]).
 //!
@@ -16,21 +18,24 @@
 //! path, which compares nothing; without the sanitizer there is no cost.
 
 mod report;
+mod tables;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
 use super::{
-    size, Caches, Gone, HostStage2, LocalCounters, Origins, Path, Request, Scope, Source, Spaces,
-    TableFormat, Target, Trail,
+    size, Caches, Gone, LocalCounters, Origins, Request, RequestKind, Scope, Source, Spaces,
+    TableFormat, Target, Words,
 };
 use crate::units::hardware::CacheRange;
 pub use report::{
     ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
     StaleUse, TlbInvalidation,
 };
+use tables::{read_tables, Differs};
+pub(crate) use tables::{Lower, Used};
 use twostage::spec::pci::Bdf;
 
 /// Number of pages, and of requesters, that are recorded; further uses of stale translations are
@@ -49,20 +54,6 @@ const UNIT_SHIFT: u8 = 12;
 pub(crate) struct Sanitizer {
     origins: Arc<Origins>,
     findings: Mutex<Findings>,
-}
-
-/// The tables that a request used.
-#[derive(Debug)]
-pub(crate) struct Used<'a, F> {
-    pub tables: &'a F,
-    pub host: &'a HostStage2,
-    /// The source of cached translations; others may also serve requests, such as global ones.
-    pub source: Source,
-    pub others: Option<Source>,
-    /// Sizes of cached pages, as powers of two.
-    pub shifts: &'a [u8],
-    /// The invalidation that changes of the tables need.
-    pub invalidation: TlbInvalidation,
 }
 
 impl Sanitizer {
@@ -89,12 +80,12 @@ impl Sanitizer {
         request: &Request,
         target: Target,
     ) -> Target {
-        let Compared { level, stale } = self.compare(caches, used, request, &target);
+        let Compared { shift, stale } = self.compare(caches, used, request, &target);
         if let Some(stale) = stale {
             counters.stale_uses.count();
-            self.add(used, request, stale);
+            self.add(request, stale);
         }
-        let page = size(used.tables.shift(level));
+        let page = size(shift);
         let to_end = page - (request.address & (page - 1));
         Target { length: target.length.min(to_end), ..target }
     }
@@ -116,59 +107,77 @@ impl Sanitizer {
             })
             .next();
         let then = cached.and_then(|(source, shift)| self.origins.page(source, address, shift));
-        let (now, end) = read_tables(caches, used.host, tables, address);
-        let level = match end {
-            End::Page { level, .. } => level,
-            End::Nowhere => 1,
-        };
-        let difference = match then {
-            Some(then) => then.difference(&now, tables),
+        let now = read_tables(caches, used, address, kind);
+        let difference = match &then {
+            Some(then) => now.difference(then, used),
             // The origin is no longer known; assume the lowest entry.
-            None => Some(level),
+            None => Some(Differs::Tables(now.level)),
         };
-        let as_now = match end {
-            End::Page { gpa, path, .. } => {
-                let page = caches.stage2_now(used.host, gpa);
-                tables.check_path(path, kind).is_ok()
-                    && page.is_some_and(|page| page.place == target.place)
+        let as_now = now.page.is_some_and(|page| page.place == target.place);
+        let (source, page_shift) = cached.unwrap_or((used.source, tables.shift(now.level)));
+        let then = then.unwrap_or_default();
+        let stale = difference.filter(|_| !as_now).and_then(|differs| match differs {
+            Differs::Tables(level) => Some(Stale {
+                level,
+                address,
+                second_stage: None,
+                shift: tables.shift(level),
+                then: then.own,
+                now: now.trail.own,
+                source,
+                page_shift,
+                invalidation: used.invalidation,
+            }),
+            Differs::Below { at, level } => {
+                let lower = used.lower?;
+                let (second_stage, now) = *now.trail.below(at)?;
+                let read = RequestKind::new(false, false, false);
+                let cached =
+                    caches.translation_shift(used.shifts, lower.source, second_stage, read);
+                Some(Stale {
+                    level,
+                    address: second_stage,
+                    second_stage: Some(second_stage),
+                    shift: lower.tables.span(level),
+                    then: then.below(at)?.1,
+                    now,
+                    source: lower.source,
+                    page_shift: cached.unwrap_or(UNIT_SHIFT),
+                    invalidation: lower.invalidation,
+                })
             }
-            End::Nowhere => false,
-        };
-        let stale = difference.filter(|_| !as_now).map(|at| Stale {
-            level: at,
-            then: then.unwrap_or_default(),
-            now,
-            source: cached.map_or(used.source, |(source, _)| source),
-            page_shift: cached.map_or(tables.shift(level), |(_, shift)| shift),
         });
-        Compared { level, stale }
+        Compared { shift: now.shift, stale }
     }
 
-    fn add<F: TableFormat>(&self, used: &Used<'_, F>, request: &Request, stale: Stale) {
-        let Stale { level, then, now, source, page_shift } = stale;
-        let page = size(used.tables.shift(level));
+    fn add(&self, request: &Request, stale: Stale) {
+        let Stale { level, address, second_stage, shift, then, now, .. } = stale;
+        let page = size(shift);
         let needed = InvalidatedPages::Range {
-            address: request.address & !(page - 1),
+            address: address & !(page - 1),
             pages: page >> UNIT_SHIFT,
             leaf: then.ends_at(level),
         };
         let mut findings = self.findings();
-        let stale = StaleUse {
+        let finding = StaleUse {
             rid: Bdf::from_raw(request.rid),
             pasid: request.pasid,
             iova: request.address & !(size(UNIT_SHIFT) - 1),
             write: request.kind.write(),
+            second_stage,
             level,
             old: then.word(level),
             new: now.word(level),
-            invalidation: used.invalidation,
+            invalidation: stale.invalidation,
             needed,
-            last: findings.last_invalidation(used.source),
+            last: findings.last_invalidation(stale.source),
             uses: 1,
             invalidated_since: false,
         };
+        let first = address & !(size(stale.page_shift) - 1);
+        let last = first | (size(stale.page_shift) - 1);
         // Their number is bounded, so the log needs no rate limit.
-        if let Some(first) = findings.add(stale, source, page_shift) {
+        if let Some(first) = findings.add(finding, stale.source, first..=last) {
             log::warn!("sanitizer: stale translation used: {first}");
         }
     }
@@ -201,8 +210,8 @@ impl Sanitizer {
 
 /// Result of a comparison.
 struct Compared {
-    /// Level of the page that was compared.
-    level: u8,
+    /// Size of the page that was compared, as a power of two.
+    shift: u8,
     stale: Option<Stale>,
 }
 
@@ -210,60 +219,31 @@ struct Compared {
 struct Stale {
     /// Level of the highest entry that differs.
     level: u8,
-    /// The entries that it was made from, as far as known.
-    then: Trail,
-    now: Trail,
-    /// Source of the cached translation.
+    /// What that entry translates: the IOVA, or an address of the second stage below.
+    address: u64,
+    /// That address of the second stage.
+    second_stage: Option<u64>,
+    /// Size of what the entry spans, as a power of two.
+    shift: u8,
+    /// The entries of its stage that the translation was made from, as far as known.
+    then: Words,
+    now: Words,
+    /// Source of what is cached of the address.
     source: Source,
-    /// Size of the page that was cached, as a power of two.
+    /// Size of the page that is cached of it, as a power of two.
     page_shift: u8,
-}
-
-/// Where the tables send an IOVA.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// To `gpa`, in a page of `level`, with what the entries allow together.
-    Page { gpa: u64, level: u8, path: Path },
-    /// Nowhere: an entry is not present or malformed, or a table is not in memory.
-    Nowhere,
-}
-
-/// Translates `iova` by `tables` on `host` as they are now: from memory, bypassing all caches,
-/// without setting flags.
-fn read_tables<F: TableFormat>(
-    caches: &Caches,
-    host: &HostStage2,
-    tables: &F,
-    iova: u64,
-) -> (Trail, End) {
-    let (mut trail, mut path, mut gpa) = (Trail::default(), Path::UNLIMITED, tables.table());
-    for level in (1..=tables.levels()).rev() {
-        // Only the entry, as a table may be discontiguous.
-        let at = gpa + tables.index(iova, level) * 8;
-        let found = caches.stage2_now(host, at);
-        let Some(page) = found.filter(|page| page.read && page.length >= 8) else { break };
-        let Some(entry) = caches.word(page.place) else { break };
-        let word = u64::from_le(entry.load(Ordering::Acquire));
-        trail.set(level, word);
-        let Ok(decoded) = tables.decode(word, level) else { break };
-        path = path & decoded.path;
-        if decoded.leaf {
-            let gpa = decoded.address | iova & (size(tables.shift(level)) - 1);
-            return (trail, End::Page { gpa, level, path });
-        }
-        gpa = decoded.address;
-    }
-    (trail, End::Nowhere)
+    /// The invalidation that the change needs.
+    invalidation: TlbInvalidation,
 }
 
 /// A use, with what is needed to notice that its translation is dropped.
 #[derive(Debug)]
 struct Finding {
     stale: StaleUse,
-    /// Source of the cached translation.
+    /// Source of the stale entry.
     source: Source,
-    /// Size of the page that was cached, as a power of two.
-    page_shift: u8,
+    /// The addresses of the page that was cached.
+    span: RangeInclusive<u64>,
 }
 
 /// The findings so far: the first [`MAX_PAGES`] pages, and requesters, each once.
@@ -275,7 +255,7 @@ struct Findings {
     others: u64,
     /// The last invalidation of each tag, or of one of its address spaces, with its sequence
     /// number: the [`MAX_INVALIDATED`] most recent. Those of tags without attachments are removed.
-    last: BTreeMap<(u32, Option<u32>), (u64, InvalidatedPages)>,
+    last: BTreeMap<(u32, Option<u32>), (u64, Scope, InvalidatedPages)>,
     /// Number of invalidations.
     invalidations: u64,
 }
@@ -285,12 +265,18 @@ impl Findings {
     pub fn last_invalidation(&self, source: Source) -> Option<InvalidatedPages> {
         let spaces = [None, Some(source.space())];
         let last = spaces.iter().filter_map(|space| self.last.get(&(source.tag(), *space)));
-        last.max_by_key(|(number, _)| *number).map(|(_, pages)| *pages)
+        let last = last.filter(|(_, scope, _)| scope.has(source));
+        last.max_by_key(|(number, ..)| *number).map(|(.., pages)| *pages)
     }
 
-    /// Adds a use of a translation cached for `source` as a page of `page_shift`. Returns it if it
-    /// is the first of its page and is recorded.
-    pub fn add(&mut self, stale: StaleUse, source: Source, page_shift: u8) -> Option<StaleUse> {
+    /// Adds a use of what is cached for `source` of a page with the addresses `span`. Returns it if
+    /// it is the first of its page and is recorded.
+    pub fn add(
+        &mut self,
+        stale: StaleUse,
+        source: Source,
+        span: RangeInclusive<u64>,
+    ) -> Option<StaleUse> {
         let key = (stale.rid, stale.pasid, stale.iova);
         if let Some(known) = self.pages.get_mut(&key) {
             known.stale.uses += 1;
@@ -300,7 +286,7 @@ impl Findings {
             self.others += 1;
             return None;
         }
-        self.pages.insert(key, Finding { stale, source, page_shift });
+        self.pages.insert(key, Finding { stale, source, span });
         Some(stale)
     }
 
@@ -335,17 +321,15 @@ impl Findings {
             // The other one is that of global pages, which is never queried.
             Spaces::One(space) | Spaces::Two(space, _) => Some(space),
         };
-        self.last.insert((scope.tag, space), (self.invalidations, range.into()));
+        self.last.insert((scope.tag, space), (self.invalidations, scope, range.into()));
         if self.last.len() > MAX_INVALIDATED {
-            let oldest = self.last.iter().min_by_key(|(_, (number, _))| *number);
+            let oldest = self.last.iter().min_by_key(|(_, (number, ..))| *number);
             if let Some(oldest) = oldest.map(|(key, _)| *key) {
                 self.last.remove(&oldest);
             }
         }
         for finding in self.pages.values_mut().filter(|finding| scope.has(finding.source)) {
-            let size = size(finding.page_shift);
-            let first = finding.stale.iova & !(size - 1);
-            let covered = covers(range, first, first | (size - 1));
+            let covered = covers(range, *finding.span.start(), *finding.span.end());
             // If a table pointer changed, an invalidation of leaf entries only leaves it cached.
             if covered && (!is_of_leaves(range.into()) || is_of_leaves(finding.stale.needed)) {
                 finding.stale.invalidated_since = true;

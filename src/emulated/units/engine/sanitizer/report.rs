@@ -138,6 +138,9 @@ pub struct StaleUse {
     pub iova: u64,
     /// The first such request was a write.
     pub write: bool,
+    /// The entry that changed is of the guest's second stage below its first, for this address of
+    /// that stage (bytes); `None` for an entry of the tables that translate IOVAs.
+    pub second_stage: Option<u64>,
     /// Level (1 is the lowest) of the highest entry that changed.
     pub level: u8,
     /// That entry as it was when it was cached, for a global page perhaps in the tables of another
@@ -165,7 +168,13 @@ impl fmt::Display for StaleUse {
             write!(f, " PASID {pasid:#x}")?;
         }
         let access = if self.write { "write" } else { "read" };
-        write!(f, ", {access} at IOVA {:#x}: the entry of level {} ", self.iova, self.level)?;
+        write!(f, ", {access} at IOVA {:#x}: the ", self.iova)?;
+        match self.second_stage {
+            Some(address) => {
+                write!(f, "second-stage entry of level {} for {address:#x} ", self.level)?;
+            }
+            None => write!(f, "entry of level {} ", self.level)?,
+        }
         match self.old {
             Some(old) => write!(f, "was {old:#x} when it was cached and is ")?,
             None => f.write_str("was different when it was cached and is ")?,

@@ -64,6 +64,7 @@ fn a_forgotten_tlbi_is_caught_and_named() {
             pasid: None,
             iova: IOVA,
             write: false,
+            second_stage: None,
             level: 4 - level,
             old: Some(old),
             new: Some(machine.peek(leaf)),

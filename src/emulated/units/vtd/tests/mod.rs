@@ -4,6 +4,8 @@
 mod attachments;
 mod first_stage;
 mod nested;
+mod nested_sanitizer;
+mod nested_staleness;
 mod reference;
 mod sanitizer;
 mod second_stage;
@@ -69,6 +71,15 @@ pub struct SecondStage {
     pub accessed_dirty: bool,
 }
 
+impl SecondStage {
+    /// For an attachment.
+    pub fn data(self) -> HwptVtdSecondStage {
+        let Self { root, levels, accessed_dirty } = self;
+        let addr_width = 12 + 9 * u32::from(levels);
+        HwptVtdSecondStage { pgtbl_addr: root, addr_width, accessed_dirty }
+    }
+}
+
 impl Machine {
     pub fn new(config: VtdUnitConfig) -> Self {
         Self { unit: VtdUnit::new(config), memory: Memory::new() }
@@ -124,17 +135,19 @@ impl Machine {
         let FirstStage { root, levels, flags } = first;
         let addr_width = if levels == 5 { 57 } else { 48 };
         let first = iommu_hwpt_vtd_s1 { flags, pgtbl_addr: root, addr_width, ..Default::default() };
-        let SecondStage { root, levels, accessed_dirty } = second;
-        let addr_width = 12 + 9 * u32::from(levels);
-        let second = HwptVtdSecondStage { pgtbl_addr: root, addr_width, accessed_dirty };
+        let second = second.data();
         self.install(pasid, tag, Some(UserTables::Nested(HwptVtdNested { first, second })));
     }
 
     /// Attaches the device (or its `pasid`) to the user's second-stage tables.
     pub fn attach_second_stage(&self, pasid: Option<u32>, tag: u32, root: u64, levels: u8) {
-        let addr_width = 12 + 9 * u32::from(levels);
-        let data = HwptVtdSecondStage { pgtbl_addr: root, addr_width, accessed_dirty: false };
-        self.install(pasid, tag, Some(UserTables::SecondStage(data)));
+        let tables = SecondStage { root, levels, accessed_dirty: false };
+        self.attach_second_stage_with(pasid, tag, tables);
+    }
+
+    /// The same, perhaps with flags.
+    pub fn attach_second_stage_with(&self, pasid: Option<u32>, tag: u32, tables: SecondStage) {
+        self.install(pasid, tag, Some(UserTables::SecondStage(tables.data())));
     }
 
     pub fn install(&self, pasid: Option<u32>, tag: u32, tables: Option<UserTables>) {

@@ -2,29 +2,31 @@
 //! A first stage over a second stage, both of them the user's, over stage 2.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 
 use super::*;
+use crate::units::stage2::DirtyLog;
 use twostage::iommufd::VTD_S1_SRE;
 
-const IOVA: u64 = 0x0000_1234_4020_0000;
+pub const IOVA: u64 = 0x0000_1234_4020_0000;
 /// What the first stage translates [`IOVA`] to, by default.
-const PAGE: u64 = 0x30_4000_0000;
+pub const PAGE: u64 = 0x30_4000_0000;
 /// GPAs of first-stage tables, which are the lower bits of their second-stage addresses.
-const LOWER: u64 = 0x3fff_ffff;
+pub const LOWER: u64 = 0x3fff_ffff;
 /// Bits of present second-stage entries.
-const RW_SECOND: u64 = 3;
+pub const RW_SECOND: u64 = 3;
 /// Accessed and dirty.
 const A: u64 = 0x100;
 const D: u64 = 0x200;
 
 /// A machine with tables of both stages.
 #[derive(Debug)]
-struct Guest {
-    machine: Machine,
+pub struct Guest {
+    pub machine: Machine,
     /// Number of first-stage tables.
     tables: Cell<u64>,
-    first: FirstStage,
-    second: SecondStage,
+    pub first: FirstStage,
+    pub second: SecondStage,
 }
 
 impl Deref for Guest {
@@ -37,7 +39,7 @@ impl Deref for Guest {
 
 impl Guest {
     /// With empty tables of so many levels, attached as HWPT 1 without PASID.
-    fn new(config: VtdUnitConfig, levels: (u8, u8), accessed_dirty: bool) -> Self {
+    pub fn new(config: VtdUnitConfig, levels: (u8, u8), accessed_dirty: bool) -> Self {
         let machine = Machine::new(VtdUnitConfig {
             address_width: AddressWidth::Bits57,
             supervisor_requests: true,
@@ -53,28 +55,28 @@ impl Guest {
     }
 
     /// With [`IOVA`] mapped to [`PAGE`], and that to [`HIGH`], by pages of 4 KiB.
-    fn small() -> Self {
+    pub fn small() -> Self {
         Self::with(VtdUnitConfig::default(), false)
     }
 
-    fn with(config: VtdUnitConfig, accessed_dirty: bool) -> Self {
+    pub fn with(config: VtdUnitConfig, accessed_dirty: bool) -> Self {
         let guest = Self::new(config, (4, 4), accessed_dirty);
         guest.map_second(PAGE, 1, HIGH);
         guest.map_first(IOVA, 1, PAGE, RW);
         guest
     }
 
-    fn attach(&self, pasid: Option<u32>, tag: u32) {
+    pub fn attach(&self, pasid: Option<u32>, tag: u32) {
         self.attach_nested(pasid, tag, self.first, self.second);
     }
 
     /// GPA of the second-stage entry of `level` for `address`.
-    fn second_entry(&self, address: u64, level: u8) -> u64 {
+    pub fn second_entry(&self, address: u64, level: u8) -> u64 {
         self.entry(self.second.root, self.second.levels, address, level, RW_SECOND)
     }
 
     /// Maps the second stage's page of `level` at `address` to `gpa`; returns the leaf's GPA.
-    fn map_second(&self, address: u64, level: u8, gpa: u64) -> u64 {
+    pub fn map_second(&self, address: u64, level: u8, gpa: u64) -> u64 {
         let entry = self.second_entry(address, level);
         let large = if level > 1 { 0x80 } else { 0 };
         self.poke(entry, gpa & !(page_size(level) - 1) | RW_SECOND | large);
@@ -82,7 +84,7 @@ impl Guest {
     }
 
     /// Second-stage address of a new, empty first-stage table, mapped by tables of its own.
-    fn first_table(&self) -> u64 {
+    pub fn first_table(&self) -> u64 {
         let (gpa, number) = (self.table(), self.tables.get() + 1);
         self.tables.set(number);
         let address = number << if self.second.levels == 3 { 30 } else { 39 } | gpa;
@@ -91,7 +93,7 @@ impl Guest {
     }
 
     /// Second-stage address of the first-stage entry of `level` for `iova`.
-    fn first_entry_address(&self, iova: u64, level: u8) -> u64 {
+    pub fn first_entry_address(&self, iova: u64, level: u8) -> u64 {
         let mut table = self.first.root;
         for above in (level + 1..=self.first.levels).rev() {
             let entry = (table & LOWER) + index(iova, above) * 8;
@@ -104,32 +106,32 @@ impl Guest {
     }
 
     /// GPA of that entry.
-    fn first_entry(&self, iova: u64, level: u8) -> u64 {
+    pub fn first_entry(&self, iova: u64, level: u8) -> u64 {
         self.first_entry_address(iova, level) & LOWER
     }
 
     /// Maps the first stage's page of `level` at `iova`; returns the leaf's GPA.
-    fn map_first(&self, iova: u64, level: u8, address: u64, bits: u64) -> u64 {
+    pub fn map_first(&self, iova: u64, level: u8, address: u64, bits: u64) -> u64 {
         let entry = self.first_entry(iova, level);
         let large = if level > 1 { 0x80 } else { 0 };
         self.poke(entry, address & !(page_size(level) - 1) | bits | large);
         entry
     }
 
-    fn read(&self, port: &mut DmaPort, iova: u64) -> Outcome {
+    pub fn read(&self, port: &mut DmaPort, iova: u64) -> Outcome {
         self.read_u64(port, PLAIN, iova)
     }
 
-    fn write(&self, port: &mut DmaPort, iova: u64) -> Outcome {
+    pub fn write(&self, port: &mut DmaPort, iova: u64) -> Outcome {
         self.write_u64(port, PLAIN, iova, 0)
     }
 }
 
-fn own(reason: FaultReason) -> Outcome {
+pub fn own(reason: FaultReason) -> Outcome {
     Err((reason, false))
 }
 
-fn host(reason: FaultReason) -> Outcome {
+pub fn host(reason: FaultReason) -> Outcome {
     Err((reason, true))
 }
 
@@ -322,4 +324,151 @@ fn flags_of_the_first_stage_need_the_second_to_allow_writes() {
     guest.poke(READ_ONLY + (leaf & 0xfff), clear);
     guest.invalidate_second_stage(1, ALL);
     assert_eq!(guest.read(&mut port, IOVA), host(denied));
+}
+
+/// Second-stage entries on the way to `address`, from the top table on.
+fn way(guest: &Guest, address: u64) -> [u64; 4] {
+    [4, 3, 2, 1].map(|level| guest.second_entry(address, level))
+}
+
+/// Accessed and dirty flags of `entries`.
+fn flags(guest: &Guest, entries: [u64; 4]) -> [u64; 4] {
+    entries.map(|entry| guest.peek(entry) & (A | D))
+}
+
+#[test]
+fn second_stage_flags_are_set_by_every_access_and_every_write() {
+    let guest = Guest::with(VtdUnitConfig::default(), true);
+    let mut port = guest.port();
+    let tables = [1, 2, 3, 4].map(|level| way(&guest, guest.first_entry_address(IOVA, level)));
+    let page = way(&guest, PAGE);
+    assert_eq!(guest.read(&mut port, IOVA), Ok(0));
+    for entries in [page].iter().chain(&tables) {
+        assert_eq!(flags(&guest, *entries), [A; 4], "flags of the first stage were set already");
+    }
+    // Cached for reading: the first write sets the flag, without an invalidation.
+    assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+    assert_eq!(flags(&guest, page), [A, A, A, A | D]);
+    tables.iter().for_each(|entries| assert_eq!(flags(&guest, *entries), [A; 4]));
+    // It stays cached as dirty until it is invalidated: what dirty tracking clears, it flushes.
+    guest.poke(page[3], guest.peek(page[3]) & !D);
+    guest.invalidate(1, ALL);
+    assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+    assert_eq!(flags(&guest, page), [A; 4]);
+    guest.invalidate_second_stage(1, super::page(PAGE, true));
+    assert_eq!(guest.read(&mut port, IOVA), Ok(0));
+    assert_eq!(flags(&guest, page), [A; 4]);
+    assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+    assert_eq!(flags(&guest, page), [A, A, A, A | D]);
+    // No write that is refused sets it.
+    guest.poke(page[3], guest.peek(page[3]) & !(D | 2));
+    guest.invalidate_second_stage(1, ALL);
+    assert_eq!(guest.write(&mut port, IOVA), own(FaultReason::SecondStageDenied));
+    assert_eq!(flags(&guest, page), [A; 4]);
+}
+
+#[test]
+fn setting_a_flag_of_the_first_stage_is_a_write() {
+    let guest = Guest::with(VtdUnitConfig::default(), true);
+    let mut port = guest.port();
+    let leaf = guest.first_entry(IOVA, 1);
+    let table = way(&guest, guest.first_entry_address(IOVA, 1));
+    let directory = way(&guest, guest.first_entry_address(IOVA, 2));
+    guest.poke(leaf, guest.peek(leaf) & !0x60);
+    assert_eq!(guest.read(&mut port, IOVA), Ok(0));
+    assert_eq!(guest.peek(leaf) & 0x60, 0x20);
+    assert_eq!(flags(&guest, table), [A, A, A, A | D]);
+    assert_eq!(flags(&guest, directory), [A; 4]);
+    // The table of another page is cached when no flag was to be set in it, and then one is.
+    let iova = IOVA + (1 << 21);
+    guest.map_first(iova, 1, PAGE, RW);
+    let leaf = guest.map_first(iova + 0x1000, 1, PAGE, RW & !0x60);
+    let table = way(&guest, guest.first_entry_address(iova, 1));
+    assert_eq!(guest.read(&mut port, iova), Ok(0));
+    assert_eq!(flags(&guest, table), [A; 4]);
+    assert_eq!(guest.write(&mut port, iova + 0x1000), Ok(0));
+    assert_eq!((guest.peek(leaf) & 0x60, flags(&guest, table)), (0x60, [A, A, A, A | D]));
+}
+
+#[test]
+fn flags_of_the_second_stage_need_memory_that_can_be_written() {
+    let guest = Guest::with(VtdUnitConfig::default(), true);
+    let mut port = guest.port();
+    let (directory, leaf) = (guest.second_entry(PAGE, 2), guest.second_entry(PAGE, 1));
+    let in_read_only = READ_ONLY + (leaf & 0xfff);
+    guest.poke(directory, READ_ONLY | RW_SECOND);
+    guest.poke(in_read_only, HIGH | RW_SECOND);
+    let refused = host(FaultReason::SecondStageFlagsUpdate);
+    assert_eq!(guest.read(&mut port, IOVA), refused);
+    guest.poke(in_read_only, HIGH | RW_SECOND | A);
+    assert_eq!(guest.read(&mut port, IOVA), Ok(0));
+    assert_eq!(guest.write(&mut port, IOVA), refused);
+    guest.poke(in_read_only, HIGH | RW_SECOND | A | D);
+    assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+}
+
+#[test]
+fn what_the_hosts_parent_tracks_is_the_pages_that_were_written_in_guest_memory() {
+    let guest = Guest::with(VtdUnitConfig::default(), true);
+    let log = Arc::new(DirtyLog::new(0x1000));
+    let both = HwptVtdNested {
+        first: iommu_hwpt_vtd_s1 {
+            pgtbl_addr: guest.first.root,
+            addr_width: 48,
+            ..Default::default()
+        },
+        second: HwptVtdSecondStage {
+            pgtbl_addr: guest.second.root,
+            addr_width: 48,
+            accessed_dirty: true,
+        },
+    };
+    guest.unit.install(
+        RID,
+        None,
+        Translation {
+            tag: CacheTag(1),
+            tables: Some(UserTables::Nested(both)),
+            stage2: Arc::clone(&guest.stage2),
+            dirty: Some(Arc::clone(&log)),
+        },
+    );
+    // What was written since the last time, and is clean now.
+    let written = || {
+        let runs = log.read(&(0..=u64::MAX), true);
+        guest.unit.stage2_changed(&guest.stage2);
+        let pages = runs.iter().flat_map(|run| (*run.start()..=*run.end()).step_by(0x1000));
+        pages.collect::<BTreeSet<_>>()
+    };
+    let page = |entry: u64| entry & !0xfff;
+    let mut port = guest.port();
+    log.enable(true);
+    // Every second-stage table, as none of their accessed flags was set.
+    assert_eq!(guest.read(&mut port, IOVA), Ok(0));
+    let addresses = [1, 2, 3, 4].map(|level| guest.first_entry_address(IOVA, level));
+    let tables = addresses.iter().chain(&[PAGE]).flat_map(|address| way(&guest, *address));
+    assert_eq!(written(), tables.map(page).collect());
+    assert_eq!(guest.read(&mut port, IOVA), Ok(0));
+    assert_eq!(written(), BTreeSet::new());
+    // The page, and its second-stage entry.
+    let leaf = guest.second_entry(PAGE, 1);
+    assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+    assert_eq!(written(), [HIGH, page(leaf)].into());
+    for _ in 0..2 {
+        assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+        assert_eq!(written(), [HIGH].into());
+    }
+    // The entry of the first stage, and that of the second stage for its table.
+    let leaf = guest.first_entry(IOVA, 1);
+    guest.poke(leaf, guest.peek(leaf) & !0x40);
+    guest.read(&mut port, IOVA).unwrap();
+    assert_eq!(written(), BTreeSet::new());
+    assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+    let below = guest.second_entry(guest.first_entry_address(IOVA, 1), 1);
+    assert_eq!(written(), [HIGH, page(leaf), page(below)].into());
+    // While it is off, nothing is marked.
+    log.enable(false);
+    guest.poke(leaf, guest.peek(leaf) & !0x40);
+    assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+    assert_eq!(written(), BTreeSet::new());
 }

@@ -51,6 +51,7 @@ fn a_stale_page_is_reported_once_with_all_there_is_to_know() {
             pasid: None,
             iova: IOVA,
             write: false,
+            second_stage: None,
             level,
             old: Some(old),
             new: Some(old - OLD + NEW),

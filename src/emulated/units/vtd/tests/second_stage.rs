@@ -110,3 +110,30 @@ fn every_pointer_goes_through_stage_2() {
     let denied = Err((FaultReason::SecondStageDenied, true));
     assert_eq!(machine.write_u64(&mut port, PLAIN, iova, 0), denied);
 }
+
+#[test]
+fn accessed_and_dirty_flags_are_set_if_enabled() {
+    let machine = machine();
+    let mut port = machine.port();
+    let iova = 0x12_3456_7000;
+    let root = machine.table();
+    map(&machine, root, 4, iova, 1, HIGH);
+    machine.attach_second_stage_with(
+        None,
+        1,
+        SecondStage { root, levels: 4, accessed_dirty: true },
+    );
+    let entries = [4, 3, 2, 1].map(|level| machine.entry(root, 4, iova, level, 0));
+    let flags = || entries.map(|entry| machine.peek(entry) & 0x300);
+    assert_eq!(machine.read_u64(&mut port, PLAIN, iova), Ok(0));
+    assert_eq!(flags(), [0x100; 4]);
+    assert_eq!(machine.write_u64(&mut port, PLAIN, iova, 0), Ok(0));
+    assert_eq!(flags(), [0x100, 0x100, 0x100, 0x300]);
+    // What dirty tracking clears, it invalidates.
+    machine.poke(entries[3], machine.peek(entries[3]) & !0x200);
+    assert_eq!(machine.write_u64(&mut port, PLAIN, iova, 0), Ok(0));
+    assert_eq!(flags(), [0x100; 4]);
+    machine.invalidate(1, page(iova, true));
+    assert_eq!(machine.write_u64(&mut port, PLAIN, iova, 0), Ok(0));
+    assert_eq!(flags(), [0x100, 0x100, 0x100, 0x300]);
+}
