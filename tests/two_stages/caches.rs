@@ -12,7 +12,7 @@ use twostage_emulated::kit::Pages;
 use crate::common::{HIGH, PAGE};
 
 /// Pages of 2 MiB that tests map, by GPA. Every 4 KiB page of them starts with its GPA.
-const BLOCKS: [u64; 4] = [0xc0_0000, 0xe0_0000, HIGH, HIGH + LARGE];
+pub const BLOCKS: [u64; 4] = [0xc0_0000, 0xe0_0000, HIGH, HIGH + LARGE];
 /// Bytes of a large page.
 pub const LARGE: u64 = 2 << 20;
 /// Start of the pages that tests use: tables have one entry at the top, and two, two and three
@@ -54,6 +54,13 @@ pub trait Format: Sync {
     fn leaf(&self, gpa: u64, height: u8, global: bool) -> u64;
     /// `None` for an entry that is not present.
     fn decode(&self, word: u64, height: u8) -> Option<Next>;
+}
+
+/// Tables, by the address of the top one.
+#[derive(Clone, Copy)]
+pub struct Tables {
+    pub top: u64,
+    pub format: &'static dyn Format,
 }
 
 /// The tables of one address space: a top, two directories, three lowest tables.
@@ -102,6 +109,17 @@ impl Space {
             }
         }
         space
+    }
+
+    /// The tables.
+    pub fn tables(&self) -> Tables {
+        Tables { top: self.top, format: self.format }
+    }
+
+    /// The GPAs of the tables of each height, from the top down.
+    pub fn pages(&self) -> [&[u64]; 4] {
+        use std::slice::from_ref;
+        [from_ref(&self.top), from_ref(&self.middle), &self.directories, &self.tables]
     }
 
     /// Changes an entry, without invalidation.
@@ -181,9 +199,26 @@ impl<Tag: Copy + PartialEq> Caches<Tag> {
         &mut self,
         memory: &Pages,
         space: &Space,
-        (tag, global): (Tag, Option<Tag>),
+        tags: (Tag, Option<Tag>),
         iova: u64,
     ) -> Option<u64> {
+        Some(self.translate(memory, space.tables(), tags, iova, None)?.0)
+    }
+
+    /// The same by `tables`, with the height of the page that can be cached. Addresses in these
+    /// tables are GPAs, or are translated by the tables `below` with a tag of their own.
+    pub fn translate(
+        &mut self,
+        memory: &Pages,
+        tables: Tables,
+        (tag, global): (Tag, Option<Tag>),
+        iova: u64,
+        below: Option<(Tables, Tag)>,
+    ) -> Option<(u64, u8)> {
+        let lower = |caches: &mut Self, address| match below {
+            None => Some((address, TOP)),
+            Some((tables, tag)) => caches.translate(memory, tables, (tag, None), address, None),
+        };
         let cached = [Some(tag), global].into_iter().flatten().find_map(|tag| {
             // The smallest of several sizes: the text leaves the choice.
             let holds = |page: &&CachedPage<Tag>| {
@@ -192,29 +227,39 @@ impl<Tag: Copy + PartialEq> Caches<Tag> {
             self.pages.iter().filter(holds).min_by_key(|page| page.height).copied()
         });
         if let Some(CachedPage { gpa, height, .. }) = cached {
-            return Some(gpa | iova & ((1 << shift(height)) - 1));
+            return Some((gpa | iova & ((1 << shift(height)) - 1), height));
         }
         let lowest = (self.tables.iter())
             .filter(|table| {
                 table.tag == tag && table.iova >> table.shift() == iova >> table.shift()
             })
             .min_by_key(|table| table.height);
-        let (mut gpa, mut height) = lowest.map_or((space.top, TOP), |at| (at.gpa, at.height));
-        let mut tables = Vec::new();
-        let page = loop {
-            let word = memory.load(gpa + (iova >> shift(height) & 511) * 8);
-            let next = space.format.decode(word, height)?;
-            if next.leaf {
-                let tag = if next.global { global.unwrap_or(tag) } else { tag };
-                break CachedPage { tag, iova, height, gpa: next.gpa };
-            }
-            (gpa, height) = (next.gpa, height - 1);
-            tables.push(CachedTable { tag, iova, height, gpa });
+        let (mut gpa, mut height) = match lowest {
+            Some(table) => (table.gpa, table.height),
+            None => (lower(self, tables.top)?.0, TOP),
         };
-        // Nothing is cached of a walk that faults.
-        self.tables.append(&mut tables);
-        self.pages.push(page);
-        Some(page.gpa | iova & ((1 << page.shift()) - 1))
+        let mut passed = Vec::new();
+        let next = loop {
+            let word = memory.load(gpa + (iova >> shift(height) & 511) * 8);
+            let next = tables.format.decode(word, height)?;
+            if next.leaf {
+                break next;
+            }
+            (gpa, height) = (lower(self, next.gpa)?.0, height - 1);
+            passed.push(CachedTable { tag, iova, height, gpa });
+        };
+        let (gpa, smaller) = lower(self, next.gpa | iova & ((1 << shift(height)) - 1))?;
+        let height = height.min(smaller);
+        // Nothing is cached of a walk that faults, except what is below it.
+        self.tables.append(&mut passed);
+        let tag = if next.global { global.unwrap_or(tag) } else { tag };
+        self.pages.push(CachedPage {
+            tag,
+            iova,
+            height,
+            gpa: gpa >> shift(height) << shift(height),
+        });
+        Some((gpa, height))
     }
 }
 

@@ -355,6 +355,8 @@ impl<M: Mmio> Driver<M> {
         for above in (2..=4).rev() {
             let entry = table + index(iova, above) * ENTRY_SIZE;
             table = self.table_at(entry, |page| below(page).with_rw(true).into_bits()) & !BELOW;
+            // One that was there may be new to this second stage.
+            below(table);
         }
         let entry = table + index(iova, 1) * ENTRY_SIZE;
         self.store(entry, below(gpa).with_rw(writable).into_bits());
@@ -362,17 +364,17 @@ impl<M: Mmio> Driver<M> {
 
     /// Unmaps a 4 KiB page, in tables of any kind.
     pub fn unmap(&self, top: u64, iova: u64) {
-        self.store(self.leaf_at(top, iova), 0);
+        self.store(self.entry_at(top, iova, 1), 0);
     }
 
-    /// The GPA of the entry for a 4 KiB page that was mapped, in tables of any kind.
-    pub fn leaf_at(&self, top: u64, iova: u64) -> u64 {
+    /// The GPA of the entry of `level` for `iova`, whose table exists, in tables of any kind.
+    pub fn entry_at(&self, top: u64, iova: u64, level: u8) -> u64 {
         let mut table = top;
-        for above in (2..=4).rev() {
+        for above in (level + 1..=4).rev() {
             let word = self.load(table + index(iova, above) * ENTRY_SIZE);
             table = word & 0x000f_ffff_ffff_f000 & !BELOW;
         }
-        table + index(iova, 1) * ENTRY_SIZE
+        table + index(iova, level) * ENTRY_SIZE
     }
 
     /// The table that the entry at `entry` points to; a new one if there is none.

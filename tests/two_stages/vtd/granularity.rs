@@ -24,7 +24,7 @@ use crate::common::{A, B, PAGE};
 const MAMV: u8 = 18;
 
 struct FirstStage;
-struct SecondStage;
+pub(super) struct SecondStage;
 
 impl Format for FirstStage {
     fn pointer(&self, gpa: u64) -> u64 {
@@ -62,16 +62,26 @@ impl Format for SecondStage {
     }
 }
 
+/// What is cached of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Kind {
+    /// First-stage tables, alone or with second-stage tables below.
+    FirstStage,
+    SecondStage,
+    /// The second-stage tables below first-stage ones.
+    Below,
+}
+
 /// The tag of a cached translation.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Tag {
-    second_stage: bool,
-    domain: u16,
-    pasid: u32,
+pub(super) struct Tag {
+    pub kind: Kind,
+    pub domain: u16,
+    pub pasid: u32,
 }
 
 /// Drops what `descriptor` requires (§6.5.2.3, §6.5.2.4).
-fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
+pub(super) fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
     let (names, range): (Box<dyn Fn(Tag) -> bool>, _) = match *descriptor {
         Descriptor::Iotlb { scope: IotlbScope::Global, .. } => (Box::new(|_| true), None),
         Descriptor::Iotlb { scope: IotlbScope::Domain(domain), .. } => {
@@ -79,15 +89,18 @@ fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
         }
         Descriptor::Iotlb { scope: IotlbScope::Pages { domain, range }, .. } => {
             // Everything of first-stage tables, whatever the address and the hint.
-            let first_stage = |tag: Tag| tag.domain == domain && !tag.second_stage;
+            let first_stage = |tag: Tag| tag.domain == domain && tag.kind == Kind::FirstStage;
             caches.pages.retain(|page| !first_stage(page.tag));
             caches.tables.retain(|table| !first_stage(table.tag));
-            (Box::new(move |tag| tag.domain == domain && tag.second_stage), Some(range))
+            let second_stage = move |tag: Tag| tag.domain == domain && tag.kind != Kind::FirstStage;
+            (Box::new(second_stage), Some(range))
         }
         Descriptor::PasidIotlb { domain, pasid, range } => {
             let pasid = pasid.raw();
-            // Nothing of second-stage tables need be dropped; no test depends on it.
-            (Box::new(move |tag| tag.domain == domain && tag.pasid == pasid), range)
+            // Nothing of second-stage tables need be dropped; where they are alone it is, and no
+            // test depends on it.
+            let names = move |tag: Tag| tag.domain == domain && tag.pasid == pasid;
+            (Box::new(move |tag| names(tag) && tag.kind != Kind::Below), range)
         }
         _ => return,
     };
@@ -130,7 +143,7 @@ fn iotlb_scope(masks: &'static [u8]) -> impl Strategy<Value = IotlbScope> {
 }
 
 /// Descriptors of scalable mode.
-fn descriptor() -> impl Strategy<Value = Descriptor> {
+pub(super) fn descriptor() -> impl Strategy<Value = Descriptor> {
     let pages = prop::option::weighted(0.8, range(&[0, 1, 9, MAMV, 30, 52]));
     prop_oneof![
         6 => iotlb_scope(&[0, 1, 9, MAMV]).prop_map(iotlb),
@@ -229,13 +242,12 @@ impl Bench {
             (B, Some(3), 6, 4),
         ] {
             let table = bench.spaces[space].top;
-            let second_stage = space > 2;
-            let entry = match second_stage {
-                true => Entry::SecondStage { table, domain },
-                false => Entry::FirstStage { table, domain },
+            let (kind, entry) = match space > 2 {
+                true => (Kind::SecondStage, Entry::SecondStage { table, domain }),
+                false => (Kind::FirstStage, Entry::FirstStage { table, domain }),
             };
             guest.set_entry(rid, pasid.unwrap_or(0), entry);
-            let tag = Tag { second_stage, domain, pasid: pasid.unwrap_or(0) };
+            let tag = Tag { kind, domain, pasid: pasid.unwrap_or(0) };
             bench.users.push((rid, pasid, tag, space));
         }
         guest.enable();
@@ -249,7 +261,7 @@ impl Bench {
         for (rid, domain, space) in [(A, 5, 0), if shared { (B, 5, 0) } else { (B, 6, 1) }] {
             let table = bench.spaces[space].top;
             guest.set_legacy_entry(rid, Entry::SecondStage { table, domain });
-            let tag = Tag { second_stage: true, domain, pasid: 0 };
+            let tag = Tag { kind: Kind::SecondStage, domain, pasid: 0 };
             bench.users.push((rid, None, tag, space));
         }
         guest.enable_legacy(queue);
