@@ -19,13 +19,14 @@ help:
 	@echo 'make demo          build, and run the small test guest on /dev/kvm'
 	@echo 'make test          lint, then every test, including guests'
 	@echo 'make test-all      test, then more and longer tests, bad inputs, Xen, the small guest'
-	@echo '                   on QEMU'"'"'s VT-d, and test-arm64'
+	@echo '                   on QEMU'"'"'s VT-d, qemu-demo, and test-arm64'
 	@echo 'make test-arm64    arm64 Linux guests behind a virtual SMMUv3, on a real /dev/iommu in an'
 	@echo '                   emulated arm64 host'
 	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make preload       libtwostage_iommufd.so: an emulated /dev/iommu for any program'
 	@echo 'make package       in target/package: the crates as crates.io takes them, and the library'
 	@echo '                   as a Debian package'
+	@echo 'make qemu-demo     QEMU 11 nests on that library, beside twostage; then Linux on it'
 	@echo 'make selftests     Linux'"'"'s iommufd selftests, unmodified, under that library'
 	@echo 'make bench         benchmarks (criterion), then comparisons with QEMU'
 	@echo 'make compare-arm64 /dev/iommu calls for the same arm64 guest, compared with QEMU'"'"'s'
@@ -68,6 +69,7 @@ test-all: test loom
 	scripts/check/api-count
 	scripts/package
 	scripts/check/guest-under-qemu
+	@$(MAKE) --no-print-directory qemu-demo
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
 	@[ "$(NESTED)" = off ] || scripts/check/xen
 	@$(MAKE) --no-print-directory test-arm64
@@ -86,6 +88,11 @@ preload:
 	@$(need) cc cargo
 	cargo build --release --locked -p twostage-iommufd-preload
 	@echo 'built target/release/libtwostage_iommufd.so; set LD_PRELOAD to it'
+
+# NESTED=off skips Linux.
+qemu-demo:
+	@$(need) cc cargo make gcc objcopy
+	@scripts/check/qemu-demo $$([ "$(NESTED)" = off ] && echo --no-linux)
 
 package:
 	@scripts/package
@@ -168,6 +175,6 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all test-arm64 nested-check preload package selftests bench \
+.PHONY: help run demo test test-all test-arm64 nested-check preload qemu-demo package selftests bench \
 	compare-arm64 fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help
