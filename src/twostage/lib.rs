@@ -35,12 +35,14 @@
 //! * Configurations, counters, states and errors are `#[non_exhaustive]`, or all their fields are
 //!   private. A configuration starts from its default, and is changed by `with_…` or field by
 //!   field: `VtdConfig::default().with_pasid_bits(Some(16))`.
-//! * So are [`iommufd::HwInfo`], [`viommu::vtd::HostVtd`] and [`viommu::smmuv3::HostSmmu`], which
-//!   new abilities of hosts are added to. `new` makes these, and the errors that implementers of a
+//! * So are [`iommufd::HwInfo`], [`iommufd::Extensions`], [`viommu::vtd::HostVtd`] and
+//!   [`viommu::smmuv3::HostSmmu`], which new abilities of hosts are added to. `new` makes these, and the errors that implementers of a
 //!   trait return.
 //! * What someone has to handle completely is not: [`viommu::vtd::Policy`],
 //!   [`viommu::smmuv3::StreamPolicy`] and what they contain or are contained in
-//!   ([`viommu::vtd::RequesterConfig`]). More of these are a breaking change.
+//!   ([`viommu::vtd::RequesterConfig`]). Nor are plain values of which a specification or the uAPI
+//!   gives every field ([`iommufd::HwptAlloc`]; nodes of a device tree). More of these are a
+//!   breaking change.
 //! * Traits are there to be implemented and wrapped by others. A method that a trait gets later has
 //!   a default body; a verb of [`iommufd::HostIommu`] is then refused with `EOPNOTSUPP`.
 #![cfg_attr(docsrs, feature(doc_cfg))]

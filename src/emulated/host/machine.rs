@@ -313,10 +313,9 @@ impl Machine {
         let all = |has: fn(Extensions) -> bool| {
             !drivers.is_empty() && drivers.iter().all(|driver| has(driver.extensions()))
         };
-        Extensions {
-            guest_second_stage: all(|it| it.guest_second_stage),
-            fault_reports: all(|it| it.fault_reports),
-        }
+        Extensions::default()
+            .with_guest_second_stage(all(|it| it.guest_second_stage))
+            .with_fault_reports(all(|it| it.fault_reports))
     }
 
     /// The drivers of all IOMMUs.

@@ -16,11 +16,19 @@ use twostage::iommufd::{Errno, UserMemory};
 /// A pointer to something that is not the user's memory: `EFAULT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{length:#x} bytes at {address:#x} are not the user's memory")]
+#[non_exhaustive]
 pub struct UserFault {
     /// First byte of the access.
     pub address: u64,
     /// Length of the access.
     pub length: u64,
+}
+
+impl UserFault {
+    /// An access to `length` bytes at `address`.
+    pub fn new(address: u64, length: u64) -> Self {
+        Self { address, length }
+    }
 }
 
 impl From<UserFault> for Refusal {

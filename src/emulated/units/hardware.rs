@@ -65,7 +65,7 @@ pub(crate) trait Hardware: Debug + Send + Sync {
 
     /// Abilities beyond those of hardware.
     fn extensions(&self) -> Extensions {
-        Extensions { guest_second_stage: true, fault_reports: true }
+        Extensions::default().with_guest_second_stage(true).with_fault_reports(true)
     }
 
     /// Sends DMA of `rid` (or its `pasid`) to `translation`, replacing the old one.

@@ -234,7 +234,7 @@ impl UserSpace for Process {
         let length = bytes.len() as u64;
         match self.read_some(address, bytes) as u64 {
             read if read == length => Ok(()),
-            _ => Err(UserFault { address, length }),
+            _ => Err(UserFault::new(address, length)),
         }
     }
 
@@ -242,7 +242,7 @@ impl UserSpace for Process {
         let length = bytes.len() as u64;
         match self.write_some(address, bytes) as u64 {
             written if written == length => Ok(()),
-            _ => Err(UserFault { address, length }),
+            _ => Err(UserFault::new(address, length)),
         }
     }
 
@@ -250,7 +250,7 @@ impl UserSpace for Process {
         let pins = &state::current().pins;
         let pinned = pins.pin(self.id(), self.is_own(), address, length, writable).ok();
         // The ID may have been reused by now.
-        pinned.filter(|_| self.is_there()).ok_or(UserFault { address, length })
+        pinned.filter(|_| self.is_there()).ok_or(UserFault::new(address, length))
     }
 
     fn file(&self, fd: i32) -> Option<Arc<fs::File>> {

@@ -111,6 +111,7 @@ macro_rules! verbs {
     ($($(#[$doc:meta])* $variant:ident => $name:literal),* $(,)?) => {
         /// The verbs of [`super::HostIommu`], for errors, counters and traces.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[non_exhaustive]
         pub enum Verb {
             $($(#[$doc])* $variant,)*
         }

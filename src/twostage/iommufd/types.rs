@@ -326,6 +326,7 @@ impl ViommuKind {
 
 /// Abilities of a host beyond the kernel's uAPI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Extensions {
     /// Supports [`HwptData::VtdSecondStage`] and [`HwptData::VtdNested`]: walks second-stage tables
     /// that the guest owns.
@@ -333,6 +334,13 @@ pub struct Extensions {
     /// Reports every unrecoverable DMA fault to a [`super::FaultSink`] (Linux 7.2's VT-d driver
     /// reports none to user space).
     pub fault_reports: bool,
+}
+
+impl Extensions {
+    crate::setters! {
+        with_guest_second_stage guest_second_stage: bool;
+        with_fault_reports fault_reports: bool;
+    }
 }
 
 /// An unrecoverable fault of one DMA request.

@@ -147,7 +147,7 @@ impl Driver for SmmuDriver {
     }
 
     fn extensions(&self) -> Extensions {
-        Extensions { guest_second_stage: false, fault_reports: true }
+        Extensions::default().with_fault_reports(true)
     }
 
     fn pasid_bits(&self) -> u8 {

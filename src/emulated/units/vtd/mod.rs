@@ -101,7 +101,9 @@ impl Hardware for VtdUnit {
     }
 
     fn extensions(&self) -> Extensions {
-        Extensions { guest_second_stage: self.config.guest_second_stage, fault_reports: true }
+        Extensions::default()
+            .with_guest_second_stage(self.config.guest_second_stage)
+            .with_fault_reports(true)
     }
 
     fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {

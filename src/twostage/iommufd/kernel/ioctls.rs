@@ -293,7 +293,7 @@ impl IommuFdExt for IommuFd {
         if range.length == 0 || !range.page_size.is_power_of_two() {
             return Err(Errno::EINVAL);
         }
-        if (range.length / range.page_size).div_ceil(64) > bitmap.len() as u64 {
+        if range.length.div_ceil(range.page_size).div_ceil(64) > bitmap.len() as u64 {
             return Err(Errno::EFAULT);
         }
         // SAFETY: the kernel only sets bits of the range, and the bitmap was checked to have them.

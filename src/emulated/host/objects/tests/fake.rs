@@ -67,7 +67,9 @@ impl Fake {
             },
             pasid_bits: 20,
             viommus: false,
-            extensions: Extensions { guest_second_stage: true, fault_reports: true },
+            extensions: Extensions::default()
+                .with_guest_second_stage(true)
+                .with_fault_reports(true),
             told: Mutex::default(),
             answered: Mutex::default(),
         }

@@ -54,6 +54,7 @@ impl fmt::Display for Fate {
 /// The invalidation needed after changing the guest's tables, in the terms of its IOMMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub enum TlbInvalidation {
     /// VT-d, first-stage tables, whose translations are tagged by PASID (§6.5.2.4).
     VtdPasidIotlb,
@@ -79,6 +80,7 @@ impl fmt::Display for TlbInvalidation {
 /// The 4 KiB pages of an invalidation of the guest's tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub enum InvalidatedPages {
     /// All of them.
     All,
@@ -128,6 +130,7 @@ impl fmt::Display for InvalidatedPages {
 /// and the end of the invalidation the device may use either translation.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct StaleUse {
     /// The requester.
     #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
@@ -194,6 +197,7 @@ impl fmt::Display for StaleUse {
 /// Where a requester's DMA goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub enum DmaWay {
     /// Nowhere.
     Blocked,
@@ -243,6 +247,7 @@ impl fmt::Display for DmaWay {
 /// The invalidation needed after changing a requester's context, in the terms of its IOMMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub enum ContextInvalidation {
     /// VT-d: PASID-cache invalidation (in legacy mode, context-cache invalidation).
     Vtd,
@@ -283,6 +288,7 @@ pub trait ContextTables: fmt::Debug + Send + Sync {
 /// cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct StaleContext {
     /// The requester.
     #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
