@@ -130,7 +130,6 @@ impl fmt::Display for InvalidatedPages {
 /// and the end of the invalidation the device may use either translation.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
-#[non_exhaustive]
 pub struct StaleUse {
     /// The requester.
     #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
@@ -288,7 +287,6 @@ pub trait ContextTables: fmt::Debug + Send + Sync {
 /// cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
-#[non_exhaustive]
 pub struct StaleContext {
     /// The requester.
     #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
