@@ -44,8 +44,12 @@ pub fn run(bytes: &[u8]) {
 
 fn vtd(input: &mut Input<'_>) {
     let mut value = vtd_value();
-    input.change(&mut value);
-    let Ok(state) = serde_json::from_value::<VtdState>(value) else { return };
+    let changes = input.change(&mut value);
+    let state = match serde_json::from_value::<VtdState>(value) {
+        Ok(state) => state,
+        Err(_) if changes > 0 => return,
+        Err(error) => panic!("the snapshot itself is none: {error}"),
+    };
     let pasids = state.functions.iter().flat_map(|function| &function.pasids);
     let pasids = pasids.map(|run| u64::from(run.last.saturating_sub(run.first)));
     if pasids.sum::<u64>() > MAX_PASIDS {
@@ -74,8 +78,12 @@ fn vtd(input: &mut Input<'_>) {
 
 fn smmuv3(input: &mut Input<'_>) {
     let mut value = smmuv3_value();
-    input.change(&mut value);
-    let Ok(state) = serde_json::from_value::<SmmuState>(value) else { return };
+    let changes = input.change(&mut value);
+    let state = match serde_json::from_value::<SmmuState>(value) {
+        Ok(state) => state,
+        Err(_) if changes > 0 => return,
+        Err(error) => panic!("the snapshot itself is none: {error}"),
+    };
     let host = input.host();
     let smmu = match Smmu::restore(&state, input.memory(), host.clone(), host.clone(), None) {
         Ok(smmu) => smmu,
@@ -196,9 +204,10 @@ impl Input<'_> {
         }
     }
 
-    /// Changes `value` in up to seven places.
-    fn change(&mut self, value: &mut Value) {
-        for _ in 0..self.byte() % 8 {
+    /// Changes `value` in up to seven places; returns how many.
+    fn change(&mut self, value: &mut Value) -> u8 {
+        let changes = self.byte() % 8;
+        for _ in 0..changes {
             let mut places = vec![];
             places_of(value, String::new(), &mut places);
             let copied = &places[self.below(places.len())];
@@ -228,6 +237,7 @@ impl Input<'_> {
                 place => *place = copied,
             }
         }
+        changes
     }
 
     /// Guest memory, with some words.

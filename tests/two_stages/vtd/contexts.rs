@@ -17,12 +17,22 @@ use crate::common::{A, B};
 const IOVA: u64 = 0xc0_0000;
 const TABLES: usize = 3;
 
+/// Kinds of tables.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    FirstStage,
+    SecondStage,
+    Nested,
+}
+
+const KINDS: [Kind; 3] = [Kind::FirstStage, Kind::SecondStage, Kind::Nested];
+
 /// An entry: a table, by its number.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Choice {
     Nothing,
     Bypass { domain: u16 },
-    Tables { second_stage: bool, number: usize, domain: u16 },
+    Tables { kind: Kind, number: usize, domain: u16 },
 }
 
 impl Choice {
@@ -38,17 +48,15 @@ impl Choice {
         match self {
             Self::Nothing => None,
             Self::Bypass { .. } => Some(1),
-            Self::Tables { number, second_stage, .. } => {
-                Some(10 + 10 * u64::from(second_stage) + number as u64)
-            }
+            Self::Tables { number, kind, .. } => Some(10 + 10 * kind as u64 + number as u64),
         }
     }
 }
 
 fn choice(first_stage: bool) -> impl Strategy<Value = Choice> {
-    let tables = (any::<bool>(), 0..TABLES, 5u16..8).prop_map(move |(second, number, domain)| {
-        Choice::Tables { second_stage: second || !first_stage, number, domain }
-    });
+    let kinds = if first_stage { &KINDS[..] } else { &[Kind::SecondStage] };
+    let tables = (prop::sample::select(kinds), 0..TABLES, 5u16..8)
+        .prop_map(|(kind, number, domain)| Choice::Tables { kind, number, domain });
     prop_oneof![
         1 => Just(Choice::Nothing),
         1 => (5u16..8).prop_map(|domain| Choice::Bypass { domain }),
@@ -121,19 +129,21 @@ fn run(
 ) -> Result<(), TestCaseError> {
     let guest = &machine.guest;
     guest.store(IOVA, 1);
-    let tables: Vec<_> = (0..2 * TABLES)
-        .map(|number| {
-            let (second_stage, number) = (number >= TABLES, number % TABLES);
+    // Nested ones differ in the first stage, in the second, or in both.
+    let below = [guest.page(), guest.page()];
+    let tables = KINDS.map(|kind| {
+        std::array::from_fn::<_, TABLES, _>(|number| {
             let (table, page) = (guest.page(), guest.page());
-            let choice = Choice::Tables { second_stage, number, domain: 0 };
+            let choice = Choice::Tables { kind, number, domain: 0 };
             guest.store(page, choice.reads().unwrap());
-            match second_stage {
-                true => guest.map_second_stage(table, IOVA, page, true),
-                false => guest.map(table, IOVA, page, 1, true),
+            match kind {
+                Kind::FirstStage => guest.map(table, IOVA, page, 1, true),
+                Kind::SecondStage => guest.map_second_stage(table, IOVA, page, true),
+                Kind::Nested => guest.map_nested(table, below[number % 2], IOVA, page, true),
             }
             table
         })
-        .collect();
+    });
     let mut requesters: Vec<_> = requesters.iter().copied().map(Requester::new).collect();
     for (number, step) in steps.iter().enumerate() {
         match step {
@@ -144,11 +154,17 @@ fn run(
                 let entry = match *choice {
                     Choice::Nothing => Entry::NotPresent,
                     Choice::Bypass { domain } => Entry::PassThrough { domain },
-                    Choice::Tables { second_stage: false, number, domain } => {
-                        Entry::FirstStage { table: tables[number], domain }
-                    }
-                    Choice::Tables { second_stage: true, number, domain } => {
-                        Entry::SecondStage { table: tables[TABLES + number], domain }
+                    Choice::Tables { kind, number, domain } => {
+                        let table = tables[kind as usize][number];
+                        let second = below[number % 2];
+                        match kind {
+                            Kind::FirstStage => Entry::FirstStage { table, domain },
+                            Kind::SecondStage => Entry::SecondStage { table, domain },
+                            Kind::Nested => {
+                                let (first, accessed_dirty) = (table, false);
+                                Entry::Nested { first, second, domain, accessed_dirty }
+                            }
+                        }
                     }
                 };
                 set(machine, requester, entry);
@@ -179,7 +195,7 @@ fn run(
 
 fn machine() -> Machine {
     let unit = VtdUnitConfig::default().with_guest_second_stage(true);
-    Machine::with(unit, vtd_config().with_second_stage(true))
+    Machine::with(unit, vtd_config().with_second_stage(true).with_nest(true))
 }
 
 fn set_legacy(machine: &Machine, requester: &Requester, entry: Entry) {

@@ -13,9 +13,9 @@ use twostage::spec::vtd::qi::{Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs::{self, Gcmd};
 use twostage::viommu::vtd::{FunctionState, VtdState, MMIO_SIZE};
 use twostage_emulated::kit::Mmio;
-use twostage_emulated::{DmaError, ObjectKind};
+use twostage_emulated::{DmaError, ObjectKind, VtdUnitConfig};
 
-use super::guest::{Completion, Entry};
+use super::guest::{Completion, Entry, BELOW};
 use super::machine::{self, Ground, Machine};
 use super::{expect_fault, iotlb, nested, pages, pasid_pages, DOMAIN, IOVA};
 use crate::common::{A, B, PAGE};
@@ -116,6 +116,38 @@ fn what_was_decided_is_restored_and_not_what_tables_say_by_then() {
     assert_eq!(next.read(A, None, IOVA), Ok(2));
     assert!(next.read(A, Some(1), IOVA).is_err());
     assert_eq!(next.end(), 0);
+}
+
+/// A guest that is a host.
+#[test]
+fn both_stages_of_the_guest_are_restored() {
+    let config = machine::vtd_config().with_second_stage(true).with_nest(true);
+    let machine = Machine::with(VtdUnitConfig::default(), config);
+    let guest = &machine.guest;
+    let [first, second, page, other] = [(); 4].map(|()| guest.page());
+    guest.map_nested(first, second, IOVA, page, true);
+    guest.store(page, 1);
+    let nested = Entry::Nested { first, second, domain: DOMAIN, accessed_dirty: true };
+    guest.set_entry(A, 0, nested);
+    guest.set_entry(A, 1, nested);
+    guest.enable();
+    guest.set_entry(A, 1, Entry::NotPresent);
+    let state = machine.iommu.snapshot().unwrap();
+    let next = restored(&machine, &state);
+    assert_eq!(next.iommu.snapshot().unwrap(), state);
+    for pasid in [None, Some(1)] {
+        assert_eq!(next.read(A, pasid, IOVA), Ok(1));
+    }
+    // What the guest invalidates is found under its names.
+    next.guest.store(other, 2);
+    next.guest.map_second_stage(second, BELOW + page, other, true);
+    assert_eq!(next.read(A, None, IOVA), Ok(1));
+    let range = pages(BELOW + page, 0);
+    let done = next.guest.submit(&[iotlb(IotlbScope::Pages { domain: DOMAIN, range })]);
+    assert_eq!((done, next.read(A, None, IOVA)), (Completion::Done, Ok(2)));
+    next.iommu.reset().unwrap();
+    assert_eq!(next.read(A, None, page), Ok(1));
+    assert_eq!((machine.end(), next.end()), (0, 0));
 }
 
 #[test]
