@@ -311,18 +311,22 @@ impl<L> Walk<'_, L> {
             if wanted == step.word {
                 continue;
             }
+            let (old, new) = (step.word.to_le(), wanted.to_le());
+            // It was there when it was read.
+            let entry = self.caches.word(step.place);
+            let entry = entry.ok_or_else(|| tables.entry_unreadable(step.at))?;
             if !step.table.writable {
                 let Some(gpa) = step.at.gpa else { return Ok(false) };
+                // Another walk may find that nothing is to be set.
+                if entry.load(Ordering::Acquire) != old {
+                    return Ok(false);
+                }
                 let page = self.lower.entry_flags(tables, gpa, step.at.top)?;
                 if page.place != step.place {
                     return Ok(false);
                 }
                 step.table.writable = page.write;
             }
-            let (old, new) = (step.word.to_le(), wanted.to_le());
-            // It was there when it was read.
-            let entry = self.caches.word(step.place);
-            let entry = entry.ok_or_else(|| tables.entry_unreadable(step.at))?;
             if entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 return Ok(false);
             }

@@ -4,6 +4,7 @@
 mod attachments;
 mod first_stage;
 mod nested;
+mod nested_reference;
 mod nested_sanitizer;
 mod nested_staleness;
 mod reference;
