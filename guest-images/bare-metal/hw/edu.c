@@ -24,13 +24,12 @@ void edu_init(void)
     all_count = pci_find(EDU_PCI_ID, found, EDU_MOST);
     for (unsigned n = 0; n < all_count; n++) {
         struct edu *edu = &all[n];
-        u16 pasid = pci_extended_capability(found[n], PCI_EXT_CAP_PASID);
 
         edu->id = found[n];
         edu->registers = pci_enable(found[n], EDU_BAR_SIZE);
-        edu->has_pasid = pasid != 0;
-        if (pasid)
-            pci_write(found[n], pasid + PASID_CONTROL, PASID_ENABLE);
+        edu->has_pasid = pci_extended_capability(found[n], PCI_EXT_CAP_PASID) != 0;
+        if (edu->has_pasid)
+            edu_pasid_enable(edu, true);
     }
     edu_use(0, EDU_MOST);
 }
@@ -41,6 +40,13 @@ void edu_use(unsigned first, unsigned most)
 
     edus = &all[first];
     edu_count = rest < most ? rest : most;
+}
+
+void edu_pasid_enable(const struct edu *edu, bool on)
+{
+    u16 pasid = pci_extended_capability(edu->id, PCI_EXT_CAP_PASID);
+
+    pci_write(edu->id, pasid + PASID_CONTROL, on ? PASID_ENABLE : 0);
 }
 
 static bool dma(const struct edu *edu, u32 pasid, u64 source, u64 destination, u32 count, u32 direction)

@@ -37,7 +37,7 @@ enum edu_register {
 struct edu {
     pci_id id;
     u64 registers;
-    bool has_pasid; // the PASID extended capability is there and enabled
+    bool has_pasid; // the PASID extended capability is there, and enabled by `edu_init`
     bool is_loaded; // its buffer holds what the checks expect
 };
 
@@ -50,6 +50,9 @@ void edu_init(void);
 
 // Restricts the devices in use to `most` of them, from number `first` on.
 void edu_use(unsigned first, unsigned most);
+
+// Lets the device's requests carry a PASID, or not, by its PASID capability, which it must have.
+void edu_pasid_enable(const struct edu *edu, bool on);
 
 // Copies `count` bytes of the device's buffer from `offset` to memory at `iova`, or the reverse.
 // False when the DMA does not finish.

@@ -4,6 +4,10 @@
 enum {
     MSI_CONTROL_ENABLE = 1 << 16, // message control is the upper half of the capability's first word
     MSI_CONTROL_64BIT = 1 << 23,
+    EXPRESS_DEVICE_CAPABILITIES = 4,
+    EXPRESS_FLR_CAPABLE = 1 << 28,
+    EXPRESS_DEVICE_CONTROL = 8,
+    EXPRESS_INITIATE_FLR = 1 << 15,
 };
 
 bool pci_has_pin(pci_id function)
@@ -96,4 +100,19 @@ void pci_msi_disable(pci_id function)
 
     if (msi)
         pci_write(function, msi, pci_read(function, msi) & ~(u32)MSI_CONTROL_ENABLE);
+}
+
+bool pci_can_reset(pci_id function)
+{
+    u16 express = pci_capability(function, PCI_CAP_EXPRESS);
+
+    return express && pci_read(function, express + EXPRESS_DEVICE_CAPABILITIES) & EXPRESS_FLR_CAPABLE;
+}
+
+void pci_reset(pci_id function)
+{
+    u16 control = pci_capability(function, PCI_CAP_EXPRESS) + EXPRESS_DEVICE_CONTROL;
+
+    // The upper half is the status, whose bits are cleared by writing 1.
+    pci_write(function, control, (u16)pci_read(function, control) | EXPRESS_INITIATE_FLR);
 }

@@ -16,6 +16,7 @@ enum {
     PCI_STATUS_CAPABILITIES = 1 << 20,
 
     PCI_CAP_MSI = 0x05,
+    PCI_CAP_EXPRESS = 0x10,
     PCI_EXT_CAP_PASID = 0x1b,
 };
 
@@ -48,3 +49,8 @@ u64 pci_enable(pci_id function, u32 size);
 bool pci_msi_set(pci_id function, u32 address, u32 data);
 
 void pci_msi_disable(pci_id function);
+
+// Whether the function has a function-level reset (PCIe 6.6.2), and does it: then it answers
+// configuration accesses only, and its BARs have no address.
+bool pci_can_reset(pci_id function);
+void pci_reset(pci_id function);

@@ -109,6 +109,27 @@ static void pasid_beyond_directory(void)
     REQUIRE(write_faults(DEVICE, 1 << 13, IOVA, NULL, PASID_BEYOND));
 }
 
+// What lets a PASID out is the capability (PCIe 7.8.9.3), not the register with the PASID.
+static void pasids_not_enabled_in_device(void)
+{
+    struct page_table with = space_new(), without = space_new();
+    struct target target = target_new();
+    bool landed;
+
+    REQUIRE(device_has_pasid());
+    map_leaf(&with, IOVA, gpa_of(target.old), LEVEL_4K, FS_READ_WRITE);
+    map_leaf(&without, IOVA, gpa_of(target.new), LEVEL_4K, FS_READ_WRITE);
+    attach_pasid(DEVICE, PASID_1, &with, DOMAIN_A);
+    attach(DEVICE, &without, DOMAIN_B);
+    REQUIRE(enable());
+    REQUIRE(lands_on_old(DEVICE, PASID_1, IOVA, target));
+    edu_pasid_enable(DEVICE, false);
+    landed = lands_on_new(DEVICE, PASID_1, IOVA, target);
+    edu_pasid_enable(DEVICE, true);
+    REQUIRE(landed);
+    REQUIRE(lands_on_old(DEVICE, PASID_1, IOVA, target));
+}
+
 static void untranslated_with_pasid(void)
 {
     volatile u64 *page = page_new();
@@ -248,6 +269,7 @@ static const struct check list[] = {
     {"PASID without entry: faults 59h and 51h", pasid_without_entry},
     {"PASIDs not enabled in the context entry: fault 45h", pasids_not_enabled},
     {"PASID beyond the directory: fault 46h", pasid_beyond_directory},
+    {"no PASID goes out of a device whose capability is not enabled", pasids_not_enabled_in_device},
     {"a PASID while translation is off is blocked", untranslated_with_pasid},
     {"PASID-IOTLB invalidation, each PASID by itself", pasid_selective_invalidation},
     {"changed table pointer: PASID cache, global", entry_global},

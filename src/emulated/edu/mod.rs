@@ -3,7 +3,8 @@
 //! memory and a buffer of 4 KiB.
 //!
 //! The user provides the configuration space, interrupt delivery, the thread that does the DMA, and
-//! memory access ([`Requests`]). One register is Twostage's: 0xA0 sets the PASID of the DMA.
+//! memory access ([`Requests`]). One register is Twostage's: 0xA0 sets the PASID of the DMA, where
+//! the user says that it exists: while software has the function's PASID capability enabled.
 
 mod dma;
 pub mod registers;

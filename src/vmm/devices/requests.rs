@@ -185,7 +185,8 @@ impl RequestGate {
         self.wait_for_request();
     }
 
-    fn wait_for_request(&self) {
+    /// Waits for the request under way, if there is one.
+    pub fn wait_for_request(&self) {
         drop(self.under_way.write());
     }
 }

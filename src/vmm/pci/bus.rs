@@ -22,8 +22,10 @@ pub trait PciFunction: Send + Sync {
     fn config_reading(&self, _offset: u16, _length: usize) {}
 
     /// Called after software wrote `length` bytes at `offset` of configuration space, which is not
-    /// locked.
-    fn config_written(&self, _offset: u16, _length: usize) {}
+    /// locked. Returns whether it reset the function, and BARs with it.
+    fn config_written(&self, _offset: u16, _length: usize) -> bool {
+        false
+    }
 
     /// Software reads `data.len()` bytes at `offset` of memory BAR `bar`.
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]);
@@ -82,7 +84,9 @@ impl PciBus {
         if moved {
             self.update_decoders();
         }
-        function.config_written(offset, data.len());
+        if function.config_written(offset, data.len()) {
+            self.update_decoders();
+        }
     }
 
     /// Updates the decoders. BARs outside of the PCI memory window do not decode.
@@ -202,12 +206,22 @@ impl PciFunction for HostBridge {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::ExpressCapability;
 
-    struct Echo(Mutex<ConfigSpace>);
+    struct Echo(Mutex<ConfigSpace>, ExpressCapability);
 
     impl PciFunction for Echo {
         fn config(&self) -> &Mutex<ConfigSpace> {
             &self.0
+        }
+
+        fn config_written(&self, _: u16, _: usize) -> bool {
+            let mut config = self.0.lock();
+            let reset = self.1.reset_initiated(&config);
+            if reset {
+                config.reset();
+            }
+            reset
         }
 
         fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {
@@ -221,8 +235,9 @@ mod tests {
         let identity = Identity { vendor: 0x1234, device: 0x5678, class: 0, revision: 0 };
         let mut config = ConfigSpace::new(identity);
         config.add_bar(1, 0x1000, PCI_MMIO_START as u32);
+        let express = ExpressCapability::add(&mut config);
         let mut bus = PciBus::default();
-        bus.insert(Bdf::new(0, 3, 0).unwrap(), Arc::new(Echo(Mutex::new(config))));
+        bus.insert(Bdf::new(0, 3, 0).unwrap(), Arc::new(Echo(Mutex::new(config), express)));
         Arc::new(bus)
     }
 
@@ -249,6 +264,19 @@ mod tests {
         bus.write_config(bdf, 0x14, &0x0010_0000u32.to_le_bytes());
         assert_eq!(read(&memory, 0x100_0010), 0xff);
         assert!(bus.decode(0x10_0000, 4).is_none());
+    }
+
+    #[test]
+    fn a_bar_does_not_answer_after_a_reset_until_software_places_it() {
+        let bus = bus();
+        let bdf = Bdf::new(0, 3, 0).unwrap();
+        let memory = PciMemory(bus.clone());
+        bus.write_config(bdf, 0x48, &[0, 0x80]);
+        assert_eq!(read(&memory, 0x10), 0xff);
+        bus.write_config(bdf, 4, &[2, 0]);
+        assert_eq!(read(&memory, 0x10), 0xff, "it is at address 0");
+        bus.write_config(bdf, 0x14, &(PCI_MMIO_START as u32).to_le_bytes());
+        assert_eq!(read(&memory, 0x10), 0x11);
     }
 
     #[test]

@@ -42,20 +42,40 @@ impl MsiCapability {
     }
 }
 
-/// Version 2, Root Complex Integrated Endpoint.
-const EXPRESS_CAPABILITIES: u16 = 2 | 9 << 4;
-/// Device Capabilities 2: End-End TLP prefixes (PASID is one) are supported.
-const END_END_TLP_PREFIX: u32 = 1 << 21;
-/// Device Capabilities 2, from the start of the body.
-const DEVICE_CAPABILITIES_2: usize = 0x24 - 2;
+/// The PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3) with function-level
+/// reset. Without it software looks for no extended capabilities.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpressCapability {
+    offset: u16,
+}
 
-/// Adds the PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3) to `config`,
-/// without which software does not look for extended capabilities. It is read-only.
-pub fn add_express_capability(config: &mut ConfigSpace) {
-    let mut body = [0; 0x3c - 2];
-    body[..2].copy_from_slice(&EXPRESS_CAPABILITIES.to_le_bytes());
-    body[DEVICE_CAPABILITIES_2..][..4].copy_from_slice(&END_END_TLP_PREFIX.to_le_bytes());
-    config.add_capability(CAPABILITY_EXPRESS, &body, &[]);
+impl ExpressCapability {
+    /// The version, and the length that it has.
+    const VERSION: u16 = 2;
+    const LENGTH: usize = 0x3c;
+
+    /// Adds the capability to `config`. Only the bit that resets the function can be written.
+    pub fn add(config: &mut ConfigSpace) -> Self {
+        let body = [0; Self::LENGTH - 2];
+        // All bytes up to device control, which is the last that software can change.
+        let mut writable = [0; EXPRESS_DEVICE_CONTROL as usize];
+        writable[EXPRESS_DEVICE_CONTROL as usize - 2..]
+            .copy_from_slice(&EXPRESS_INITIATE_FLR.to_le_bytes());
+        let offset = config.add_capability(CAPABILITY_EXPRESS, &body, &writable);
+        let capabilities = Self::VERSION | EXPRESS_INTEGRATED_ENDPOINT;
+        config.set_u16(offset + EXPRESS_CAPABILITIES, capabilities);
+        let device = EXPRESS_ROLE_BASED_ERRORS | EXPRESS_FLR_CAPABLE;
+        config.set_u32(offset + EXPRESS_DEVICE_CAPABILITIES, device);
+        config.set_u32(offset + EXPRESS_DEVICE_CAPABILITIES_2, EXPRESS_END_END_TLP_PREFIX);
+        config.set_u16(STATUS, config.u16(STATUS) | STATUS_IMMEDIATE_READINESS);
+        Self { offset }
+    }
+
+    /// Whether software has initiated a function-level reset, which [`ConfigSpace::reset`] is a
+    /// part of and ends.
+    pub fn reset_initiated(&self, config: &ConfigSpace) -> bool {
+        config.u16(self.offset + EXPRESS_DEVICE_CONTROL) & EXPRESS_INITIATE_FLR != 0
+    }
 }
 
 /// A PASID extended capability with all 20 bits, without execute or privileged requests.
@@ -113,9 +133,19 @@ mod tests {
     #[test]
     fn the_express_capability_is_that_of_an_integrated_endpoint() {
         let mut config = config();
-        add_express_capability(&mut config);
-        assert_eq!(config.u32(0x40), 0x0092_0010);
+        let express = ExpressCapability::add(&mut config);
+        assert_eq!((config.u32(0x40), config.u32(0x44)), (0x0092_0010, 0x1000_8000));
         assert_eq!(config.u32(0x40 + 0x24), 1 << 21);
+        assert_eq!(config.u16(STATUS) & 0x11, 0x11, "there is a list, and it answers at once");
+        assert!(!express.reset_initiated(&config));
+        // Nothing but the reset can be written.
+        config.write(0x40, &[0xff; 0x3c]);
+        assert_eq!((config.u32(0x40), config.u32(0x44)), (0x0092_0010, 0x1000_8000));
+        assert_eq!((config.u32(0x48), config.u32(0x4c)), (0x8000, 0));
+        assert!(express.reset_initiated(&config));
+        config.reset();
+        assert!(!express.reset_initiated(&config));
+        assert_eq!((config.u32(0x44), config.u32(0x48)), (0x1000_8000, 0));
     }
 
     #[test]

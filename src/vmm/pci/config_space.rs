@@ -195,6 +195,15 @@ impl ConfigSpace {
         }
     }
 
+    /// The part of a function-level reset in here (§6.6.2): what software can change is zero, so
+    /// that no BAR decodes and no request is allowed. Software saves what it needs again.
+    pub fn reset(&mut self) {
+        for (byte, writable) in self.bytes.iter_mut().zip(self.writable.iter()) {
+            *byte &= !writable;
+        }
+        self.set_interrupt_status(false);
+    }
+
     /// The command register.
     pub fn command(&self) -> Command {
         Command::from_bits(self.u16(COMMAND))
@@ -373,6 +382,27 @@ mod tests {
         assert_eq!((config.u32(BAR0 + 8), config.u32(BAR0 + 12)), (0xffff_ff0c, u32::MAX));
         // At the very end of the address space, where nothing decodes.
         assert_eq!(config.bar_placements()[0].last, u64::MAX);
+    }
+
+    #[test]
+    fn a_reset_leaves_what_software_cannot_change() {
+        let mut config = config();
+        config.add_bar(0, 0x10_0000, 0xe000_0000);
+        let wide = MemoryBar { size: 0x1000, wide: true, prefetchable: true };
+        config.add_memory_bar(2, wide, 0x1_e000_0000);
+        config.set_intx(11);
+        let capability = config.add_capability(5, &[0x5a; 4], &[0xf0; 2]);
+        let extended = config.add_extended_capability(0x1b, 1, &[3; 4], &[0, 0, 1, 0]);
+        config.set_interrupt_status(true);
+        config.write(COMMAND, &[6, 4]);
+        config.reset();
+        assert_eq!((config.u16(COMMAND), config.u16(STATUS)), (0, STATUS_CAPABILITIES));
+        assert_eq!((config.u32(BAR0), config.u32(BAR0 + 8), config.u32(BAR0 + 12)), (0, 0xc, 0));
+        assert_eq!(config.bar_placements(), []);
+        assert_eq!(config.u16(INTERRUPT_LINE), 0x100);
+        assert_eq!(config.u32(VENDOR_ID), 0x11e8_1234);
+        assert_eq!(config.u32(capability + 2), 0x5a5a_0a0a);
+        assert_eq!((config.u32(extended), config.u32(extended + 4)), (0x1_001b, 0x0302_0303));
     }
 
     #[test]

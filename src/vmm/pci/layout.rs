@@ -33,6 +33,8 @@ pub const INTERRUPT_PIN: u16 = 0x3d;
 /// End of the type 0 header, and the first place for a capability.
 pub const HEADER_END: u16 = 0x40;
 
+/// Status: configuration requests are answered right after a reset, too (§7.5.1.1.4).
+pub const STATUS_IMMEDIATE_READINESS: u16 = 1 << 0;
 /// Status: an INTx interrupt is pending.
 pub const STATUS_INTERRUPT: u16 = 1 << 3;
 /// Status: there is a capability list.
@@ -48,6 +50,25 @@ pub const CAPABILITY_MSIX: u8 = 0x11;
 pub const CAPABILITY_EXPRESS: u8 = 0x10;
 /// Extended capability ID of PASID.
 pub const EXTENDED_CAPABILITY_PASID: u16 = 0x1b;
+
+/// PCI Express (§7.5.3), from the start of the capability: its capabilities register.
+pub const EXPRESS_CAPABILITIES: u16 = 0x02;
+/// Device capabilities.
+pub const EXPRESS_DEVICE_CAPABILITIES: u16 = 0x04;
+/// Device control; device status follows.
+pub const EXPRESS_DEVICE_CONTROL: u16 = 0x08;
+/// Device capabilities 2.
+pub const EXPRESS_DEVICE_CAPABILITIES_2: u16 = 0x24;
+/// PCI Express capabilities: a Root Complex Integrated Endpoint.
+pub const EXPRESS_INTEGRATED_ENDPOINT: u16 = 9 << 4;
+/// Device capabilities: errors are reported by role, which everything since PCIe 1.1 says.
+pub const EXPRESS_ROLE_BASED_ERRORS: u32 = 1 << 15;
+/// Device capabilities: function-level reset.
+pub const EXPRESS_FLR_CAPABLE: u32 = 1 << 28;
+/// Device control: reset the function. It reads as zero afterwards.
+pub const EXPRESS_INITIATE_FLR: u16 = 1 << 15;
+/// Device capabilities 2: End-End TLP prefixes (PASID is one).
+pub const EXPRESS_END_END_TLP_PREFIX: u32 = 1 << 21;
 
 /// Command register (§7.5.1.1.3).
 #[bitfield(u16)]

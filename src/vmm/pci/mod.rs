@@ -2,7 +2,8 @@
 //! PCI Express: one root bus, its functions, and how a guest accesses them.
 //!
 //! Sources: PCI Local Bus Specification 3.0 (chapter 6), PCI Express Base Specification 6.0
-//! (§7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.7.2 MSI-X, §7.8.9 PASID).
+//! (§6.6.2 function-level reset, §7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.7.2 MSI-X, §7.8.9
+//! PASID).
 
 mod bus;
 mod capabilities;
@@ -12,7 +13,7 @@ pub(crate) mod layout;
 mod msix;
 
 pub use bus::{Ecam, HostBridge, PciBus, PciFunction, PciMemory};
-pub use capabilities::{add_express_capability, MsiCapability, PasidCapability};
+pub use capabilities::{ExpressCapability, MsiCapability, PasidCapability};
 pub use config_space::{BarPlacement, ConfigSpace, Identity, MemoryBar};
 #[cfg(target_arch = "x86_64")]
 pub use intx::line_of_pin;

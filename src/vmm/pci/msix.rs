@@ -16,6 +16,8 @@ const ENTRY_SIZE: usize = 16;
 const VECTOR_CONTROL: usize = 3;
 /// Vector control: the vector is masked.
 const VECTOR_MASKED: u32 = 1;
+/// An entry after reset.
+const RESET_ENTRY: [u32; ENTRY_SIZE / 4] = [0, 0, 0, VECTOR_MASKED];
 
 /// Sends the message of one vector.
 ///
@@ -132,12 +134,7 @@ impl Vector {
 impl Msix {
     /// Masked vectors, with messages sent by `senders`; bus mastering is enabled.
     pub fn new(senders: Vec<Arc<dyn InterruptVector>>) -> Self {
-        let vector = |sender| Vector {
-            entry: [0, 0, 0, VECTOR_MASKED],
-            known: None,
-            pending: false,
-            sender,
-        };
+        let vector = |sender| Vector { entry: RESET_ENTRY, known: None, pending: false, sender };
         let vectors = senders.into_iter().map(vector).collect();
         let (enabled, function_masked, bus_master) = (false, false, true);
         Self { state: Mutex::new(State { enabled, function_masked, bus_master, vectors }) }
@@ -160,6 +157,17 @@ impl Msix {
     pub fn set_bus_master(&self, allowed: bool) {
         let mut state = self.state();
         state.bus_master = allowed;
+        state.update();
+    }
+
+    /// Function-level reset: every vector is masked and has no message, and none is pending. When
+    /// this returns, none is being sent.
+    pub fn reset(&self) {
+        let mut state = self.state();
+        (state.enabled, state.function_masked) = (false, false);
+        for vector in &mut state.vectors {
+            (vector.entry, vector.pending) = (RESET_ENTRY, false);
+        }
         state.update();
     }
 
@@ -337,6 +345,27 @@ mod tests {
         msix.set_bus_master(true);
         assert_eq!(recorder.take(), ["0xfee00000/0x0", "sent"]);
         assert_eq!(pending(&msix), 0);
+    }
+
+    #[test]
+    fn after_a_reset_nothing_is_sent_and_nothing_is_left() {
+        let recorder = Arc::new(Recorder::default());
+        let msix = Msix::new(vec![recorder.clone(), Arc::new(Recorder::default())]);
+        msix.set_control(control(true, false));
+        msix.write_table(0, &0xfee0_0000u32.to_le_bytes());
+        msix.write_table(12, &0u32.to_le_bytes());
+        msix.trigger(1);
+        assert_eq!((recorder.take(), pending(&msix)), (vec!["0xfee00000/0x0".to_owned()], 2));
+        msix.reset();
+        assert_eq!((recorder.take(), pending(&msix)), (vec!["none".to_owned()], 0));
+        msix.trigger(0);
+        msix.set_control(control(true, false));
+        assert_eq!(recorder.take(), [""; 0]);
+        let mut entry = [0xff; 8];
+        msix.read_table(0, &mut entry);
+        assert_eq!(entry, [0; 8]);
+        msix.read_table(8, &mut entry);
+        assert_eq!(entry, [0, 0, 0, 0, 1, 0, 0, 0]);
     }
 
     #[test]

@@ -23,9 +23,10 @@ use super::capabilities::{
     CAPABILITY_VPD, EXTENDED_RULES, RULES,
 };
 use crate::pci::layout::{
-    Command, MsiControl, CAPABILITIES_POINTER, COMMAND, CONFIG_SIZE, EXTENDED_START,
-    INTERRUPT_LINE, INTERRUPT_PIN, REVISION_ID, STATUS, STATUS_CAPABILITIES, SUBSYSTEM_VENDOR_ID,
-    VENDOR_ID,
+    Command, MsiControl, CAPABILITIES_POINTER, COMMAND, CONFIG_SIZE, EXPRESS_CAPABILITIES,
+    EXPRESS_DEVICE_CAPABILITIES, EXPRESS_DEVICE_CONTROL, EXPRESS_FLR_CAPABLE,
+    EXPRESS_INTEGRATED_ENDPOINT, EXPRESS_ROLE_BASED_ERRORS, EXTENDED_START, INTERRUPT_LINE,
+    INTERRUPT_PIN, REVISION_ID, STATUS, STATUS_CAPABILITIES, SUBSYSTEM_VENDOR_ID, VENDOR_ID,
 };
 use crate::pci::{ConfigSpace, MsixControl};
 
@@ -38,21 +39,12 @@ const VPD_LENGTH: u16 = 8;
 /// Cache line size.
 const CACHE_LINE_SIZE: u16 = 0x0c;
 
-/// PCI Express (§7.5.3), from the start of the capability: capabilities, device capabilities,
-/// device control.
-const EXPRESS_CAPABILITIES: u16 = 2;
-const EXPRESS_DEVICE_CAPABILITIES: u16 = 4;
-const EXPRESS_DEVICE_CONTROL: u16 = 8;
-/// Up to link status, which both versions of the capability have.
+/// PCI Express, up to link status, which both versions of the capability have.
 const EXPRESS_LENGTH: u16 = 0x14;
 /// PCI Express capabilities: the version.
 const EXPRESS_VERSION: u16 = 0xf;
-/// PCI Express capabilities: a Root Complex Integrated Endpoint.
-const INTEGRATED_ENDPOINT: u16 = 9 << 4;
 /// Device capabilities that involve no link: payload size, extended tags, role-based errors.
-const DEVICE_CAPABILITIES: u32 = 0b111 | 1 << 5 | 1 << 15;
-/// Device capabilities: function-level reset.
-const FLR_CAPABLE: u32 = 1 << 28;
+const DEVICE_CAPABILITIES: u32 = 0b111 | 1 << 5 | EXPRESS_ROLE_BASED_ERRORS;
 
 /// Power management (PCI PM 1.2 §3.2): capabilities, control and status.
 const POWER_CAPABILITIES: u16 = 2;
@@ -326,9 +318,9 @@ impl<'a> Draft<'a> {
             return None;
         }
         let version = self.device_u16(offset + EXPRESS_CAPABILITIES) & EXPRESS_VERSION;
-        let capabilities = version | INTEGRATED_ENDPOINT;
+        let capabilities = version | EXPRESS_INTEGRATED_ENDPOINT;
         self.put(offset + EXPRESS_CAPABILITIES, &capabilities.to_le_bytes());
-        let kept = DEVICE_CAPABILITIES | if reset { FLR_CAPABLE } else { 0 };
+        let kept = DEVICE_CAPABILITIES | if reset { EXPRESS_FLR_CAPABLE } else { 0 };
         let kept = self.device_u32(offset + EXPRESS_DEVICE_CAPABILITIES) & kept;
         self.put(offset + EXPRESS_DEVICE_CAPABILITIES, &kept.to_le_bytes());
         // The link's registers, and what version 2 adds, stay zero: there is no link.

@@ -16,7 +16,8 @@ use super::mapping::Lender;
 use super::vectors::{MakeVector, TableVector, Vectors};
 use super::{VfioError, VfioProblem};
 use crate::pci::layout::{
-    Command, BARS, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, STATUS, STATUS_CAPABILITIES,
+    Command, BARS, COMMAND, CONFIG_SIZE, EXPRESS_INITIATE_FLR, INTERRUPT_LINE, INTERRUPT_PIN,
+    STATUS, STATUS_CAPABILITIES,
 };
 use crate::pci::{
     BarPlacement, ConfigSpace, EventLine, InterruptVector, Msix, MsixCapability, PciFunction,
@@ -26,8 +27,6 @@ use twostage::ratelimit::RateLimit;
 
 /// Bytes of one entry of the table of MSI-X.
 const MSIX_ENTRY: u64 = 16;
-/// Device control of PCI Express (§7.5.3.4): reset the function.
-const INITIATE_FLR: u16 = 1 << 15;
 
 /// All of configuration space.
 const ALL: Range<u16> = 0..CONFIG_SIZE as u16;
@@ -213,7 +212,7 @@ impl VfioPci {
     fn takes_reset(&self, written: &Range<u16>) -> bool {
         let Some(control) = self.device_control else { return false };
         // In the upper byte.
-        written.contains(&(control + 1)) && self.space().u16(control) & INITIATE_FLR != 0
+        written.contains(&(control + 1)) && self.space().u16(control) & EXPRESS_INITIATE_FLR != 0
     }
 
     /// The part of the MSI-X structures at `offset` of `bar`.
@@ -264,11 +263,11 @@ impl PciFunction for VfioPci {
         }
     }
 
-    fn config_written(&self, offset: u16, length: usize) {
+    fn config_written(&self, offset: u16, length: usize) -> bool {
         let written = range(offset, length);
         if self.takes_reset(&written) {
             self.reset();
-            return;
+            return true;
         }
         for live in self.live.iter().filter(|live| live.forwarded) {
             let bytes = overlap(&live.bytes, &written);
@@ -279,6 +278,7 @@ impl PciFunction for VfioPci {
             }
         }
         self.apply(&written);
+        false
     }
 
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {

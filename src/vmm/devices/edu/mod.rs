@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The educational device ([`twostage_emulated::edu`]) as a PCI function.
 //!
-//! It has INTx and MSI. DMA is done by a worker thread, with no artificial delay. With `pasid=on`
-//! the function has a PASID capability; while software has that enabled, the register for the PASID
-//! of DMA is available.
+//! It has INTx and MSI, and a PCI Express capability with function-level reset, as vfio-pci needs
+//! to hand it on. DMA is done by a worker thread, with no artificial delay. With `pasid=on` the
+//! function has a PASID capability; only while software has that enabled is there a register for
+//! the PASID of DMA, and do requests carry one.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use twostage::sync::Mutex;
 
-use super::{DmaError, DmaMaster, NotNow, RequestGate};
+use super::{DmaError, DmaMaster, NotNow, Permit, RequestGate};
 use crate::config::EduConfig;
 use crate::pci::{
-    add_express_capability, ConfigSpace, Identity, IntxPin, MsiCapability, PasidCapability,
-    PciFunction,
+    ConfigSpace, ExpressCapability, Identity, IntxPin, MsiCapability, PasidCapability, PciFunction,
 };
 use crate::{Error, Result};
 use twostage::spec::pci::Pasid;
@@ -50,8 +50,8 @@ impl DmaCounters {
 /// The device. Dropping it stops its worker.
 pub struct Edu {
     shared: Arc<Shared>,
-    /// Taken when the device is dropped, which ends the worker.
-    transfers: Option<Mutex<Sender<Transfer>>>,
+    /// Each with the life it belongs to. Taken when the device is dropped, which ends the worker.
+    transfers: Option<Mutex<Sender<(u64, Transfer)>>>,
     worker: Option<JoinHandle<()>>,
 }
 
@@ -60,11 +60,55 @@ struct Shared {
     registers: Mutex<Registers>,
     config: Mutex<ConfigSpace>,
     msi: MsiCapability,
+    express: ExpressCapability,
     pasid: Option<PasidCapability>,
     intx: IntxPin,
     messages: Arc<dyn InterruptSink>,
-    gate: Arc<RequestGate>,
+    rights: Arc<Rights>,
     counters: DmaCounters,
+}
+
+/// What a request needs.
+#[derive(Debug, Default)]
+struct Rights {
+    gate: RequestGate,
+    /// Requests may carry a PASID.
+    pasid: AtomicBool,
+    /// How many function-level resets there were. What began in an earlier life is over.
+    life: AtomicU64,
+}
+
+impl Rights {
+    /// Permission for a request of `life` with or without a PASID.
+    fn enter(&self, life: u64, pasid: bool) -> std::result::Result<Permit<'_>, NotNow> {
+        let permit = self.gate.enter()?;
+        // Looked at with the permit in hand: who changes them waits for it.
+        let allowed = self.life() == life && (!pasid || self.pasid());
+        allowed.then_some(permit).ok_or(NotNow)
+    }
+
+    fn life(&self) -> u64 {
+        self.life.load(Ordering::SeqCst)
+    }
+
+    fn pasid(&self) -> bool {
+        self.pasid.load(Ordering::SeqCst)
+    }
+
+    /// Software allows these requests. When this returns, none that it does not allow is being
+    /// made.
+    fn set(&self, bus_master: bool, pasid: bool) {
+        if self.pasid.swap(pasid, Ordering::SeqCst) && !pasid {
+            self.gate.wait_for_request();
+        }
+        self.gate.set_bus_master(bus_master);
+    }
+
+    /// Ends the life: when this returns, none of its requests is being made.
+    fn reset(&self) {
+        self.life.fetch_add(1, Ordering::SeqCst);
+        self.set(false, false);
+    }
 }
 
 impl Edu {
@@ -84,31 +128,36 @@ impl Edu {
         space.add_bar(0, BAR_SIZE, address);
         space.set_intx(intx.line());
         let msi = MsiCapability::add(&mut space);
-        let pasid = config.pasid.then(|| {
-            add_express_capability(&mut space);
-            PasidCapability::add(&mut space)
-        });
-        let gate = Arc::<RequestGate>::default();
-        gate.start();
+        let express = ExpressCapability::add(&mut space);
+        let pasid = config.pasid.then(|| PasidCapability::add(&mut space));
+        let rights = Arc::<Rights>::default();
+        rights.gate.start();
         let shared = Arc::new(Shared {
             registers: Mutex::default(),
             config: Mutex::new(space),
             msi,
+            express,
             pasid,
             intx,
             messages,
-            gate: gate.clone(),
+            rights: rights.clone(),
             counters: DmaCounters::default(),
         });
-        let (transfers, work) = channel::<Transfer>();
-        let mut engine = Engine::new(config.dma_mask);
-        let mut memory = GatedMemory { memory, gate };
+        let (transfers, work) = channel();
+        let mask = config.dma_mask;
+        let mut engine = Engine::new(mask);
+        let mut memory = GatedMemory { memory, rights, life: 0 };
         let worker = thread::Builder::new()
             .name("edu-dma".to_owned())
             .spawn({
                 let shared = shared.clone();
                 move || {
-                    for transfer in work {
+                    for (life, transfer) in work {
+                        if memory.life != life {
+                            // Its buffer must not tell of an earlier life (§6.6.2).
+                            engine = Engine::new(mask);
+                            memory.life = life;
+                        }
                         shared.transfer(&mut engine, &mut memory, transfer);
                     }
                 }
@@ -122,9 +171,10 @@ impl Edu {
         &self.shared.counters
     }
 
-    fn start(&self, transfer: Transfer) {
+    /// Starts `transfer`, which software requested in `life`.
+    fn start(&self, life: u64, transfer: Transfer) {
         let Some(transfers) = &self.transfers else { return };
-        let sent = transfers.lock().send(transfer);
+        let sent = transfers.lock().send((life, transfer));
         if sent.is_err() {
             // The worker panicked. The device continues without DMA.
             warn_limited!("edu: the DMA worker is gone");
@@ -142,21 +192,22 @@ impl Shared {
         self.config.lock()
     }
 
-    /// Register 0xA0 exists only while software has the PASID capability enabled.
-    fn pasid_enabled(&self) -> bool {
-        self.pasid.is_some_and(|capability| capability.enabled(&self.config()))
-    }
-
     /// Performs one transfer, on the worker's thread.
     fn transfer(&self, engine: &mut Engine, memory: &mut GatedMemory, mut transfer: Transfer) {
-        match engine.run(&mut transfer, memory) {
+        let result = engine.run(&mut transfer, memory);
+        // Locked by resets, too.
+        let mut registers = self.registers();
+        if memory.life != self.rights.life() {
+            // The registers know nothing of it any more.
+            return;
+        }
+        match result {
             Ok(()) => self.counters.done.fetch_add(1, Ordering::Relaxed),
             Err(failure) => {
                 log::debug!("edu: {failure}");
                 self.counters.failed.fetch_add(1, Ordering::Relaxed)
             }
         };
-        let mut registers = self.registers();
         if let Effect::Interrupt { raised } = registers.transfer_ended() {
             self.interrupt(&registers, raised);
         }
@@ -175,6 +226,15 @@ impl Shared {
             self.messages.send_msi(message.address, message.data);
         }
     }
+
+    /// Function-level reset: no request or message is outstanding when this returns, and none of
+    /// what was requested before is made later.
+    fn reset(&self, registers: &mut Registers) {
+        self.config().reset();
+        self.rights.reset();
+        *registers = Registers::default();
+        self.interrupt(registers, false);
+    }
 }
 
 impl PciFunction for Edu {
@@ -182,18 +242,29 @@ impl PciFunction for Edu {
         &self.shared.config
     }
 
-    fn config_written(&self, _offset: u16, _length: usize) {
+    fn config_written(&self, _offset: u16, _length: usize) -> bool {
         // MSI may have been switched, INTx disabled, or the permission to make requests revoked:
         // when this returns, no request or message under the old settings is outstanding. The lock
         // serializes writers.
-        let registers = self.shared.registers();
-        let command = self.shared.config().command();
-        self.shared.gate.set_bus_master(command.bus_master());
-        self.shared.interrupt(&registers, false);
+        let shared = &self.shared;
+        let mut registers = shared.registers();
+        let (reset, command, pasid) = {
+            let config = shared.config();
+            let pasid = shared.pasid.is_some_and(|capability| capability.enabled(&config));
+            (shared.express.reset_initiated(&config), config.command(), pasid)
+        };
+        if reset {
+            shared.reset(&mut registers);
+        } else {
+            shared.rights.set(command.bus_master(), pasid);
+            shared.interrupt(&registers, false);
+        }
+        reset
     }
 
     fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
-        let pasid = self.shared.pasid_enabled();
+        // Register 0xA0 exists only while software has the PASID capability enabled.
+        let pasid = self.shared.rights.pasid();
         let value = self.shared.registers().read(offset, data.len(), pasid);
         let bytes = value.to_le_bytes();
         // A register access is at most eight bytes.
@@ -204,14 +275,15 @@ impl PciFunction for Edu {
         let mut bytes = [0; 8];
         bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
         let value = u64::from_le_bytes(bytes);
-        let pasid = self.shared.pasid_enabled();
         let mut registers = self.shared.registers();
+        let pasid = self.shared.rights.pasid();
         match registers.write(offset, data.len(), value, pasid) {
             Effect::None => {}
             Effect::Interrupt { raised } => self.shared.interrupt(&registers, raised),
             Effect::Transfer(transfer) => {
+                let life = self.shared.rights.life();
                 drop(registers);
-                self.start(transfer);
+                self.start(life, transfer);
             }
         }
     }
@@ -219,7 +291,7 @@ impl PciFunction for Edu {
 
 impl Drop for Edu {
     fn drop(&mut self) {
-        self.shared.gate.stop();
+        self.shared.rights.gate.stop();
         self.transfers = None;
         if let Some(worker) = self.worker.take() {
             if worker.join().is_err() {
@@ -238,10 +310,12 @@ impl fmt::Debug for Edu {
     }
 }
 
-/// Memory behind a gate: each request needs its permission.
+/// Memory behind a gate: each request of a transfer needs the right to it.
 struct GatedMemory {
     memory: Box<dyn DmaMaster>,
-    gate: Arc<RequestGate>,
+    rights: Arc<Rights>,
+    /// The transfer's.
+    life: u64,
 }
 
 /// Why a request failed.
@@ -264,7 +338,7 @@ impl Requests for GatedMemory {
         iova: u64,
         data: &mut [u8],
     ) -> std::result::Result<usize, Stop> {
-        let _permit = self.gate.enter()?;
+        let _permit = self.rights.enter(self.life, pasid.is_some())?;
         self.memory.read(pasid, iova, data)?;
         Ok(data.len())
     }
@@ -275,7 +349,7 @@ impl Requests for GatedMemory {
         iova: u64,
         data: &[u8],
     ) -> std::result::Result<usize, Stop> {
-        let _permit = self.gate.enter()?;
+        let _permit = self.rights.enter(self.life, pasid.is_some())?;
         self.memory.write(pasid, iova, data)?;
         Ok(data.len())
     }

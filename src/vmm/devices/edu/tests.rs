@@ -28,8 +28,22 @@ struct Fixture {
     levels: Receiver<(u32, bool)>,
 }
 
+/// Device control of PCI Express, after MSI; the control register of the PASID capability.
+const DEVICE_CONTROL: u16 = 0x58;
+const PASID_CONTROL: u16 = 0x106;
+
+fn reset(edu: &Edu) {
+    edu.config().lock().write(DEVICE_CONTROL, &[0, 0x80]);
+    assert!(edu.config_written(DEVICE_CONTROL, 2), "the bus learns of it");
+}
+
 impl Fixture {
     fn new() -> Self {
+        Self::with(|memory| Box::new(DirectMemory(memory)))
+    }
+
+    /// With the way to memory that `dma` makes.
+    fn with(dma: impl FnOnce(MachineMemory) -> Box<dyn DmaMaster>) -> Self {
         let (send_message, messages) = channel();
         let (send_level, levels) = channel();
         let send_level = Mutex::new(send_level);
@@ -45,7 +59,7 @@ impl Fixture {
             0xe000_0000,
             router.pin(Bdf::new(0, 1, 0).unwrap()),
             Arc::new(Messages(Mutex::new(send_message))),
-            Box::new(DirectMemory(memory.clone())),
+            dma(memory.clone()),
         )
         .unwrap();
         let fixture = Self { edu, memory, messages, levels };
@@ -56,6 +70,10 @@ impl Fixture {
     fn write_config(&self, offset: u16, data: &[u8]) {
         self.edu.config().lock().write(offset, data);
         self.edu.config_written(offset, data.len());
+    }
+
+    fn config(&self, offset: u16) -> u32 {
+        self.edu.config().lock().u32(offset)
     }
 
     fn write(&self, offset: u64, value: u64) {
@@ -144,7 +162,7 @@ fn dma_that_fails_ends_and_is_counted() {
     fixture.messages.recv().unwrap();
     fixture.transfer(0, 0x1000, 8, 0b111);
     fixture.messages.recv().unwrap();
-    fixture.write_config(0x106, &[1, 0]);
+    fixture.write_config(PASID_CONTROL, &[1, 0]);
     fixture.write32(0xa0, 0x8000_0001);
     fixture.transfer(BUFFER_START, 0x1000, 8, 0b111);
     fixture.messages.recv().unwrap();
@@ -178,10 +196,131 @@ fn accesses_of_any_size_are_harmless() {
     assert_eq!(fixture.read32(4), 0);
 }
 
-/// Loses its permission while its first request is made.
+/// Whether a request is a write, and its PASID.
+type Seen = (bool, Option<Pasid>);
+
+/// Makes requests only after `begun` was told of each and `go` allowed it, or has no other end.
+struct Held {
+    memory: DirectMemory,
+    begun: Sender<Seen>,
+    go: Receiver<()>,
+}
+
+impl Held {
+    fn hold(&self, write: bool, pasid: Option<Pasid>) {
+        self.begun.send((write, pasid)).unwrap();
+        // An error means that nobody holds it.
+        let _ = self.go.recv();
+    }
+}
+
+impl DmaMaster for Held {
+    fn read(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &mut [u8],
+    ) -> std::result::Result<(), DmaError> {
+        self.hold(false, pasid);
+        self.memory.read(None, iova, data)
+    }
+
+    fn write(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &[u8],
+    ) -> std::result::Result<(), DmaError> {
+        self.hold(true, pasid);
+        self.memory.write(None, iova, data)
+    }
+}
+
+/// A device whose requests are seen, and are held until `go` allows them.
+fn held() -> (Fixture, Receiver<Seen>, Sender<()>) {
+    let ((begun, seen), (go, wait)) = (channel(), channel());
+    let fixture = Fixture::with(move |memory| {
+        Box::new(Held { memory: DirectMemory(memory), begun, go: wait })
+    });
+    (fixture, seen, go)
+}
+
+#[test]
+fn a_request_carries_a_pasid_only_while_the_capability_allows_it() {
+    let (fixture, requests, go) = held();
+    drop(go);
+    fixture.enable_msi();
+    assert_eq!(fixture.config(0x100), 0x0001_001b);
+    for (control, pasid, shown) in [(0, None, 0), (1, Pasid::new(5), 0x8000_0005), (0, None, 0)] {
+        fixture.write_config(PASID_CONTROL, &[control, 0]);
+        fixture.write32(0xa0, 0x8000_0005);
+        assert_eq!(fixture.read32(0xa0), shown);
+        fixture.transfer(0x1000, BUFFER_START, 8, 0b101);
+        assert_eq!(requests.recv().unwrap(), (false, pasid));
+        fixture.messages.recv().unwrap();
+    }
+}
+
+#[test]
+fn a_reset_makes_the_function_what_it_was_without_an_address() {
+    let fixture = Fixture::new();
+    fixture.write_config(PASID_CONTROL, &[1, 0]);
+    fixture.write32(0xa0, 0x8000_0005);
+    fixture.write32(4, 7);
+    fixture.write(0x80, 0x1234);
+    fixture.write32(0x60, 1);
+    assert_eq!(fixture.levels.recv().unwrap(), (11, true));
+    reset(&fixture.edu);
+    assert_eq!(fixture.levels.recv().unwrap(), (11, false));
+    let command_and_status = 0x11 << 16;
+    assert_eq!((fixture.config(4), fixture.config(0x10)), (command_and_status, 0));
+    assert_eq!((fixture.config(DEVICE_CONTROL), fixture.config(0x104)), (0, 20 << 8));
+    for (register, value) in [(0, 0x0100_00ed), (4, 0), (0x24, 0), (0x80, 0), (0x98, 0)] {
+        assert_eq!(fixture.read32(register), value, "{register:#x}");
+    }
+    // MSI is off as well, and comes back.
+    fixture.write_config(4, &[6, 0]);
+    fixture.write32(0x60, 1);
+    assert_eq!(fixture.levels.recv().unwrap(), (11, true));
+    assert!(fixture.messages.try_recv().is_err());
+    fixture.enable_msi();
+    fixture.write32(0x60, 1);
+    assert_eq!(fixture.messages.recv().unwrap(), (0xfee0_0000, 0x41));
+}
+
+#[test]
+fn a_reset_ends_a_transfer_after_the_request_under_way_and_the_next_one_knows_nothing_of_it() {
+    let (fixture, requests, go) = held();
+    fixture.enable_msi();
+    fixture.memory.map().write_slice(&[0x5a; 0x2000], GuestAddress(0x1000)).unwrap();
+    // Of two pages: two requests.
+    fixture.transfer(0x1ff8, BUFFER_START, 16, 0b101);
+    assert_eq!(requests.recv().unwrap(), (false, None));
+    thread::scope(|scope| {
+        let resetting = scope.spawn(|| reset(&fixture.edu));
+        wait_until("a reset", || fixture.edu.shared.rights.life() == 1);
+        assert!(!resetting.is_finished(), "a request is being made");
+        go.send(()).unwrap();
+    });
+    drop(go);
+    // Software begins again at once.
+    fixture.write_config(4, &[6, 0]);
+    fixture.enable_msi();
+    fixture.transfer(BUFFER_START, 0x3000, 16, 0b111);
+    assert_eq!(fixture.messages.recv().unwrap(), (0xfee0_0000, 0x41));
+    assert_eq!(requests.try_iter().collect::<Vec<_>>(), [(true, None)], "no second read");
+    let mut data = [0xff; 16];
+    fixture.memory.map().read_slice(&mut data, GuestAddress(0x3000)).unwrap();
+    assert_eq!(data, [0; 16], "the buffer is empty");
+    assert_eq!((fixture.edu.counters().done(), fixture.edu.counters().failed()), (1, 0));
+    assert_eq!(fixture.read32(0x98), 0b110);
+}
+
+/// Loses the right to requests with this PASID while its first request is made.
 struct Revoked {
     requests: Arc<Mutex<Vec<u64>>>,
-    gate: Arc<RequestGate>,
+    rights: Arc<Rights>,
+    pasid: Option<Pasid>,
     revoke: Option<Sender<()>>,
 }
 
@@ -203,33 +342,44 @@ impl DmaMaster for Revoked {
     ) -> std::result::Result<(), DmaError> {
         self.requests.lock().push(iova);
         drop(self.revoke.take());
-        wait_until("the loss of the right", || !self.gate.is_open());
+        // What revokes it waits for this request.
+        let (rights, pasid) = (&self.rights, self.pasid);
+        wait_until("the loss of the right", || {
+            !rights.gate.is_open() || rights.life() != 0 || pasid.is_some() && !rights.pasid()
+        });
         Ok(())
     }
 }
 
 #[test]
 fn the_right_is_asked_for_each_request() {
-    for to_memory in [false, true] {
-        let gate = Arc::new(RequestGate::default());
-        gate.set_bus_master(true);
-        gate.start();
+    type Revoke = fn(&Rights);
+    let ways: [(Revoke, Option<Pasid>); 3] = [
+        (|rights| rights.set(false, true), None),
+        (|rights| rights.set(true, false), Pasid::new(5)),
+        // Software may use the device again before the transfer notices.
+        (|rights| (rights.reset(), rights.set(true, true)).1, None),
+    ];
+    for (way, to_memory) in ways.iter().flat_map(|way| [(way, false), (way, true)]) {
+        let ((how, pasid), rights) = (*way, Arc::new(Rights::default()));
+        rights.set(true, true);
+        rights.gate.start();
         let (revoke, revoked) = channel();
         let revoker = thread::spawn({
-            let gate = gate.clone();
+            let rights = rights.clone();
             move || {
                 // An error means that the other end is gone.
                 revoked.recv().unwrap_err();
-                gate.set_bus_master(false);
+                how(&rights);
             }
         });
         let requests = Arc::<Mutex<Vec<u64>>>::default();
         let (seen, revoke) = (requests.clone(), Some(revoke));
-        let memory = Revoked { requests, gate: gate.clone(), revoke };
-        let mut memory = GatedMemory { memory: Box::new(memory), gate };
+        let memory = Revoked { requests, rights: rights.clone(), pasid, revoke };
+        let mut memory = GatedMemory { memory: Box::new(memory), rights, life: 0 };
         let (source, destination) =
             if to_memory { (BUFFER_START, 0x1ff0) } else { (0x1ff0, BUFFER_START) };
-        let (count, pasid, done) = (0x20, None, 0);
+        let (count, done) = (0x20, 0);
         let mut transfer = Transfer { source, destination, count, to_memory, pasid, done };
         let result = Engine::new(u64::MAX).run(&mut transfer, &mut memory);
         assert_eq!(result, Err(Failure::Stopped { iova: 0x2000, stop: NotNow.into() }));

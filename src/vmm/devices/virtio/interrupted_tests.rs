@@ -119,6 +119,26 @@ fn a_reset_ends_a_request_between_two_pieces() {
 }
 
 #[test]
+fn a_function_level_reset_ends_a_request_between_two_pieces() {
+    for place in PLACES {
+        let rig = rig(place, endless);
+        for _ in 0..20 {
+            let [queue] = &mut rig.start(0)[..] else { panic!() };
+            rig.poke(BUFFER, &MARK);
+            queue.add(&[(BUFFER, LENGTH, true)]);
+            queue.notify();
+            wait_for_a_write(&rig);
+            rig.reset_function();
+            // Not even if software lets it again.
+            rig.write_config(4, &[6, 0]);
+            assert_quiet(&rig);
+            rig.wait("the end of the reset", || rig.status() == 0);
+            assert_eq!(queue.used_index(), 0);
+        }
+    }
+}
+
+#[test]
 fn the_end_of_the_machine_ends_a_request_between_two_pieces() {
     for halted in [false, true] {
         let rig = rig(Place::Behind, endless);
@@ -233,26 +253,29 @@ fn stuck() -> Stuck {
 
 #[test]
 fn a_reset_does_not_wait_for_the_host_and_is_over_when_the_host_is() {
-    let Stuck { rig, serving, go, result, .. } = stuck();
-    rig.write(0x14, 1, 0);
-    // The reset is not over, yet registers stay accessible and writes have no effect.
-    assert_ne!(rig.status(), 0);
-    rig.write(0x14, 1, 1);
-    rig.write(0x14, 1, 0);
-    rig.write_config(4, &[2, 0]);
-    rig.write_config(4, &[6, 0]);
-    assert_eq!(rig.status(), 0xf);
-    go.send(()).unwrap();
-    assert_eq!(result.recv().unwrap(), Err(NotCopied::NotNow(NotNow)));
-    rig.reset();
-    assert_eq!(rig.peek(BUFFER, 8), MARK);
-    // As good as new.
-    let [queue] = &mut rig.start(0)[..] else { panic!() };
-    queue.add(&[(BUFFER, LENGTH, true)]);
-    queue.notify();
-    serving.recv().unwrap();
-    go.send(()).unwrap();
-    rig.wait("a request", || queue.used_index() == 1);
+    let resets: [fn(&Rig); 2] = [|rig| rig.write(0x14, 1, 0), Rig::reset_function];
+    for reset in resets {
+        let Stuck { rig, serving, go, result, .. } = stuck();
+        reset(&rig);
+        // The reset is not over, yet registers stay accessible and writes have no effect.
+        assert_ne!(rig.status(), 0);
+        rig.write(0x14, 1, 1);
+        rig.write(0x14, 1, 0);
+        rig.write_config(4, &[2, 0]);
+        rig.write_config(4, &[6, 0]);
+        assert_eq!(rig.status(), 0xf);
+        go.send(()).unwrap();
+        assert_eq!(result.recv().unwrap(), Err(NotCopied::NotNow(NotNow)));
+        rig.reset();
+        assert_eq!(rig.peek(BUFFER, 8), MARK);
+        // As good as new.
+        let [queue] = &mut rig.start(0)[..] else { panic!() };
+        queue.add(&[(BUFFER, LENGTH, true)]);
+        queue.notify();
+        serving.recv().unwrap();
+        go.send(()).unwrap();
+        rig.wait("a request", || queue.used_index() == 1);
+    }
 }
 
 #[test]

@@ -179,6 +179,14 @@ impl Rig {
         self.wait("a reset", || self.status() == 0);
     }
 
+    /// Resets the function, whose device is reset after that or soon.
+    pub fn reset_function(&self) {
+        let control = self.capability(0x10).unwrap() + 8;
+        self.pci.config().lock().write(control, &[0, 0x80]);
+        assert!(self.pci.config_written(control, 2), "the bus learns of it");
+        assert_eq!(self.read_config(control, 2), 0);
+    }
+
     pub fn status(&self) -> u64 {
         self.read(0x14, 1)
     }

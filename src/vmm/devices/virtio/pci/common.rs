@@ -184,6 +184,11 @@ impl CommonConfig {
         *self = Self::new(self.offered, &sizes);
     }
 
+    /// Whether `data`, written at `offset`, resets the device.
+    pub fn is_reset(offset: u64, data: &[u8]) -> bool {
+        Field::at(offset, data.len()) == Some(Field::DeviceStatus) && data == [0]
+    }
+
     /// The driver reads `length` bytes at `offset`.
     pub fn read(&self, offset: u64, length: usize, link: &Link) -> Result<u64, Mistake> {
         let field = Field::at(offset, length).ok_or(Mistake::Field { offset, length })?;

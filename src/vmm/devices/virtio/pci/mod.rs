@@ -26,7 +26,8 @@ use super::queue::Virtqueue;
 use super::worker::{Device, Ended, Worker};
 use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::pci::{
-    BarPlacement, ConfigSpace, Identity, InterruptVector, Msix, MsixCapability, PciFunction,
+    BarPlacement, ConfigSpace, ExpressCapability, Identity, InterruptVector, Msix, MsixCapability,
+    PciFunction,
 };
 use crate::trace::Trace;
 use crate::Result;
@@ -41,8 +42,9 @@ const DEVICE_BASE: u16 = 0x1040;
 /// 0x40 and above means that there is no legacy interface (§4.1.2.1).
 const SUBSYSTEM: u16 = 0x40;
 
-/// How long a driver's write of 0 to the status is delayed so that the reset is over when it
-/// returns. Drivers should poll the status until it is 0 (§4.1.4.3.2), but some do not.
+/// How long a driver's write of 0 to the status, or of a function-level reset, is delayed so that
+/// the reset is over when it returns. Drivers should poll the status until it is 0 (§4.1.4.3.2),
+/// but some do not.
 const RESET_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A virtio device as a PCI function. Dropping it stops it.
@@ -53,6 +55,7 @@ pub struct VirtioPci {
     config: Mutex<ConfigSpace>,
     msix: MsixCapability,
     window: ConfigWindow,
+    express: ExpressCapability,
     link: Arc<Link>,
     transport: Mutex<Transport>,
     doorbells: Arc<dyn Doorbells>,
@@ -107,6 +110,7 @@ impl VirtioPci {
             Structure::MsixPending.msix_place(),
         );
         let window = ConfigWindow::add(&mut config);
+        let express = ExpressCapability::add(&mut config);
         let vectors = (0..vectors).map(|_| vector()).collect::<Result<_>>()?;
         let link = Arc::new(Link::new(name, queues, Msix::new(vectors), memory.gate(), trace)?);
         link.set_bus_master(false);
@@ -126,6 +130,7 @@ impl VirtioPci {
             config: Mutex::new(config),
             msix,
             window,
+            express,
             link,
             transport: Mutex::new(transport),
             doorbells,
@@ -169,7 +174,10 @@ impl VirtioPci {
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut transport = self.transport();
         if transport.resetting {
-            self.link.mistake(&"the driver does not wait until the status is 0 after a reset");
+            // Another reset is the one under way, which may be a function-level one.
+            if !CommonConfig::is_reset(offset, data) {
+                self.link.mistake(&"the driver does not wait until the status is 0 after a reset");
+            }
             return;
         }
         let written = transport.common.write(offset, data.len(), number(data), &self.link);
@@ -181,15 +189,27 @@ impl VirtioPci {
                     self.link.set_needs_reset(&broken);
                 }
             }
-            Ok(Effect::Reset) => {
-                if let Some(ended) = transport.reset(&self.link) {
-                    // A disk may take long: do not make others wait for it.
-                    drop(transport);
-                    ended.wait(RESET_PATIENCE);
-                }
-            }
+            Ok(Effect::Reset) => self.reset_device(transport),
             Err(mistake) => self.link.mistake(&mistake),
         }
+    }
+
+    /// Resets the device: it makes no more requests when this returns.
+    fn reset_device(&self, mut transport: MutexGuard<'_, Transport>) {
+        if let Some(ended) = transport.reset(&self.link) {
+            // A disk may take long: do not make others wait for it.
+            drop(transport);
+            ended.wait(RESET_PATIENCE);
+        }
+    }
+
+    /// Function-level reset: no request or message is outstanding when this returns.
+    fn reset_function(&self, mut transport: MutexGuard<'_, Transport>) {
+        self.config.lock().reset();
+        self.link.set_bus_master(false);
+        self.link.msix.reset();
+        self.move_doorbells(&mut transport, &[]);
+        self.reset_device(transport);
     }
 
     /// Moves the doorbells to where the BAR is now.
@@ -288,7 +308,7 @@ impl PciFunction for VirtioPci {
         self.window.set_data(&mut config, data);
     }
 
-    fn config_written(&self, offset: u16, length: usize) {
+    fn config_written(&self, offset: u16, length: usize) -> bool {
         if self.window.is_data(offset, length) {
             let config = self.config.lock();
             let (access, data) = (self.window.access(&config), self.window.data(&config));
@@ -296,17 +316,23 @@ impl PciFunction for VirtioPci {
             if let Some(access) = access {
                 self.write_bar(access.bar, access.offset, &data[..access.length]);
             }
-            return;
+            return false;
         }
         // The lock serializes writers: the last write is applied last.
         let mut transport = self.transport();
-        let (command, control, placements) = {
+        let (reset, command, control, placements) = {
             let config = self.config.lock();
-            (config.command(), self.msix.control(&config), config.bar_placements())
+            let reset = self.express.reset_initiated(&config);
+            (reset, config.command(), self.msix.control(&config), config.bar_placements())
         };
+        if reset {
+            self.reset_function(transport);
+            return true;
+        }
         self.link.msix.set_control(control);
         self.link.set_bus_master(command.bus_master());
         self.move_doorbells(&mut transport, &placements);
+        false
     }
 
     fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {

@@ -113,6 +113,30 @@ fn it_serves_until_it_is_reset_and_again_after() {
 }
 
 #[test]
+fn a_function_level_reset_makes_the_function_what_it_was_without_an_address() {
+    let rig = Rig::new(Place::Direct, rng());
+    let express = rig.capability(0x10).unwrap();
+    assert_eq!(rig.read_config(express + 2, 2), 0x92, "an integrated endpoint");
+    assert_ne!(rig.read_config(express + 4, 4) & 1 << 28, 0, "that can be reset");
+    for _ in 0..2 {
+        let [queue] = &mut rig.start(0)[..] else { panic!() };
+        zeroes(&rig, queue);
+        // Masked, so that one is pending.
+        rig.write(0x401c, 4, 1);
+        zeroes(&rig, queue);
+        rig.wait("a pending interrupt", || rig.read(0x5000, 1) == 2);
+        rig.reset_function();
+        rig.wait("the end of the reset", || rig.status() == 0);
+        let msix = rig.capability(0x11).unwrap();
+        let control = rig.read_config(msix + 2, 2);
+        assert_eq!((rig.read_config(4, 2), rig.read_config(0x10, 4), control), (0, 0, 1));
+        assert_eq!((rig.read(0x4000, 8), rig.read(0x4008, 8)), (0, 1 << 32));
+        assert_eq!((rig.read(0x5000, 1), rig.read(0x1000, 1)), (0, 0));
+        assert_eq!((rig.read(0x10, 2), rig.read(0x1a, 2)), (0xffff, 0xffff));
+    }
+}
+
+#[test]
 fn a_function_that_may_not_does_not() {
     let rig = Rig::new(Place::Direct, rng());
     let [queue] = &mut rig.start(0)[..] else { panic!() };
@@ -244,6 +268,11 @@ fn doorbells_are_where_the_bar_is() {
     move_to(0xe120_0000);
     assert_eq!(take(), [(true, 0xe120_3000)]);
     move_to(0xe100_0000);
+    assert_eq!(take(), [(true, 0xe100_3000)]);
+    rig.reset_function();
+    assert_eq!(take(), [(false, 0xe100_3000)]);
+    move_to(0xe100_0000);
+    rig.write_config(4, &[2, 0]);
     assert_eq!(take(), [(true, 0xe100_3000)]);
     drop(rig);
     assert_eq!(take(), [(false, 0xe100_3000)]);
