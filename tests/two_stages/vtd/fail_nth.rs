@@ -4,12 +4,12 @@
 
 use twostage::iommufd::Errno;
 use twostage::spec::pci::Bdf;
-use twostage::spec::vtd::qi::{Descriptor, PasidCacheScope};
+use twostage::spec::vtd::qi::{Descriptor, IotlbScope, PasidCacheScope};
 use twostage_emulated::{GraphObject, ObjectKind, VtdUnitConfig};
 
-use super::guest::{Completion, Entry};
+use super::guest::{Completion, Entry, BELOW};
 use super::machine::{self, vtd_config, Machine};
-use super::{pasid_pages, DOMAIN, IOVA};
+use super::{iotlb, pages, pasid_pages, DOMAIN, IOVA};
 use crate::common::{A, B, PAGE};
 
 /// A requester, and what its DMA at `IOVA` finds according to the guest's tables; `None` if they
@@ -103,6 +103,8 @@ impl Life {
         self.submit(&[Descriptor::PasidCache(gone)]);
         self.check("PASID gone", &[(A, Some(1), None), (B, None, Some(1))]);
 
+        self.nest();
+
         // The failure is over by now: one more invalidation of the tables, and everything is as
         // they say.
         self.set(A, 0, 0, DOMAIN);
@@ -119,11 +121,46 @@ impl Life {
     }
 }
 
+impl Life {
+    /// A requester on both stages of a guest that is a host: another second stage page, flags in
+    /// the second stage, another first stage.
+    fn nest(&self) {
+        let guest = &self.machine.guest;
+        let [first, other, second, page, moved] = [(); 5].map(|()| guest.page());
+        guest.store(page, 3);
+        guest.store(moved, 4);
+        guest.map_nested(first, second, IOVA, page, true);
+        let (domain, who) = (DOMAIN + 2, (B, Some(2)));
+        let set = |first, accessed_dirty| {
+            let entry = Entry::Nested { first, second, domain, accessed_dirty };
+            guest.set_entry(B, 2, entry);
+            assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+        };
+        let check = |step, finds| self.check(step, &[(who.0, who.1, finds)]);
+        set(first, false);
+        check("both stages", Some(3));
+
+        guest.map_second_stage(second, BELOW + page, moved, true);
+        let range = pages(BELOW + page, 0);
+        self.submit(&[iotlb(IotlbScope::Pages { domain, range }), pasid_pages(domain, 2, None)]);
+        check("changed second stage", Some(4));
+
+        set(first, true);
+        check("flags", Some(4));
+        set(other, true);
+        check("changed first stage", None);
+        guest.set_entry(B, 2, Entry::NotPresent);
+        self.submit(&[Descriptor::PasidCache(PasidCacheScope::Domain(domain))]);
+        check("both stages gone", None);
+    }
+}
+
 /// Runs a life with the `n`-th call failing; returns whether there was such a call.
 fn live(n: u64) -> bool {
     let (host, unit) = machine::host(VtdUnitConfig::default());
     host.fail_nth(n, Errno::ENOMEM);
-    match Machine::on(host.clone(), unit, vtd_config()) {
+    let config = vtd_config().with_second_stage(true).with_nest(true);
+    match Machine::on(host.clone(), unit, config) {
         Ok(machine) => {
             let life = Life::begin(machine);
             life.run();
