@@ -315,6 +315,22 @@ fn every_check_holds_without_a_second_stage_of_the_guests_own() {
 }
 
 #[test]
+fn every_check_holds_where_the_first_stage_is_over_a_second_stage_of_the_guests_own() {
+    if !kvm() {
+        return;
+    }
+    for iommu in
+        ["vtd,aw=48,pasid-bits=20,nest=on", "vtd,aw=57,pasid-bits=20,nest=on,caching-mode=off"]
+    {
+        let outcome = Machine { iommus: &[iommu], ..MACHINE }.run();
+        assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&["malformed_tables"]));
+        // Without the checks of nested translation there are some 190.
+        assert!(outcome.passed > 215, "{} checks", outcome.passed);
+        assert_nested(&outcome, 1, 2);
+    }
+}
+
+#[test]
 fn every_check_holds_for_one_device_of_28_address_bits() {
     if !kvm() {
         return;

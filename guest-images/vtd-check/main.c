@@ -27,6 +27,8 @@ extern const struct check_group stale_legacy_by_register_checks;
 extern const struct check_group stale_legacy_by_queue_checks;
 extern const struct check_group second_stage_checks;
 extern const struct check_group stale_second_stage_checks;
+extern const struct check_group nested_checks;
+extern const struct check_group stale_nested_checks;
 extern const struct check_group shared_checks;
 extern const struct check_group last_checks;
 extern const struct check_group two_units_checks;
@@ -57,7 +59,6 @@ static const struct check_group *const vtd_groups[] = {
     &second_stage_checks,
     &stale_second_stage_checks,
     &shared_checks,
-    &last_checks,
 };
 
 // The result of `cmdline_number` for a missing word.
@@ -90,6 +91,11 @@ static void check_unit(void)
           vtd->cap, vtd->ecap, vtd->fault_record_count);
     for (unsigned n = 0; n < ARRAY_LEN(vtd_groups); n++)
         check_run(vtd_groups[n]);
+    if (ecap_nested()) {
+        check_run(&nested_checks);
+        check_run(&stale_nested_checks);
+    }
+    check_run(&last_checks);
 }
 
 // Runs every group of checks; with `vtd=0` on the command line, those that need no unit; with

@@ -220,7 +220,7 @@ static void tables_in_no_memory(void)
 
 static void top_table_in_no_memory(void)
 {
-    struct page_table space = {(u64 *)NO_MEMORY, 4, FS_READ_WRITE};
+    struct page_table space = {(u64 *)NO_MEMORY, 4, FS_READ_WRITE, 0};
 
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());

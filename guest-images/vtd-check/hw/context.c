@@ -68,6 +68,11 @@ void pasid_entry_second_stage(u64 *entry, u64 tables, unsigned levels, u16 domai
     set(entry, PGTT_SECOND_STAGE, tables | address_width(levels) << 2, domain, 0);
 }
 
+void pasid_entry_nested(u64 *entry, u64 first, u64 second, unsigned second_levels, u16 domain)
+{
+    set(entry, PGTT_NESTED, second | address_width(second_levels) << 2, domain, first);
+}
+
 void pasid_entry_pass_through(u64 *entry, u16 domain)
 {
     unsigned levels = cap_sagaw() & BIT(3) ? 5 : cap_sagaw() & BIT(2) ? 4 : 3;

@@ -18,6 +18,7 @@ enum { TT_UNTRANSLATED = 0, TT_PASS_THROUGH = 2, TT_RESERVED = 3 };
 enum { PGTT_FIRST_STAGE = 1, PGTT_SECOND_STAGE = 2, PGTT_NESTED = 3, PGTT_PASS_THROUGH = 4, PGTT_RESERVED = 5 };
 #define PASID_ENTRY_QUADS 8
 #define FSPM_5_LEVEL BIT(2)
+#define SSADE BIT(9)
 
 // A field value for `levels` of second-stage tables: 3, 4 or 5 levels are 1, 2 or 3.
 static inline u64 address_width(unsigned levels)
@@ -40,4 +41,6 @@ u64 *pasid_entry(u64 *directory, u32 pasid);
 
 void pasid_entry_first_stage(u64 *entry, u64 tables, unsigned levels, u16 domain);
 void pasid_entry_second_stage(u64 *entry, u64 tables, unsigned levels, u16 domain);
+// First-stage tables of 4 levels at address `first` of the second stage.
+void pasid_entry_nested(u64 *entry, u64 first, u64 second, unsigned second_levels, u16 domain);
 void pasid_entry_pass_through(u64 *entry, u16 domain);

@@ -6,12 +6,12 @@
 
 struct page_table first_stage_new(unsigned levels)
 {
-    return (struct page_table){page_new(), levels, FS_READ_WRITE};
+    return (struct page_table){page_new(), levels, FS_READ_WRITE, 0};
 }
 
 struct page_table second_stage_new(unsigned levels)
 {
-    return (struct page_table){page_new(), levels, SS_READ_WRITE};
+    return (struct page_table){page_new(), levels, SS_READ_WRITE, 0};
 }
 
 u64 *table_entry(struct page_table *table, u64 iova, unsigned level)
@@ -24,8 +24,8 @@ u64 *table_entry(struct page_table *table, u64 iova, unsigned level)
         if (at == level)
             return entry;
         if (!*entry)
-            *entry = gpa_of(page_new()) | table->table_rights;
-        entries = (u64 *)(uintptr_t)(*entry & ENTRY_ADDRESS);
+            *entry = (gpa_of(page_new()) + table->moved) | table->table_rights;
+        entries = (u64 *)(uintptr_t)((*entry & ENTRY_ADDRESS) - table->moved);
     }
 }
 

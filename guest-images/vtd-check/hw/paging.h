@@ -16,6 +16,8 @@
 // Second stage.
 #define SS_R BIT(0)
 #define SS_W BIT(1)
+#define SS_A BIT(8)
+#define SS_D BIT(9)
 #define SS_READ_WRITE (SS_R | SS_W)
 
 // Both, in a leaf above level 1.
@@ -28,6 +30,7 @@ struct page_table {
     u64 *top;
     unsigned levels;
     u64 table_rights; // what entries that point to tables carry
+    u64 moved;        // how far above its place a table is for entries that point to it
 };
 
 struct page_table first_stage_new(unsigned levels);

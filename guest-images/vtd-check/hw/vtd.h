@@ -118,6 +118,7 @@ static inline bool ecap_nested(void) { return bits(vtd->ecap, 26, 26); }
 static inline unsigned ecap_pasid_bits(void) { return 1 + (unsigned)bits(vtd->ecap, 39, 35); }
 static inline bool ecap_pasid(void) { return bits(vtd->ecap, 40, 40); }
 static inline bool ecap_scalable(void) { return bits(vtd->ecap, 43, 43); }
+static inline bool ecap_second_stage_flags(void) { return bits(vtd->ecap, 45, 45); }
 static inline bool ecap_second_stage(void) { return bits(vtd->ecap, 46, 46); }
 static inline bool ecap_first_stage(void) { return bits(vtd->ecap, 47, 47); }
 static inline bool ecap_rid_pasid(void) { return bits(vtd->ecap, 49, 49); }
