@@ -36,8 +36,8 @@
 //!   private. A configuration starts from its default, and is changed by `with_…` or field by
 //!   field: `VtdConfig::default().with_pasid_bits(Some(16))`.
 //! * So are [`iommufd::HwInfo`], [`iommufd::Extensions`], [`viommu::vtd::HostVtd`] and
-//!   [`viommu::smmuv3::HostSmmu`], which new abilities of hosts are added to. `new` makes these, and the errors that implementers of a
-//!   trait return.
+//!   [`viommu::smmuv3::HostSmmu`], which new abilities of hosts are added to. `new` makes these,
+//!   and the errors that implementers of a trait return.
 //! * What someone has to handle completely is not: [`viommu::vtd::Policy`],
 //!   [`viommu::smmuv3::StreamPolicy`] and what they contain or are contained in
 //!   ([`viommu::vtd::RequesterConfig`]). Nor are plain values of which a specification or the uAPI
