@@ -267,6 +267,18 @@ next! {
         -> ssize_t,
         unsafe extern "C" fn(c_int, Path, *mut c_char, size_t, size_t) -> ssize_t,
         syscall(libc::SYS_readlinkat, directory, path, to, count.min(room));
+    fn getxattr(path: Path, name: Path, to: Buffer, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(Path, Path, Buffer, size_t) -> ssize_t,
+        syscall(libc::SYS_getxattr, path, name, to, count);
+    fn lgetxattr(path: Path, name: Path, to: Buffer, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(Path, Path, Buffer, size_t) -> ssize_t,
+        syscall(libc::SYS_lgetxattr, path, name, to, count);
+    fn listxattr(path: Path, to: *mut c_char, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(Path, *mut c_char, size_t) -> ssize_t,
+        syscall(libc::SYS_listxattr, path, to, count);
+    fn llistxattr(path: Path, to: *mut c_char, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(Path, *mut c_char, size_t) -> ssize_t,
+        syscall(libc::SYS_llistxattr, path, to, count);
     fn access(path: Path, mode: c_int) -> c_int,
         unsafe extern "C" fn(Path, c_int) -> c_int,
         syscall(libc::SYS_faccessat, AT_FDCWD, path, mode);

@@ -226,6 +226,11 @@ impl State {
         service.as_ref().map(|_| ()).map_err(|errno| *errno)
     }
 
+    /// The service, if it is running.
+    pub fn service(&self) -> Option<&Service> {
+        self.service.get()?.as_ref().ok()
+    }
+
     /// Takes over the descriptors after a fork: their files belong to another process now.
     fn inherit(&self) {
         for (fd, entry) in table::ours(0, u32::MAX) {

@@ -100,6 +100,9 @@ static OPERATIONS: &[Operation] = operations! {
         vfio_region_info { argsz, flags, index, cap_offset, size, offset };
     vfio_request(9), "VFIO_DEVICE_GET_IRQ_INFO": vfio_irq_info { argsz, flags, index, count };
     vfio_request(10), "VFIO_DEVICE_SET_IRQS": vfio_irq_set { argsz, flags, index, start, count };
+    vfio_request(12), "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO":
+        vfio_pci_hot_reset_info { argsz, flags, count };
+    vfio_request(13), "VFIO_DEVICE_PCI_HOT_RESET": vfio_pci_hot_reset { argsz, flags, count };
     vfio_request(17), "VFIO_DEVICE_FEATURE": vfio_device_feature { argsz, flags };
     vfio_request(18), "VFIO_DEVICE_BIND_IOMMUFD":
         vfio_device_bind_iommufd { argsz, flags, iommufd, out_devid };

@@ -355,6 +355,17 @@ fn devices_are_in_sysfs() {
     }
 }
 
+/// With attributes, which `ls -l` asks for.
+#[test]
+fn ls_has_nothing_to_complain_about() {
+    let lines = log(&mut preloaded("ls", &["-l", "/dev/vfio", "/sys/bus/pci/devices"]));
+    let has = |start: char, end: &str| {
+        lines.iter().any(|line| line.starts_with(start) && line.ends_with(end))
+    };
+    assert!(has('c', " vfio") && has('d', " devices"), "{lines:?}");
+    assert!(has('l', "-> ../../../devices/pci0000:00/0000:00:04.0"), "{lines:?}");
+}
+
 /// What QEMU calls, as a distribution builds it.
 #[test]
 fn fortified_calls() {

@@ -12,6 +12,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use twostage::iommufd::{
     Errno, HostIommu, KernelHost, MapTarget, ObjectId, Protection, UserMemory,
@@ -31,6 +33,10 @@ const DEVICE: &str = "/dev/vfio/devices/vfio0";
 const EDU: [u8; 4] = [0x34, 0x12, 0xe8, 0x11];
 /// Raises an interrupt.
 const RAISE: u64 = 0x60;
+/// The interrupts that are raised.
+const PENDING: u64 = 0x24;
+/// Takes interrupts back.
+const ACKNOWLEDGE: u64 = 0x64;
 
 /// Runs the tests of this file that need the library.
 #[test]
@@ -132,7 +138,7 @@ fn the_vmm_s_device() {
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
 
     assert_eq!(device.irq(Irq::Msi).expect("MSI"), IrqInfo { count: 1, fixed: true });
-    assert_eq!(device.irq(Irq::Intx).expect("no pin").count, 0);
+    assert_eq!(device.irq(Irq::Intx).expect("its pin"), IrqInfo { count: 1, fixed: false });
     let event = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
     let raise = || device.write(&bar, RAISE, &1u32.to_le_bytes()).expect("a register");
     device.set_triggers(Irq::Msi, 0, &[None]).expect("the host has one vector");
@@ -143,21 +149,45 @@ fn the_vmm_s_device() {
     assert_eq!(event.read().expect("the interrupt"), 1);
     let error = device.set_triggers(Irq::Msi, 1, &[Some(&event)]).expect_err("there is one");
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
-    device.disable_irq(Irq::Msi).expect("it is on");
-    raise();
-    assert_eq!(event.read().expect_err("it is off").kind(), ErrorKind::WouldBlock);
     // INTx goes through the crate, which has no errno: the kernel is asked again.
     for error in [
         device.set_triggers(Irq::Intx, 0, &[Some(&event)]),
         device.set_intx_unmask(&event),
         device.disable_irq(Irq::Intx),
     ] {
-        let error = error.expect_err("there is no pin");
+        let error = error.expect_err("MSI is on");
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     }
+    device.disable_irq(Irq::Msi).expect("it is on");
+    raise();
+    assert_eq!(event.read().expect_err("it is off").kind(), ErrorKind::WouldBlock);
+
+    // The pin, which that asserts.
+    let end = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+    device.set_triggers(Irq::Intx, 0, &[Some(&event)]).expect("no other is on");
+    device.set_intx_unmask(&end).expect("it is on");
+    assert_eq!(event.read().expect("the interrupt"), 1);
+    device.write(&bar, ACKNOWLEDGE, &u32::MAX.to_le_bytes()).expect("a register");
+    raise();
+    assert_eq!(event.read().expect_err("it is masked").kind(), ErrorKind::WouldBlock);
+    end.write(1).expect("an eventfd");
+    let until = Instant::now() + Duration::from_secs(60);
+    while event.read().is_err() {
+        assert!(Instant::now() < until, "it is unmasked, and asserted");
+        sleep(Duration::from_millis(1));
+    }
+    assert_eq!(end.read().expect_err("it was taken").kind(), ErrorKind::WouldBlock);
+    device.disable_irq(Irq::Intx).expect("it is on");
 
     assert!(device.can_reset());
+    let pending = || {
+        let mut causes = [0; 4];
+        device.read(&bar, PENDING, &mut causes).expect("a register");
+        u32::from_le_bytes(causes)
+    };
+    assert_eq!(pending(), 1);
     device.reset().expect("a reset");
+    assert_eq!(pending(), 0);
     let mut command = [0xff];
     device.read(&config, 4, &mut command).expect("its command");
     assert_eq!(command, [0]);
@@ -181,8 +211,9 @@ fn dropping_the_vmm_s_device_detaches_it() {
     bound.host.ioas_map(ioas, &whole, at, Protection::READ_WRITE).expect("IOAS_MAP");
     let attach = || bound.host.device_attach(bound.dev, None, ioas).expect("DEVICE_ATTACH");
     attach();
-    let lines = lines();
     let device = bound.of_the_vmm();
+    // Only from now on: the crate warns that a conventional device reports no errors.
+    let lines = lines();
     let mut edu = uapi::Device::from(bound.file.try_clone().expect("a descriptor"));
     edu.start().expect("its registers");
     assert!(moves(&edu, &memory, IOVA), "it stays attached");

@@ -58,8 +58,14 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
 /// result.
 fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
     let result = trace::call(&*own.file, caller, call);
-    if matches!(call, Call::Write { .. }) {
-        state.waiting.written(&own.file);
+    match call {
+        Call::Write { .. } => state.waiting.written(&own.file),
+        Call::Ioctl { .. } => {
+            if let (Some(event), Some(service)) = (own.file.wake_event(), state.service()) {
+                service.watch_event(&event, &own.file)?;
+            }
+        }
+        Call::Read { .. } => {}
     }
     result
 }
@@ -88,9 +94,12 @@ fn pinned_here(state: &State, pid: i32) -> Pinned {
 }
 
 /// Takes one call of another process on the file whose descriptors have `inode`, or ends the file
-/// when its last descriptor is closed.
+/// when its last descriptor is closed; or wakes a file whose eventfd has been written.
 pub fn serve(inode: u64) {
     let state = state::current();
+    if state.service().is_some_and(|service| service.wake(inode)) {
+        return;
+    }
     match answer_one(state, inode) {
         Ok(true) => {}
         // No more requests.

@@ -4,7 +4,7 @@
 //!
 //! The ioctls that concern iommufd are the emulated host's; here is the device itself, as in
 //! `linux/vfio.h`: a PCI function with configuration space and BAR 0, both by `pread` and `pwrite`.
-//! Its only interrupt is MSI; its regions cannot be mapped.
+//! Its interrupts are MSI and the pin. Its regions cannot be mapped: the registers have effects.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -25,13 +25,16 @@ use vfio_bindings::bindings::vfio::{
 use crate::callers::process::Process;
 use crate::files::edu::Edu;
 use crate::files::file::{Answer, Argument, Call, Caller, Excess, File};
-use crate::files::msi::{Msi, IRQS, MSI_FLAGS, MSI_INDEX};
+use crate::files::irqs::{self, Irqs, IRQS};
+use crate::table::Internal;
 
 const GET_INFO: u32 = vfio_request(7);
 const GET_REGION_INFO: u32 = vfio_request(8);
 const GET_IRQ_INFO: u32 = vfio_request(9);
 const SET_IRQS: u32 = vfio_request(10);
 const RESET: u32 = vfio_request(11);
+const GET_PCI_HOT_RESET_INFO: u32 = vfio_request(12);
+const PCI_HOT_RESET: u32 = vfio_request(13);
 
 const DEVICE_FLAGS: u32 = VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI;
 const REGION_FLAGS: u32 = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
@@ -42,13 +45,19 @@ const REGION_SHIFT: u32 = 40;
 pub const BAR_SIZE: u64 = edu::BAR_SIZE as u64;
 const CONFIG_SIZE: usize = 256;
 const COMMAND: usize = 0x04;
-/// Memory space, bus master: the writable bits of the command register.
+/// Memory space, bus master: the writable bits of the command register's first byte.
 const COMMAND_BITS: u8 = 0b110;
 const BUS_MASTER: u8 = 0b100;
+/// The pin is not asserted: the writable bit of the second.
+const INTERRUPT_DISABLE: u8 = 1 << 2;
 /// Status: there is a capability list. The pointer to the first, and its offset: MSI.
 const STATUS: usize = 0x06;
+/// An interrupt is pending.
+const STATUS_INTERRUPT: u8 = 1 << 3;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const CAPABILITIES_POINTER: usize = 0x34;
+/// 1: INTA.
+const INTERRUPT_PIN: usize = 0x3d;
 const MSI: usize = 0x40;
 
 /// An open device.
@@ -69,7 +78,7 @@ struct Function {
     blocked: Option<Blocked>,
     config: [u8; CONFIG_SIZE],
     edu: Option<Edu>,
-    msi: Msi,
+    irqs: Irqs,
 }
 
 impl Device {
@@ -80,7 +89,7 @@ impl Device {
             blocked: None,
             config: config_space(),
             edu,
-            msi: Msi::default(),
+            irqs: Irqs::default(),
         };
         Self { name, group: None, file, state: Mutex::new(function) }
     }
@@ -130,7 +139,9 @@ impl Device {
             GET_INFO => return answer(process, address, [DEVICE_FLAGS, REGIONS, IRQS], 0),
             GET_REGION_INFO => return self.region_info(process, address),
             GET_IRQ_INFO => return irq_info(process, address),
-            SET_IRQS => return self.function().msi.set(process, address),
+            SET_IRQS => return self.function().irqs.set(process, address),
+            // The machine has no bridges whose bus could be reset.
+            GET_PCI_HOT_RESET_INFO | PCI_HOT_RESET => return Err(Errno::ENODEV),
             _ => return Err(Errno::ENOTTY),
         }
         let mut argument = Argument::copy_in(process, address, Excess::Ignored)?;
@@ -221,6 +232,10 @@ enum Place {
 impl Function {
     fn reset(&mut self) {
         self.config = config_space();
+        if let Some(edu) = &mut self.edu {
+            edu.reset();
+        }
+        self.interrupt(false);
     }
 
     /// Reads or writes `bytes`, a piece of a region.
@@ -240,9 +255,28 @@ impl Function {
                 *byte = *place;
             } else if start + offset == COMMAND {
                 *place = *byte & COMMAND_BITS;
+            } else if start + offset == COMMAND + 1 {
+                *place = *byte & INTERRUPT_DISABLE;
             }
         }
+        if write {
+            self.interrupt(false);
+        }
         Ok(())
+    }
+
+    /// The pin follows the registers; a message is sent if a cause was `raised`.
+    fn interrupt(&mut self, raised: bool) {
+        if raised {
+            self.irqs.send();
+        }
+        let pending = self.edu.as_ref().is_some_and(Edu::interrupt_pending);
+        let disabled =
+            self.config.get(COMMAND + 1).is_some_and(|byte| byte & INTERRUPT_DISABLE != 0);
+        if let Some(status) = self.config.get_mut(STATUS) {
+            *status = STATUS_CAPABILITIES | if pending { STATUS_INTERRUPT } else { 0 };
+        }
+        self.irqs.set_level(pending && !disabled);
     }
 
     fn bus_master(&self) -> bool {
@@ -253,10 +287,10 @@ impl Function {
     fn resume(&mut self) -> bool {
         let bus_master = self.bus_master();
         let Some(edu) = &mut self.edu else { return false };
-        if edu.resume(bus_master) {
-            self.msi.send();
-        }
-        edu.waits()
+        let raised = edu.resume(bus_master);
+        let waits = edu.waits();
+        self.interrupt(raised);
+        waits
     }
 
     fn access_bar(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
@@ -265,9 +299,8 @@ impl Function {
         let mut value = [0; size_of::<u64>()];
         if write {
             value.iter_mut().zip(&*bytes).for_each(|(to, from)| *to = *from);
-            if edu.write(at, bytes.len(), u64::from_le_bytes(value), bus_master) {
-                self.msi.send();
-            }
+            let raised = edu.write(at, bytes.len(), u64::from_le_bytes(value), bus_master);
+            self.interrupt(raised);
         } else {
             value = edu.read(at, bytes.len()).to_le_bytes();
             bytes.iter_mut().zip(value).for_each(|(to, from)| *to = from);
@@ -312,6 +345,14 @@ impl File for Device {
     fn resume(&self) -> bool {
         self.function().resume()
     }
+
+    fn wake_event(&self) -> Option<Arc<Internal>> {
+        self.function().irqs.wake_event()
+    }
+
+    fn woken(&self) {
+        self.function().irqs.woken();
+    }
 }
 
 /// The configuration space of a function after reset.
@@ -322,6 +363,7 @@ pub fn config_space() -> [u8; CONFIG_SIZE] {
     space.iter_mut().zip(header).for_each(|(to, from)| *to = from);
     space[STATUS] = STATUS_CAPABILITIES;
     space[CAPABILITIES_POINTER] = MSI as u8;
+    space[INTERRUPT_PIN] = 1;
     // MSI (PCIe 6.0 §7.7.1): one vector, a 64-bit address. The message itself is up to the host.
     space[MSI] = 5;
     space[MSI + 2] = 1 << 7;
@@ -344,10 +386,10 @@ fn irq_info(process: &Process, address: u64) -> Result<i64, Errno> {
     let mut info = [0; 16];
     let argsz = copy_in(process, address, &mut info)?;
     let index = u32_at(&info, 8);
-    if argsz < info.len() || index >= IRQS {
+    if argsz < info.len() {
         return Err(Errno::EINVAL);
     }
-    let (flags, count) = if index == MSI_INDEX { (MSI_FLAGS, 1) } else { (0, 0) };
+    let (flags, count) = irqs::info(index)?;
     answer(process, address, [flags, index], count)
 }
 

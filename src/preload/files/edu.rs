@@ -4,7 +4,7 @@
 //! A DMA completes within the write that starts it, unless it waits for a page that the device has
 //! requested (PRI): then register 0x98 reads as busy, and the DMA continues, and its interrupt is
 //! sent, in the call that responds. Two registers are added: 0xA8 has the result of the last DMA,
-//! and 0xB0 the address where it was blocked. Interrupts are MSIs; there is no INTx.
+//! and 0xB0 the address where it was blocked. Interrupts are MSIs, or asserted by the pin.
 
 use std::sync::Arc;
 
@@ -79,6 +79,13 @@ impl Edu {
         }
     }
 
+    /// Puts it in the state in which it was opened: a DMA that waits is given up.
+    pub fn reset(&mut self) {
+        self.registers = Registers::default();
+        self.engine = Engine::new(u64::MAX);
+        (self.outcome, self.refused_at, self.waiting) = (Outcome::Done, 0, None);
+    }
+
     /// Reads a register of BAR 0. Undefined ones, and unsupported widths, read as all ones.
     pub fn read(&self, offset: u64, width: usize) -> u64 {
         match offset {
@@ -101,6 +108,11 @@ impl Edu {
                 self.run(transfer, PageTries::default(), bus_master)
             }
         }
+    }
+
+    /// Whether it asserts its pin, if that is enabled.
+    pub fn interrupt_pending(&self) -> bool {
+        self.registers.interrupt_pending()
     }
 
     /// Whether a DMA waits for a page.

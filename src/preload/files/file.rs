@@ -2,6 +2,7 @@
 //! Emulated files: their calls and callers, those that wait for a call on another one, and the
 //! thread that serves them.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::os::fd::RawFd;
 use std::sync::{Arc, MutexGuard, Weak};
@@ -71,6 +72,15 @@ pub trait File: Debug + Send + Sync {
     fn resume(&self) -> bool {
         false
     }
+
+    /// An eventfd for which [`Self::woken`] is to be called when it is written, if there is a new
+    /// one since the last call.
+    fn wake_event(&self) -> Option<Arc<Internal>> {
+        None
+    }
+
+    /// That eventfd may have been written.
+    fn woken(&self) {}
 
     /// It now belongs to this process, and `end` is the owner's end of its descriptors.
     fn opened(&self, end: &Arc<Internal>) {
@@ -225,7 +235,12 @@ impl Waiting {
 #[derive(Debug)]
 pub struct Service {
     epoll: Arc<Internal>,
+    /// The files to wake, by the key of their eventfd.
+    woken: Mutex<BTreeMap<u64, Weak<dyn File>>>,
 }
+
+/// Set in the keys of eventfds: no inode is as large.
+const EVENT: u64 = 1 << 63;
 
 impl Service {
     /// Starts the thread, which calls `serve` for a file, by the inode of its descriptors, whenever
@@ -239,7 +254,7 @@ impl Service {
         let events = epoll.clone();
         sys::with_signals_blocked(|| builder.spawn(move || watch(&events, serve)))
             .map_err(|_| Errno::from_raw(libc::EAGAIN))?;
-        Ok(Self { epoll })
+        Ok(Self { epoll, woken: Mutex::default() })
     }
 
     /// Watches the owner's end `end` of the file whose descriptors have `inode`.
@@ -248,6 +263,25 @@ impl Service {
     /// The error of `epoll_ctl(2)`.
     pub fn watch(&self, end: RawFd, inode: u64) -> Result<(), Errno> {
         sys::watch(self.epoll.raw(), end, inode)
+    }
+
+    /// Wakes `file` whenever `event`, its eventfd, is written.
+    ///
+    /// # Errors
+    /// As [`Self::watch`].
+    pub fn watch_event(&self, event: &Internal, file: &Arc<dyn File>) -> Result<(), Errno> {
+        let key = EVENT | u64::from(event.raw().unsigned_abs());
+        self.woken.lock().insert(key, Arc::downgrade(file));
+        sys::watch_edges(self.epoll.raw(), event.raw(), key)
+    }
+
+    /// Wakes the file whose eventfd has this key; returns whether it is the key of one.
+    pub fn wake(&self, key: u64) -> bool {
+        let file = self.woken.lock().get(&key).and_then(Weak::upgrade);
+        if let Some(file) = file {
+            file.woken();
+        }
+        key & EVENT != 0
     }
 }
 

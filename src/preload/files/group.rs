@@ -23,6 +23,7 @@ use crate::files::device::Device;
 use crate::files::edu::Edu;
 use crate::files::file::{Answer, Call, Caller, File};
 use crate::memory::pins::Pins;
+use crate::table::Internal;
 
 const GET_STATUS: u32 = vfio_request(3);
 const SET_CONTAINER: u32 = vfio_request(4);
@@ -185,6 +186,16 @@ impl File for OfGroup {
 
     fn resume(&self) -> bool {
         self.device.as_ref().is_some_and(|device| device.resume())
+    }
+
+    fn wake_event(&self) -> Option<Arc<Internal>> {
+        self.device.as_ref()?.wake_event()
+    }
+
+    fn woken(&self) {
+        if let Some(device) = &self.device {
+            device.woken();
+        }
     }
 }
 

@@ -8,4 +8,4 @@ pub mod fail_nth;
 pub mod file;
 pub mod group;
 pub mod iommufd;
-pub mod msi;
+pub mod irqs;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Listing folders and following links: of what stands for the machine's `/sys` and `/dev/vfio`.
+//! Listing folders, following links, extended attributes: of what stands for the machine's `/sys`
+//! and `/dev/vfio`.
 //!
 //! An open folder is a real one of the process's folder; what is read from it needs no hook.
 #![allow(unsafe_code)]
@@ -28,6 +29,28 @@ lists! {
     opendir() -> *mut c_void;
     scandir(list: *mut c_void, filter: *const c_void, compare: *const c_void) -> c_int;
     scandir64(list: *mut c_void, filter: *const c_void, compare: *const c_void) -> c_int;
+}
+
+macro_rules! attributes {
+    ($($name:ident($($argument:ident: $type:ty),*);)*) => { $(
+        /// Asked for by `ls -l`, which complains if there is no file.
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(path: *const c_char $(, $argument: $type)*) -> ssize_t {
+            // SAFETY: libc's contract for the path.
+            match unsafe { Place::of(AT_FDCWD, path) } {
+                Place::Node(..) => answer(Err(Errno::EOPNOTSUPP)) as ssize_t,
+                // SAFETY: the arguments are as the program gave them, or stand for them.
+                place => unsafe { next::$name(place.instead_of(path) $(, $argument)*) },
+            }
+        }
+    )* };
+}
+
+attributes! {
+    getxattr(name: *const c_char, to: *mut c_void, count: size_t);
+    lgetxattr(name: *const c_char, to: *mut c_void, count: size_t);
+    listxattr(to: *mut c_char, count: size_t);
+    llistxattr(to: *mut c_char, count: size_t);
 }
 
 /// The length of what `path`, which the next library returned, stands for; which is the end of it.

@@ -182,9 +182,7 @@ pub fn write_number(fd: RawFd, number: u64) -> Result<(), Errno> {
 
 /// Whether `fd` is an eventfd.
 pub fn is_eventfd(fd: RawFd) -> bool {
-    // A symbolic link, which has no hook.
-    std::fs::read_link(format!("/proc/self/fd/{fd}"))
-        .is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]")
+    path_of(fd).is_some_and(|path| path == b"anon_inode:[eventfd]")
 }
 
 /// A non-blocking eventfd with close-on-exec.
@@ -197,8 +195,7 @@ pub(crate) fn eventfd() -> Result<OwnedFd, Errno> {
 }
 
 /// Reads eight bytes from `fd`.
-#[cfg(test)]
-pub(crate) fn read_number(fd: RawFd) -> Result<u64, Errno> {
+pub fn read_number(fd: RawFd) -> Result<u64, Errno> {
     let mut bytes = [0; 8];
     rustix::io::read(numbered(fd)?, &mut bytes).map_err(errno)?;
     Ok(u64::from_ne_bytes(bytes))
@@ -234,6 +231,15 @@ pub fn epoll() -> Result<OwnedFd, Errno> {
 pub fn watch(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
     let (data, events) = (epoll::EventData::new_u64(key), epoll::EventFlags::IN);
     epoll::add(numbered(epoll)?, numbered(fd)?, data, events).map_err(errno)
+}
+
+/// The same, once whenever `fd` becomes readable: others may read it. It may be watched already.
+pub fn watch_edges(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    match epoll::add(numbered(epoll)?, numbered(fd)?, epoll::EventData::new_u64(key), flags) {
+        Err(rustix::io::Errno::EXIST) => Ok(()),
+        added => added.map_err(errno),
+    }
 }
 
 /// Waits for `epoll`; returns the key of one descriptor with an event.
