@@ -60,7 +60,8 @@
 //! let table = Arc::new(RouteTable::new(hypervisor.clone(), 24..4096));
 //! let routes = RemappedRoutes::new(table.clone());
 //! // Behind a virtual VT-d, `Some` of a weak reference to `vtd.interrupt_remapper()`; and once:
-//! // `vtd.add_interrupt_listener(..)` with a weak reference to `routes`.
+//! // `vtd.add_interrupt_listener(..)` with a weak reference to `routes`. Until then the unit sees
+//! // each message: nobody would say that a route is no longer right.
 //! let source = MsiSource::new(Bdf::from_raw(0x18), None);
 //! let id = table.allocate().expect("4072 are free");
 //! let route = routes.add(id, source, Arc::new(Vector));
@@ -222,7 +223,7 @@ impl RemappedRoutes {
     /// A route for a vector of `source`, without a message. `id` must be allocated in the table,
     /// and may be released when the route has been dropped.
     pub fn add(&self, id: RouteId, source: MsiSource, end: Arc<dyn RouteEnd>) -> MsiRoute {
-        let state = Mutex::new(State { message: None, now: RouteState::Masked });
+        let state = Mutex::new(State { message: None, now: RouteState::Masked, gone: false });
         let vector = Arc::new(Vector { table: self.table.clone(), id, source, end, state });
         let mut routes = self.routes.lock();
         routes.retain(|route| route.strong_count() > 0);
@@ -237,8 +238,10 @@ impl InterruptListener for RemappedRoutes {
         // All are locked until the hypervisor has the new table: no vector fires by the old one
         // meanwhile.
         let mut states: Vec<_> = routes.iter().map(|route| route.state.lock()).collect();
-        let routes = routes.iter().map(|route| &**route);
-        install(&self.table, routes.zip(states.iter_mut().map(|state| &mut **state)).collect());
+        let states = states.iter_mut().map(|state| &mut **state);
+        let routes = routes.iter().map(|route| &**route).zip(states);
+        // One that was dropped while this waited for a lock has given its number away.
+        install(&self.table, routes.filter(|(_, state)| !state.gone).collect());
     }
 }
 
@@ -295,6 +298,8 @@ struct State {
     message: Option<MsiMessage>,
     /// What became of it.
     now: RouteState,
+    /// The route was dropped: its number may be that of another one.
+    gone: bool,
 }
 
 impl MsiRoute {
@@ -357,7 +362,9 @@ impl Vector {
 
 impl Drop for MsiRoute {
     fn drop(&mut self) {
-        self.set(None);
+        let mut state = self.state();
+        self.0.set(&mut state, None);
+        state.gone = true;
     }
 }
 

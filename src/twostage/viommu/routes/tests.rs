@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use super::*;
+use crate::patience::wait_until;
 
 const SOURCE: Bdf = Bdf::from_raw(0x18);
 
@@ -281,6 +282,31 @@ fn a_route_that_is_dropped_is_gone() {
     assert_eq!(machine.recorder.calls(), [vec![24], vec![]]);
     machine.change(Some(1));
     assert_eq!(machine.recorder.calls().len(), 0);
+}
+
+#[test]
+fn a_dropped_route_leaves_its_number_to_the_next_while_a_change_is_under_way() {
+    let machine = Machine::new(Some(0));
+    let ((busy, _), (old, old_end)) = (machine.route(), machine.route());
+    old.set(message(5));
+    let id = old.0.id;
+    thread::scope(|scope| {
+        // The change knows both vectors by then, and waits for the first.
+        let firing = busy.state();
+        let change = scope.spawn(|| machine.routes.interrupts_changed());
+        wait_until("the change", || Arc::strong_count(&old.0) == 2);
+        drop(old);
+        machine.table.release(id);
+        events(&old_end);
+        let (new, end) = machine.route();
+        assert_eq!((new.0.id, new.set(message(6))), (id, routed(6)));
+        drop(firing);
+        change.join().unwrap();
+        assert_eq!((machine.recorder.in_use(), events(&old_end)), (vec![id.0], vec![]));
+        events(&end);
+        new.fire();
+        assert_eq!(events(&end), [Kicked(6)]);
+    });
 }
 
 #[test]
