@@ -177,8 +177,8 @@ pub trait InterruptRemapper: Send + Sync {
 
     /// The translation of a `message` that `source` will send, for senders that bypass the virtual
     /// IOMMU; valid until [`InterruptListener::interrupts_changed`]. `None` when it would be
-    /// blocked, or when changes would not be notified: then each message must be sent through the
-    /// IOMMU. Records no fault.
+    /// blocked, or when changes would not be notified, as while there is no listener: then each
+    /// message must be sent through the IOMMU. Records no fault.
     fn translate(&self, source: Bdf, message: MsiMessage) -> Option<MsiMessage>;
 }
 

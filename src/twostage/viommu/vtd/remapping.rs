@@ -106,6 +106,11 @@ impl Remapping {
         self.entries.lock().cache = entries.collect();
     }
 
+    /// Whether anybody would be told of a change.
+    fn is_listened_to(&self) -> bool {
+        self.listeners.lock().iter().any(|listener| listener.strong_count() > 0)
+    }
+
     /// Notifies the listeners that still exist.
     fn tell(&self) {
         let listeners: Vec<_> = self.listeners.lock().iter().filter_map(Weak::upgrade).collect();
@@ -119,7 +124,11 @@ impl VtdIommu {
     /// From now on `listener` is notified of changes; and once before this returns, as whatever it
     /// has may be from before.
     pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
-        self.remapping.listeners.lock().push(listener.clone());
+        {
+            let mut listeners = self.remapping.listeners.lock();
+            listeners.retain(|listener| listener.strong_count() > 0);
+            listeners.push(listener.clone());
+        }
         if let Some(listener) = listener.upgrade() {
             listener.interrupts_changed();
         }
@@ -197,6 +206,9 @@ impl InterruptRemapper for VtdIommu {
     }
 
     fn translate(&self, source: Bdf, message: MsiMessage) -> Option<MsiMessage> {
+        if !self.remapping.is_listened_to() {
+            return None;
+        }
         self.look_up(&mut self.remapping.entries.lock(), source, message).ok()
     }
 }

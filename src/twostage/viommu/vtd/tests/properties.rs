@@ -7,7 +7,14 @@ use super::remapping::{irte, SIZE};
 use super::*;
 use crate::spec::vtd::qi::{InterruptEntryScope, IotlbScope, PasidCacheScope};
 use crate::viommu::testing::{any_access, any_refusal, contents, copy_of, AnyAccess};
-use crate::viommu::InterruptRemapper;
+use crate::viommu::{InterruptListener, InterruptRemapper};
+
+/// For whom translations are.
+struct Keeper;
+
+impl InterruptListener for Keeper {
+    fn interrupts_changed(&self) {}
+}
 
 fn words() -> impl Strategy<Value = [u64; 4]> {
     let sparse = any::<[u64; 4]>().prop_map(|[low, high, ..]| [low & !0xfffc_0e00, high, 0, 0]);
@@ -75,6 +82,8 @@ proptest! {
         guest.enable_queue(0x800);
         guest.write64(regs::IRTA, 0x9000 | flags);
         guest.write32(regs::GCMD, 1 << 26 | 1 << 25 | 1 << 24);
+        let keeper: Arc<dyn InterruptListener> = Arc::new(Keeper);
+        guest.iommu.add_interrupt_listener(Arc::downgrade(&keeper));
         let mut commands = commands.into_iter();
         for (source, address, data) in messages {
             let message = MsiMessage { address: (0xfee0_0000 | address & 0xf_ffff).into(), data };

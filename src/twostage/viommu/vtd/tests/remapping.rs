@@ -287,6 +287,21 @@ fn a_listener_knows_before_the_guest_does() {
 }
 
 #[test]
+fn nobody_keeps_what_changes_without_a_notification() {
+    let guest = Guest::remapping();
+    guest.write_irte(1, irte(0x41));
+    let kept = || guest.iommu.translate(RID, of_handle(1)).map(|message| message.data & 0xff);
+    assert_eq!((kept(), guest.vector(1)), (None, Some(0x41)));
+    let told = Mutex::default();
+    let listener = Arc::new(Listener { guest: Guest::remapping(), told });
+    let weak = Arc::downgrade(&listener);
+    guest.iommu.add_interrupt_listener(weak);
+    assert_eq!(kept(), Some(0x41));
+    drop(listener);
+    assert_eq!((kept(), guest.vector(1)), (None, Some(0x41)));
+}
+
+#[test]
 fn what_is_cached_stays_cached_in_a_restored_unit() {
     let guest = Guest::remapping();
     guest.write_irte(1, irte(0x41));
