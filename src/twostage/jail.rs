@@ -212,7 +212,7 @@ pub static QUEUE: ThreadKind = ThreadKind {
     name: "queue",
     ioctls: &[],
     // Who is told of an event may drop the queue here.
-    own: &[WRITE, CLOSE, FCNTL, EPOLL_CREATE1, EPOLL_CTL, EPOLL_WAIT, EPOLL_PWAIT],
+    own: &[WRITE, CLOSE, FCNTL, EPOLL_WAIT, EPOLL_PWAIT],
 };
 
 /// Removes and unbinds devices, shuts units down, and drops what they were made of.

@@ -25,7 +25,7 @@ pub trait ThreadStart: fmt::Debug + Send + Sync {
     /// there.
     ///
     /// # Errors
-    /// There is no thread for it. Whoever needed it fails, or logs that events do not arrive.
+    /// There is no thread for it. Whoever needed it fails.
     fn start(&self, thread: NewThread) -> io::Result<()>;
 }
 

@@ -74,8 +74,9 @@ impl iommufd::FaultQueue for OpenFaultQueue {
         outcome.map_err(|refusal| refusal.of(Verb::PageResponse, self.object.id))
     }
 
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> iommufd::Result<()> {
         self.queue.watch(watcher);
+        Ok(())
     }
 }
 
@@ -88,8 +89,9 @@ impl iommufd::EventQueue for OpenVeventq {
         Ok(self.queue.next())
     }
 
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> iommufd::Result<()> {
         self.queue.watch(watcher);
+        Ok(())
     }
 }
 

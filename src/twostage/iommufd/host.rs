@@ -281,7 +281,10 @@ pub trait FaultQueue: Debug + Send + Sync {
     fn respond(&self, cookie: u32, code: PageResponseCode) -> Result<()>;
 
     /// Notifies `watcher`, which replaces an earlier one, of the current state and of changes.
-    fn watch(&self, watcher: Arc<dyn Readiness>);
+    ///
+    /// # Errors
+    /// As [`EventQueue::watch`].
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> Result<()>;
 }
 
 /// An open vEVENTQ (`IOMMU_VEVENTQ_ALLOC`). Its object cannot be destroyed until this is dropped.
@@ -297,5 +300,9 @@ pub trait EventQueue: Debug + Send + Sync {
     fn next_event(&self) -> Result<Option<Vevent>>;
 
     /// Notifies `watcher`, which replaces an earlier one, of the current state and of changes.
-    fn watch(&self, watcher: Arc<dyn Readiness>);
+    ///
+    /// # Errors
+    /// `EMFILE`, `EAGAIN` and the like: nobody can wait for the queue, as there is no descriptor or
+    /// no thread for it. `watcher` is not notified, and an earlier one is as before.
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> Result<()>;
 }

@@ -123,7 +123,7 @@ pub enum NestingError {
     /// A command that only the owner of the physical SMMU may issue.
     #[error("not an invalidation of stage 1: {0}")]
     NoInvalidation(&'static str),
-    /// The process cannot create another thread.
+    /// The process cannot create another thread, or what that waits with.
     #[error("no thread can be started to deliver the events of streams: {0}")]
     NoThread(String),
     /// The host still has events for the guest, or their target does not take them.

@@ -239,7 +239,7 @@ pub fn fault_queues(subject: &Subject) {
     assert_eq!(queue.next_group().expect("a read"), None);
     refused(queue.respond(1, PageResponseCode::Success), Errno::EINVAL);
     let (watcher, told) = Told::new();
-    queue.watch(watcher);
+    queue.watch(watcher).expect("a watcher");
     assert_eq!(told.recv(), Ok(false));
     refused(host.destroy(id), Errno::EBUSY);
     let ioas = host.ioas_alloc().expect("IOAS_ALLOC");

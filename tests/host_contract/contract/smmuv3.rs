@@ -216,7 +216,7 @@ fn invalidations(bound: &Bound, viommu: &Viommu) {
 /// A fault of the device has the guest's StreamID.
 fn reported(bound: &mut Bound, queue: &dyn EventQueue) {
     let (watcher, told) = Told::new();
-    queue.watch(watcher);
+    queue.watch(watcher).expect("a watcher");
     assert_eq!(told.recv(), Ok(false), "nothing has happened yet");
     let iova = IOVA + 0x10 * PAGE;
     bound.engine().load(iova);

@@ -91,7 +91,8 @@ impl RecordingHost {
         self.state().fail_at.is_some()
     }
 
-    /// Makes the next call of `verb` fail with `errno`; requests queue up.
+    /// Makes the next call of `verb` fail with `errno`; requests queue up. With [`Verb::Vevent`],
+    /// nobody can watch the next vEVENTQ for the first time.
     pub fn fail_next(&self, verb: Verb, errno: Errno) {
         self.state().failures.push_back((verb, errno));
     }
@@ -361,7 +362,7 @@ impl HostIommu for RecordingHost {
         depth: u32,
     ) -> Result<Arc<dyn EventQueue>> {
         let text = || format!("{viommu:?} type {kind:#x} depth {depth}");
-        let events = Arc::new(Events::default());
+        let events = Arc::new(Events::new(self.state().next_failure(Verb::Vevent)));
         let insert = |state: &mut State| {
             state.viommu(viommu)?;
             if kind != VEVENTQ_ARM_SMMUV3 {

@@ -80,6 +80,11 @@ impl State {
         if let Some((_, errno)) = self.fail_at.take_if(|(at, _)| *at == call) {
             return Some(errno);
         }
+        self.next_failure(verb)
+    }
+
+    /// What [`super::RecordingHost::fail_next`] ordered for `verb`.
+    pub fn next_failure(&mut self, verb: Verb) -> Option<Errno> {
         let at = self.failures.iter().position(|(of, _)| *of == verb)?;
         self.failures.remove(at).map(|(_, errno)| errno)
     }
@@ -246,8 +251,9 @@ impl FaultQueue for SilentQueue {
         Err(HostError::new(Verb::PageResponse, self.0, Errno::EINVAL, detail))
     }
 
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> crate::iommufd::Result<()> {
         watcher.changed(false);
+        Ok(())
     }
 }
 
@@ -258,12 +264,19 @@ pub(super) struct Events(Mutex<Held>);
 #[derive(Default)]
 struct Held {
     events: VecDeque<Vevent>,
+    /// Why it cannot be watched.
+    refusal: Option<Errno>,
     watcher: Option<Arc<dyn Readiness>>,
 }
 
 impl Events {
     fn held(&self) -> MutexGuard<'_, Held> {
         self.0.lock()
+    }
+
+    /// A queue that cannot be watched, if `refusal` says why.
+    pub fn new(refusal: Option<Errno>) -> Self {
+        Self(Mutex::new(Held { refusal, ..Held::default() }))
     }
 
     /// Adds an event asynchronously, like a host.
@@ -300,9 +313,13 @@ impl EventQueue for OpenEvents {
         Ok(event)
     }
 
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> crate::iommufd::Result<()> {
         let mut held = self.1.held();
+        if let Some(errno) = held.refusal.take() {
+            return Err(HostError::new(Verb::Vevent, self.0, errno, "as the test ordered"));
+        }
         watcher.changed(!held.events.is_empty());
         held.watcher = Some(watcher);
+        Ok(())
     }
 }

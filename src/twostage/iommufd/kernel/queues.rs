@@ -3,8 +3,12 @@
 //!
 //! A file is read as far as possible, and records are returned one by one. Readiness comes from a
 //! thread that polls the file; notifications are sent under the lock of the read records, after
-//! polling the file again, so that the last one is always right. A file that polls as broken is
-//! reported as readable, so that the reader finds the error.
+//! polling the file again, so that the last one is always right. All descriptors that this needs
+//! are there from the start. A file that polls as broken, or cannot be polled, is reported as
+//! readable, so that the reader finds the error.
+
+#[cfg(test)]
+mod tests;
 
 use crate::jail;
 use crate::sync::Mutex;
@@ -81,9 +85,10 @@ impl<T> Shared<T> {
         Ok(())
     }
 
-    /// Whether a read would return something.
-    fn readable(&self, state: &State<T>) -> bool {
-        !state.pending.is_empty() || is_readable(&self.file).unwrap_or(false)
+    /// Whether a read would return something, by `level`.
+    fn readable(&self, state: &State<T>, level: &Epoll) -> bool {
+        let polled = || level.wait(0, &mut [EpollEvent::default()]);
+        !state.pending.is_empty() || polled().map_or(true, |count| count > 0)
     }
 
     /// Notifies the watcher of a change.
@@ -95,11 +100,9 @@ impl<T> Shared<T> {
     }
 }
 
-/// Whether `file` polls as readable.
-fn is_readable(file: &File) -> io::Result<bool> {
-    let epoll = Epoll::new()?;
-    epoll.ctl(ControlOperation::Add, file.as_raw_fd(), EpollEvent::new(EventSet::IN, FILE))?;
-    Ok(epoll.wait(0, &mut [EpollEvent::default()])? > 0)
+/// The errno of `error`.
+fn errno_of(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
 impl<T: Send + 'static> Queue<T> {
@@ -122,8 +125,8 @@ impl<T: Send + 'static> Queue<T> {
         let mut state = self.shared.state();
         if state.pending.is_empty() {
             self.shared.fill(&mut state).map_err(|error| {
-                let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
-                HostError::new(self.verb, self.object, errno, format!("read: {error}"))
+                let detail = format!("read: {error}");
+                HostError::new(self.verb, self.object, errno_of(&error), detail)
             })?;
         }
         let next = state.pending.pop_front();
@@ -133,20 +136,25 @@ impl<T: Send + 'static> Queue<T> {
         Ok(next)
     }
 
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
-        {
-            let mut state = self.shared.state();
-            let readable = self.shared.readable(&state);
-            watcher.changed(readable);
-            (state.watcher, state.told) = (Some(watcher), readable);
-        }
-        let mut poller = self.poller.lock();
-        if poller.is_none() {
-            match Poller::start(&*self.threads, self.object, self.shared.clone()) {
-                Ok(started) => *poller = Some(started),
-                Err(error) => log::error!("queue {} is not read: {error}", self.object),
-            }
-        }
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> Result<()> {
+        let level = {
+            let mut poller = self.poller.lock();
+            let running = match poller.take() {
+                Some(running) => running,
+                None => Poller::start(&*self.threads, self.object, self.shared.clone()).map_err(
+                    |error| {
+                        let detail = format!("no thread can wait for the queue: {error}");
+                        HostError::new(self.verb, self.object, errno_of(&error), detail)
+                    },
+                )?,
+            };
+            poller.insert(running).level.clone()
+        };
+        let mut state = self.shared.state();
+        let readable = self.shared.readable(&state, &level);
+        watcher.changed(readable);
+        (state.watcher, state.told) = (Some(watcher), readable);
+        Ok(())
     }
 }
 
@@ -159,6 +167,8 @@ impl<T> fmt::Debug for Queue<T> {
 /// The thread that polls a queue. Dropping it ends the thread and releases the file.
 struct Poller {
     stop: EventFd,
+    /// Of the file alone: readable as long as that is.
+    level: Arc<Epoll>,
     thread: Option<Started>,
 }
 
@@ -173,6 +183,9 @@ impl Poller {
         shared: Arc<Shared<T>>,
     ) -> io::Result<Self> {
         let stop = EventFd::new(0)?;
+        let level = Arc::new(Epoll::new()?);
+        let event = EpollEvent::new(EventSet::IN, FILE);
+        level.ctl(ControlOperation::Add, shared.file.as_raw_fd(), event)?;
         let epoll = Epoll::new()?;
         // An edge for each addition, even with unread data.
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, FILE);
@@ -180,18 +193,19 @@ impl Poller {
         let event = EpollEvent::new(EventSet::IN, STOP);
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), event)?;
         let name = format!("queue {object}");
+        let polled = level.clone();
         let wait = move || {
-            if let Err(error) = wait(&epoll, &shared) {
+            if let Err(error) = wait(&epoll, &polled, &shared) {
                 log::error!("queue {object} is no longer read: {error}");
             }
         };
         let thread = Started::new(threads, name, &jail::QUEUE, wait)?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, level, thread: Some(thread) })
     }
 }
 
-/// Notifies the watcher of `shared` until told to stop.
-fn wait<T>(epoll: &Epoll, shared: &Shared<T>) -> io::Result<()> {
+/// Notifies the watcher of `shared`, whose file `level` polls, until told to stop.
+fn wait<T>(epoll: &Epoll, level: &Epoll, shared: &Shared<T>) -> io::Result<()> {
     let mut events = [EpollEvent::default(); 2];
     loop {
         let count = match epoll.wait(-1, &mut events) {
@@ -204,7 +218,7 @@ fn wait<T>(epoll: &Epoll, shared: &Shared<T>) -> io::Result<()> {
         let mut state = shared.state();
         let broken = EventSet::ERROR | EventSet::HANG_UP;
         state.broken |= events.iter().take(count).any(|event| event.event_set().intersects(broken));
-        if shared.readable(&state) {
+        if shared.readable(&state, level) {
             shared.tell(&mut state, true);
         }
     }
@@ -243,7 +257,7 @@ impl FaultQueue for Queue<PageRequestGroup> {
         first.copy_from_slice(&cookie.to_ne_bytes());
         second.copy_from_slice(&code.to_ne_bytes());
         (&self.shared.file).write_all(&response).map_err(|error| {
-            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+            let errno = errno_of(&error);
             let detail = match errno {
                 Errno::EINVAL => {
                     format!("no page request group {cookie} is waiting for a response")
@@ -254,8 +268,8 @@ impl FaultQueue for Queue<PageRequestGroup> {
         })
     }
 
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
-        self.watch(watcher);
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> Result<()> {
+        self.watch(watcher)
     }
 }
 
@@ -268,8 +282,8 @@ impl EventQueue for Queue<Vevent> {
         self.next()
     }
 
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
-        self.watch(watcher);
+    fn watch(&self, watcher: Arc<dyn Readiness>) -> Result<()> {
+        self.watch(watcher)
     }
 }
 
@@ -344,131 +358,4 @@ fn vevents<T>(mut bytes: &[u8]) -> Option<Vec<Vevent>> {
         }
     }
     Some(events)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::threads::StdThreads;
-    use std::os::fd::OwnedFd;
-    use std::os::unix::net::{UnixDatagram, UnixStream};
-    use std::sync::mpsc::{channel, Sender};
-
-    struct Told(Mutex<Sender<bool>>);
-
-    impl Readiness for Told {
-        fn changed(&self, readable: bool) {
-            self.0.lock().send(readable).unwrap();
-        }
-    }
-
-    /// A queue of SMMU events, and a socket for adding some: like the kernel's, it never blocks.
-    fn queue() -> (Queue<Vevent>, UnixDatagram) {
-        let (ours, theirs) = UnixDatagram::pair().unwrap();
-        theirs.set_nonblocking(true).unwrap();
-        let parse = vevent_parser(iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3).unwrap();
-        let file = File::from(OwnedFd::from(theirs));
-        (Queue::new(ObjectId(1), Verb::Vevent, file, parse, Arc::new(StdThreads)), ours)
-    }
-
-    fn event(sequence: u32) -> Vec<u8> {
-        let header = [0u32, sequence].into_iter().flat_map(u32::to_ne_bytes);
-        header.chain([7; size_of::<iommu_vevent_arm_smmuv3>()]).collect()
-    }
-
-    fn sequence(queue: &Queue<Vevent>) -> Option<u32> {
-        queue.next().unwrap().map(|event| match event {
-            Vevent::Event { sequence, .. } | Vevent::Lost { sequence } => sequence,
-        })
-    }
-
-    #[test]
-    fn a_watcher_hears_of_every_change_and_of_nothing_else() {
-        let (queue, more) = queue();
-        let (sender, told) = channel();
-        queue.watch(Arc::new(Told(Mutex::new(sender))));
-        assert_eq!(told.recv(), Ok(false));
-        for round in 0..100 {
-            more.send(&[event(round), event(round + 1)].concat()).unwrap();
-            assert_eq!(told.recv(), Ok(true));
-            assert_eq!(sequence(&queue), Some(round));
-            assert_eq!(sequence(&queue), Some(round + 1));
-            assert_eq!(sequence(&queue), None);
-            assert_eq!(sequence(&queue), None);
-            assert_eq!(told.recv(), Ok(false));
-        }
-        drop(queue);
-        assert!(told.recv().is_err(), "nobody is left who could tell");
-        assert!(more.send(&event(0)).is_err(), "the file is closed");
-    }
-
-    #[test]
-    fn what_is_no_event_is_an_error() {
-        let (queue, more) = queue();
-        more.send(&[1, 2, 3]).unwrap();
-        assert_eq!(queue.next().unwrap_err().errno, Errno::EIO);
-        more.send(&event(5)).unwrap();
-        assert_eq!(sequence(&queue), Some(5));
-    }
-
-    #[test]
-    fn a_file_that_breaks_is_told_and_cannot_be_read_any_more() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        theirs.set_nonblocking(true).unwrap();
-        let parse = vevent_parser(iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3).unwrap();
-        let file = File::from(OwnedFd::from(theirs));
-        let threads = Arc::new(StdThreads);
-        let queue = Queue::new(ObjectId(7), Verb::Vevent, file, parse, threads);
-        let (sender, told) = channel();
-        queue.watch(Arc::new(Told(Mutex::new(sender))));
-        assert_eq!(told.recv(), Ok(false));
-        (&ours).write_all(&event(1)).unwrap();
-        assert_eq!(told.recv(), Ok(true));
-        assert_eq!(sequence(&queue), Some(1));
-        assert_eq!(sequence(&queue), None);
-        assert_eq!(told.recv(), Ok(false));
-        drop(ours);
-        assert_eq!(told.recv(), Ok(true));
-        let error = queue.next().unwrap_err();
-        assert_eq!((error.errno, error.object), (Errno::EIO, Some(ObjectId(7))), "{error}");
-    }
-
-    fn words(words: &[u32]) -> Vec<u8> {
-        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
-    }
-
-    #[test]
-    fn requests_of_one_cookie_are_one_group() {
-        // flags, dev_id, pasid, grpid, perm, reserved, addr (two words), length, cookie
-        let record = |flags, addr, cookie| words(&[flags, 7, 5, 9, 3, 0, addr, 0, 0, cookie]);
-        let bytes = [record(1, 0x1000, 1), record(3, 0x2000, 1), record(3, 0x3000, 2)].concat();
-        let groups = page_requests(&bytes).unwrap();
-        assert_eq!(groups.len(), 2);
-        assert_eq!((groups[0].cookie, groups[0].dev), (1, ObjectId(7)));
-        let addresses: Vec<u64> = groups[0].requests.iter().map(|each| each.address).collect();
-        assert_eq!(addresses, [0x1000, 0x2000]);
-        let last = groups[1].requests[0];
-        assert!(last.flags.last_page() && last.flags.pasid_valid());
-        assert!(last.permissions.read() && last.permissions.write());
-        assert_eq!((last.pasid, last.group), (5, 9));
-        assert_eq!(page_requests(&[]), Some(vec![]));
-        assert_eq!(page_requests(&bytes[..60]), None);
-    }
-
-    #[test]
-    fn events_and_lost_ones() {
-        let data = |byte: u8| [byte; size_of::<iommu_vevent_arm_smmuv3>()].to_vec();
-        let bytes = [words(&[0, 4]), data(1), words(&[0, 5]), data(2), words(&[1, 9])].concat();
-        let events = vevents::<iommu_vevent_arm_smmuv3>(&bytes).unwrap();
-        assert_eq!(
-            events,
-            [
-                Vevent::Event { sequence: 4, data: data(1) },
-                Vevent::Event { sequence: 5, data: data(2) },
-                Vevent::Lost { sequence: 9 }
-            ]
-        );
-        assert_eq!(vevents::<iommu_vevent_arm_smmuv3>(&bytes[..20]), None);
-        assert_eq!(vevents::<iommu_vevent_arm_smmuv3>(&bytes[..4]), None);
-    }
 }

@@ -241,6 +241,9 @@ pub(super) struct EventThread {
 
 impl EventThread {
     /// Has `threads` start delivering the events of `queue` along `route`.
+    ///
+    /// # Errors
+    /// There is no thread for it, or none that waits for the queue. The queue is closed.
     pub fn start(
         threads: &dyn ThreadStart,
         queue: Arc<dyn EventQueue>,
@@ -257,8 +260,10 @@ impl EventThread {
             waited_for.end();
         };
         let thread = Started::new(threads, "smmu-events".into(), &jail::EVENTS, read)?;
-        watched.watch(signal.clone());
-        Ok(Self { object, signal, thread: Some(thread) })
+        // Dropped, the thread ends.
+        let started = Self { object, signal, thread: Some(thread) };
+        watched.watch(started.signal.clone()).map_err(io::Error::other)?;
+        Ok(started)
     }
 
     /// The vEVENTQ.
@@ -315,6 +320,8 @@ mod tests {
     #[derive(Debug, Default)]
     struct Script {
         reads: Mutex<VecDeque<crate::iommufd::Result<Vevent>>>,
+        /// Nobody can watch it.
+        unwatchable: bool,
         watcher: Mutex<Option<Weak<dyn Readiness>>>,
     }
 
@@ -333,9 +340,13 @@ mod tests {
             self.reads.lock().pop_front().transpose()
         }
 
-        fn watch(&self, watcher: Arc<dyn Readiness>) {
+        fn watch(&self, watcher: Arc<dyn Readiness>) -> crate::iommufd::Result<()> {
+            if self.unwatchable {
+                return refused(Errno::EMFILE).map(drop);
+            }
             watcher.changed(true);
             *self.watcher.lock() = Some(Arc::downgrade(&watcher));
+            Ok(())
         }
     }
 
@@ -425,6 +436,14 @@ mod tests {
             wait_until("the thread's end", is_over);
             assert_eq!(thread.stop(), ObjectId(6));
         }
+    }
+
+    #[test]
+    fn without_a_thread_that_waits_for_the_queue_there_is_none_that_reads_it() {
+        let queue = Arc::new(Script { unwatchable: true, ..Script::default() });
+        let error = EventThread::start(&StdThreads, queue.clone(), Arc::default()).unwrap_err();
+        assert!(error.to_string().contains("EMFILE"), "{error}");
+        assert_eq!(Arc::strong_count(&queue), 1, "it can be destroyed");
     }
 
     #[test]

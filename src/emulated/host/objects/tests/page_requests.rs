@@ -110,7 +110,7 @@ impl Rig {
         host.ioas_map(ioas, &whole, MapTarget::Fixed(0), Protection::READ_WRITE).unwrap();
         let queue = host.fault_queue_alloc().unwrap();
         let (sender, bell) = mpsc::channel();
-        queue.watch(Arc::new(Bell(sender)));
+        queue.watch(Arc::new(Bell(sender))).unwrap();
         Self { architecture, host, unit, memory, dev, ioas, queue, bell }
     }
 
