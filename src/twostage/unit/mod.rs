@@ -238,11 +238,17 @@ fn check_place(names: &BTreeMap<Bdf, String>, device: &NewDevice) -> Result<(), 
 }
 
 /// The VMM's names of the devices behind a virtual IOMMU. Its lock is taken before all others, and
-/// held while one is added or removed.
+/// held while one is added or removed, and by what must not see half of one.
 #[derive(Debug)]
 struct Names(Mutex<BTreeMap<Bdf, String>>);
 
 impl Names {
+    /// Does `work` while no device is being added or removed.
+    fn with_whole_devices<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _names = self.0.lock();
+        work()
+    }
+
     /// Adds `device` with `add`, if its place is free. If that fails, `release` takes back what the
     /// host side has of it.
     fn add(

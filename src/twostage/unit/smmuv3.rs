@@ -262,8 +262,8 @@ fn take_in(nesting: &SmmuNesting, device: &NewDevice) -> Result<HostSmmu, AddErr
 
 /// A virtual SMMUv3 with its host side and devices.
 ///
-/// All verbs may be called from any thread. Adding and removing devices exclude each other. On
-/// drop, it is halted and shut down; errors are then logged.
+/// All verbs may be called from any thread. Adding and removing devices, snapshots and resets
+/// exclude each other. On drop, it is halted and shut down; errors are then logged.
 ///
 /// Moved to another host, with guest memory as it was:
 ///
@@ -311,7 +311,7 @@ pub struct Smmuv3 {
     model: Arc<Smmu>,
     nesting: Arc<SmmuNesting>,
     config: SmmuConfig,
-    names: Names,
+    pub(super) names: Names,
     /// Kept alive for nesting, which has a weak reference.
     _target: Arc<dyn EventTarget>,
 }
@@ -388,7 +388,7 @@ impl Smmuv3 {
         let pending =
             |error: NestingError| SnapshotError::Pending { model: MODEL, what: error.to_string() };
         self.nesting.quiesce().map_err(pending)?;
-        self.model.snapshot()
+        self.names.with_whole_devices(|| self.model.snapshot())
     }
 
     /// The unit is as after power-on, with the same devices. See [`Smmu::reset`].
@@ -396,7 +396,7 @@ impl Smmuv3 {
     /// # Errors
     /// The host refused part of it; nothing but a repeated reset may follow.
     pub fn reset(&self) -> Result<(), HostSideError> {
-        self.model.reset()
+        self.names.with_whole_devices(|| self.model.reset())
     }
 
     /// The machine is stopping. See [`Smmu::halt`].

@@ -247,8 +247,8 @@ fn take_in(
 
 /// A virtual VT-d with its host side and devices.
 ///
-/// All verbs may be called from any thread. Adding and removing devices exclude each other. On
-/// drop, it is halted and shut down; errors are then logged.
+/// All verbs may be called from any thread. Adding and removing devices, snapshots and resets
+/// exclude each other. On drop, it is halted and shut down; errors are then logged.
 ///
 /// Moved to another host, with guest memory as it was:
 ///
@@ -294,7 +294,7 @@ pub struct Vtd {
     nesting: Arc<VtdNesting>,
     extensions: Extensions,
     config: VtdConfig,
-    names: Names,
+    pub(super) names: Names,
     /// Kept alive for nesting, which has a weak reference.
     _target: Arc<dyn FaultTarget>,
 }
@@ -368,7 +368,7 @@ impl Vtd {
     /// # Errors
     /// The unit is halted.
     pub fn snapshot(&self) -> Result<VtdState, SnapshotError> {
-        self.model.snapshot()
+        self.names.with_whole_devices(|| self.model.snapshot())
     }
 
     /// The unit is as after power-on, with the same devices. See [`VtdIommu::reset`].
@@ -376,7 +376,7 @@ impl Vtd {
     /// # Errors
     /// The host refused part of it; nothing but a repeated reset may follow.
     pub fn reset(&self) -> Result<(), HostSideError> {
-        self.model.reset()
+        self.names.with_whole_devices(|| self.model.reset())
     }
 
     /// The machine is stopping. See [`VtdIommu::halt`].

@@ -5,7 +5,9 @@ mod smmuv3;
 mod vtd;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{mpsc, Arc, Weak};
+use std::thread;
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -20,6 +22,8 @@ use crate::viommu::InterruptListener;
 /// The guest's devices.
 const A: Bdf = Bdf::from_raw(0x20);
 const B: Bdf = Bdf::from_raw(0x28);
+/// One that is never added.
+const C: Bdf = Bdf::from_raw(0x30);
 
 fn guest_memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap()
@@ -52,6 +56,26 @@ fn is_told_at_once(add: impl FnOnce(Weak<dyn InterruptListener>)) {
     let weak: Weak<Listener> = Arc::downgrade(&listener);
     add(weak);
     assert_eq!(listener.0.load(Ordering::Relaxed), 1);
+}
+
+/// Checks that `work` waits while a device is being added.
+#[track_caller]
+fn waits_for_devices(names: &Names, work: impl FnOnce() + Send) {
+    let (done, is_done) = mpsc::channel();
+    thread::scope(|scope| {
+        let add = |_: &NewDevice| {
+            scope.spawn(move || {
+                work();
+                done.send(()).unwrap();
+            });
+            let early = is_done.recv_timeout(Duration::from_millis(20));
+            assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout), "it saw half of a device");
+            Err(AddError::WrongIommu { device: "nic2".to_owned(), a_model: "such an IOMMU" })
+        };
+        let device = NewDevice { rid: C, dev: ObjectId(1), name: "nic2".to_owned() };
+        names.add(device, add, |_| Ok(())).unwrap_err();
+        is_done.recv().unwrap();
+    });
 }
 
 /// A host with two bound devices behind one IOMMU, and the guest's memory on it.

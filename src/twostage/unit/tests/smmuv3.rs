@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::{guest_memory, hw_info, is_told_at_once, write, Host, A, B};
+use super::{guest_memory, hw_info, is_told_at_once, waits_for_devices, write, Host, A, B};
 use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, HwInfo, HwInfoData, ObjectId,
@@ -466,6 +466,24 @@ fn reset_leaves_the_tables_and_keeps_the_devices() {
     assert!(a.is_some() && a == b);
     run(&smmu);
     assert!(host.reaches() != [a, b] && smmu.snapshot().is_ok());
+    waits_for_devices(&smmu.names, || assert!(smmu.snapshot().is_ok()));
+    waits_for_devices(&smmu.names, || smmu.reset().unwrap());
+}
+
+#[test]
+fn without_a_thread_for_its_events_there_is_no_unit_and_no_device() {
+    let (host, memory) = (Host::smmu(), guest_memory());
+    let why = "nic0 cannot be added: no thread can be started to deliver the events of streams: ";
+    host.recording.fail_next(Verb::Vevent, Errno::EMFILE);
+    let error = host.both_streams(&memory).build().unwrap_err().to_string();
+    assert!(error.starts_with(why) && error.contains("EMFILE"), "{error}");
+    host.is_empty();
+    let smmu = host.smmu_builder(&memory).without_devices().build().unwrap();
+    host.recording.fail_next(Verb::Vevent, Errno::EMFILE);
+    let error = smmu.add_device(A, host.a, "nic0").unwrap_err().to_string();
+    assert!(error.starts_with(why) && error.contains("EMFILE"), "{error}");
+    host.is_empty();
+    host.both_streams(&memory).build().unwrap();
 }
 
 #[test]

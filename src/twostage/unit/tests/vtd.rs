@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::{guest_memory, hw_info, is_told_at_once, write, Host, A, B};
+use super::{guest_memory, hw_info, is_told_at_once, waits_for_devices, write, Host, A, B};
 use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, HostFault, HwInfo, HwInfoData,
@@ -482,6 +482,8 @@ fn reset_leaves_the_tables_and_keeps_the_devices() {
     assert!(a.is_some() && a == b && a5.is_none() && b5.is_none());
     run(&vtd);
     assert!(host.reaches() != [a, b] && vtd.snapshot().is_ok());
+    waits_for_devices(&vtd.names, || assert!(vtd.snapshot().is_ok()));
+    waits_for_devices(&vtd.names, || vtd.reset().unwrap());
 }
 
 #[test]
