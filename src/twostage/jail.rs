@@ -9,8 +9,10 @@
 //! page requests, for example, needs their [ioctls](crate::iommufd::Verb::ioctls), too.
 //!
 //! # What is in the tables
-//! * Both architectures, glibc and musl, debug and release builds; a system call that a machine
-//!   does not have has no number there.
+//! * Both architectures, glibc (2.34 and later) and musl, debug and release builds; a system call
+//!   that a machine does not have has no number there.
+//! * Not what glibc asks `/proc` once in a process, on whichever thread first returns memory:
+//!   [`prepare`] has that done before there is a filter.
 //! * Not what the VMM does when it is called: its interrupt sinks, observers, watchers and its
 //!   logger (the library logs errors, and warnings at a limited rate).
 //! * Not what ends the process: a panic or an abort (`exit_group`, `tgkill`).
@@ -69,10 +71,16 @@
 //!         builder.spawn(jailed).map(drop)
 //!     }
 //! }
+//! // Before the first filter.
+//! twostage::jail::prepare()?;
 //! # let filter = filter(&twostage::jail::SETUP)?;
 //! # thread::spawn(move || apply_filter(&filter)).join().unwrap()?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+
+use std::hint::black_box;
+use std::io;
+use std::thread;
 
 /// An ioctl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -174,6 +182,8 @@ pub static SETUP: ThreadKind = ThreadKind {
         RSEQ,
         GETTID,
         PRCTL,
+        // glibc, before the first thread of a process.
+        RT_SIGACTION,
         EVENTFD2,
         // What the new threads do.
         READ,
@@ -222,6 +232,20 @@ pub static REMOVE: ThreadKind = ThreadKind {
     // Dropping a queue ends the thread that waits for it.
     own: &[WRITE, CLOSE, FCNTL],
 };
+
+/// Has the C library do now what it does only once in a process, on whichever thread needs it
+/// first: before a thread other than the main one returns memory to the kernel, glibc reads how
+/// that overcommits memory (`openat`, `read`, `close`). A VMM calls this before it installs its
+/// first filter.
+///
+/// # Errors
+/// No thread can be started.
+pub fn prepare() -> io::Result<()> {
+    // What is freed last is at the end of the thread's heap, and more than glibc keeps there.
+    let freed = || drop([(); 4].map(|()| black_box(vec![1u8; 100_000])));
+    let thread = thread::Builder::new().name("prepare".to_owned()).spawn(freed)?;
+    thread.join().map_err(|_| io::ErrorKind::Other.into())
+}
 
 /// Every kind.
 pub static KINDS: [&ThreadKind; 5] = [&SETUP, &GUEST, &EVENTS, &QUEUE, &REMOVE];
@@ -295,6 +319,7 @@ const SET_ROBUST_LIST: Syscall = both("set_robust_list", 273, 99);
 const RSEQ: Syscall = both("rseq", 334, 293);
 const GETTID: Syscall = both("gettid", 186, 178);
 const PRCTL: Syscall = both("prctl", 157, 167);
+const RT_SIGACTION: Syscall = both("rt_sigaction", 13, 134);
 // The generic table of arm64 has newer ones in their place.
 const OPEN: Syscall = x86("open", 2);
 const STAT: Syscall = x86("stat", 4);
@@ -381,6 +406,7 @@ mod tests {
             SYS_eventfd2, EPOLL_CREATE1 SYS_epoll_create1, EPOLL_CTL SYS_epoll_ctl,
             EPOLL_PWAIT SYS_epoll_pwait, CLONE SYS_clone, CLONE3 SYS_clone3,
             SET_ROBUST_LIST SYS_set_robust_list, RSEQ SYS_rseq, GETTID SYS_gettid, PRCTL SYS_prctl,
+            RT_SIGACTION SYS_rt_sigaction,
         });
         // On any machine, as arm64 has none of them.
         let of_x86 = [OPEN, STAT, READLINK, EPOLL_WAIT];

@@ -7,13 +7,14 @@
 //! there. The preload library stands in for it here; what it does itself is allowed, too.
 #![allow(unsafe_code)]
 
+mod filter;
 mod lives;
 #[allow(dead_code)] // shared with programs that use more of it
 #[path = "../preload/program/uapi.rs"]
 mod uapi;
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::env;
 use std::fs::{self, File};
 use std::hint;
@@ -25,16 +26,14 @@ use std::sync::{Arc, Mutex, Once};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use seccompiler::{
-    apply_filter, BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp,
-    SeccompCondition, SeccompFilter, SeccompRule,
-};
+use seccompiler::{apply_filter, SeccompAction};
 use tempfile::NamedTempFile;
 use twostage::iommufd::{HostIommu, HwInfoData, KernelHost, Verb};
 use twostage::jail::{self, Ioctl, ThreadKind, EVENTS, GUEST, KINDS, QUEUE, REMOVE, SETUP};
 use twostage::threads::{NewThread, ThreadStart};
 use vmm_sys_util::signal::register_signal_handler;
 
+use filter::filter;
 use lives::{smmu, smmu_life, vt_d, vtd_life, Load, World};
 
 /// Entries that no life here uses: the kind, the ioctl, and why it is in the table.
@@ -112,23 +111,6 @@ fn name_of(number: i32) -> String {
     found.map_or_else(|| format!("number {number}"), |(_, name)| (*name)[4..].to_owned())
 }
 
-/// The filter for a kind: see the example of `twostage::jail`. `own` are the VMM's own calls there.
-fn filter(kind: &ThreadKind, own: &[libc::c_long]) -> Result<BpfProgram, BackendError> {
-    let listed = kind.numbers().map(i64::from).chain(own.iter().copied());
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        listed.map(|number| (number, Vec::new())).collect();
-    let second_is = |request: u32| {
-        SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request.into())
-            .and_then(|condition| SeccompRule::new(vec![condition]))
-    };
-    if let (Some(number), [_, ..]) = (jail::IOCTL.number(), kind.ioctls) {
-        let ioctls = kind.ioctls.iter().map(|ioctl| second_is(ioctl.request));
-        rules.insert(number.into(), ioctls.collect::<Result<_, _>>()?);
-    }
-    let arch = env::consts::ARCH.try_into()?;
-    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, arch)?.try_into()
-}
-
 /// Starts threads as what they are.
 #[derive(Debug, Clone, Default)]
 struct Jail {
@@ -152,7 +134,7 @@ impl Jail {
             // Its threads get a filter each, besides its own.
             own.extend([libc::SYS_seccomp, libc::SYS_prctl]);
         }
-        apply_filter(&filter(kind, &own).unwrap()).unwrap();
+        apply_filter(&filter(kind, &own, SeccompAction::Trap).unwrap()).unwrap();
     }
 
     /// Does `work` on a new thread of that kind.
@@ -359,6 +341,7 @@ const UNSEEN_CALLS: &[(Option<&ThreadKind>, &str, &str)] = &[
     (Some(&SETUP), "readlink", "which driver a device has that is not VFIO's"),
     (Some(&SETUP), "readlinkat", "the same on arm64"),
     (Some(&SETUP), "write", "a thread of a queue is told to end when adding a device fails"),
+    (Some(&SETUP), "rt_sigaction", "glibc, in another program: `first`"),
     (Some(&EVENTS), "read", "the preload library receives from a socket"),
     (Some(&QUEUE), "write", "a watcher drops its queue"),
     (Some(&REMOVE), "write", "a page request queue of the VMM is dropped"),
