@@ -19,7 +19,8 @@ help:
 	@echo 'make demo          build, and run the small test guest on /dev/kvm'
 	@echo 'make test          lint, then every test, including guests'
 	@echo 'make test-all      test, then more and longer tests, bad inputs, Xen, the small guest'
-	@echo '                   on QEMU'"'"'s VT-d, qemu-demo, and test-arm64'
+	@echo '                   on QEMU'"'"'s VT-d, qemu-demo, test-x86-host, test-arm64'
+	@echo 'make test-x86-host twostage and others on the /dev/iommu of a Linux behind its own VT-d'
 	@echo 'make test-arm64    arm64 Linux guests behind a virtual SMMUv3, on a real /dev/iommu in an'
 	@echo '                   emulated arm64 host'
 	@echo 'make nested-check  the part of test that runs Linux guests'
@@ -72,7 +73,12 @@ test-all: test loom
 	@$(MAKE) --no-print-directory qemu-demo
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
 	@[ "$(NESTED)" = off ] || scripts/check/xen
+	@$(MAKE) --no-print-directory test-x86-host
 	@$(MAKE) --no-print-directory test-arm64
+
+# PCs: a real /dev/iommu in a Linux that twostage runs, in nested KVM if necessary.
+test-x86-host: binary
+	@NESTED=$(NESTED) scripts/check/linux-checks-x86-host
 
 # arm64: a real /dev/iommu in a machine that QEMU emulates.
 test-arm64: binary-arm64
@@ -175,6 +181,6 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all test-arm64 nested-check preload qemu-demo package selftests bench \
-	compare-arm64 fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
+.PHONY: help run demo test test-all test-x86-host test-arm64 nested-check preload qemu-demo package \
+	selftests bench compare-arm64 fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help
