@@ -163,6 +163,18 @@ next! {
     fn pwrite64(fd: c_int, from: Data, count: size_t, offset: off64_t) -> ssize_t,
         unsafe extern "C" fn(c_int, Data, size_t, off64_t) -> ssize_t,
         syscall(libc::SYS_pwrite64, fd, from, count, offset);
+    fn preadv(fd: c_int, to: Vectors, count: c_int, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Vectors, c_int, off64_t) -> ssize_t,
+        syscall(libc::SYS_preadv, fd, to, count, offset, offset >> 63);
+    fn preadv64(fd: c_int, to: Vectors, count: c_int, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Vectors, c_int, off64_t) -> ssize_t,
+        syscall(libc::SYS_preadv, fd, to, count, offset, offset >> 63);
+    fn pwritev(fd: c_int, from: Vectors, count: c_int, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Vectors, c_int, off64_t) -> ssize_t,
+        syscall(libc::SYS_pwritev, fd, from, count, offset, offset >> 63);
+    fn pwritev64(fd: c_int, from: Vectors, count: c_int, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Vectors, c_int, off64_t) -> ssize_t,
+        syscall(libc::SYS_pwritev, fd, from, count, offset, offset >> 63);
     fn __read_chk(fd: c_int, to: Buffer, count: size_t, room: size_t) -> ssize_t,
         unsafe extern "C" fn(c_int, Buffer, size_t, size_t) -> ssize_t,
         syscall(libc::SYS_read, fd, to, count.min(room));

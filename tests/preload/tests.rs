@@ -375,6 +375,8 @@ fn fortified_calls() {
             "__open64_2, __openat_2: true true",
             "__pread64_chk: 256, 34 12 e8 11",
             "__pread_chk: 7",
+            "preadv64: 128, MSI at 0x40",
+            "pwritev64: 2, 2: 06 04",
             "__read_chk: errno 22",
             "__readlink_chk: ../../../kernel/iommu_groups/1",
             "__readlinkat_chk: 30",

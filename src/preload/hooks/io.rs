@@ -107,8 +107,14 @@ unsafe extern "C" fn write(fd: c_int, from: *const c_void, count: size_t) -> ssi
     }
 }
 
-/// One call for each piece, until one is incomplete: our files have no vectored calls.
-fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iovec) -> Call) -> i64 {
+/// One call for each piece, `one` of what was done before, until one is incomplete: our files have
+/// no vectored calls.
+fn each_piece(
+    fd: RawFd,
+    vectors: *const iovec,
+    count: c_int,
+    one: impl Fn(&iovec, u64) -> Call,
+) -> i64 {
     let mut done = 0;
     for index in 0..count.max(0) as u64 {
         let mut vector = [0; size_of::<iovec>()];
@@ -121,7 +127,7 @@ fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iove
             word.map_or(0, |word| usize::from_ne_bytes(*word))
         };
         let vector = iovec { iov_base: word(0) as *mut c_void, iov_len: word(size_of::<usize>()) };
-        match call(fd, one(&vector)) {
+        match call(fd, one(&vector, done as u64)) {
             Some(Ok(count)) => {
                 done += count;
                 if count < vector.iov_len as i64 {
@@ -139,7 +145,7 @@ fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iove
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn readv(fd: c_int, vectors: *const iovec, count: c_int) -> ssize_t {
     let ours = || {
-        let one = |vector: &iovec| read_call(vector.iov_base, vector.iov_len, None);
+        let one = |vector: &iovec, _| read_call(vector.iov_base, vector.iov_len, None);
         is_ours(fd).then(|| each_piece(fd, vectors, count, one))
     };
     match ours() {
@@ -152,7 +158,7 @@ unsafe extern "C" fn readv(fd: c_int, vectors: *const iovec, count: c_int) -> ss
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn writev(fd: c_int, vectors: *const iovec, count: c_int) -> ssize_t {
     if is_ours(fd) {
-        let one = |vector: &iovec| write_call(vector.iov_base, vector.iov_len, None);
+        let one = |vector: &iovec, _| write_call(vector.iov_base, vector.iov_len, None);
         return each_piece(fd, vectors, count, one) as ssize_t;
     }
     // SAFETY: as the program asked.
@@ -179,6 +185,35 @@ macro_rules! at_offset {
             }
         }
     )* };
+}
+
+macro_rules! vectors_at_offset {
+    ($($name:ident, $one:ident;)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(
+            fd: c_int,
+            vectors: *const iovec,
+            count: c_int,
+            offset: off64_t,
+        ) -> ssize_t {
+            if !is_ours(fd) {
+                // SAFETY: as the program asked.
+                return unsafe { next::$name(fd, vectors, count, offset) };
+            }
+            let Ok(start) = offset_of(offset) else { return answer(Err(Errno::EINVAL)) as ssize_t };
+            let one = |vector: &iovec, done| {
+                $one(vector.iov_base, vector.iov_len, Some(start.saturating_add(done)))
+            };
+            each_piece(fd, vectors, count, one) as ssize_t
+        }
+    )* };
+}
+
+vectors_at_offset! {
+    preadv, read_call;
+    preadv64, read_call;
+    pwritev, write_call;
+    pwritev64, write_call;
 }
 
 macro_rules! at_offset_within {

@@ -131,7 +131,11 @@ extern "C" {
     ) -> c_int;
 }
 
-/// Calls what `_FORTIFY_SOURCE` makes of calls, with the device at `path`.
+/// Memory, bus master, no pin.
+static COMMAND: [u8; 2] = [6, 4];
+
+/// Calls what `_FORTIFY_SOURCE` makes of calls, and some with several pieces, with the device at
+/// `path`.
 pub fn fortified(path: &str) {
     const ROOM: usize = 4096;
     let c_path = CString::new(path).expect("no zero");
@@ -155,6 +159,20 @@ pub fn fortified(path: &str) {
     // SAFETY: as above.
     let read = unsafe { __pread_chk(fd, to, 7, config + 1, ROOM) };
     println!("__pread_chk: {read}");
+    let (first, second) = bytes.split_at_mut(64);
+    let vectors = [first, second].map(|part: &mut [u8]| libc::iovec {
+        iov_base: part.as_mut_ptr().cast(),
+        iov_len: part.len().min(64),
+    });
+    // SAFETY: there is room.
+    let read = unsafe { libc::preadv64(fd, vectors.as_ptr(), 2, config) };
+    println!("preadv64: {read}, MSI at {:#x}", bytes[0x34]);
+    let command = libc::iovec { iov_base: (&raw const COMMAND) as *mut c_void, iov_len: 2 };
+    // SAFETY: as above.
+    let written = unsafe { libc::pwritev64(fd, &command, 1, config + 4) };
+    // SAFETY: as above.
+    let read = unsafe { __pread64_chk(fd, to, 2, config + 4, ROOM) };
+    println!("pwritev64: {written}, {read}: {}", hexadecimal(&bytes[..2]));
     // SAFETY: as above. At offset 0, without a position, is nothing to be read at once.
     let read = unsafe { __read_chk(opened[1], to, 8, ROOM) };
     assert_eq!(read, -1);
