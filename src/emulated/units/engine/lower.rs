@@ -51,6 +51,8 @@ impl<'a> OverHost<'a> {
 
     /// The page at `gpa`, for a request of `kind`. When dirty pages are tracked, it is one of 4
     /// KiB, which is marked by a write; after a read, the first write must ask again.
+    // Inlined: it is asked for each table.
+    #[inline(always)]
     pub fn access(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Stage2Refusal> {
         let page = self.caches.stage2(self.host, gpa, self.counters)?;
         if !page.allows(kind) {
