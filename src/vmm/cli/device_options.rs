@@ -11,6 +11,7 @@ use crate::config::{
     NetConfig, RngConfig, SmmuV3Options, TapConfig, VfioConfig, VtdOptions, DEV_IOMMU,
 };
 use crate::devices::virtio::DiskAccess;
+use twostage::spec::pci::Pasid;
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
@@ -130,6 +131,15 @@ fn pasid_bits(text: &str) -> Result<u8, String> {
     }
 }
 
+/// Takes `on`, `off` or a width: that of a device's PASIDs.
+fn device_pasid_bits(text: &str) -> Result<u8, String> {
+    match text {
+        "on" => Ok(Pasid::BITS as u8),
+        "off" => Ok(0),
+        bits => pasid_bits(bits).map_err(|error| format!("{error}; or on, or off")),
+    }
+}
+
 /// `emulated`, or the path of the kernel's iommufd.
 fn host(text: &str) -> Result<HostChoice, String> {
     match text {
@@ -180,7 +190,7 @@ impl FromStr for DeviceConfig {
         let default = EduConfig::default();
         let config = EduConfig {
             iommu: iommu(&mut pairs)?,
-            pasid: pairs.take("pasid", default.pasid, on_off)?,
+            pasid_bits: pairs.take("pasid", default.pasid_bits, device_pasid_bits)?,
             dma_mask: pairs.take("dma-mask", default.dma_mask, parse_number)?,
         };
         pairs.finish()?;
@@ -310,10 +320,14 @@ mod tests {
             "edu,iommu=off,dma-mask=0xffffffff".parse(),
             Ok(DeviceConfig::Edu(EduConfig {
                 iommu: IommuChoice::Off,
-                pasid: false,
+                pasid_bits: 0,
                 dma_mask: 0xffff_ffff
             }))
         );
+        for (pasid, pasid_bits) in [("on", 20), ("off", 0), ("6", 6), ("0", 0)] {
+            let edu = EduConfig { pasid_bits, ..EduConfig::default() };
+            assert_eq!(format!("edu,pasid={pasid}").parse(), Ok(DeviceConfig::Edu(edu)));
+        }
         let nest = VtdOptions { nest: true, ..VtdOptions::default() };
         assert_eq!("vtd,nest=on".parse(), Ok(IommuConfig::from(nest)));
         let kernel = "vtd,host=/dev/iommu".parse::<IommuConfig>().unwrap();
@@ -401,6 +415,8 @@ mod tests {
         refused::<VfioConfig>("iommu=off", "path=/sys/bus/pci/devices");
         refused::<VfioConfig>("path=/a,host=/b", "unknown key 'host'");
         refused::<DeviceConfig>("nvme", "unknown device 'nvme'");
+        refused::<DeviceConfig>("edu,pasid=21", "pasid: 21 is more than the 20 bits a PASID has");
+        refused::<DeviceConfig>("edu,pasid=yes", "or on, or off");
         refused::<DeviceConfig>("edu,mask=1", "unknown key 'mask'");
         refused::<DiskConfig>("disk.img", "'disk.img'");
         refused::<DiskConfig>("readonly=on", "path=FILE is missing");

@@ -113,9 +113,10 @@ struct RunArgs {
     iommus: Vec<IommuConfig>,
 
     /// PCI device; may be given several times. The first is 00:01.0. `edu` is QEMU's, with
-    /// function-level reset. With `pasid=on` it has the PASID capability; once software has enabled
-    /// that, register 0xA0 selects the PASID of its DMA (bits 19:0; bit 31: it has one).
-    #[arg(long = "device", value_name = "edu[,iommu=on|off|ID,pasid=on|off,dma-mask=MASK]")]
+    /// function-level reset. With `pasid=on`, or a width, it has the PASID capability; once
+    /// software has enabled that, register 0xA0 selects the PASID of its DMA (bits 19:0; bit 31: it
+    /// has one).
+    #[arg(long = "device", value_name = "edu[,iommu=on|off|ID,pasid=on|off|BITS,dma-mask=MASK]")]
     devices: Vec<DeviceConfig>,
 
     /// Virtio block device with a raw image or a block device; may be given several times, after

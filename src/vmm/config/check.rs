@@ -187,7 +187,7 @@ mod tests {
     }
 
     fn edu(iommu: IommuChoice, pasid: bool) -> EduConfig {
-        EduConfig { iommu, pasid, ..EduConfig::default() }
+        EduConfig { iommu, pasid_bits: u8::from(pasid), ..EduConfig::default() }
     }
 
     fn named(id: &str) -> IommuConfig {

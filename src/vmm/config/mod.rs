@@ -332,7 +332,7 @@ impl DeviceConfig {
 
     /// Whether it has the PASID capability.
     pub fn pasid(&self) -> bool {
-        matches!(self, Self::Edu(EduConfig { pasid: true, .. }))
+        matches!(self, Self::Edu(EduConfig { pasid_bits: 1.., .. }))
     }
 
     /// The option that makes such a device.
@@ -419,8 +419,9 @@ impl VfioConfig {
 pub struct EduConfig {
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
-    /// Has the PASID capability, and a register to select one.
-    pub pasid: bool,
+    /// Width of its PASIDs, in bits, at most 20; 0: it has no PASID capability, and no register to
+    /// select one.
+    pub pasid_bits: u8,
     /// DMA addresses are masked with this.
     pub dma_mask: u64,
 }
@@ -432,7 +433,7 @@ impl EduConfig {
 
 impl Default for EduConfig {
     fn default() -> Self {
-        Self { iommu: IommuChoice::Unsaid, pasid: false, dma_mask: Self::DEFAULT_DMA_MASK }
+        Self { iommu: IommuChoice::Unsaid, pasid_bits: 0, dma_mask: Self::DEFAULT_DMA_MASK }
     }
 }
 

@@ -3,7 +3,6 @@
 
 use super::layout::*;
 use super::ConfigSpace;
-use twostage::spec::pci::Pasid;
 use twostage::viommu::MsiMessage;
 
 /// An MSI capability: one vector, a 64-bit address, no masking.
@@ -78,16 +77,16 @@ impl ExpressCapability {
     }
 }
 
-/// A PASID extended capability with all 20 bits, without execute or privileged requests.
+/// A PASID extended capability without execute or privileged requests.
 #[derive(Debug, Clone, Copy)]
 pub struct PasidCapability {
     offset: u16,
 }
 
 impl PasidCapability {
-    /// Adds the capability to `config`.
-    pub fn add(config: &mut ConfigSpace) -> Self {
-        let capabilities = PasidCapabilities::new().with_max_width(Pasid::BITS as u8).into_bits();
+    /// Adds the capability to `config`, for PASIDs of `bits` bits, at most 20.
+    pub fn add(config: &mut ConfigSpace, bits: u8) -> Self {
+        let capabilities = PasidCapabilities::new().with_max_width(bits).into_bits();
         let control = PasidControl::new().with_enable(true).into_bits();
         let [c0, c1] = capabilities.to_le_bytes();
         let [w0, w1] = control.to_le_bytes();
@@ -151,7 +150,7 @@ mod tests {
     #[test]
     fn pasid_is_off_until_enabled() {
         let mut config = config();
-        let pasid = PasidCapability::add(&mut config);
+        let pasid = PasidCapability::add(&mut config, 20);
         assert_eq!(config.u32(0x100), 0x0001_001b);
         assert_eq!(config.u32(0x104), 20 << 8);
         assert!(!pasid.enabled(&config));

@@ -2,7 +2,7 @@
 //! The educational device ([`twostage_emulated::edu`]) as a PCI function.
 //!
 //! It has INTx and MSI, and a PCI Express capability with function-level reset, as vfio-pci needs
-//! to hand it on. DMA is done by a worker thread, with no artificial delay. With `pasid=on` the
+//! to hand it on. DMA is done by a worker thread, with no artificial delay. With `pasid=` the
 //! function has a PASID capability; only while software has that enabled is there a register for
 //! the PASID of DMA, and do requests carry one.
 
@@ -22,6 +22,7 @@ use crate::{Error, Result};
 use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
 use twostage::warn_limited;
+use twostage_emulated::edu::registers::{DMA_PASID, PASID_VALID};
 pub use twostage_emulated::edu::BAR_SIZE;
 use twostage_emulated::edu::{Effect, Engine, Registers, Requests, Transfer};
 
@@ -62,6 +63,8 @@ struct Shared {
     msi: MsiCapability,
     express: ExpressCapability,
     pasid: Option<PasidCapability>,
+    /// What register 0xA0 can hold.
+    pasid_mask: u64,
     intx: IntxPin,
     messages: Arc<dyn InterruptSink>,
     rights: Arc<Rights>,
@@ -129,7 +132,8 @@ impl Edu {
         space.set_intx(intx.line());
         let msi = MsiCapability::add(&mut space);
         let express = ExpressCapability::add(&mut space);
-        let pasid = config.pasid.then(|| PasidCapability::add(&mut space));
+        let bits = config.pasid_bits;
+        let pasid = (bits > 0).then(|| PasidCapability::add(&mut space, bits));
         let rights = Arc::<Rights>::default();
         rights.gate.start();
         let shared = Arc::new(Shared {
@@ -138,6 +142,7 @@ impl Edu {
             msi,
             express,
             pasid,
+            pasid_mask: u64::from(PASID_VALID) | ((1 << bits) - 1),
             intx,
             messages,
             rights: rights.clone(),
@@ -274,7 +279,10 @@ impl PciFunction for Edu {
     fn write_bar(&self, _bar: usize, offset: u64, data: &[u8]) {
         let mut bytes = [0; 8];
         bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
-        let value = u64::from_le_bytes(bytes);
+        let mut value = u64::from_le_bytes(bytes);
+        if offset == DMA_PASID {
+            value &= self.shared.pasid_mask;
+        }
         let mut registers = self.shared.registers();
         let pasid = self.shared.rights.pasid();
         match registers.write(offset, data.len(), value, pasid) {

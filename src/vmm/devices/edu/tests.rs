@@ -55,7 +55,7 @@ impl Fixture {
         }));
         let memory = MachineMemory::new(0x10000).unwrap();
         let edu = Edu::new(
-            &EduConfig { pasid: true, ..EduConfig::default() },
+            &EduConfig { pasid_bits: 6, ..EduConfig::default() },
             0xe000_0000,
             router.pin(Bdf::new(0, 1, 0).unwrap()),
             Arc::new(Messages(Mutex::new(send_message))),
@@ -253,7 +253,8 @@ fn a_request_carries_a_pasid_only_while_the_capability_allows_it() {
     assert_eq!(fixture.config(0x100), 0x0001_001b);
     for (control, pasid, shown) in [(0, None, 0), (1, Pasid::new(5), 0x8000_0005), (0, None, 0)] {
         fixture.write_config(PASID_CONTROL, &[control, 0]);
-        fixture.write32(0xa0, 0x8000_0005);
+        // Wider than the capability says.
+        fixture.write32(0xa0, 0x8000_0045);
         assert_eq!(fixture.read32(0xa0), shown);
         fixture.transfer(0x1000, BUFFER_START, 8, 0b101);
         assert_eq!(requests.recv().unwrap(), (false, pasid));
@@ -274,7 +275,7 @@ fn a_reset_makes_the_function_what_it_was_without_an_address() {
     assert_eq!(fixture.levels.recv().unwrap(), (11, false));
     let command_and_status = 0x11 << 16;
     assert_eq!((fixture.config(4), fixture.config(0x10)), (command_and_status, 0));
-    assert_eq!((fixture.config(DEVICE_CONTROL), fixture.config(0x104)), (0, 20 << 8));
+    assert_eq!((fixture.config(DEVICE_CONTROL), fixture.config(0x104)), (0, 6 << 8));
     for (register, value) in [(0, 0x0100_00ed), (4, 0), (0x24, 0), (0x80, 0), (0x98, 0)] {
         assert_eq!(fixture.read32(register), value, "{register:#x}");
     }
