@@ -51,6 +51,6 @@ bool pci_msi_set(pci_id function, u32 address, u32 data);
 void pci_msi_disable(pci_id function);
 
 // Whether the function has a function-level reset (PCIe 6.6.2), and does it: then it answers
-// configuration accesses only, and its BARs have no address.
+// configuration accesses only, and its BARs may have no address.
 bool pci_can_reset(pci_id function);
 void pci_reset(pci_id function);

@@ -122,8 +122,7 @@ static void dma_whole_buffer(void)
 static void function_level_reset(void)
 {
     volatile u64 *page = page_new();
-    u32 bar = pci_read(DEVICE->id, PCI_BAR0);
-    u32 command, moved;
+    u32 bar = pci_read(DEVICE->id, PCI_BAR0), command;
 
     SKIP_UNLESS(pci_can_reset(DEVICE->id), "the device has no function-level reset");
     page[0] = 0x1122334455667788;
@@ -132,14 +131,12 @@ static void function_level_reset(void)
     reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
     pci_reset(DEVICE->id);
     command = pci_read(DEVICE->id, PCI_COMMAND);
-    moved = pci_read(DEVICE->id, PCI_BAR0);
-    // Whatever was found, the checks that follow need the device.
+    // Whatever was found, the checks that follow need the device. Its BAR may have lost the address.
     pci_write(DEVICE->id, PCI_BAR0, bar);
     pci_write(DEVICE->id, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
     if (DEVICE->has_pasid)
         edu_pasid_enable(DEVICE, true);
     EXPECT(!(command & (PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER)), "command 0x%04x", (u16)command);
-    EXPECT(moved == (bar & 0xf), "BAR 0x%08x", moved);
     EXPECT(reg(EDU_LIVENESS) == 0 && reg(EDU_IRQ_STATUS) == 0, "liveness 0x%x, interrupt status 0x%x",
            reg(EDU_LIVENESS), reg(EDU_IRQ_STATUS));
     EXPECT(edu_write_to(DEVICE, NO_PASID, gpa_of(page), 512, 8), "the write does not end");
