@@ -156,7 +156,7 @@ fn a_vmm_of_cloud_hypervisors_types() -> Result<(), Box<dyn Error>> {
     let memory = Arc::new(next.memory.clone());
     let pages = Pages::new(memory.clone(), guest.pages.free());
     let guest = guest.moved(pages, Bus(next.vtd.clone()));
-    next.vtd.0.model().drain_queue();
+    next.vtd.0.drain_queue();
     let at = |gpa: u64| memory.read_obj::<u8>(GuestAddress(gpa));
     dma(&host, "net0", 0, 5)?;
     assert_eq!((at(new)?, is_dirty(&memory, new)), (5, true));

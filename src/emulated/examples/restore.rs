@@ -99,7 +99,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let state: VtdState = serde_json::from_str(&saved)?;
     let vtd = Arc::new(there.builder().device(rid, there.dev, "nic").restore(&state)?);
     // The queue goes on where it was, if something was left in it.
-    vtd.model().drain_queue();
+    vtd.drain_queue();
     let free = guest.pages.free();
     let guest = guest.moved(Pages::new(there.memory.clone(), free), vtd.clone());
 

@@ -183,7 +183,7 @@ impl Smmuv3Builder {
 
     /// The unit that `state` is a snapshot of, on this host, with guest memory as it was. Devices
     /// are those of the snapshot, with the same Requester IDs; so is the configuration. See
-    /// [`Smmu::restore`], also for what is left to do: [`Smmu::drain_queue`].
+    /// [`Smmu::restore`], also for what is left to do: [`Smmuv3::drain_queue`].
     ///
     /// # Errors
     /// The snapshot is not one that this release can restore, or the configuration or the places of
@@ -296,7 +296,7 @@ fn take_in(nesting: &SmmuNesting, device: &NewDevice) -> Result<HostSmmu, AddErr
 ///
 /// # let (other_host, nic) = RecordingHost::with_smmuv3();
 /// let smmu = builder(other_host)?.device(slot, nic, "nic0").restore(&state)?;
-/// smmu.model().drain_queue();
+/// smmu.drain_queue();
 /// assert_eq!(smmu.snapshot()?, state);
 ///
 /// // Devices come and go while the guest runs.
@@ -397,6 +397,12 @@ impl Smmuv3 {
     /// The host refused part of it; nothing but a repeated reset may follow.
     pub fn reset(&self) -> Result<(), HostSideError> {
         self.names.with_whole_devices(|| self.model.reset())
+    }
+
+    /// Goes on with the command queue: once after a restore, when fault targets and interrupt
+    /// listeners are in place and before vCPUs start. See [`Smmu::drain_queue`].
+    pub fn drain_queue(&self) {
+        self.model.drain_queue();
     }
 
     /// The machine is stopping. See [`Smmu::halt`].

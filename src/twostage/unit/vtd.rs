@@ -170,7 +170,7 @@ impl VtdBuilder {
 
     /// The unit that `state` is a snapshot of, on this host, with guest memory as it was. Devices
     /// are those of the snapshot, with the same Requester IDs; so is the configuration. See
-    /// [`VtdIommu::restore`], also for what is left to do: [`VtdIommu::drain_queue`].
+    /// [`VtdIommu::restore`], also for what is left to do: [`Vtd::drain_queue`].
     ///
     /// # Errors
     /// The snapshot is not one that this release can restore, or the configuration or the places of
@@ -278,7 +278,7 @@ fn take_in(
 ///
 /// # let (other_host, nic) = RecordingHost::with_vtd();
 /// let vtd = builder(other_host)?.device(slot, nic, "nic0").restore(&state)?;
-/// vtd.model().drain_queue();
+/// vtd.drain_queue();
 /// assert_eq!(vtd.snapshot()?, state);
 ///
 /// // Devices come and go while the guest runs.
@@ -377,6 +377,12 @@ impl Vtd {
     /// The host refused part of it; nothing but a repeated reset may follow.
     pub fn reset(&self) -> Result<(), HostSideError> {
         self.names.with_whole_devices(|| self.model.reset())
+    }
+
+    /// Goes on with the invalidation queue: once after a restore, when fault targets and interrupt
+    /// listeners are in place and before vCPUs start. See [`VtdIommu::drain_queue`].
+    pub fn drain_queue(&self) {
+        self.model.drain_queue();
     }
 
     /// The machine is stopping. See [`VtdIommu::halt`].
