@@ -115,7 +115,8 @@ static void run_checks(void)
         machine_exit(1);
     }
     if (forget) {
-        check_run(&forget_checks);
+        for (u64 left = cmdline_number("times", 1); left; left--)
+            check_run(&forget_checks);
         return;
     }
     if (vtd_count == 1) {

@@ -150,6 +150,19 @@ find_package() {
     return 1
 }
 
+# can_change_root: whether in_root can work for this user; says why not.
+can_change_root() {
+    user=--map-root-user
+    [ "$(id -u)" != 0 ] || user=
+    # shellcheck disable=SC2086 # one word or none
+    unshare $user --mount true 2>/dev/null || {
+        echo "error: 'unshare $user --mount' fails: this user may make no namespaces, which compiling for another" \
+            "Debian needs: run it as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone," \
+            "kernel.apparmor_restrict_unprivileged_userns)" >&2
+        return 1
+    }
+}
+
 # in_root DIRECTORY COMMAND...: runs a command of the Debian unpacked there, with DIRECTORY as the
 # root directory, and with this system's devices and processes.
 in_root() {

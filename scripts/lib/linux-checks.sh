@@ -42,7 +42,7 @@ attempt() {
     status=$?
     case " $retried " in *" $status "*)
         box "RETRY: '$name' exited with status $status" 2>&1 | tee -a "$output"
-        retries="$retries '$name'"
+        retries="$retries '$name' (status $status)"
         keeping "$@"
         status=$?
         ;;
