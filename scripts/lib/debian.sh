@@ -25,6 +25,24 @@ print_cached() {
     done
 }
 
+# print_compiled DIRECTORY: prints the directory of a kernel and exits if it has been compiled.
+# Otherwise takes the lock, as a parallel run may be compiling it, and looks again.
+print_compiled() {
+    for lock in : lock_compiling; do
+        $lock
+        if [ -e "$1/release" ]; then
+            echo "$1"
+            exit 0
+        fi
+    done
+}
+
+lock_compiling() {
+    mkdir -p "$cache"
+    exec 8>"$cache/build-kernel.lock"
+    flock 8
+}
+
 # The system's Debian release, such as trixie.
 debian_release() {
     # shellcheck disable=SC1091 # a file of every Debian
