@@ -37,15 +37,22 @@
 //! * A process on whose behalf calls are made is identified by a pidfd: a later process with the
 //!   same ID is another one.
 //! * All other calls go unchanged to the next library. Nothing is set up before the first open;
-//!   then a thread is started, which takes no signals.
+//!   then a thread is started, which takes no signals. The first use of a path in the machine's
+//!   `/sys`, or of a folder of `/dev/vfio`, allocates memory and makes files: not for a signal
+//!   handler.
 //!
 //! # What is not
 //!
 //! * Calls that bypass libc's exported functions are not seen: direct system calls, and those
 //!   within libc (`free` of pinned memory, `fopen` of a device).
 //! * Paths are matched literally, as they are written from the root on: `/dev/iommu`, not `iommu`
-//!   in `/dev`, nor anything relative to the current folder. What is relative to an open folder of
-//!   `/dev/vfio` or of the machine's `/sys` is found. `/dev` does not list `iommu`.
+//!   in `/dev`, nor anything relative to the current folder, nor through `..` or a link elsewhere.
+//!   What is relative to an open folder of `/dev/vfio` or of the machine's `/sys` is found, and
+//!   there `//`, `.` and `..` mean what they mean to the kernel. `/dev` does not list `iommu`.
+//! * Not led to the machine's `/sys` and `/dev/vfio`: `chdir`, `creat`, `openat2`, `statfs`,
+//!   `eaccess`, `scandirat`, `inotify_add_watch`, and `__xstat` and its kin (programs built for a
+//!   glibc before 2.33). `preadv2` and `pwritev2` do not know the descriptors. With `O_PATH` a
+//!   device is opened as without it.
 //! * `glob`, `ftw` and `fts` look for files within libc, and see the kernel's `/sys`.
 //! * Pages that the program discards (`MADV_DONTNEED` and similar, for private memory), or punches
 //!   out of a file (holes, `MADV_REMOVE`, a shorter file), are lost to devices, too: they see what

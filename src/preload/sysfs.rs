@@ -8,11 +8,11 @@
 //! cannot look into it. What is written there has no effect.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{symlink, DirBuilderExt};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{symlink, DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::config::{Dma, Iommu};
@@ -55,13 +55,26 @@ pub struct Sysfs {
     _lock: Internal,
 }
 
-/// Whether `path` is within what is shown.
+/// Whether `path`, an absolute one, is within what is shown, or was before a `..`.
 pub fn is_shown(path: &[u8]) -> bool {
+    if path.first() != Some(&b'/') {
+        return false;
+    }
+    // No allocation: every path of the program comes here.
+    let parts = path.split(|byte| *byte == b'/').filter(|part| !matches!(*part, b"" | b"."));
     let below = |area: &str| {
-        let rest = path.strip_prefix(area.as_bytes());
-        rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'/')))
+        let mut parts = parts.clone();
+        area.split('/').skip(1).all(|part| parts.next() == Some(part.as_bytes()))
     };
-    path.starts_with(ROOT_BUS.as_bytes()) || AREAS.into_iter().any(below)
+    let mut bus = parts.clone().skip(2);
+    AREAS.into_iter().any(below)
+        || below("/sys/devices") && bus.next().is_some_and(|part| part.starts_with(b"pci"))
+}
+
+/// Whether what is shown is in folders of `path`, one without detours.
+fn is_above(path: &[u8]) -> bool {
+    let rest = |area: &'static str| area.as_bytes().strip_prefix(path);
+    AREAS.into_iter().filter_map(rest).any(|rest| rest.first() == Some(&b'/'))
 }
 
 impl Sysfs {
@@ -93,14 +106,51 @@ impl Sysfs {
                 made => made?,
             }
             match lock(&root) {
-                Some(lock) if root.exists() => return Ok(Self { root, _lock: lock }),
+                // As the kernel names it: there may be a link on the way, or it may be relative.
+                Some(lock) if root.exists() => {
+                    return Ok(Self { root: fs::canonicalize(root)?, _lock: lock });
+                }
                 _ => {}
             }
         }
         Err(io::ErrorKind::AlreadyExists.into())
     }
 
-    /// What stands for `path`, which is shown or relative to something that is.
+    /// `path`, an absolute one, without empty parts, `.`, and what `..` takes back of a path that
+    /// is shown or above one; `..` elsewhere stays. None if that is not there.
+    pub fn plain(&self, path: &[u8]) -> Option<Vec<u8>> {
+        let mut plain = Vec::new();
+        for part in path.split(|byte| *byte == b'/') {
+            match part {
+                b"" | b"." => {}
+                b".." if is_shown(&plain) => {
+                    // Of what a link leads to. With the separator: not of a file.
+                    let folder = self.inner(&[&plain, &b"/"[..]].concat())?;
+                    let real = fs::canonicalize(Path::new(OsStr::from_bytes(folder.as_bytes())));
+                    let real = real.ok()?.into_os_string().into_vec();
+                    // The hook of realpath may have translated it already.
+                    let real = self.outer(&real).unwrap_or(&real);
+                    let parent = real.iter().rposition(|byte| *byte == b'/')?;
+                    plain = real.get(..parent)?.to_vec();
+                }
+                // No links.
+                b".." if is_above(&plain) => {
+                    plain.truncate(plain.iter().rposition(|byte| *byte == b'/').unwrap_or(0));
+                }
+                part => {
+                    plain.push(b'/');
+                    plain.extend(part);
+                }
+            }
+        }
+        // What ends so must be a folder.
+        if plain.is_empty() || path.ends_with(b"/") || path.ends_with(b"/.") {
+            plain.push(b'/');
+        }
+        Some(plain)
+    }
+
+    /// What stands for `path`, which is shown.
     pub fn inner(&self, path: &[u8]) -> Option<CString> {
         let root = self.root.as_os_str().as_bytes();
         CString::new([root, path].concat()).ok()
@@ -130,8 +180,7 @@ impl Sysfs {
         for area in AREAS.into_iter().filter(|area| area.starts_with("/sys/module")) {
             self.folder(area)?;
         }
-        // Stand for the character devices in lists.
-        self.file("/dev/vfio/vfio", "")?;
+        self.device("/dev/vfio/vfio")?;
         for iommu in iommus {
             let (folder, class) =
                 (unit_folder(&iommu.name), format!("/sys/class/iommu/{}", iommu.name));
@@ -200,8 +249,8 @@ impl Sysfs {
         self.link(&format!("{own}/device"), &folder)?;
         self.link(&format!("{own}/subsystem"), "/sys/class/vfio-dev")?;
         self.link(&format!("/sys/class/vfio-dev/{vfio}"), &own)?;
-        self.file(&format!("/dev/vfio/devices/{vfio}"), "")?;
-        self.file(&format!("/dev/vfio/{}", device.group), "")
+        self.device(&format!("/dev/vfio/devices/{vfio}"))?;
+        self.device(&format!("/dev/vfio/{}", device.group))
     }
 
     /// The place of `path` in the folder, whose parents are there from then on.
@@ -217,6 +266,20 @@ impl Sysfs {
 
     fn file(&self, path: &str, content: impl AsRef<[u8]>) -> io::Result<()> {
         fs::write(self.at(path)?, content)
+    }
+
+    /// Makes what stands for a character device in lists: one that nobody can open. Where these
+    /// cannot be made, a file without rights.
+    fn device(&self, path: &str) -> io::Result<()> {
+        let place = self.at(path)?;
+        match sys::make_dead_device(&place) {
+            Ok(()) => Ok(()),
+            // Of a group with several devices.
+            Err(_) if place.exists() => Ok(()),
+            Err(_) => {
+                fs::OpenOptions::new().write(true).create_new(true).mode(0o0).open(place).map(drop)
+            }
+        }
     }
 
     /// Makes a link at `path` to `target`, both in `/sys`: relative, as in sysfs.
@@ -243,10 +306,14 @@ fn uevent(name: &str, ids: [u16; 4], class: u32) -> String {
     )
 }
 
-/// Locks the folder `path`, unless another process has.
+/// Locks the folder `path` of this user, unless another process has. Anybody may have put anything
+/// there: a link is not followed, and a pipe does not block.
 fn lock(path: &Path) -> Option<Internal> {
-    let folder = Internal::new(fs::File::open(path).ok()?.into());
-    sys::lock(folder.raw()).ok().map(|()| folder)
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let folder = fs::OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+    let folder = Internal::new(folder.into());
+    let owner = sys::status(folder.raw()).ok()?.st_uid;
+    (owner == sys::effective_user_id() && sys::lock(folder.raw()).is_ok()).then_some(folder)
 }
 
 /// Removes folders in `folder` of processes that are gone.
@@ -255,7 +322,7 @@ fn remove_left(folder: &Path) {
     for entry in entries.flatten() {
         let is_one = entry.file_name().as_bytes().starts_with(PREFIX.as_bytes());
         if let Some(_lock) = is_one.then(|| lock(&entry.path())).flatten() {
-            // If it is another user's, that one removes it.
+            // What cannot be removed stays.
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -286,6 +353,10 @@ mod tests {
             ("/dev/vfio/devices", true),
             ("/dev/iommu", false),
             ("sys/bus/pci", false),
+            ("//sys/./bus//pci/", true),
+            ("/dev/vfio/../null", true),
+            ("/dev/x/../vfio", false),
+            ("/devices/pci0000:00", false),
         ] {
             assert_eq!(is_shown(path.as_bytes()), shown, "{path}");
         }
@@ -308,6 +379,70 @@ mod tests {
         assert!(root.exists());
         remove_left(root.parent().unwrap());
         assert!(!root.exists());
+    }
+
+    #[test]
+    fn what_others_put_beside_it_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(format!("{PREFIX}{name}"));
+        let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+        rustix::fs::mknodat(rustix::fs::CWD, at("pipe"), kind, mode, 0).unwrap();
+        let kept = tempfile::tempdir().unwrap();
+        symlink(kept.path(), at("link")).unwrap();
+        fs::create_dir(at("left")).unwrap();
+        // Would block in the pipe for ever.
+        remove_left(folder.path());
+        assert!(at("link").is_symlink() && at("pipe").exists() && !at("left").exists());
+    }
+
+    #[test]
+    fn a_folder_behind_a_link_is_known_by_its_real_name() {
+        let real = tempfile::tempdir().unwrap();
+        let beside = tempfile::tempdir().unwrap();
+        let link = beside.path().join("link");
+        symlink(real.path(), &link).unwrap();
+        let sysfs = Sysfs::empty(&link).unwrap();
+        sysfs.folder("/sys/bus/pci").unwrap();
+        let inner = sysfs.inner(b"/sys/bus/pci").unwrap();
+        let found = fs::canonicalize(inner.to_str().unwrap()).unwrap();
+        assert_eq!(sysfs.outer(found.as_os_str().as_bytes()), Some(&b"/sys/bus/pci"[..]));
+    }
+
+    #[test]
+    fn paths_without_detours() {
+        let sysfs = made();
+        let device = "/sys/devices/pci0000:00/0000:00:05.0";
+        for (path, plain) in [
+            ("//dev//vfio/./0", Some("/dev/vfio/0")),
+            ("/dev/vfio/0/", Some("/dev/vfio/0/")),
+            ("/dev/vfio/.", Some("/dev/vfio/")),
+            ("/dev/vfio/..", Some("/dev")),
+            ("/dev/vfio/../null", Some("/dev/null")),
+            ("/dev/vfio/devices/../0", Some("/dev/vfio/0")),
+            ("/dev/vfio/vfio/../0", None),
+            ("/sys/bus/pci/../../devices/system", Some("/sys/devices/system")),
+            ("/sys/bus/pci/devices/0000:00:05.0/../0000:00:05.0", Some(device)),
+            ("/sys/bus/pci/none/../devices", None),
+            ("/dev/vfio/../../..", Some("/")),
+            ("/sys/bus/pci/../../devices/pci0000:00/x", Some("/sys/devices/pci0000:00/x")),
+            ("/dev/vfio/../shm/../null", Some("/dev/shm/../null")),
+            ("/tmp/../dev/vfio", Some("/tmp/../dev/vfio")),
+        ] {
+            let found = sysfs.plain(path.as_bytes());
+            let found = found.map(|found| String::from_utf8(found).unwrap());
+            assert_eq!(found.as_deref(), plain, "{path}");
+        }
+        sysfs.remove();
+    }
+
+    #[test]
+    fn what_stands_for_a_device_cannot_be_opened() {
+        let sysfs = made();
+        let inner = sysfs.inner(b"/dev/vfio/devices/vfio1").unwrap();
+        sysfs.device("/dev/vfio/devices/vfio1").expect("as for a group with several devices");
+        let refused = fs::File::open(inner.to_str().unwrap());
+        assert!(refused.is_err(), "{refused:?}");
+        sysfs.remove();
     }
 
     #[test]

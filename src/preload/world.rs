@@ -60,6 +60,16 @@ impl Node {
         }
     }
 
+    /// Its path.
+    pub fn path(self) -> String {
+        match self {
+            Self::Iommu => "/dev/iommu".to_owned(),
+            Self::Container => "/dev/vfio/vfio".to_owned(),
+            Self::Group(number) => format!("/dev/vfio/{number}"),
+            Self::Device(number) => format!("/dev/vfio/devices/{}", device_name(number)),
+        }
+    }
+
     /// Major and minor number of the character device.
     pub fn device_number(self) -> (u32, u32) {
         match self {

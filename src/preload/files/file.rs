@@ -236,8 +236,11 @@ impl Waiting {
 pub struct Service {
     epoll: Arc<Internal>,
     /// The files to wake, by the key of their eventfd.
-    woken: Mutex<BTreeMap<u64, Weak<dyn File>>>,
+    woken: Mutex<BTreeMap<u64, Woken>>,
 }
+
+/// A file to wake, and its eventfd.
+type Woken = (Weak<dyn File>, Arc<Internal>);
 
 /// Set in the keys of eventfds: no inode is as large.
 const EVENT: u64 = 1 << 63;
@@ -265,19 +268,31 @@ impl Service {
         sys::watch(self.epoll.raw(), end, inode)
     }
 
-    /// Wakes `file` whenever `event`, its eventfd, is written.
+    /// Wakes `file` whenever `event`, its eventfd, is written, instead of an older one.
     ///
     /// # Errors
     /// As [`Self::watch`].
-    pub fn watch_event(&self, event: &Internal, file: &Arc<dyn File>) -> Result<(), Errno> {
+    pub fn watch_event(&self, event: &Arc<Internal>, file: &Arc<dyn File>) -> Result<(), Errno> {
         let key = EVENT | u64::from(event.raw().unsigned_abs());
-        self.woken.lock().insert(key, Arc::downgrade(file));
+        let file = Arc::downgrade(file);
+        let mut woken = self.woken.lock();
+        // Also those of files that are gone. The program's descriptors of an eventfd would keep it
+        // watched when ours is closed.
+        woken.retain(|_, (other, event)| {
+            let stays = other.strong_count() > 0 && !other.ptr_eq(&file);
+            if !stays {
+                // It is watched, unless that failed.
+                let _ = sys::unwatch(self.epoll.raw(), event.raw());
+            }
+            stays
+        });
+        woken.insert(key, (file, event.clone()));
         sys::watch_edges(self.epoll.raw(), event.raw(), key)
     }
 
     /// Wakes the file whose eventfd has this key; returns whether it is the key of one.
     pub fn wake(&self, key: u64) -> bool {
-        let file = self.woken.lock().get(&key).and_then(Weak::upgrade);
+        let file = self.woken.lock().get(&key).and_then(|(file, _)| file.upgrade());
         if let Some(file) = file {
             file.woken();
         }
@@ -382,6 +397,32 @@ mod tests {
         waiting.resume();
         waiting.resume();
         assert_eq!((waiting.is_empty(), resumed()), (true, [1, 4]));
+    }
+
+    #[test]
+    fn an_eventfd_is_watched_as_long_as_it_is_the_file_s() {
+        let epoll = Arc::new(Internal::new(sys::epoll().unwrap()));
+        let service = Service { epoll: epoll.clone(), woken: Mutex::default() };
+        let ready = || sys::events(epoll.raw()).contains(rustix::event::PollFlags::IN);
+        let event = Internal::new(sys::eventfd().unwrap());
+        let set = |file: &Arc<dyn File>| {
+            let duplicate = Internal::new(sys::duplicate(event.raw()).unwrap());
+            service.watch_event(&Arc::new(duplicate), file).unwrap();
+        };
+        let device: Arc<dyn File> = Arc::new(Device::default());
+        sys::write_number(event.raw(), 1).unwrap();
+        for time in ["first", "again"] {
+            set(&device);
+            assert!(ready(), "{time}: it is written already");
+            assert!(service.wake(sys::next_event(epoll.raw()).unwrap()));
+            assert!(!ready(), "{time}: once");
+        }
+        let gone: Arc<dyn File> = Arc::new(Device::default());
+        set(&gone);
+        drop(gone);
+        set(&device);
+        assert_eq!(service.woken.lock().len(), 1);
+        assert!(sys::next_event(epoll.raw()).is_ok() && !ready(), "watched once");
     }
 
     #[test]

@@ -5,13 +5,16 @@
 //! An open folder is a real one of the process's folder; what is read from it needs no hook.
 #![allow(unsafe_code)]
 
-use std::ffi::{c_char, c_int, c_void, CStr};
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
 
 use libc::{size_t, ssize_t, AT_FDCWD};
 use twostage::iommufd::Errno;
+use twostage_emulated::uapi::UserSpace;
 
 use super::{answer, Place};
-use crate::{next, state};
+use crate::callers::process::Process;
+use crate::world::Node;
+use crate::{next, state, sys};
 
 macro_rules! lists {
     ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => { $(
@@ -72,6 +75,30 @@ unsafe fn outwards(to: *mut c_char, length: usize) -> usize {
     rest
 }
 
+/// Where the link at `path` leads, if that is into the folder; whole, however little room the
+/// program has for it.
+///
+/// # Safety
+/// `path` is null or a C string.
+unsafe fn translated(folder: c_int, path: *const c_char) -> Option<Vec<u8>> {
+    state::begun().and_then(state::State::made_sysfs)?;
+    let errno = sys::last_errno();
+    let mut target = vec![0; libc::PATH_MAX as usize];
+    // SAFETY: there is so much room, and the path is as the caller guarantees.
+    let read = unsafe { next::readlinkat(folder, path, target.as_mut_ptr().cast(), target.len()) };
+    sys::set_errno(errno);
+    target.truncate(usize::try_from(read).ok()?);
+    let rest = outer(&target)?;
+    Some(target.split_off(target.len() - rest))
+}
+
+/// The result of `readlink` with room for `count` bytes at `to`, where it writes `target`.
+fn give(target: &[u8], to: *mut c_char, count: size_t) -> ssize_t {
+    let target = target.get(..count).unwrap_or(target);
+    let written = Process::own().write(to as u64, target);
+    answer(written.map(|()| target.len() as i64).map_err(|_| Errno::EFAULT)) as ssize_t
+}
+
 macro_rules! links {
     ($($name:ident($($folder:ident)?; $($room:ident)?);)*) => { $(
         #[cfg_attr(not(test), no_mangle)]
@@ -88,12 +115,12 @@ macro_rules! links {
                 return answer(Err(Errno::EINVAL)) as ssize_t;
             }
             let path = place.instead_of(path);
-            // SAFETY: the arguments are as the program gave them, or stand for them.
-            let read = unsafe { next::$name($($folder,)? path, to, count $(, $room)?) };
-            match usize::try_from(read) {
-                // SAFETY: so many bytes have been written.
-                Ok(length) => unsafe { outwards(to, length) as ssize_t },
-                Err(_) => read,
+            // SAFETY: libc's contract for the path.
+            let translated = unsafe { translated(folder!($($folder)?), path) };
+            match translated.filter(|_| count > 0 $(&& count <= $room)?) {
+                Some(target) => give(&target, to, count),
+                // SAFETY: the arguments are as the program gave them, or stand for them.
+                None => unsafe { next::$name($($folder,)? path, to, count $(, $room)?) },
             }
         }
     )* };
@@ -110,7 +137,10 @@ links! {
 ///
 /// # Safety
 /// As for `realpath`.
-unsafe fn node_path(path: *const c_char, to: *mut c_char) -> *mut c_char {
+unsafe fn node_path(node: Node, to: *mut c_char) -> *mut c_char {
+    // It has no zeroes.
+    let path = CString::new(node.path()).unwrap_or_default();
+    let path = path.as_ptr();
     if to.is_null() {
         // SAFETY: the path of a node is a C string.
         return unsafe { libc::strdup(path) };
@@ -143,9 +173,9 @@ macro_rules! real_paths {
         ) -> *mut c_char {
             // SAFETY: libc's contract for the path.
             let place = unsafe { Place::of(AT_FDCWD, path) };
-            if let Place::Node(..) = place {
+            if let Place::Node(_, node) = place {
                 // SAFETY: libc's contract.
-                return unsafe { node_path(path, to) };
+                return unsafe { node_path(node, to) };
             }
             // SAFETY: the arguments are as the program gave them, or stand for them.
             unsafe { real(next::$name(place.instead_of(path), to $(, $room)?)) }

@@ -107,6 +107,9 @@ unsafe extern "C" fn write(fd: c_int, from: *const c_void, count: size_t) -> ssi
     }
 }
 
+/// `UIO_MAXIOV`: more in one call are refused.
+const MOST_PIECES: u64 = 1024;
+
 /// One call for each piece, `one` of what was done before, until one is incomplete: our files have
 /// no vectored calls.
 fn each_piece(
@@ -116,7 +119,10 @@ fn each_piece(
     one: impl Fn(&iovec, u64) -> Call,
 ) -> i64 {
     let mut done = 0;
-    for index in 0..count.max(0) as u64 {
+    let Some(count) = u64::try_from(count).ok().filter(|count| *count <= MOST_PIECES) else {
+        return answer(Err(Errno::EINVAL));
+    };
+    for index in 0..count {
         let mut vector = [0; size_of::<iovec>()];
         let address = vectors as u64 + index * size_of::<iovec>() as u64;
         if Process::own().read(address, &mut vector).is_err() {
@@ -295,6 +301,11 @@ mod tests {
             assert_eq!(call(), -1);
             sys::last_errno()
         };
+        for count in [-1, 1025] {
+            // SAFETY: none of the pieces is looked at.
+            let refused = unsafe { [readv(fd, &vector, count), writev(fd, &vector, count)] };
+            assert_eq!((refused, sys::last_errno()), ([-1; 2], Errno::EINVAL));
+        }
         let entry = table::get(fd);
         assert_eq!(reads.iter().chain(&others).map(fails).collect::<Vec<_>>(), [Errno::ENOSPC; 8]);
         table::set(fd, Entry::Closing);

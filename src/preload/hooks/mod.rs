@@ -50,7 +50,7 @@ enum Place {
     Elsewhere,
     /// A node of the machine.
     Node(&'static State, Node),
-    /// A file or folder in the process's [`sysfs`] folder, by its path there.
+    /// A file or folder by this path: mostly in the process's [`sysfs`] folder.
     Shown(CString),
 }
 
@@ -65,16 +65,29 @@ impl Place {
         }
         // SAFETY: guaranteed by the caller.
         let path = unsafe { CStr::from_ptr(path) }.to_bytes();
-        if path.first() != Some(&b'/') {
-            // The kernel finds what is shown, but not what a file there stands for.
-            return Self::node(&below(folder, path).unwrap_or_default());
+        match path.first() {
+            None => Self::Elsewhere,
+            Some(b'/') => Self::at(path),
+            Some(_) => below(folder, path).map_or(Self::Elsewhere, |path| Self::at(&path)),
         }
-        match Self::node(path) {
-            Self::Elsewhere if sysfs::is_shown(path) => {
-                let inner = state::current().sysfs().and_then(|sysfs| sysfs.inner(path));
-                inner.map_or(Self::Elsewhere, Self::Shown)
+    }
+
+    /// Where `path`, from the root on, leads.
+    fn at(path: &[u8]) -> Self {
+        let node = Self::node(path);
+        if matches!(node, Self::Node(..)) || !sysfs::is_shown(path) {
+            return node;
+        }
+        let Some(sysfs) = state::current().sysfs() else { return Self::Elsewhere };
+        // What is not there is not there in the folder, either.
+        let plain = sysfs.plain(path).unwrap_or_else(|| path.to_vec());
+        match Self::node(&plain) {
+            Self::Elsewhere if sysfs::is_shown(&plain) => {
+                sysfs.inner(&plain).map_or(Self::Elsewhere, Self::Shown)
             }
-            place => place,
+            // Back to the kernel's: perhaps from a folder that it has not.
+            Self::Elsewhere => CString::new(plain).map_or(Self::Elsewhere, Self::Shown),
+            node => node,
         }
     }
 

@@ -22,6 +22,13 @@ use crate::{callers::calls, memory::proc_status, next, state, sys};
 unsafe fn open_ours(place: &Place, path: *const c_char, flags: c_int) -> Option<c_int> {
     let close_on_exec = flags & libc::O_CLOEXEC != 0;
     if let Place::Node(state, node) = *place {
+        // What the kernel checks before it asks the device.
+        if flags & libc::O_CREAT != 0 && flags & libc::O_EXCL != 0 {
+            return Some(answer_int(Err(Errno::EEXIST)));
+        }
+        if flags & libc::O_DIRECTORY != 0 {
+            return Some(answer_int(Err(Errno::from_raw(libc::ENOTDIR))));
+        }
         let opened = state.world().and_then(|world| match world.open(node) {
             Err(Errno::EBUSY) => {
                 // Perhaps busy only because of a process that is gone.
@@ -206,6 +213,13 @@ macro_rules! of_paths {
                     // SAFETY: libc's contract for the status.
                     return unsafe { fill(node, status) };
                 }
+                $(
+                    // SAFETY: as above.
+                    if $before >= 0 && unsafe { is_descriptor(path, $flags) } {
+                        // SAFETY: libc's contract for the status.
+                        return unsafe { fstat64($before, status) };
+                    }
+                )?
                 let path = place.instead_of(path);
                 // SAFETY: the arguments are as the program gave them, or stand for them.
                 unsafe { next::$name($($before,)? path, status $(, $flags)?) }

@@ -12,12 +12,13 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use libc::{iovec, syscall};
 use rustix::event::{epoll, PollFd, PollFlags, Timespec};
-use rustix::fs::{FlockOperation, MemfdFlags, Mode, OFlags, Stat, CWD};
+use rustix::fs::{FileType, FlockOperation, MemfdFlags, Mode, OFlags, Stat, CWD};
 use rustix::io::FdFlags;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
@@ -113,6 +114,20 @@ pub fn memlock_limit(pid: i32) -> Result<u64, Errno> {
 /// The user that this process belongs to.
 pub fn user_id() -> u32 {
     rustix::process::getuid().as_raw()
+}
+
+/// The user that makes this process's files.
+pub fn effective_user_id() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+/// Makes a character device at `path` that is none: nobody can open it, and every user may make it.
+///
+/// # Errors
+/// `EPERM` the file system, or the kernel, has no such devices.
+pub fn make_dead_device(path: &Path) -> Result<(), Errno> {
+    let (kind, mode) = (FileType::CharacterDevice, Mode::from_raw_mode(0o666));
+    rustix::fs::mknodat(CWD, path, kind, mode, 0).map_err(errno)
 }
 
 /// Set in the address space where it was created, but not in a copy made by fork. (A `vfork` makes
@@ -233,13 +248,16 @@ pub fn watch(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
     epoll::add(numbered(epoll)?, numbered(fd)?, data, events).map_err(errno)
 }
 
-/// The same, once whenever `fd` becomes readable: others may read it. It may be watched already.
+/// The same, once if `fd` is readable, and once whenever it becomes readable: others may read it.
 pub fn watch_edges(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
     let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-    match epoll::add(numbered(epoll)?, numbered(fd)?, epoll::EventData::new_u64(key), flags) {
-        Err(rustix::io::Errno::EXIST) => Ok(()),
-        added => added.map_err(errno),
-    }
+    let data = epoll::EventData::new_u64(key);
+    epoll::add(numbered(epoll)?, numbered(fd)?, data, flags).map_err(errno)
+}
+
+/// Undoes [`watch`] or [`watch_edges`].
+pub fn unwatch(epoll: RawFd, fd: RawFd) -> Result<(), Errno> {
+    epoll::delete(numbered(epoll)?, numbered(fd)?).map_err(errno)
 }
 
 /// Waits for `epoll`; returns the key of one descriptor with an event.

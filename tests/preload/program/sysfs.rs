@@ -67,7 +67,10 @@ pub fn run() {
     for folder in ["/dev/vfio", "/dev/vfio/devices"] {
         println!("in {folder}: {:?}", names(folder));
     }
-    in_a_folder();
+    for name in [c"vfio1", c"./vfio1", c"../devices//vfio1"] {
+        in_a_folder(name);
+    }
+    detours();
     println!("a folder is one: {}", fs::metadata("/sys/bus/pci/drivers").expect("it").is_dir());
     let gone = format!("{BUS}/0000:00:1f.7");
     let missing = [
@@ -91,19 +94,66 @@ pub fn run() {
     });
 }
 
+/// Paths that are not the shortest, and calls that are not the usual ones.
+fn detours() {
+    let status = fs::metadata("//dev/./vfio/devices/../devices//vfio0").expect("a device");
+    println!("not the shortest path: st_rdev {}", libc::major(status.rdev()));
+    let real = fs::canonicalize("/dev//vfio/./vfio/").map_err(|error| errno(&error));
+    let plain = fs::canonicalize("/dev//vfio/./vfio").expect("a device");
+    println!("really: {} {real:?}", plain.display());
+    let null = fs::metadata("/dev/vfio/../null").expect("the kernel's").file_type();
+    let has_null = names("/dev/vfio/..").contains(&"null".to_owned());
+    let cpus = fs::read("/sys/bus/pci/../../devices/system/cpu/online").is_ok();
+    println!("back to the kernel's: {} {has_null} {cpus}", null.is_char_device());
+    let folder = "/dev/vfio/devices";
+    let mut entries = fs::read_dir(folder).expect("a folder");
+    let is_device = |entry: fs::DirEntry| entry.file_type().expect("it").is_char_device();
+    println!("devices in lists: {}", entries.all(|entry| is_device(entry.expect("an entry"))));
+
+    let device = c"/dev/vfio/devices/vfio0".as_ptr();
+    let refused = [libc::O_CREAT | libc::O_EXCL, libc::O_DIRECTORY].map(|flags| {
+        // SAFETY: the path is a C string.
+        let fd = unsafe { libc::open(device, flags | libc::O_RDWR | libc::O_CLOEXEC, 0) };
+        if fd < 0 {
+            errno(&Error::last_os_error())
+        } else {
+            0
+        }
+    });
+    println!("a new one, a folder: errno {refused:?}");
+    let file = fs::File::open("/dev/vfio/devices/vfio0").expect("a device");
+    // SAFETY: all zeroes are a valid status.
+    let mut status: libc::stat = unsafe { std::mem::zeroed() };
+    let empty = c"".as_ptr();
+    // SAFETY: there is room for the status, and the path is a C string.
+    let of_descriptor =
+        unsafe { libc::fstatat(file.as_raw_fd(), empty, &mut status, libc::AT_EMPTY_PATH) };
+    println!("fstatat of a descriptor: {of_descriptor} {:o}", status.st_mode);
+
+    let open = fs::File::open(folder).expect("a folder");
+    let link = CString::new(format!("/proc/self/fd/{}", open.as_raw_fd())).expect("no zero");
+    let mut room = [0u8; 9];
+    // SAFETY: there is so much room.
+    let length = unsafe { libc::readlink(link.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
+    println!("what there is room for: {length} {}", String::from_utf8_lossy(&room));
+    // SAFETY: the kernel, or who stands for it, checks the address.
+    let length = unsafe { libc::readlink(link.as_ptr(), 8 as *mut c_char, 9) };
+    println!("no room: {length} {}", errno(&Error::last_os_error()));
+}
+
 /// Opens a device by its name in an open folder.
-fn in_a_folder() {
+fn in_a_folder(name: &CStr) {
     let folder = fs::File::open("/dev/vfio/devices").expect("a folder");
     // SAFETY: the name is a C string; the number is new.
     let device = unsafe {
-        let fd =
-            libc::openat(folder.as_raw_fd(), c"vfio1".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        let fd = libc::openat(folder.as_raw_fd(), name.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
         assert!(fd >= 0, "{}", Error::last_os_error());
         fs::File::from_raw_fd(fd)
     };
     let is_device = device.metadata().expect("its status").file_type().is_char_device();
     let bound = Device::from(device).bind(open("/dev/iommu"));
-    println!("vfio1 in the open folder: character device {is_device}, bind {}", outcome(bound));
+    let name = name.to_str().expect("text");
+    println!("{name} in the open folder: character device {is_device}, bind {}", outcome(bound));
 }
 
 extern "C" {
