@@ -175,10 +175,16 @@ impl Caches {
         }
     }
 
-    /// What the IOTLB's page of one of `shifts` for `address` was made from, if that is recorded.
-    pub fn origin(&self, source: Source, shifts: &[u8], address: u64) -> Option<Trail> {
-        let read = RequestKind::new(false, false, false);
-        let shift = self.translation_shift(shifts, source, address, read)?;
+    /// What the IOTLB's page of one of `shifts` for a request of `kind` at `address` was made from,
+    /// if that is recorded.
+    pub fn origin(
+        &self,
+        source: Source,
+        shifts: &[u8],
+        address: u64,
+        kind: RequestKind,
+    ) -> Option<Trail> {
+        let shift = self.translation_shift(shifts, source, address, kind)?;
         self.origins.as_ref()?.page(source, address, shift)
     }
 

@@ -27,8 +27,9 @@ pub(crate) trait LowerStage<F: TableFormat> {
     /// The page at `address`, for a request of `kind`.
     fn page(&self, tables: &F, address: u64, kind: RequestKind) -> Result<Stage2Page, F::Fault>;
 
-    /// For the sanitizer: what the page at `address` was made from; none if it has no tables.
-    fn origin(&self, _address: u64) -> Option<Trail> {
+    /// For the sanitizer: what the page at `address`, as given out for a read or a write, was made
+    /// from; none if it has no tables.
+    fn origin(&self, _address: u64, _write: bool) -> Option<Trail> {
         None
     }
 }

@@ -39,7 +39,7 @@ pub(crate) use host_stage2::{Gone, HostStage2, Sharing};
 pub(crate) use key::{
     ascending, half, size, without_top_byte, Half, IovaRange, Lookup, Scope, Source, Spaces,
 };
-pub(crate) use lower::{LowerStage, OverHost};
+pub(crate) use lower::{own, LowerStage, OverHost};
 pub(crate) use origins::{Origins, Trail, Words, PAGE};
 pub(crate) use sanitizer::{Lower, Sanitizer, Used};
 pub(crate) use walk::Walk;

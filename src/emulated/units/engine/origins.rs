@@ -51,24 +51,27 @@ pub(crate) struct WalkOrigin<'a> {
     pub entries: &'a [(u64, Option<u64>)],
     /// Where the page leads.
     pub end: u64,
+    /// The request that it was for is a write.
+    pub write: bool,
     /// Source and size of the cached page, if it was cached.
     pub page: Option<(Source, u8)>,
 }
 
 impl Origins {
     /// Records what the cache entries of a walk of `tables` were made from. `below` gives what the
-    /// stage below has for an address, if it has entries.
+    /// stage below has for an address, and for reads or writes of it, if it has entries.
     pub fn record<F: TableFormat>(
         &self,
         caches: CachesOfWalk<'_>,
         tables: &F,
         walk: &WalkOrigin<'_>,
-        below: impl Fn(u64) -> Option<Trail>,
+        below: impl Fn(u64, bool) -> Option<Trail>,
     ) {
-        let WalkOrigin { way: (source, iova), start, entries, end, page } = *walk;
+        let WalkOrigin { way: (source, iova), start, entries, end, write, page } = *walk;
         // Before the lock, which `below` takes.
-        let ends = entries.iter().map(|(_, address)| *address).chain([Some(end)]);
-        let ends: Vec<_> = ends.map(|at| Some((at?, below(at?)?.own))).collect();
+        let read = entries.iter().map(|(_, address)| (*address, false));
+        let ends = read.chain([(Some(end), write)]);
+        let ends: Vec<_> = ends.map(|(at, write)| Some((at?, below(at?, write)?.own))).collect();
         let mut both = self.0.lock();
         // The entries above `start` were not read: the table came from the cache.
         let above = (start < tables.levels())

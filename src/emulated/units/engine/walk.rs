@@ -207,8 +207,8 @@ impl<L> Walk<'_, L> {
             // No overflow: there are at most 5 levels.
             let start = level + entries.iter().skip(1).count() as u8;
             let (way, page) = ((self.source, iova), output.shift.map(|shift| (source, shift)));
-            let walk = WalkOrigin { way, start, entries, end: gpa, page };
-            origins.record(caches, tables, &walk, |address| self.lower.origin(address));
+            let walk = WalkOrigin { way, start, entries, end: gpa, write: kind.write(), page };
+            origins.record(caches, tables, &walk, |at, write| self.lower.origin(at, write));
         });
         Ok(Some(result(&output)))
     }

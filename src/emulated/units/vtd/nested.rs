@@ -7,7 +7,7 @@
 
 use super::fault::Fault;
 use super::tables::{FirstStage, SecondStage, PAGE_SHIFTS};
-use crate::units::engine::{LowerStage, OverHost, RequestKind, Stage2Page, Trail, Walk};
+use crate::units::engine::{own, LowerStage, OverHost, RequestKind, Stage2Page, Trail, Walk};
 use twostage::spec::vtd::fault::FaultReason;
 
 /// The second stage as the stage below the first.
@@ -38,8 +38,8 @@ impl LowerStage<FirstStage> for OverSecondStage<'_> {
         self.access(address, kind.write())
     }
 
-    fn origin(&self, address: u64) -> Option<Trail> {
-        self.walk.caches.origin(self.walk.source, &PAGE_SHIFTS, address)
+    fn origin(&self, address: u64, write: bool) -> Option<Trail> {
+        self.walk.caches.origin(self.walk.source, &PAGE_SHIFTS, address, own(write))
     }
 }
 

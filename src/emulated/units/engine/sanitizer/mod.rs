@@ -26,8 +26,8 @@ use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
 use super::{
-    size, Caches, Gone, LocalCounters, Origins, Request, RequestKind, Scope, Source, Spaces,
-    TableFormat, Target, Words,
+    own, size, Caches, Gone, LocalCounters, Origins, Request, Scope, Source, Spaces, TableFormat,
+    Target, Words, PAGE,
 };
 use crate::units::hardware::CacheRange;
 pub use report::{
@@ -131,9 +131,10 @@ impl Sanitizer {
             Differs::Below { at, level } => {
                 let lower = used.lower?;
                 let (second_stage, now) = *now.trail.below(at)?;
-                let read = RequestKind::new(false, false, false);
+                // Tables are read, whatever the request is.
+                let kind = own(at == PAGE && kind.write());
                 let cached =
-                    caches.translation_shift(used.shifts, lower.source, second_stage, read);
+                    caches.translation_shift(used.shifts, lower.source, second_stage, kind);
                 Some(Stale {
                     level,
                     address: second_stage,

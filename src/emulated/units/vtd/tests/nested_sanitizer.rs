@@ -77,6 +77,33 @@ fn a_stale_page_of_the_second_stage_is_named_with_its_own_invalidation() {
 }
 
 #[test]
+fn a_stale_page_that_the_second_stage_has_for_writes_only_is_named() {
+    const W_SECOND: u64 = 2;
+    // As pages of 4 KiB and of 2 MiB.
+    for level in 1..=2 {
+        let guest = guest();
+        let leaf = guest.map_second(PAGE, level, HIGH);
+        let old = guest.peek(leaf) & !RW_SECOND | W_SECOND;
+        guest.poke(leaf, old);
+        let mut port = guest.port();
+        assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+        let new = guest.peek(guest.map_second(PAGE, level, OTHER)) & !RW_SECOND | W_SECOND;
+        guest.poke(leaf, new);
+        assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+        let stale = one(&guest);
+        assert_eq!((stale.second_stage, stale.write), (Some(PAGE), true), "level {level}");
+        assert_eq!((stale.level, stale.old, stale.new), (level, Some(old), Some(new)));
+        // Any page of it does, as it is cached whole.
+        let last = PAGE + page_size(level) - 0x1000;
+        guest.invalidate_second_stage(1, page(last, true));
+        assert!(one(&guest).invalidated_since, "level {level}");
+        guest.poke(HIGH, 1);
+        assert_eq!(guest.write(&mut port, IOVA), Ok(0));
+        assert_eq!((guest.peek(HIGH), one(&guest).uses), (1, 1), "level {level}");
+    }
+}
+
+#[test]
 fn a_stale_entry_on_the_way_to_a_first_stage_table_is_named() {
     for table in 1..=4 {
         for level in 1..=4 {
