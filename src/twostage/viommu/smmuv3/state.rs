@@ -167,7 +167,8 @@ pub struct SmmuState {
 }
 
 impl SmmuState {
-    /// The version that this release reads and writes.
+    /// The version that this release reads and writes. It is the first: no release before 0.2.0 has
+    /// snapshots, and what they contain may change without another version until that is released.
     pub const VERSION: u32 = 1;
 }
 

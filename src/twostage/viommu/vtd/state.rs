@@ -130,7 +130,8 @@ pub struct VtdState {
 }
 
 impl VtdState {
-    /// The version that this release reads and writes.
+    /// The version that this release reads and writes. It is the first: no release before 0.2.0 has
+    /// snapshots, and what they contain may change without another version until that is released.
     pub const VERSION: u32 = 1;
 }
 

@@ -194,7 +194,9 @@ impl VirtioPci {
         }
     }
 
-    /// Resets the device: it makes no more requests when this returns.
+    /// Resets the device: it makes no more requests when this returns, also if its worker has not
+    /// ended within [`RESET_PATIENCE`], as the host takes long to read or write. Then the status is
+    /// not 0, and writes of it have no effect, until the worker has ended.
     fn reset_device(&self, mut transport: MutexGuard<'_, Transport>) {
         if let Some(ended) = transport.reset(&self.link) {
             // A disk may take long: do not make others wait for it.
@@ -203,7 +205,8 @@ impl VirtioPci {
         }
     }
 
-    /// Function-level reset: no request or message is outstanding when this returns.
+    /// Function-level reset: no request or message is outstanding when this returns, and none
+    /// follows, also if the device's reset is not over yet ([`VirtioPci::reset_device`]).
     fn reset_function(&self, mut transport: MutexGuard<'_, Transport>) {
         self.config.lock().reset();
         self.link.set_bus_master(false);
