@@ -185,11 +185,32 @@ impl Machine {
     }
 }
 
-/// The word read or written; or why the request was blocked, and whether by stage 2.
-pub type Outcome = Result<u64, (FaultReason, bool)>;
+/// Why a request was blocked, and whether by stage 2.
+pub type Blocked = (FaultReason, bool);
+
+/// The word read or written, if the request was not blocked.
+pub type Outcome = Result<u64, Blocked>;
+
+/// A request to compare with a naive walker's.
+#[derive(Debug, Clone, Copy)]
+pub struct TestRequest {
+    pub iova: u64,
+    pub write: bool,
+    pub attributes: DmaAttributes,
+}
+
+impl TestRequest {
+    /// Offset in memory of its result.
+    pub fn outcome(&self, machine: &Machine, port: &mut DmaPort) -> Result<usize, Blocked> {
+        let access = if self.write { DmaAccess::Write } else { DmaAccess::Read };
+        let translated = port.translate(self.attributes, self.iova, 8, access).map_err(fault)?;
+        let found = translated.slice().ptr_guard().as_ptr() as usize;
+        Ok(found - machine.region.as_ptr() as usize)
+    }
+}
 
 /// The reason of a fault; anything else fails the test.
-pub fn fault(error: DmaError) -> (FaultReason, bool) {
+pub fn fault(error: DmaError) -> Blocked {
     match error {
         DmaError::Fault { reason: DmaFaultReason::Vtd(reason), stage2, .. } => (reason, stage2),
         other => panic!("{other}"),

@@ -36,13 +36,6 @@ struct Case {
     changes: Vec<(u64, u64)>,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct TestRequest {
-    iova: u64,
-    write: bool,
-    attributes: DmaAttributes,
-}
-
 /// An address of `levels` indices, of which `often` are frequent.
 fn address(often: [u64; 2], seldom: u64, levels: u8) -> impl Strategy<Value = u64> {
     let index = prop_oneof![
@@ -131,8 +124,6 @@ fn case() -> impl Strategy<Value = Case> {
             })
     })
 }
-
-type Blocked = (FaultReason, bool);
 
 /// What stage 2 of the machine allows at `gpa`: nothing, reads, or reads and writes.
 fn stage2_rights(gpa: u64) -> (bool, bool) {
@@ -315,14 +306,6 @@ fn machine(case: &Case, entries: usize) -> Machine {
     machine
 }
 
-/// Offset in memory of the result of `request`.
-fn outcome(machine: &Machine, port: &mut DmaPort, request: &TestRequest) -> Result<usize, Blocked> {
-    let access = if request.write { DmaAccess::Write } else { DmaAccess::Read };
-    let translated = port.translate(request.attributes, request.iova, 8, access).map_err(fault)?;
-    let found = translated.slice().ptr_guard().as_ptr() as usize;
-    Ok(found - machine.region.as_ptr() as usize)
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -337,7 +320,7 @@ proptest! {
                 let expected = reference(&mut model, request);
                 for (machine, port) in machines.iter().zip(&mut ports) {
                     let expected = expected.map(|gpa| machine.offset(gpa));
-                    prop_assert_eq!(outcome(machine, port, request), expected, "{:x?}", request);
+                    prop_assert_eq!(request.outcome(machine, port), expected, "{:x?}", request);
                 }
             }
             for (&gpa, &word) in &model.words {

@@ -45,13 +45,6 @@ struct Case {
     requests: Vec<TestRequest>,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct TestRequest {
-    iova: u64,
-    write: bool,
-    attributes: DmaAttributes,
-}
-
 fn word() -> impl Strategy<Value = u64> {
     let table = prop::sample::select(TABLES.to_vec());
     let page = prop::sample::select(PAGES.to_vec());
@@ -128,8 +121,6 @@ fn stage2_rights(gpa: u64) -> (bool, bool) {
         ((READ_ONLY..READ_ONLY + 0x1000).contains(&gpa), false)
     }
 }
-
-type Blocked = (FaultReason, bool);
 
 /// The expected result of `request`: the GPA, or the fault. Sets flags in `case.words`.
 fn reference(case: &mut Case, request: &TestRequest) -> Result<u64, Blocked> {
@@ -294,14 +285,6 @@ fn machine(case: &Case, config: VtdUnitConfig) -> Machine {
     machine
 }
 
-/// Offset in memory of the result of `request`.
-fn outcome(machine: &Machine, port: &mut DmaPort, request: &TestRequest) -> Result<usize, Blocked> {
-    let access = if request.write { DmaAccess::Write } else { DmaAccess::Read };
-    let translated = port.translate(request.attributes, request.iova, 8, access).map_err(fault)?;
-    let found = translated.slice().ptr_guard().as_ptr() as usize;
-    Ok(found - machine.region.as_ptr() as usize)
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
@@ -331,7 +314,7 @@ proptest! {
             let expected = reference(&mut model, request);
             for (machine, port) in machines.iter().zip(&mut ports) {
                 let expected = expected.map(|gpa| machine.offset(gpa));
-                prop_assert_eq!(outcome(machine, port, request), expected, "{:x?}", request);
+                prop_assert_eq!(request.outcome(machine, port), expected, "{:x?}", request);
             }
         }
         for (&gpa, &word) in &model.words {
