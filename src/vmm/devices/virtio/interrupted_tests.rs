@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::backend::{Features, Model};
 use super::chain::{Broken, Chain, NotCopied, Unserved};
 use super::queue::Virtqueue;
-use super::testing::{Place, Rig, PLACES};
+use super::testing::{Place, Rig, TestQueue, PLACES};
 use super::*;
 use crate::devices::NotNow;
 use twostage::patience::wait_until;
@@ -69,6 +69,13 @@ fn endless(memory: &mut DeviceMemory, chain: &Chain) -> Result<u32, Unserved> {
     }
 }
 
+/// Makes a request for the whole buffer, which is marked.
+fn ask(rig: &Rig, queue: &mut TestQueue<'_>) {
+    rig.poke(BUFFER, &MARK);
+    queue.add(&[(BUFFER, LENGTH, true)]);
+    queue.notify();
+}
+
 fn wait_for_a_write(rig: &Rig) {
     rig.wait("a write", || rig.peek(BUFFER, 8) != MARK);
 }
@@ -85,9 +92,7 @@ fn bus_mastering_that_is_switched_off_ends_a_request_between_two_pieces() {
     for place in PLACES {
         let rig = rig(place, endless);
         let [queue] = &mut rig.start(0)[..] else { panic!() };
-        rig.poke(BUFFER, &MARK);
-        queue.add(&[(BUFFER, LENGTH, true)]);
-        queue.notify();
+        ask(&rig, queue);
         for _ in 0..20 {
             wait_for_a_write(&rig);
             rig.write_config(4, &[2, 0]);
@@ -106,9 +111,7 @@ fn a_reset_ends_a_request_between_two_pieces() {
         let rig = rig(place, endless);
         for _ in 0..20 {
             let [queue] = &mut rig.start(0)[..] else { panic!() };
-            rig.poke(BUFFER, &MARK);
-            queue.add(&[(BUFFER, LENGTH, true)]);
-            queue.notify();
+            ask(&rig, queue);
             wait_for_a_write(&rig);
             rig.write(0x14, 1, 0);
             assert_quiet(&rig);
@@ -124,9 +127,7 @@ fn a_function_level_reset_ends_a_request_between_two_pieces() {
         let rig = rig(place, endless);
         for _ in 0..20 {
             let [queue] = &mut rig.start(0)[..] else { panic!() };
-            rig.poke(BUFFER, &MARK);
-            queue.add(&[(BUFFER, LENGTH, true)]);
-            queue.notify();
+            ask(&rig, queue);
             wait_for_a_write(&rig);
             rig.reset_function();
             // Not even if software lets it again.
@@ -143,9 +144,7 @@ fn the_end_of_the_machine_ends_a_request_between_two_pieces() {
     for halted in [false, true] {
         let rig = rig(Place::Behind, endless);
         let [queue] = &mut rig.start(0)[..] else { panic!() };
-        rig.poke(BUFFER, &MARK);
-        queue.add(&[(BUFFER, LENGTH, true)]);
-        queue.notify();
+        ask(&rig, queue);
         wait_for_a_write(&rig);
         if halted {
             rig.pci.halt();
@@ -244,9 +243,7 @@ fn stuck() -> Stuck {
         written.map(|()| 8).map_err(|_| Unserved::NotNow(NotNow))
     });
     let [queue] = &mut rig.start(0)[..] else { panic!() };
-    rig.poke(BUFFER, &MARK);
-    queue.add(&[(BUFFER, LENGTH, true)]);
-    queue.notify();
+    ask(&rig, queue);
     serving.recv().unwrap();
     Stuck { rig, serving, go, alive, result }
 }
