@@ -10,6 +10,7 @@ use crate::iommufd::{
     HW_INFO_VTD_ERRATA_772415_SPR17,
 };
 use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::regs::{Idr0, STALL_OR_TERMINATE};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::smmuv3::HostSmmu;
 use crate::viommu::vtd::HostVtd;
@@ -41,6 +42,15 @@ pub(super) fn writes_through_read_only(info: &HwInfo) -> bool {
 pub(super) fn misses_invalidations(info: &HwInfo) -> bool {
     matches!(info.data, HwInfoData::ArmSmmuV3(smmu)
         if smmu.flags & HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI != 0)
+}
+
+/// Whether an SMMU lets context descriptors stall transactions, unless the stream table entry says
+/// otherwise (S1STALLD). On any other SMMU, an entry that says so is illegal (§5.2).
+pub(super) fn can_stall(info: &HwInfo) -> bool {
+    matches!(info.data, HwInfoData::ArmSmmuV3(smmu) if {
+        let [idr0, ..] = smmu.idr;
+        Idr0::from_bits(idr0).stall_model() == STALL_OR_TERMINATE
+    })
 }
 
 /// The flags of unknown meaning; 0 for none.

@@ -16,7 +16,8 @@
 //! Files of the same name in both folders do the same and can be read side by side: `attachments`
 //! (from policies to host objects), `invalidate` (from invalidations to host calls), `state` (the
 //! objects), `faults` (back to the virtual IOMMU). VT-d alone has `nested`: the PASIDs of its
-//! devices have attachments of their own.
+//! devices have attachments of their own. `sides` in both is for devices of several hosts behind
+//! one virtual IOMMU.
 //!
 //! Nothing here accesses guest memory or registers, or leaves DMA on a translation that the guest
 //! has revoked.
@@ -24,6 +25,7 @@
 mod guest_ioas;
 mod hw_info;
 mod objects;
+pub(crate) mod sides;
 pub mod smmuv3;
 pub mod survey;
 pub mod vtd;

@@ -11,11 +11,16 @@
 //! The parts can be used by themselves as well: [`crate::viommu`] and [`crate::nesting`].
 //!
 //! # From start to end
-//! The VMM binds devices to its host, maps guest memory in a
-//! [`GuestIoas`](crate::nesting::GuestIoas) and builds. To move a machine: it stops vCPUs and
-//! devices, takes the snapshot, saves memory, and elsewhere binds, maps and calls `restore` instead
-//! of `build`. To end: `halt`, join the threads, `shutdown` (or drop, which logs the errors that
-//! `shutdown` returns).
+//! The VMM binds devices to its host, maps guest memory in a [`GuestIoas`] and builds. To move a
+//! machine: it stops vCPUs and devices, takes the snapshot, saves memory, and elsewhere binds, maps
+//! and calls `restore` instead of `build`. To end: `halt`, join the threads, `shutdown` (or drop,
+//! which logs the errors that `shutdown` returns).
+//!
+//! # Devices of several hosts
+//! Assigned devices may be of one host, and emulated ones of another. Guest memory is mapped in an
+//! IOAS of each; `device_on` and `add_device_on` say which a device uses. The guest is offered what
+//! all hosts can do, and what it invalidates is invalidated on all of them before it is told so.
+//! A host that fails blocks its own devices, and the guest gets the error.
 
 pub mod smmuv3;
 #[cfg(test)]
@@ -24,9 +29,10 @@ pub mod vtd;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::iommufd::ObjectId;
-use crate::nesting::NestingError;
+use crate::nesting::{GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::sync::Mutex;
 use crate::viommu::{CapabilityConflict, HostSideError, IntersectError, RestoreError};
@@ -172,6 +178,19 @@ struct NewDevice {
     rid: Bdf,
     dev: ObjectId,
     name: String,
+    /// Guest memory on its host, if that is not the builder's own.
+    ioas: Option<Arc<GuestIoas>>,
+}
+
+impl NewDevice {
+    fn new(
+        ioas: Option<&Arc<GuestIoas>>,
+        rid: Bdf,
+        dev: ObjectId,
+        name: impl Into<String>,
+    ) -> Self {
+        Self { rid, dev, name: name.into(), ioas: ioas.cloned() }
+    }
 }
 
 /// What the guest is offered: `lowered`, or `wanted` as it is if there are no devices, which a

@@ -10,6 +10,7 @@ use super::{
     RemoveError,
 };
 use crate::iommufd::ObjectId;
+use crate::nesting::sides::Sides;
 use crate::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
 use crate::nesting::{host_smmu, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
@@ -118,7 +119,19 @@ impl Smmuv3Builder {
 
     /// Adds `dev`, a device bound to the host, as the guest's `rid`. Errors call it `name`.
     pub fn device(mut self, rid: Bdf, dev: ObjectId, name: impl Into<String>) -> Self {
-        self.devices.push(NewDevice { rid, dev, name: name.into() });
+        self.devices.push(NewDevice::new(None, rid, dev, name));
+        self
+    }
+
+    /// The same for a device of another host, on which guest memory is `ioas`.
+    pub fn device_on(
+        mut self,
+        ioas: &Arc<GuestIoas>,
+        rid: Bdf,
+        dev: ObjectId,
+        name: impl Into<String>,
+    ) -> Self {
+        self.devices.push(NewDevice::new(Some(ioas), rid, dev, name));
         self
     }
 
@@ -168,10 +181,10 @@ impl Smmuv3Builder {
         let wanted = self.config.unwrap_or_default();
         wanted.check().map_err(impossible)?;
         let nesting = SmmuNesting::with_event_depth(self.ioas, self.event_depth);
-        let side = Side::new(nesting.with_threads(self.threads), &self.devices)?;
+        let side = HostSide::new(nesting.with_threads(self.threads), &self.devices)?;
         let lowered = wanted.intersect(&side.hosts);
         let offered = offered(wanted, lowered)?;
-        let host = side.nesting.clone();
+        let host = side.sides.clone();
         let model = Smmu::new(&offered, self.memory, host, self.interrupts, self.observer)
             .map_err(impossible)?;
         let unit = side.join(model, offered, self.fault_target);
@@ -196,11 +209,11 @@ impl Smmuv3Builder {
         let streams: Vec<Bdf> = streams.map(rid_of).collect::<Result<_, _>>()?;
         check_devices(MODEL, &streams, &self.devices)?;
         let nesting = SmmuNesting::with_event_depth(self.ioas, self.event_depth);
-        let side = Side::new(nesting.with_threads(self.threads), &self.devices)?;
+        let side = HostSide::new(nesting.with_threads(self.threads), &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }
-        let host = side.nesting.clone();
+        let host = side.sides.clone();
         let model = Smmu::restore(state, self.memory, host, self.interrupts, self.observer)?;
         Ok(side.join(model, state.config.clone(), self.fault_target))
     }
@@ -223,41 +236,40 @@ fn impossible(error: SmmuConfigError) -> BuildError {
 }
 
 /// The host side, with devices.
-struct Side {
-    nesting: Arc<SmmuNesting>,
+struct HostSide {
+    sides: Arc<Sides<SmmuNesting>>,
     names: BTreeMap<Bdf, String>,
     hosts: Vec<HostSmmu>,
 }
 
-impl Side {
+impl HostSide {
     fn new(nesting: SmmuNesting, devices: &[NewDevice]) -> Result<Self, AddError> {
-        let (names, nesting) = (names_of(devices)?, Arc::new(nesting));
-        let mut side = Self { nesting, names, hosts: Vec::new() };
+        let (names, sides) = (names_of(devices)?, Arc::new(Sides::new(nesting)));
+        let mut side = Self { sides, names, hosts: Vec::new() };
         for device in devices {
-            side.hosts.push(take_in(&side.nesting, device)?);
+            side.hosts.push(take_in(&side.sides, device)?);
         }
         Ok(side)
     }
 
     fn join(self, model: Arc<Smmu>, config: SmmuConfig, wrap: Wrap) -> Smmuv3 {
-        let Self { nesting, names, .. } = self;
+        let Self { sides, names, .. } = self;
         let target = wrap(model.clone());
-        nesting.set_fault_target(Arc::downgrade(&target) as Weak<dyn EventTarget>);
+        sides.set_fault_target(Arc::downgrade(&target) as Weak<dyn EventTarget>);
         let names = Names(Mutex::new(names));
-        Smmuv3 { model, nesting, config, names, _target: target }
+        Smmuv3 { model, sides, config, names, _target: target }
     }
 }
 
 /// Adds `device` to the host side. Returns its IOMMU.
-fn take_in(nesting: &SmmuNesting, device: &NewDevice) -> Result<HostSmmu, AddError> {
-    let NewDevice { rid, dev, name } = device;
+fn take_in(sides: &Sides<SmmuNesting>, device: &NewDevice) -> Result<HostSmmu, AddError> {
+    let NewDevice { rid, dev, name, ioas } = device;
     let wrong = || AddError::WrongIommu { device: name.clone(), a_model: "an SMMUv3" };
-    nesting.add_device(*rid, *dev).map_err(|source| match source {
+    let added = sides.add_device(ioas.as_ref(), *rid, *dev).map_err(|source| match source {
         NestingError::NoSmmu(_) => wrong(),
         source => AddError::Nesting { device: name.clone(), source },
-    })?;
-    let known = nesting.hw_infos().into_iter().find(|known| known.rid == *rid);
-    known.and_then(|known| host_smmu(name.clone(), &known.info)).ok_or_else(wrong)
+    });
+    added.and_then(|(info, _)| host_smmu(name.clone(), &info).ok_or_else(wrong))
 }
 
 /// A virtual SMMUv3 with its host side and devices.
@@ -309,7 +321,7 @@ fn take_in(nesting: &SmmuNesting, device: &NewDevice) -> Result<HostSmmu, AddErr
 /// ```
 pub struct Smmuv3 {
     model: Arc<Smmu>,
-    nesting: Arc<SmmuNesting>,
+    sides: Arc<Sides<SmmuNesting>>,
     config: SmmuConfig,
     pub(super) names: Names,
     /// Kept alive for nesting, which has a weak reference.
@@ -322,9 +334,14 @@ impl Smmuv3 {
         &self.model
     }
 
-    /// The host side, for what has no verb here.
+    /// The host side on the builder's IOAS, for what has no verb here.
     pub fn nesting(&self) -> &Arc<SmmuNesting> {
-        &self.nesting
+        self.sides.first()
+    }
+
+    /// The host sides: that one, then one for each other IOAS, in the order that devices came.
+    pub fn nestings(&self) -> Vec<Arc<SmmuNesting>> {
+        self.sides.iter().collect()
     }
 
     /// What the guest is offered.
@@ -350,13 +367,31 @@ impl Smmuv3 {
     /// The place is taken; its IOMMU lacks something that the guest was offered; or the host
     /// refuses it.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId, name: &str) -> Result<(), AddError> {
-        let device = NewDevice { rid, dev, name: name.to_owned() };
+        self.add(NewDevice::new(None, rid, dev, name))
+    }
+
+    /// The same for a device of another host, on which guest memory is `ioas`, used by devices
+    /// before or not. The unit keeps `ioas` until shutdown.
+    ///
+    /// # Errors
+    /// As [`Smmuv3::add_device`].
+    pub fn add_device_on(
+        &self,
+        ioas: &Arc<GuestIoas>,
+        rid: Bdf,
+        dev: ObjectId,
+        name: &str,
+    ) -> Result<(), AddError> {
+        self.add(NewDevice::new(Some(ioas), rid, dev, name))
+    }
+
+    fn add(&self, device: NewDevice) -> Result<(), AddError> {
         let add = |device: &NewDevice| {
-            let host = take_in(&self.nesting, device)?;
+            let host = take_in(&self.sides, device)?;
             self.config.check_late(&host).map_err(AddError::Lacks)?;
             self.give(device)
         };
-        self.names.add(device, add, |rid| self.nesting.remove_device(rid))
+        self.names.add(device, add, |rid| self.sides.remove_device(rid))
     }
 
     /// Gives the model a device that the host side has.
@@ -375,7 +410,7 @@ impl Smmuv3 {
     pub fn remove_device(&self, rid: Bdf) -> Result<(), RemoveError> {
         self.names.remove(rid, |rid| {
             self.model.remove_device(rid);
-            self.nesting.remove_device(rid)
+            self.sides.remove_device(rid)
         })
     }
 
@@ -387,7 +422,7 @@ impl Smmuv3 {
     pub fn snapshot(&self) -> Result<SmmuState, SnapshotError> {
         let pending =
             |error: NestingError| SnapshotError::Pending { model: MODEL, what: error.to_string() };
-        self.nesting.quiesce().map_err(pending)?;
+        self.sides.quiesce().map_err(pending)?;
         self.names.with_whole_devices(|| self.model.snapshot())
     }
 
@@ -417,7 +452,7 @@ impl Smmuv3 {
     /// The host refused to release something.
     pub fn shutdown(&self) -> Result<(), NestingError> {
         self.halt();
-        self.nesting.shutdown()
+        self.sides.shutdown()
     }
 
     /// Nobody: an SMMU translates the messages of devices like any write.
@@ -446,7 +481,7 @@ impl fmt::Debug for Smmuv3 {
 
 impl Drop for Smmuv3 {
     fn drop(&mut self) {
-        // `nesting` tries once more when it goes, and logs what stays.
+        // Nesting tries once more when it goes, and logs what stays.
         let _ = self.shutdown();
     }
 }

@@ -9,7 +9,8 @@ use super::{
     check_config, check_devices, names_of, offered, AddError, BuildError, Names, NewDevice,
     RemoveError,
 };
-use crate::iommufd::{Extensions, ObjectId};
+use crate::iommufd::ObjectId;
+use crate::nesting::sides::Sides;
 use crate::nesting::vtd::VtdNesting;
 use crate::nesting::{host_vtd, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
@@ -111,7 +112,19 @@ impl VtdBuilder {
 
     /// Adds `dev`, a device bound to the host, as the guest's `rid`. Errors call it `name`.
     pub fn device(mut self, rid: Bdf, dev: ObjectId, name: impl Into<String>) -> Self {
-        self.devices.push(NewDevice { rid, dev, name: name.into() });
+        self.devices.push(NewDevice::new(None, rid, dev, name));
+        self
+    }
+
+    /// The same for a device of another host, on which guest memory is `ioas`.
+    pub fn device_on(
+        mut self,
+        ioas: &Arc<GuestIoas>,
+        rid: Bdf,
+        dev: ObjectId,
+        name: impl Into<String>,
+    ) -> Self {
+        self.devices.push(NewDevice::new(Some(ioas), rid, dev, name));
         self
     }
 
@@ -155,10 +168,10 @@ impl VtdBuilder {
         }
         let wanted = self.config.unwrap_or_default();
         wanted.check().map_err(impossible)?;
-        let side = Side::new(self.ioas, &self.devices)?;
+        let side = HostSide::new(self.ioas, &self.devices)?;
         let lowered = wanted.intersect(&side.hosts);
         let offered = offered(wanted, lowered)?;
-        let host = side.nesting.clone();
+        let host = side.sides.clone();
         let model = VtdIommu::new(&offered, self.memory, host, self.interrupts, self.observer)
             .map_err(impossible)?;
         let unit = side.join(model, offered, self.fault_target);
@@ -181,11 +194,11 @@ impl VtdBuilder {
         check_config(MODEL, self.config.as_ref(), &state.config)?;
         let functions: Vec<Bdf> = state.functions.iter().map(|function| function.rid).collect();
         check_devices(MODEL, &functions, &self.devices)?;
-        let side = Side::new(self.ioas, &self.devices)?;
+        let side = HostSide::new(self.ioas, &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }
-        let host = side.nesting.clone();
+        let host = side.sides.clone();
         let model = VtdIommu::restore(state, self.memory, host, self.interrupts, self.observer)?;
         Ok(side.join(model, state.config.clone(), self.fault_target))
     }
@@ -202,47 +215,40 @@ fn impossible(error: VtdConfigError) -> BuildError {
 }
 
 /// The host side, with devices.
-struct Side {
-    nesting: Arc<VtdNesting>,
-    extensions: Extensions,
+struct HostSide {
+    sides: Arc<Sides<VtdNesting>>,
     names: BTreeMap<Bdf, String>,
     hosts: Vec<HostVtd>,
 }
 
-impl Side {
+impl HostSide {
     fn new(ioas: Arc<GuestIoas>, devices: &[NewDevice]) -> Result<Self, AddError> {
-        let (names, extensions) = (names_of(devices)?, ioas.host().extensions());
-        let nesting = Arc::new(VtdNesting::new(ioas));
-        let mut side = Self { nesting, extensions, names, hosts: Vec::new() };
+        let (names, sides) = (names_of(devices)?, Arc::new(Sides::new(VtdNesting::new(ioas))));
+        let mut side = Self { sides, names, hosts: Vec::new() };
         for device in devices {
-            side.hosts.push(take_in(&side.nesting, extensions, device)?);
+            side.hosts.push(take_in(&side.sides, device)?);
         }
         Ok(side)
     }
 
     fn join(self, model: Arc<VtdIommu>, config: VtdConfig, wrap: Wrap) -> Vtd {
-        let Self { nesting, extensions, names, .. } = self;
+        let Self { sides, names, .. } = self;
         let target = wrap(model.clone());
-        nesting.set_fault_target(Arc::downgrade(&target) as Weak<dyn FaultTarget>);
+        sides.set_fault_target(Arc::downgrade(&target) as Weak<dyn FaultTarget>);
         let names = Names(Mutex::new(names));
-        Vtd { model, nesting, extensions, config, names, _target: target }
+        Vtd { model, sides, config, names, _target: target }
     }
 }
 
 /// Adds `device` to the host side. Returns its IOMMU.
-fn take_in(
-    nesting: &VtdNesting,
-    extensions: Extensions,
-    device: &NewDevice,
-) -> Result<HostVtd, AddError> {
-    let NewDevice { rid, dev, name } = device;
+fn take_in(sides: &Sides<VtdNesting>, device: &NewDevice) -> Result<HostVtd, AddError> {
+    let NewDevice { rid, dev, name, ioas } = device;
     let wrong = || AddError::WrongIommu { device: name.clone(), a_model: "a VT-d" };
-    nesting.add_device(*rid, *dev).map_err(|source| match source {
+    let added = sides.add_device(ioas.as_ref(), *rid, *dev).map_err(|source| match source {
         NestingError::NoVtd(_) => wrong(),
         source => AddError::Nesting { device: name.clone(), source },
-    })?;
-    let known = nesting.hw_infos().into_iter().find(|known| known.rid == *rid);
-    known.and_then(|known| host_vtd(name.clone(), &known.info, extensions)).ok_or_else(wrong)
+    });
+    added.and_then(|(info, host)| host_vtd(name.clone(), &info, host).ok_or_else(wrong))
 }
 
 /// A virtual VT-d with its host side and devices.
@@ -291,8 +297,7 @@ fn take_in(
 /// ```
 pub struct Vtd {
     model: Arc<VtdIommu>,
-    nesting: Arc<VtdNesting>,
-    extensions: Extensions,
+    sides: Arc<Sides<VtdNesting>>,
     config: VtdConfig,
     pub(super) names: Names,
     /// Kept alive for nesting, which has a weak reference.
@@ -305,9 +310,14 @@ impl Vtd {
         &self.model
     }
 
-    /// The host side, for what has no verb here.
+    /// The host side on the builder's IOAS, for what has no verb here.
     pub fn nesting(&self) -> &Arc<VtdNesting> {
-        &self.nesting
+        self.sides.first()
+    }
+
+    /// The host sides: that one, then one for each other IOAS, in the order that devices came.
+    pub fn nestings(&self) -> Vec<Arc<VtdNesting>> {
+        self.sides.iter().collect()
     }
 
     /// What the guest is offered.
@@ -332,13 +342,31 @@ impl Vtd {
     /// The place is taken; its IOMMU lacks something that the guest was offered; or the host
     /// refuses it.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId, name: &str) -> Result<(), AddError> {
-        let device = NewDevice { rid, dev, name: name.to_owned() };
+        self.add(NewDevice::new(None, rid, dev, name))
+    }
+
+    /// The same for a device of another host, on which guest memory is `ioas`, used by devices
+    /// before or not. The unit keeps `ioas` until shutdown.
+    ///
+    /// # Errors
+    /// As [`Vtd::add_device`].
+    pub fn add_device_on(
+        &self,
+        ioas: &Arc<GuestIoas>,
+        rid: Bdf,
+        dev: ObjectId,
+        name: &str,
+    ) -> Result<(), AddError> {
+        self.add(NewDevice::new(Some(ioas), rid, dev, name))
+    }
+
+    fn add(&self, device: NewDevice) -> Result<(), AddError> {
         let add = |device: &NewDevice| {
-            let host = take_in(&self.nesting, self.extensions, device)?;
+            let host = take_in(&self.sides, device)?;
             self.config.check_late(&host).map_err(AddError::Lacks)?;
             self.give(device)
         };
-        self.names.add(device, add, |rid| self.nesting.remove_device(rid))
+        self.names.add(device, add, |rid| self.sides.remove_device(rid))
     }
 
     /// Gives the model a device that the host side has.
@@ -358,7 +386,7 @@ impl Vtd {
     pub fn remove_device(&self, rid: Bdf) -> Result<(), RemoveError> {
         self.names.remove(rid, |rid| {
             self.model.remove_device(rid);
-            self.nesting.remove_device(rid)
+            self.sides.remove_device(rid)
         })
     }
 
@@ -397,7 +425,7 @@ impl Vtd {
     /// The host refused to release something.
     pub fn shutdown(&self) -> Result<(), NestingError> {
         self.halt();
-        self.nesting.shutdown()
+        self.sides.shutdown()
     }
 
     /// Who remaps the interrupts of the devices; `None` if that is not offered to the guest.
@@ -426,7 +454,7 @@ impl fmt::Debug for Vtd {
 
 impl Drop for Vtd {
     fn drop(&mut self) {
-        // `nesting` tries once more when it goes, and logs what stays.
+        // Nesting tries once more when it goes, and logs what stays.
         let _ = self.shutdown();
     }
 }

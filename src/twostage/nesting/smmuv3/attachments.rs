@@ -29,7 +29,7 @@ impl State {
         if device.unsettled {
             self.detach(stream)?;
         }
-        let entry = state::entry(policy);
+        let entry = state::entry(policy, &device.info);
         let found = match entry {
             Some(entry) => self.nested.find(&entry),
             None => self.unit.as_ref().map(Unit::parent),

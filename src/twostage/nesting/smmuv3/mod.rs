@@ -22,6 +22,7 @@
 mod attachments;
 mod faults;
 mod invalidate;
+mod sides;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -42,7 +42,8 @@ pub(super) struct Device {
 pub(super) struct State {
     pub objects: Objects,
     route: Arc<EventRoute>,
-    event_depth: u32,
+    /// How many unread events the host keeps.
+    pub event_depth: u32,
     /// Starts the thread that reads the vEVENTQ.
     pub threads: Arc<dyn ThreadStart>,
     /// Present while there are devices.
@@ -309,13 +310,17 @@ const fn fixed(config: StreamConfig) -> Entry {
 
 /// The entry of `policy`; `None` while translation is off, when the stream is attached to the
 /// nesting parent. Linux reports no events of such a stream to the owner of stage 1, and none are
-/// due.
-pub(super) fn entry(policy: &StreamPolicy) -> Option<Entry> {
+/// due. Only if the SMMU of `info` can stall, the entry says that it must not.
+pub(super) fn entry(policy: &StreamPolicy, info: &HwInfo) -> Option<Entry> {
     match policy {
         StreamPolicy::Abort => Some(ABORT),
         StreamPolicy::GlobalBypass => None,
         StreamPolicy::Bypass => Some(BYPASS),
-        StreamPolicy::Stage1 { ste } => Some(*ste),
+        StreamPolicy::Stage1 { ste: [low, high] } => {
+            let high = Ste1::from_bits(*high);
+            let stalls_disabled = high.s1stalld() && hw_info::can_stall(info);
+            Some([*low, high.with_s1stalld(stalls_disabled).into_bits()])
+        }
     }
 }
 

@@ -16,6 +16,7 @@ mod attachments;
 mod faults;
 mod invalidate;
 mod nested;
+mod sides;
 mod state;
 #[cfg(test)]
 mod tests;

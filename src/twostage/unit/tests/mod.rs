@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Virtual IOMMUs with their host sides, on a host that records its calls.
 
+mod mixed;
 mod smmuv3;
 mod vtd;
 
@@ -72,7 +73,7 @@ fn waits_for_devices(names: &Names, work: impl FnOnce() + Send) {
             assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout), "it saw half of a device");
             Err(AddError::WrongIommu { device: "nic2".to_owned(), a_model: "such an IOMMU" })
         };
-        let device = NewDevice { rid: C, dev: ObjectId(1), name: "nic2".to_owned() };
+        let device = NewDevice::new(None, C, ObjectId(1), "nic2");
         names.add(device, add, |_| Ok(())).unwrap_err();
         is_done.recv().unwrap();
     });
@@ -111,7 +112,7 @@ impl Host {
 fn what_is_left_of_a_device_that_is_not_added_is_said() {
     let names = Names(Mutex::default());
     let failed = |released: Result<(), NestingError>| {
-        let device = NewDevice { rid: A, dev: ObjectId(1), name: "nic0".to_owned() };
+        let device = NewDevice::new(None, A, ObjectId(1), "nic0");
         let wrong = AddError::WrongIommu { device: "nic0".to_owned(), a_model: "a VT-d" };
         names.add(device, |_| Err(wrong), |_| released).unwrap_err().to_string()
     };

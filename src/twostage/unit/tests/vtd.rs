@@ -19,13 +19,13 @@ use crate::viommu::vtd::{DmaFault, FaultTarget, VtdConfig, VtdIommu, VtdState};
 use crate::viommu::{InterruptSink, RestoreError, SnapshotError};
 
 /// PASID width of the devices.
-const PASID_BITS: u8 = 6;
-const ROOT: u64 = 0x1000;
+pub(super) const PASID_BITS: u8 = 6;
+pub(super) const ROOT: u64 = 0x1000;
 const CONTEXT: u64 = 0x2000;
 const DIRECTORY: u64 = 0x3000;
 const PASID_TABLE: u64 = 0x4000;
-const QUEUE: u64 = 0x8000;
-const STATUS: u64 = 0x7000;
+pub(super) const QUEUE: u64 = 0x8000;
+pub(super) const STATUS: u64 = 0x7000;
 
 struct NoInterrupts;
 
@@ -33,13 +33,13 @@ impl InterruptSink for NoInterrupts {
     fn send_msi(&self, _: u64, _: u32) {}
 }
 
-fn able() -> (Cap, Ecap) {
+pub(super) fn able() -> (Cap, Ecap) {
     let ecap = Ecap::new().with_smts(true).with_nest(true).with_pasid(true).with_pss(19);
     let cap = Cap::new().with_mgaw(47).with_fs1gp(true);
     (cap, ecap.with_srs(true).with_eafs(true).with_sc(true).with_smpwcs(true))
 }
 
-fn info((cap, ecap): (Cap, Ecap)) -> HwInfo {
+pub(super) fn info((cap, ecap): (Cap, Ecap)) -> HwInfo {
     let (cap_reg, ecap_reg) = (cap.into_bits(), ecap.with_pss(PASID_BITS - 1).into_bits());
     let vtd = iommu_hw_info_vtd { cap_reg, ecap_reg, ..Default::default() };
     hw_info(HwInfoData::Vtd(vtd), PASID_BITS)
@@ -50,13 +50,13 @@ fn smmu_info() -> HwInfo {
 }
 
 impl Host {
-    fn vtd() -> Self {
+    pub(super) fn vtd() -> Self {
         let extensions = Extensions { fault_reports: true, ..Extensions::default() };
         Self::of(RecordingHost::new(extensions), info(able()))
     }
 
     /// A builder for a guest with `memory`, without devices.
-    fn builder(&self, memory: &GuestMemoryMmap) -> VtdBuilder {
+    pub(super) fn builder(&self, memory: &GuestMemoryMmap) -> VtdBuilder {
         VtdBuilder::new(self.ioas.clone(), Arc::new(memory.clone()), Arc::new(NoInterrupts))
     }
 
@@ -75,7 +75,7 @@ impl Host {
 }
 
 /// Tables of both functions, each with its own for requests without PASID, and one for PASID 5.
-fn write_tables(memory: &GuestMemoryMmap) {
+pub(super) fn write_tables(memory: &GuestMemoryMmap) {
     write(memory, ROOT, &[CONTEXT | 1, 0]);
     for (number, rid) in [(0, A), (1, B)] {
         let (directory, table) = (DIRECTORY + 0x6000 * number, PASID_TABLE + 0x1000 * number);
@@ -86,7 +86,7 @@ fn write_tables(memory: &GuestMemoryMmap) {
     }
 }
 
-fn command(vtd: &Vtd, bit: u32) {
+pub(super) fn command(vtd: &Vtd, bit: u32) {
     let mut enabled = [0; 4];
     vtd.mmio_read(regs::GSTS, &mut enabled);
     let command = u32::from_le_bytes(enabled) & 0x96ff_ffff | 1 << bit;
@@ -94,7 +94,7 @@ fn command(vtd: &Vtd, bit: u32) {
 }
 
 /// Sets the root table, and enables the queue and translation.
-fn run(vtd: &Vtd) {
+pub(super) fn run(vtd: &Vtd) {
     vtd.mmio_write(regs::RTADDR, &(ROOT | 0x400).to_le_bytes());
     command(vtd, 30);
     vtd.mmio_write(regs::IQA, &(QUEUE | 0x800).to_le_bytes());
@@ -102,7 +102,7 @@ fn run(vtd: &Vtd) {
     command(vtd, 31);
 }
 
-fn fault(dev: ObjectId) -> HostFault {
+pub(super) fn fault(dev: ObjectId) -> HostFault {
     HostFault {
         dev,
         pasid: None,

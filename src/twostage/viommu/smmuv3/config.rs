@@ -74,8 +74,8 @@ pub struct SmmuConfig {
     /// Tell the guest that terminated transactions are always aborted (TERM_MODEL): it must request
     /// that in each context descriptor.
     pub always_abort: bool,
-    /// The host lets context descriptors stall transactions. Nothing could resume them, so the host
-    /// is told not to (S1STALLD), and stalls are not offered to the guest.
+    /// A host lets context descriptors stall transactions. Nothing could resume them, so each that
+    /// does is told not to (S1STALLD), and stalls are not offered to the guest.
     pub host_stalls: bool,
     /// The x of the SMMUv3.x reported to the guest (AIDR).
     pub minor_revision: u8,

@@ -6,15 +6,13 @@
 //! an error that names the bit and the device, and what to request.
 
 use super::config::SmmuConfig;
-use crate::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, TTF_AARCH64};
+use crate::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, STALL_OR_TERMINATE, TTF_AARCH64};
 use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::host_side::OFFERED_BEFORE;
 use crate::viommu::{CapabilityConflict, IntersectError};
 
 /// IDR0.STALL_MODEL: every fault that can stall does.
 const STALL_FORCED: u8 = 0b10;
-/// IDR0.STALL_MODEL: context descriptors choose whether faults stall.
-const STALL_OR_TERMINATE: u8 = 0b00;
 /// IDR0.TTENDIAN: translation tables are big-endian.
 const BIG_ENDIAN: u8 = 0b11;
 
@@ -132,25 +130,20 @@ impl SmmuConfig {
             lowered.break_before_make_level = lowered.break_before_make_level.min(host.idr3.bbml());
             lowered.minor_revision = lowered.minor_revision.min(host.minor_revision());
             lowered.always_abort |= host.idr0.term_model();
+            lowered.host_stalls |= host.idr0.stall_model() == STALL_OR_TERMINATE;
         }
         let least = hosts.iter().map(|host| host.idr1.ssidsize()).min();
         lowered.substream_bits = self.substream_bits.or(least);
-        lowered.host_stalls |=
-            hosts.iter().all(|host| host.idr0.stall_model() == STALL_OR_TERMINATE);
         Ok(lowered)
     }
 
     /// Whether `host` supports all of this configuration: a guest that knows it already cannot do
     /// with less.
     pub(crate) fn check_late(&self, host: &HostSmmu) -> Result<(), CapabilityConflict> {
-        let stalls = host.idr0.stall_model() == STALL_OR_TERMINATE;
-        if self.host_stalls != stalls {
-            let needed_for = format!(
-                "the virtual SMMUv3 was built with host_stalls={}; build it with {stalls}, or with \
-                 this device",
-                self.host_stalls
-            );
-            return Err(host.lacks("the expected IDR0.STALL_MODEL", needed_for));
+        if host.idr0.stall_model() == STALL_OR_TERMINATE && !self.host_stalls {
+            let needed_for = "the virtual SMMUv3 was built with host_stalls=false; build it with \
+                              true, or with this device";
+            return Err(host.lacks("an IDR0.STALL_MODEL without stalls", needed_for.into()));
         }
         let lowered = self.lowered(std::slice::from_ref(host))?;
         let lost = [
@@ -292,7 +285,8 @@ mod tests {
         let lowered = SmmuConfig::default().intersect(&[full, poor]).unwrap();
         assert!(!lowered.asid16 && !lowered.two_level_contexts && !lowered.range_invalidation);
         assert!(!lowered.granule_16k && lowered.granule_4k && lowered.granule_64k);
-        assert!(lowered.always_abort && !lowered.host_stalls);
+        // Of one that can stall, it is kept from that.
+        assert!(lowered.always_abort && lowered.host_stalls);
         assert_eq!((lowered.substream_bits, lowered.break_before_make_level), (Some(0), 1));
     }
 

@@ -211,7 +211,7 @@ impl VtdIommu {
         batch: &[Invalidation],
         progress: &mut Progress,
     ) -> Result<(), HostSideError> {
-        if progress.next().is_none() {
+        if !progress.has_started() {
             self.counters.batches.count();
             self.counters.invalidations.add(batch.len() as u64);
         }

@@ -225,7 +225,10 @@ pub trait VtdHostSide: Debug + Send + Sync {
 /// The progress of a batch of invalidations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// A number defined by the host side; `None` before the start.
+    /// The number of the host side to go on with, if a virtual VT-d has several: those before it
+    /// are done.
+    side: usize,
+    /// A number defined by that host side; `None` before its start.
     next: Option<u64>,
     done: bool,
 }
@@ -238,7 +241,22 @@ impl Progress {
 
     /// Everything before `next`, or everything, is done.
     pub fn go_on_at(&mut self, next: Option<u64>) {
-        *self = Self { next, done: next.is_none() };
+        *self = Self { next, done: next.is_none(), ..*self };
+    }
+
+    /// The host side to continue with, of several.
+    pub(crate) fn side(self) -> usize {
+        self.side
+    }
+
+    /// Everything is done on the host sides before number `side`, and nothing on this one.
+    pub(crate) fn go_on_with(&mut self, side: usize) {
+        *self = Self { side, ..Self::default() };
+    }
+
+    /// Whether a part of it was done, or all.
+    pub(super) fn has_started(self) -> bool {
+        self != Self::default()
     }
 
     /// Whether all is done.

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::iommufd::{Errno, Verb};
+use crate::nesting::sides::Sides;
 
 #[test]
 fn a_batch_is_one_call_per_hwpt_and_ordering_point() {
@@ -240,4 +241,52 @@ fn pasids_that_are_alike_cost_nothing() {
     rig.configure(pasid(A, 9), BLOCKED).unwrap();
     assert_eq!(rig.nesting.state().nested.slots().kept(), 2);
     rig.ends_clean();
+}
+
+#[test]
+fn on_several_hosts_a_batch_is_done_in_pieces_of_each() {
+    let [one, other] = [0, 1].map(|_| {
+        let host = RecordingHost::new(Extensions::default());
+        (host.add_device(0, hw_info(0, 8)), GuestIoas::new(host.clone()).unwrap(), host)
+    });
+    let sides = Sides::new(VtdNesting::new(one.1.clone()));
+    for (rid, (dev, ioas, _), tables) in [(A, &one, 40), (B, &other, 70)] {
+        sides.add_device(Some(ioas), rid, *dev).unwrap();
+        for value in 1..=tables {
+            let policy = first_stage(u64::from(value) << 12);
+            let tag = DomainTag { domain: 3, pasid: value };
+            let config = RequesterConfig { policy, tag, fault_disabled: false };
+            sides.configure(pasid(rid, value), &config).unwrap();
+        }
+    }
+    let done = || [&one, &other].map(|(_, _, host)| host.take_log().len());
+    done();
+    let (mut progress, mut pieces) = (Progress::default(), Vec::new());
+    while !progress.is_done() {
+        sides.invalidate_some(&[Invalidation::ALL], &mut progress).unwrap();
+        pieces.push(done());
+    }
+    assert_eq!(pieces, [[32, 0], [8, 32], [0, 32], [0, 6]]);
+    // A failure of the first is reported once it is known; the others go on with their own.
+    for _ in 0..2 {
+        one.2.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    }
+    let refused = sides.invalidate(&[Invalidation::ALL]).unwrap_err();
+    assert!(!refused.still_reachable && refused.to_string().contains("EIO"), "{refused}");
+    assert_eq!(other.2.take_log().len(), 70);
+    one.2.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    one.2.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    for _ in 0..2 {
+        other.2.fail_next(Verb::HwptInvalidate, Errno::EIO);
+        other.2.fail_next(Verb::DeviceDetach, Errno::EIO);
+        other.2.fail_next(Verb::DeviceDetach, Errno::EIO);
+    }
+    let refused = sides.invalidate(&[Invalidation::ALL]).unwrap_err();
+    assert!(refused.still_reachable, "what the second could not block counts: {refused}");
+    other.2.forget_failures();
+    sides.shutdown().unwrap();
+    for (_, ioas, host) in [one, other] {
+        drop(ioas);
+        assert!(host.live_objects().len() <= 1, "{:?}", host.live_objects());
+    }
 }

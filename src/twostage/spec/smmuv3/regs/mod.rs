@@ -116,6 +116,8 @@ pub fn name(offset: u64) -> &'static str {
 pub const TTF_AARCH64: u8 = 0b10;
 /// [`Idr0::stall_model`]: faults terminate, no transaction stalls.
 pub const STALL_NONE: u8 = 0b01;
+/// IDR0.STALL_MODEL: context descriptors choose whether faults stall, unless S1STALLD is set.
+pub const STALL_OR_TERMINATE: u8 = 0b00;
 /// [`Idr0::st_level`]: linear and 2-level stream tables.
 pub const ST_LEVEL_2: u8 = 0b01;
 
@@ -168,7 +170,8 @@ pub struct Idr0 {
     pub ttendian: u8,
     /// ATSRECERR: errors of ATS requests can be recorded.
     pub atsrecerr: bool,
-    /// STALL_MODEL: 0 stall or terminate, 1 terminate ([`STALL_NONE`]), 2 stall.
+    /// STALL_MODEL: 0 stall or terminate ([`STALL_OR_TERMINATE`]), 1 terminate ([`STALL_NONE`]),
+    /// 2 stall.
     #[bits(2)]
     pub stall_model: u8,
     /// TERM_MODEL: terminated transactions are always aborted.

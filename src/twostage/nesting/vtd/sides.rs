@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual VT-d in front of devices of several hosts. See [`crate::nesting::sides`].
+
+use std::sync::{Arc, Weak};
+
+use super::VtdNesting;
+use crate::iommufd::ObjectId;
+use crate::nesting::sides::{both, Side, Sides};
+use crate::nesting::{DeviceInfo, GuestIoas, Result};
+use crate::spec::pci::Bdf;
+use crate::viommu::vtd::{FaultTarget, Invalidation, Progress, RequesterConfig, VtdHostSide};
+use crate::viommu::{HostSideError, Requester};
+
+impl Side for VtdNesting {
+    type Target = dyn FaultTarget;
+
+    fn beside(&self, ioas: Arc<GuestIoas>) -> Self {
+        Self::new(ioas)
+    }
+
+    fn ioas(&self) -> Result<Arc<GuestIoas>> {
+        VtdNesting::ioas(self)
+    }
+
+    fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<()> {
+        VtdNesting::add_device(self, rid, dev)
+    }
+
+    fn remove_device(&self, rid: Bdf) -> Result<()> {
+        VtdNesting::remove_device(self, rid)
+    }
+
+    fn hw_infos(&self) -> Vec<DeviceInfo> {
+        VtdNesting::hw_infos(self)
+    }
+
+    fn set_fault_target(&self, target: Weak<dyn FaultTarget>) {
+        VtdNesting::set_fault_target(self, target);
+    }
+
+    fn shutdown(&self) -> Result<()> {
+        VtdNesting::shutdown(self)
+    }
+}
+
+impl VtdHostSide for Sides<VtdNesting> {
+    fn configure(
+        &self,
+        requester: Requester,
+        config: &RequesterConfig,
+    ) -> Result<(), HostSideError> {
+        self.of(requester.rid).configure(requester, config)
+    }
+
+    fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
+        let mut result = Ok(());
+        for side in self.iter() {
+            result = both(result, side.invalidate(batch));
+        }
+        result
+    }
+
+    /// At most a part on each side: those after one that has more to do wait for it.
+    fn invalidate_some(
+        &self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+    ) -> Result<(), HostSideError> {
+        let mut result = Ok(());
+        while let Some(side) = self.get(progress.side()) {
+            result = both(result, side.invalidate_some(batch, progress));
+            let next = progress.side() + 1;
+            if !progress.is_done() || self.get(next).is_none() {
+                break;
+            }
+            progress.go_on_with(next);
+        }
+        result
+    }
+}
