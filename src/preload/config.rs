@@ -112,6 +112,9 @@ pub struct Device {
     /// Its DMA engine.
     #[serde(default)]
     pub dma: Dma,
+    /// It is a PCI Express device, with MSI-X and memory that can be mapped.
+    #[serde(default)]
+    pub express: bool,
     /// Devices behind one IOMMU with the same number are one IOMMU group; without, it has its own.
     pub group: Option<u32>,
     /// IOVAs that cannot be mapped for it, in bytes, inclusive.

@@ -15,10 +15,10 @@ use twostage::sync::Mutex;
 
 use rustix::event::PollFlags;
 use twostage::iommufd::Errno;
-use twostage_emulated::{MappedPages, MmapRequest};
+use twostage_emulated::MmapRequest;
 
 use crate::callers::process::Processes;
-use crate::files::file::{File, Service, Waiting};
+use crate::files::file::{File, Pages, Service, Waiting};
 use crate::files::iommufd::Windows;
 use crate::memory::accounts::Accounts;
 use crate::memory::pins::Pins;
@@ -39,7 +39,7 @@ pub struct State {
     files: Mutex<Files>,
     /// The pins.
     pub pins: Arc<Pins>,
-    /// The mappings of iommufds.
+    /// The mappings of iommufds and devices.
     pub windows: Windows,
     /// The accounts of locked memory.
     pub accounts: Accounts,
@@ -402,10 +402,10 @@ impl State {
     }
 
     /// What to map instead of `fd`; `None` if it is not ours.
-    pub fn map(&self, fd: RawFd, request: MmapRequest) -> Option<Result<MappedPages, Errno>> {
+    pub fn map(&self, fd: RawFd, request: MmapRequest) -> Option<Result<Pages, Errno>> {
         let slot = self.find(fd).transpose()?;
         Some(slot.and_then(|slot| match slot.kind {
-            Kind::Own(own) => own.file.map(request),
+            Kind::Own(own) => own.file.clone().map(request),
             // The owner could not see it unmapped.
             Kind::Foreign => Err(Errno::ENODEV),
         }))

@@ -16,7 +16,6 @@ use std::os::unix::fs::{symlink, DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::config::{Dma, Iommu};
-use crate::files::device::{config_space, BAR_SIZE};
 use crate::files::group::{device_name, Entry};
 use crate::sys;
 use crate::table::Internal;
@@ -40,12 +39,11 @@ const ROOT_BUS: &str = "/sys/devices/pci";
 /// The start of the folders' names. They are hidden from `ls`.
 const PREFIX: &str = ".twostage-iommufd.";
 
-/// Lines of the file `resource`: BARs, the ROM.
-const RESOURCES: usize = 7;
 /// `IORESOURCE_MEM | IORESOURCE_SIZEALIGN`: the flags of a memory BAR of 32 bits.
 const MEMORY_BAR: u64 = 0x4_0200;
-/// Where BAR 0 of the first device is to a program that asks.
+/// Where the BARs of the first device are to a program that asks, and how much room each has.
 const FIRST_BAR: u64 = 0xfe00_0000;
+const BAR_ROOM: u64 = 2 << 20;
 
 /// The folder of one process.
 #[derive(Debug)]
@@ -188,18 +186,18 @@ impl Sysfs {
             self.link(&class, &folder)?;
         }
         for (place, (number, device)) in devices.iter().enumerate() {
-            self.add(*number, device, FIRST_BAR + BAR_SIZE * place as u64)?;
+            self.add(*number, device, FIRST_BAR + BAR_ROOM * place as u64)?;
         }
         Ok(())
     }
 
-    /// Adds the device `number`, whose BAR 0 is at `bar` if it has one.
-    fn add(&self, number: u32, device: &Entry, bar: u64) -> io::Result<()> {
+    /// Adds the device `number`, whose BARs are from `bar` on.
+    fn add(&self, number: u32, device: &Entry, mut bar: u64) -> io::Result<()> {
         let rid = device.config.rid().map_err(io::Error::other)?;
         let (name, vfio) = (format!("0000:{rid}"), device_name(number));
         let folder = format!("{ROOT_BUS}0000:{:02x}/{name}", rid.bus());
         let file = |file: &str, text: String| self.file(&format!("{folder}/{file}"), text);
-        let config = config_space();
+        let config = device.kind().config_space();
         let byte = |at: usize| config.get(at).copied().unwrap_or(0);
         let word = |at: usize| u16::from_le_bytes([byte(at), byte(at + 1)]);
         let class = u32::from_le_bytes([byte(9), byte(10), byte(11), 0]);
@@ -208,7 +206,7 @@ impl Sysfs {
         {
             file(text, format!("{:#06x}\n", word(value)))?;
         }
-        self.file(&format!("{folder}/config"), config)?;
+        self.file(&format!("{folder}/config"), &config)?;
         file("class", format!("{class:#08x}\n"))?;
         file("revision", format!("{:#04x}\n", byte(8)))?;
         file("irq", "0\n".into())?;
@@ -216,10 +214,15 @@ impl Sysfs {
         file("numa_node", "-1\n".into())?;
         file("driver_override", "vfio-pci\n".into())?;
         file("uevent", uevent(&name, [word(0), word(2), word(0x2c), word(0x2e)], class))?;
-        let has_bar = device.config.dma == Dma::Edu;
-        let lines = (0..RESOURCES).map(|line| match line {
-            0 if has_bar => [bar, bar + BAR_SIZE - 1, MEMORY_BAR],
-            _ => [0; 3],
+        // One after the other; there is no ROM.
+        let bars = device.kind().bars(device.config.dma == Dma::Edu);
+        let lines = bars.into_iter().chain([0]).map(|size| match size {
+            0 => [0; 3],
+            _ => {
+                let first = bar.next_multiple_of(size);
+                bar = first + size;
+                [first, bar - 1, MEMORY_BAR]
+            }
         });
         let lines =
             lines.map(|[first, last, flags]| format!("{first:#018x} {last:#018x} {flags:#018x}\n"));

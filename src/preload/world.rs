@@ -13,10 +13,10 @@ use twostage_emulated::{
 };
 
 use crate::config::{Config, Device as DeviceEntry, Iommu, Model};
-use crate::files::device::Groups;
 use crate::files::file::File;
 use crate::files::group::{device_name, Entry, Group, GroupFile, Opener};
 use crate::files::iommufd::Iommufd;
+use crate::files::users::Groups;
 use crate::memory::pins::Pins;
 
 /// Names the file that describes the machine.
@@ -184,9 +184,8 @@ impl World {
             Node::Container => Arc::new(Iommufd::new("vfio", self.machine.open())),
             Node::Group(number) => Arc::new(GroupFile(self.group(number)?)),
             Node::Device(number) => {
-                let group = self.devices.get(&number).ok_or(Errno::ENOENT)?.group;
                 let device = self.opener(None).open(number)?;
-                Arc::new(device.outside_group(self.groups.clone(), group))
+                Arc::new(device.outside_group(self.groups.clone()))
             }
         })
     }

@@ -123,14 +123,22 @@ fn the_vmm_s_device() {
     let Some(bound) = Bound::new() else { return };
     let device = bound.of_the_vmm();
     let [bar, config] = [BAR0, CONFIG].map(|index| device.region(index).expect("a region"));
-    assert_eq!((bar.size, config.size), (1 << 20, 256));
+    assert_eq!((bar.size, config.size), (1 << 20, 4096));
     assert!(bar.mappable.is_empty());
-    assert_eq!(device.region(1).expect("it is empty").size, 0);
+    assert_eq!(device.region(3).expect("it is empty").size, 0);
+    let memory = device.region(2).expect("memory");
+    assert_eq!(memory.mappable.first(), Some(&(0..memory.size)));
+    let mapping = device.map(&memory, 0x2000, 0x1000).expect("a page");
+    device.write(&memory, 0x2008, b"mapped").expect("memory");
+    // SAFETY: it is mapped, and nobody writes it meanwhile.
+    let bytes = unsafe { std::slice::from_raw_parts((mapping.address() + 8) as *const u8, 6) };
+    assert_eq!(bytes, b"mapped");
+    drop(mapping);
     let mut id = [0; 4];
     device.read(&config, 0, &mut id).expect("its id");
     assert_eq!(id, EDU);
     device.write(&config, 4, &[0b110]).expect("its command");
-    let error = device.read(&config, 254, &mut id).expect_err("past the end");
+    let error = device.read(&config, 4094, &mut id).expect_err("past the end");
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     // The kernel's, where its ROM would be.
     let nothing = Region { index: 6, size: 4, offset: 6 << 40, mappable: Vec::new() };
@@ -162,7 +170,17 @@ fn the_vmm_s_device() {
     raise();
     assert_eq!(event.read().expect_err("it is off").kind(), ErrorKind::WouldBlock);
 
-    // The pin, which that asserts.
+    // MSI-X: causes in the second byte have the second vector, which is set up on its own.
+    assert_eq!(device.irq(Irq::Msix).expect("MSI-X"), IrqInfo { count: 4, fixed: false });
+    device.set_triggers(Irq::Msix, 0, &[None]).expect("no other is on");
+    device.set_triggers(Irq::Msix, 1, &[Some(&event)]).expect("it is on");
+    raise();
+    assert_eq!(event.read().expect_err("another vector").kind(), ErrorKind::WouldBlock);
+    device.write(&bar, RAISE, &0x100u32.to_le_bytes()).expect("a register");
+    assert_eq!(event.read().expect("the interrupt"), 1);
+    device.disable_irq(Irq::Msix).expect("it is on");
+
+    // The pin, which those assert.
     let end = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
     device.set_triggers(Irq::Intx, 0, &[Some(&event)]).expect("no other is on");
     device.set_intx_unmask(&end).expect("it is on");

@@ -18,3 +18,25 @@ pub const BAR_SIZE: u32 = 1 << 20;
 pub const BUFFER_START: u64 = 0x4_0000;
 /// Length of the buffer, in bytes.
 pub const BUFFER_SIZE: usize = 4096;
+/// The number of vectors of a device with MSI-X.
+pub const VECTORS: u32 = 4;
+
+/// The vectors whose messages a device with MSI-X sends for new `causes`: one for each byte of the
+/// interrupt status register, so the first is for factorials and the second for DMA.
+pub fn vectors(causes: u32) -> impl Iterator<Item = u32> {
+    (0..VECTORS).zip(causes.to_le_bytes()).filter(|(_, byte)| *byte != 0).map(|(vector, _)| vector)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_byte_of_causes_has_a_vector() {
+        let of = |causes| vectors(causes).collect::<Vec<_>>();
+        assert_eq!(of(registers::CAUSE_FACTORIAL), [0]);
+        assert_eq!(of(registers::CAUSE_DMA), [1]);
+        assert_eq!(of(0x8000_0010), [0, 3]);
+        assert!(of(0).is_empty());
+    }
+}

@@ -73,8 +73,10 @@ pub enum Effect {
     None,
     /// The interrupt may have changed.
     Interrupt {
-        /// A cause was added: an MSI is to be sent.
+        /// Some were pending when causes were added: an MSI is to be sent.
         raised: bool,
+        /// Those that were added: with MSI-X, the messages of their [`vectors`](super::vectors).
+        causes: u32,
     },
     /// A transfer starts.
     Transfer(Transfer),
@@ -122,7 +124,7 @@ impl Registers {
             INTERRUPT_RAISE => return self.raise(low),
             INTERRUPT_ACKNOWLEDGE => {
                 self.interrupt_status &= !low;
-                return Effect::Interrupt { raised: false };
+                return Effect::Interrupt { raised: false, causes: 0 };
             }
             // Parameters of a running transfer cannot be changed.
             _ if self.command & COMMAND_START != 0 => {}
@@ -155,7 +157,7 @@ impl Registers {
 
     fn raise(&mut self, causes: u32) -> Effect {
         self.interrupt_status |= causes;
-        Effect::Interrupt { raised: self.interrupt_pending() }
+        Effect::Interrupt { raised: self.interrupt_pending(), causes }
     }
 
     fn transfer(&self, pasid_enabled: bool) -> Transfer {
@@ -205,7 +207,8 @@ mod tests {
         assert_eq!(registers.read(FACTORIAL, 4, false), 120);
         write(&mut registers, STATUS, 0xffff_ffff);
         assert_eq!(registers.read(STATUS, 4, false), 0x80);
-        assert_eq!(write(&mut registers, FACTORIAL, 0), Effect::Interrupt { raised: true });
+        let raised = |causes| Effect::Interrupt { raised: true, causes };
+        assert_eq!(write(&mut registers, FACTORIAL, 0), raised(CAUSE_FACTORIAL));
         assert_eq!(registers.read(FACTORIAL, 4, false), 1);
         assert_eq!(registers.read(INTERRUPT_STATUS, 4, false), 1);
     }
@@ -241,7 +244,7 @@ mod tests {
         let mut registers = Registers::default();
         assert_eq!(
             write(&mut registers, INTERRUPT_RAISE, 0x12),
-            Effect::Interrupt { raised: true }
+            Effect::Interrupt { raised: true, causes: 0x12 }
         );
         write(&mut registers, INTERRUPT_RAISE, 0x21);
         assert_eq!(registers.read(INTERRUPT_STATUS, 4, false), 0x33);
@@ -249,7 +252,8 @@ mod tests {
         assert!(registers.interrupt_pending());
         write(&mut registers, INTERRUPT_ACKNOWLEDGE, 0x20);
         assert!(!registers.interrupt_pending());
-        assert_eq!(write(&mut registers, INTERRUPT_RAISE, 0), Effect::Interrupt { raised: false });
+        let nothing = Effect::Interrupt { raised: false, causes: 0 };
+        assert_eq!(write(&mut registers, INTERRUPT_RAISE, 0), nothing);
     }
 
     #[test]
@@ -275,7 +279,8 @@ mod tests {
         assert_eq!(write(&mut registers, DMA_COMMAND, command), Effect::None);
         assert_eq!(registers.read(DMA_SOURCE, 8, false), 0x1000);
         assert_eq!(registers.read(DMA_COMMAND, 8, false), command);
-        assert_eq!(registers.transfer_ended(), Effect::Interrupt { raised: true });
+        let ended = Effect::Interrupt { raised: true, causes: CAUSE_DMA };
+        assert_eq!(registers.transfer_ended(), ended);
         assert_eq!(registers.read(DMA_COMMAND, 8, false), COMMAND_INTERRUPT);
         assert_eq!(registers.read(INTERRUPT_STATUS, 4, false), 0x100);
     }

@@ -193,6 +193,14 @@ impl Caller for CallingProcess {
             Some(channel) => remote::install(channel, file),
         }
     }
+
+    fn file_at(&self, fd: i32) -> Result<Arc<dyn File>, Errno> {
+        match self.process.emulated_file(fd) {
+            Some(own) => Ok(own.file.clone()),
+            None if self.process.has_open(fd) => Err(Errno::EINVAL),
+            None => Err(Errno::EBADF),
+        }
+    }
 }
 
 impl uapi::Process for CallingProcess {

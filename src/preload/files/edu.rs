@@ -4,7 +4,7 @@
 //! A DMA completes within the write that starts it, unless it waits for a page that the device has
 //! requested (PRI): then register 0x98 reads as busy, and the DMA continues, and its interrupt is
 //! sent, in the call that responds. Two registers are added: 0xA8 has the result of the last DMA,
-//! and 0xB0 the address where it was blocked. Interrupts are MSIs, or asserted by the pin.
+//! and 0xB0 the address where it was blocked. Interrupts are messages, or asserted by the pin.
 
 use std::sync::Arc;
 
@@ -97,12 +97,18 @@ impl Edu {
         }
     }
 
-    /// Writes a register. `bus_master`: bus mastering is enabled. Returns whether an interrupt is
-    /// to be sent.
-    pub fn write(&mut self, offset: u64, width: usize, value: u64, bus_master: bool) -> bool {
+    /// Writes a register. `bus_master`: bus mastering is enabled. Returns the causes that were
+    /// added if an interrupt is to be sent.
+    pub fn write(
+        &mut self,
+        offset: u64,
+        width: usize,
+        value: u64,
+        bus_master: bool,
+    ) -> Option<u32> {
         match self.registers.write(offset, width, value, true) {
-            Effect::None => false,
-            Effect::Interrupt { raised } => raised,
+            Effect::None => None,
+            Effect::Interrupt { raised, causes } => raised.then_some(causes),
             Effect::Transfer(transfer) => {
                 self.refused_at = 0;
                 self.run(transfer, PageTries::default(), bus_master)
@@ -120,13 +126,12 @@ impl Edu {
         self.waiting.is_some()
     }
 
-    /// Continues a DMA whose page requests are answered. Returns whether an interrupt is to be
-    /// sent.
-    pub fn resume(&mut self, bus_master: bool) -> bool {
-        let Some(mut waiting) = self.waiting.take() else { return false };
+    /// Continues a DMA whose page requests are answered. Returns as [`Self::write`].
+    pub fn resume(&mut self, bus_master: bool) -> Option<u32> {
+        let mut waiting = self.waiting.take()?;
         let Some(response) = self.memory.port.page_response(waiting.group) else {
             self.waiting = Some(waiting);
-            return false;
+            return None;
         };
         match waiting.tries.answered(waiting.iova, response) {
             Err(_) if bus_master => self.refused(waiting.iova, Outcome::Refused),
@@ -134,9 +139,8 @@ impl Edu {
         }
     }
 
-    /// Runs `transfer` to its end, or until it waits for a page. Returns whether an interrupt is to
-    /// be sent.
-    fn run(&mut self, mut transfer: Transfer, tries: PageTries, bus_master: bool) -> bool {
+    /// Runs `transfer` to its end, or until it waits for a page. Returns as [`Self::write`].
+    fn run(&mut self, mut transfer: Transfer, tries: PageTries, bus_master: bool) -> Option<u32> {
         if !bus_master {
             return self.end(Outcome::NotBusMaster);
         }
@@ -152,20 +156,23 @@ impl Edu {
             Failure::Stopped { iova, stop: Stop::Asked(group) } => {
                 self.outcome = Outcome::Waiting;
                 self.waiting = Some(Waiting { transfer, tries, iova, group });
-                false
+                None
             }
         }
     }
 
-    fn refused(&mut self, iova: u64, outcome: Outcome) -> bool {
+    fn refused(&mut self, iova: u64, outcome: Outcome) -> Option<u32> {
         self.refused_at = iova;
         self.end(outcome)
     }
 
-    /// A DMA has ended. Returns whether an interrupt is to be sent.
-    fn end(&mut self, outcome: Outcome) -> bool {
+    /// A DMA has ended. Returns as [`Self::write`].
+    fn end(&mut self, outcome: Outcome) -> Option<u32> {
         self.outcome = outcome;
-        matches!(self.registers.transfer_ended(), Effect::Interrupt { raised: true })
+        match self.registers.transfer_ended() {
+            Effect::Interrupt { raised: true, causes } => Some(causes),
+            _ => None,
+        }
     }
 }
 
@@ -301,16 +308,16 @@ mod tests {
         };
 
         start(&mut edu);
-        assert!(!edu.resume(true), "there is no answer");
+        assert_eq!(edu.resume(true), None, "there is no answer");
         edu.write(DMA_SOURCE, 8, 0, true);
         assert_eq!(edu.read(DMA_SOURCE, 8), 0x1_1ff8, "the registers are the DMA's");
         answer(&edu, &*queue, PageResponseCode::Success);
-        assert!(!edu.resume(true), "it asks again");
+        assert_eq!(edu.resume(true), None, "it asks again");
         let (written, memory) = (region.clone(), UserMemory::whole(region));
         let target = MapTarget::Fixed(0x1_2000);
         host.ioas_map(ioas, &memory, target, Protection::READ_WRITE).unwrap();
         answer(&edu, &*queue, PageResponseCode::Success);
-        assert!(edu.resume(true), "an interrupt is to be sent");
+        assert_eq!(edu.resume(true), Some(CAUSE_DMA), "an interrupt is to be sent");
         assert_eq!(edu.read(INTERRUPT_STATUS, 4), u64::from(CAUSE_DMA));
         assert_eq!((edu.read(DMA_COMMAND, 8), edu.read(DMA_RESULT, 8)), (0, 0));
         let (count, back) = (8, COMMAND_START | COMMAND_TO_MEMORY);
@@ -325,10 +332,10 @@ mod tests {
         {
             start(&mut edu);
             answer(&edu, &*queue, code);
-            assert!(edu.resume(bus_master));
+            assert_eq!(edu.resume(bus_master), Some(CAUSE_DMA));
             assert_eq!((edu.read(DMA_COMMAND, 8), edu.read(DMA_RESULT, 8)), (0, outcome));
         }
-        assert!(!edu.resume(true), "there is nothing to go on with");
+        assert_eq!(edu.resume(true), None, "there is nothing to go on with");
     }
 
     #[test]
@@ -353,9 +360,9 @@ mod tests {
         assert_eq!(edu.read(LIVENESS, 4), 0xffff_edcb);
         edu.write(FACTORIAL, 4, 5, true);
         assert_eq!(edu.read(FACTORIAL, 4), 120);
-        assert!(!edu.write(INTERRUPT_RAISE, 4, 0, true));
-        assert!(edu.write(INTERRUPT_RAISE, 4, 6, true));
-        assert!(!edu.write(INTERRUPT_ACKNOWLEDGE, 4, 2, true));
+        assert_eq!(edu.write(INTERRUPT_RAISE, 4, 0, true), None);
+        assert_eq!(edu.write(INTERRUPT_RAISE, 4, 6, true), Some(6));
+        assert_eq!(edu.write(INTERRUPT_ACKNOWLEDGE, 4, 2, true), None);
         assert_eq!(edu.read(INTERRUPT_STATUS, 4), 4);
     }
 }

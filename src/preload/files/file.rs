@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, MutexGuard, Weak};
 use std::thread;
 use twostage::sync::Mutex;
@@ -54,6 +54,36 @@ pub trait Caller: uapi::Process {
     /// # Errors
     /// `EMFILE`, or another error.
     fn open(&self, file: Arc<dyn File>) -> Result<i32, Errno>;
+
+    /// The emulated file of this process that the process has open as `fd`.
+    ///
+    /// # Errors
+    /// `EBADF` nothing is open there; `EINVAL` something else is.
+    fn file_at(&self, fd: i32) -> Result<Arc<dyn File>, Errno>;
+}
+
+/// What to map instead of an emulated file.
+#[derive(Debug)]
+pub enum Pages {
+    /// Pages of an IOMMU: all of their file.
+    Iommu(MappedPages),
+    /// Memory of a device: a file, from `offset` on.
+    Device {
+        memory: Arc<Internal>,
+        offset: u64,
+        /// It stays open as long as this.
+        _file: Arc<dyn File>,
+    },
+}
+
+impl Pages {
+    /// The descriptor to map, and from where on.
+    pub fn source(&self) -> (RawFd, u64) {
+        match self {
+            Self::Iommu(pages) => (pages.file().as_raw_fd(), 0),
+            Self::Device { memory, offset, .. } => (memory.raw(), *offset),
+        }
+    }
 }
 
 /// An open emulated file. Dropping it closes it.
@@ -91,7 +121,7 @@ pub trait File: Debug + Send + Sync {
     ///
     /// # Errors
     /// Linux's; `ENODEV` for a file that cannot be mapped.
-    fn map(&self, request: MmapRequest) -> Result<MappedPages, Errno> {
+    fn map(self: Arc<Self>, request: MmapRequest) -> Result<Pages, Errno> {
         let _ = request;
         Err(Errno::ENODEV)
     }

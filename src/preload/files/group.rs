@@ -13,15 +13,19 @@ use twostage::sync::Mutex;
 use twostage::iommufd::{Errno, UserMemory};
 use twostage::spec::pci::Bdf;
 use twostage_emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
-use twostage_emulated::{EmulatedHost, Machine};
+use twostage_emulated::{EmulatedHost, Machine, MmapRequest};
 use vfio_bindings::bindings::vfio::{
     VFIO_GROUP_FLAGS_CONTAINER_SET as CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE as VIABLE,
 };
 
 use crate::config::{Device as DeviceEntry, Dma};
+use crate::files::config_space::Kind;
 use crate::files::device::Device;
 use crate::files::edu::Edu;
-use crate::files::file::{Answer, Call, Caller, File};
+use crate::files::file::{Answer, Call, Caller, File, Pages};
+use crate::files::function::Function;
+use crate::files::info::Place;
+use crate::files::users::group_name;
 use crate::memory::pins::Pins;
 use crate::table::Internal;
 
@@ -151,7 +155,7 @@ pub struct GroupFile(pub Arc<Group>);
 
 impl File for GroupFile {
     fn name(&self) -> String {
-        format!("group{}", self.0.number)
+        group_name(self.0.number)
     }
 
     fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
@@ -182,6 +186,10 @@ impl File for OfGroup {
 
     fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
         self.device.as_ref().ok_or(Errno::ENODEV)?.call(caller, call)
+    }
+
+    fn map(self: Arc<Self>, request: MmapRequest) -> Result<Pages, Errno> {
+        self.device.as_ref().ok_or(Errno::ENODEV)?.pages(request, self.clone())
     }
 
     fn resume(&self) -> bool {
@@ -251,6 +259,22 @@ pub struct Entry {
     pub group: u32,
 }
 
+impl Entry {
+    /// Its Requester ID, which is valid in a machine.
+    fn rid(&self) -> Result<Bdf, Errno> {
+        self.config.rid().map_err(|_| Errno::ENODEV)
+    }
+
+    /// What its function is.
+    pub fn kind(&self) -> Kind {
+        match (self.config.express, self.config.rid().map_or(0, Bdf::bus)) {
+            (false, _) => Kind::Conventional,
+            (true, 0) => Kind::Integrated,
+            (true, _) => Kind::Endpoint,
+        }
+    }
+}
+
 /// Opens devices of a machine, or of one group in it.
 #[derive(Debug)]
 pub struct Opener {
@@ -280,7 +304,11 @@ impl Opener {
                 port.map(|port| Edu::new(port, self.pins.clone()))
             }
         };
-        Ok(Device::new(name, file, edu))
+        let (rid, group) = (device.rid()?, device.group);
+        let same_bus = |other: &&Entry| other.rid().is_ok_and(|other| other.bus() == rid.bus());
+        let resettable = rid.bus() > 0 && self.devices.values().filter(same_bus).count() == 1;
+        let place = Place { rid, group, resettable };
+        Ok(Device::new(name, place, file, Function::new(device.kind(), edu)?))
     }
 
     /// The number of the device at the PCI address `name`, such as `0000:00:04.0`.

@@ -9,9 +9,9 @@ use twostage::sync::Mutex;
 
 use twostage::iommufd::{Errno, Readiness};
 use twostage_emulated::uapi::TestFile;
-use twostage_emulated::{EmulatedHost, EventFile, MappedPages, MmapRequest};
+use twostage_emulated::{EmulatedHost, EventFile, MmapRequest};
 
-use crate::files::file::{Answer, Argument, Call, Caller, Excess, File};
+use crate::files::file::{Answer, Argument, Call, Caller, Excess, File, Pages};
 use crate::sys;
 use crate::table::Internal;
 
@@ -51,8 +51,8 @@ impl File for Iommufd {
         result.map(|value| i64::from(value).into())
     }
 
-    fn map(&self, request: MmapRequest) -> Result<MappedPages, Errno> {
-        self.host.mmap(request)
+    fn map(self: Arc<Self>, request: MmapRequest) -> Result<Pages, Errno> {
+        self.host.mmap(request).map(Pages::Iommu)
     }
 
     fn as_iommufd(&self) -> Option<&Arc<EmulatedHost>> {
@@ -62,7 +62,8 @@ impl File for Iommufd {
 
 const PAGE_SIZE: u64 = 4096;
 
-/// One process's mappings of its iommufds: these objects are in use until they are unmapped.
+/// One process's mappings of its iommufds and devices: these objects are in use until they are
+/// unmapped.
 #[derive(Debug, Default)]
 pub struct Windows {
     /// Their number: most programs have none.
@@ -75,12 +76,12 @@ struct Window {
     /// The remaining address ranges: each first, and one past each last.
     addresses: Vec<(u64, u64)>,
     /// Dropped when none is left.
-    _pages: MappedPages,
+    _pages: Pages,
 }
 
 impl Windows {
     /// `pages` were mapped at `address`, with `length` bytes.
-    pub fn add(&self, address: u64, length: u64, pages: MappedPages) {
+    pub fn add(&self, address: u64, length: u64, pages: Pages) {
         let addresses = vec![(address, address.saturating_add(length))];
         let window = Window { addresses, _pages: pages };
         let mut list = self.list.lock();

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mapping and unmapping memory, and other changes of it: windows of iommufds, and pages that
-//! devices may access.
+//! Mapping and unmapping memory, and other changes of it: windows of iommufds and devices, and
+//! pages that devices may access.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
-use std::os::fd::AsRawFd;
 
 use libc::{off64_t, size_t, MAP_FAILED};
 use twostage::iommufd::Errno;
-use twostage_emulated::{MappedPages, MmapRequest};
+use twostage_emulated::MmapRequest;
 
 use super::ours;
+use crate::files::file::Pages;
 use crate::{memory::taken, next, state, sys};
 
 fn failed(errno: Errno) -> *mut c_void {
@@ -37,7 +37,7 @@ fn pages(
     flags: c_int,
     fd: c_int,
     offset: off64_t,
-) -> Option<Result<MappedPages, Errno>> {
+) -> Option<Result<Pages, Errno>> {
     if flags & libc::MAP_ANONYMOUS != 0 {
         return None;
     }
@@ -68,7 +68,9 @@ macro_rules! mmap {
             let (mut fd, mut offset, mut window) = (fd, offset, None);
             match pages(length, protection, flags, fd, offset) {
                 Some(Ok(pages)) => {
-                    (fd, offset) = (pages.file().as_raw_fd(), 0);
+                    let (file, at) = pages.source();
+                    // No larger than the program's.
+                    (fd, offset) = (file, at as off64_t);
                     window = Some(pages);
                 }
                 Some(Err(errno)) => return failed(errno),

@@ -323,6 +323,25 @@ pub fn file_of(bytes: &[u8]) -> Result<OwnedFd, Errno> {
     }
 }
 
+/// Fills `bytes` from `offset` of the file `fd` on, whose position stays.
+///
+/// # Errors
+/// `EIO` there is less.
+pub fn read_at(fd: RawFd, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+    let wanted = bytes.len();
+    let read = rustix::io::pread(numbered(fd)?, bytes, offset).map_err(errno)?;
+    (read == wanted).then_some(()).ok_or(Errno::from_raw(libc::EIO))
+}
+
+/// Writes `bytes` likewise.
+///
+/// # Errors
+/// `EIO` there is no room.
+pub fn write_at(fd: RawFd, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+    let written = rustix::io::pwrite(numbered(fd)?, bytes, offset).map_err(errno)?;
+    (written == bytes.len()).then_some(()).ok_or(Errno::from_raw(libc::EIO))
+}
+
 /// Calls `child` in the child of every fork made by libc.
 pub fn at_fork_in_child(child: unsafe extern "C" fn()) {
     // SAFETY: the function is valid as long as the library, which is never unloaded.

@@ -11,6 +11,7 @@
 
 mod container;
 mod descriptors;
+mod express;
 mod memory;
 mod smmu;
 mod sysfs;
@@ -32,6 +33,8 @@ fn main() {
         ["files", device] => memory::files(device),
         ["closing"] => descriptors::closing(),
         ["page-requests", device] => vtd::page_requests(device),
+        ["express", device] => express::run(device),
+        ["hot-reset", device, group, name] => express::hot_reset(device, group, name),
         ["sysfs"] => sysfs::run(),
         ["fortified", device] => sysfs::fortified(device),
         ["fork"] => descriptors::fork(),

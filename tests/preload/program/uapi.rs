@@ -254,7 +254,7 @@ impl Device {
         File::options().read(true).write(true).open(path).expect(path).into()
     }
 
-    fn fd(&self) -> RawFd {
+    pub fn fd(&self) -> RawFd {
         std::os::fd::AsRawFd::as_raw_fd(&self.file)
     }
 
@@ -299,13 +299,36 @@ impl Device {
         println!("written: {written}, {:?}", [0x80, 0x88, 0x90].map(|at| self.read(at)));
     }
 
-    /// Offset of the region `index` in the file.
-    fn region(&self, index: u32) -> u64 {
-        // argsz, flags, index, cap_offset, size, offset
+    /// `struct vfio_region_info`: argsz, flags, index, cap_offset, size, offset.
+    fn info(&self, index: u32) -> [u32; 8] {
         let mut info = [0u32; 8];
         (info[0], info[2]) = (32, index);
         ioctl(self.fd(), vfio(8), &mut info).expect("VFIO_DEVICE_GET_REGION_INFO");
+        info
+    }
+
+    /// Offset of the region `index` in the file.
+    pub fn region(&self, index: u32) -> u64 {
+        let info = self.info(index);
         u64::from(info[7]) << 32 | u64::from(info[6])
+    }
+
+    /// Its flags and its length.
+    pub fn region_info(&self, index: u32) -> (u32, u64) {
+        let info = self.info(index);
+        (info[1], u64::from(info[5]) << 32 | u64::from(info[4]))
+    }
+
+    /// The eight bytes at `offset` of it.
+    pub fn region_read(&self, index: u32, offset: u64) -> u64 {
+        let mut value = [0; 8];
+        self.file.read_exact_at(&mut value, self.region(index) + offset).expect("a region");
+        u64::from_le_bytes(value)
+    }
+
+    pub fn region_write(&self, index: u32, offset: u64, value: u64) {
+        let at = self.region(index) + offset;
+        self.file.write_all_at(&value.to_le_bytes(), at).expect("a region");
     }
 
     pub fn attach(&self, pt: u32) -> Result<u32> {
@@ -327,6 +350,11 @@ impl Device {
     }
 
     fn write(&self, register: u64, value: u64) {
+        self.file.write_all_at(&value.to_le_bytes(), self.bar + register).expect("a register");
+    }
+
+    /// Writes a register of four bytes.
+    pub fn write32(&self, register: u64, value: u32) {
         self.file.write_all_at(&value.to_le_bytes(), self.bar + register).expect("a register");
     }
 

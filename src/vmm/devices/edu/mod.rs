@@ -213,7 +213,7 @@ impl Shared {
                 self.counters.failed.fetch_add(1, Ordering::Relaxed)
             }
         };
-        if let Effect::Interrupt { raised } = registers.transfer_ended() {
+        if let Effect::Interrupt { raised, .. } = registers.transfer_ended() {
             self.interrupt(&registers, raised);
         }
     }
@@ -287,7 +287,7 @@ impl PciFunction for Edu {
         let pasid = self.shared.rights.pasid();
         match registers.write(offset, data.len(), value, pasid) {
             Effect::None => {}
-            Effect::Interrupt { raised } => self.shared.interrupt(&registers, raised),
+            Effect::Interrupt { raised, .. } => self.shared.interrupt(&registers, raised),
             Effect::Transfer(transfer) => {
                 let life = self.shared.rights.life();
                 drop(registers);

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The PCI function behind a VFIO device: its configuration space, BARs and interrupts.
+
+use std::mem::size_of;
+use std::sync::Arc;
+
+use twostage::iommufd::Errno;
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_CONFIG_REGION_INDEX as CONFIG_REGION, VFIO_PCI_NUM_REGIONS as REGIONS,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+};
+
+use crate::files::config_space::{self as config, Kind, BARS, COMMAND};
+use crate::files::edu::Edu;
+use crate::files::irqs::Irqs;
+use crate::sys;
+use crate::table::Internal;
+
+/// The function.
+#[derive(Debug)]
+pub struct Function {
+    kind: Kind,
+    config: Vec<u8>,
+    bars: [u64; BARS],
+    edu: Option<Edu>,
+    /// That of BAR 2, which the program may map.
+    memory: Option<Arc<Internal>>,
+    /// Its interrupts.
+    pub irqs: Irqs,
+}
+
+/// A region of the device's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Region {
+    /// Its index.
+    pub index: u32,
+    /// In bytes; 0: there is none.
+    pub size: u64,
+}
+
+impl Region {
+    /// Its flags for VFIO. The registers cannot be mapped, as writes to them have effects, nor the
+    /// table of MSI-X.
+    pub fn flags(self) -> u32 {
+        let map = if self.is_memory() { VFIO_REGION_INFO_FLAG_MMAP } else { 0 };
+        match self.size {
+            0 => 0,
+            _ => VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE | map,
+        }
+    }
+
+    /// Whether it is configuration space.
+    pub fn is_config(self) -> bool {
+        self.index == CONFIG_REGION
+    }
+
+    /// Whether it can be mapped.
+    pub fn is_memory(self) -> bool {
+        self.index == config::MEMORY && self.size > 0
+    }
+}
+
+impl Function {
+    /// A function after reset, with or without an engine.
+    ///
+    /// # Errors
+    /// There are no more descriptors, or no memory.
+    pub fn new(kind: Kind, edu: Option<Edu>) -> Result<Self, Errno> {
+        let bars = kind.bars(edu.is_some());
+        let memory = match kind.is_express() {
+            true => Some(Internal::new(sys::file_of(&[0; config::MEMORY_SIZE])?).into()),
+            false => None,
+        };
+        let irqs = Irqs::new(kind.is_express());
+        Ok(Self { kind, config: kind.config_space(), bars, edu, memory, irqs })
+    }
+
+    /// The region `index`; none if there is no such index.
+    pub fn region(&self, index: u32) -> Option<Region> {
+        let bar = usize::try_from(index).ok().and_then(|bar| self.bars.get(bar));
+        let size = match index {
+            CONFIG_REGION => self.config.len() as u64,
+            _ if index < REGIONS => bar.copied().unwrap_or(0),
+            _ => return None,
+        };
+        Some(Region { index, size })
+    }
+
+    /// The memory of BAR 2.
+    pub fn memory(&self) -> Option<&Arc<Internal>> {
+        self.memory.as_ref()
+    }
+
+    /// Puts it in the state in which it was opened, except for what VFIO has set up: eventfds.
+    pub fn reset(&mut self) {
+        self.config = self.kind.config_space();
+        if let Some(edu) = &mut self.edu {
+            edu.reset();
+        }
+        if let Some(memory) = &self.memory {
+            // It is as long.
+            let _ = sys::write_at(memory.raw(), 0, &[0; config::MEMORY_SIZE]);
+        }
+        self.interrupt(None);
+    }
+
+    /// Reads or writes `bytes`, an aligned piece of at most eight bytes of `region`, at `at`.
+    ///
+    /// # Errors
+    /// `EINVAL` there is nothing.
+    pub fn access(
+        &mut self,
+        region: Region,
+        at: u64,
+        bytes: &mut [u8],
+        write: bool,
+    ) -> Result<(), Errno> {
+        match region.index {
+            CONFIG_REGION => self.access_config(at, bytes, write),
+            config::REGISTERS => self.access_registers(at, bytes, write),
+            config::MESSAGES => {
+                // The table is the host's, as in vfio-pci. No bit is pending.
+                let is_table = at < config::TABLE_SIZE;
+                if !write {
+                    bytes.fill(if is_table { 0xff } else { 0 });
+                }
+                Ok(())
+            }
+            _ => {
+                let memory = self.memory.as_ref().ok_or(Errno::EINVAL)?.raw();
+                match write {
+                    true => sys::write_at(memory, at, bytes),
+                    false => sys::read_at(memory, at, bytes),
+                }
+            }
+        }
+    }
+
+    fn access_config(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
+        let start = usize::try_from(at).map_err(|_| Errno::EINVAL)?;
+        let end = start.checked_add(bytes.len()).ok_or(Errno::EINVAL)?;
+        let space = self.config.get_mut(start..end).ok_or(Errno::EINVAL)?;
+        let mut reset = false;
+        for ((offset, place), byte) in (start..).zip(space).zip(bytes) {
+            match offset {
+                _ if !write => *byte = *place,
+                COMMAND => *place = *byte & config::COMMAND_BITS,
+                offset if offset == COMMAND + 1 => *place = *byte & config::INTERRUPT_DISABLE,
+                config::DEVICE_CONTROL if self.kind.is_express() => {
+                    reset |= *byte & config::INITIATE_RESET != 0;
+                }
+                _ => {}
+            }
+        }
+        if reset {
+            self.reset();
+        } else if write {
+            self.interrupt(None);
+        }
+        Ok(())
+    }
+
+    fn access_registers(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
+        let bus_master = self.bus_master();
+        let edu = self.edu.as_mut().ok_or(Errno::EINVAL)?;
+        let mut value = [0; size_of::<u64>()];
+        if write {
+            value.iter_mut().zip(&*bytes).for_each(|(to, from)| *to = *from);
+            let raised = edu.write(at, bytes.len(), u64::from_le_bytes(value), bus_master);
+            self.interrupt(raised);
+        } else {
+            value = edu.read(at, bytes.len()).to_le_bytes();
+            bytes.iter_mut().zip(value).for_each(|(to, from)| *to = from);
+        }
+        Ok(())
+    }
+
+    /// The pin follows the registers; a message is sent if causes were `raised`.
+    fn interrupt(&mut self, raised: Option<u32>) {
+        if let Some(causes) = raised {
+            self.irqs.send(causes);
+        }
+        let pending = self.edu.as_ref().is_some_and(Edu::interrupt_pending);
+        let command = self.config.get(COMMAND + 1).copied().unwrap_or(0);
+        if let Some(status) = self.config.get_mut(config::STATUS) {
+            let bit = config::STATUS_INTERRUPT;
+            *status = *status & !bit | if pending { bit } else { 0 };
+        }
+        self.irqs.set_level(pending && command & config::INTERRUPT_DISABLE == 0);
+    }
+
+    fn bus_master(&self) -> bool {
+        self.config.get(COMMAND).is_some_and(|byte| byte & config::BUS_MASTER != 0)
+    }
+
+    /// Continues a DMA whose page requests are answered; returns whether one is still waiting.
+    pub fn resume(&mut self) -> bool {
+        let bus_master = self.bus_master();
+        let Some(edu) = &mut self.edu else { return false };
+        let raised = edu.resume(bus_master);
+        let waits = edu.waits();
+        self.interrupt(raised);
+        waits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn function(kind: Kind) -> Function {
+        Function::new(kind, None).unwrap()
+    }
+
+    fn read(function: &mut Function, index: u32, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        let region = function.region(index).unwrap();
+        function.access(region, at, &mut bytes, false).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    fn write(function: &mut Function, index: u32, at: u64, bytes: &[u8]) {
+        let region = function.region(index).unwrap();
+        function.access(region, at, &mut bytes.to_vec(), true).unwrap();
+    }
+
+    #[test]
+    fn regions() {
+        let flags = |function: &Function| {
+            let of = |index| function.region(index).map(|region| (region.size, region.flags()));
+            [0, 1, 2, 3, 7, 8, 9].map(of)
+        };
+        let (none, conventional, express) =
+            (Some((0, 0)), function(Kind::Conventional), function(Kind::Endpoint));
+        assert_eq!(flags(&conventional), [none, none, none, none, Some((256, 3)), none, None]);
+        let (messages, memory) = (Some((0x1000, 3)), Some((0x4000, 7)));
+        let config = Some((4096, 3));
+        assert_eq!(flags(&express), [none, messages, memory, none, config, none, None]);
+    }
+
+    #[test]
+    fn the_table_is_the_host_s() {
+        let mut function = function(Kind::Integrated);
+        write(&mut function, config::MESSAGES, 8, &[7; 8]);
+        assert_eq!(read(&mut function, config::MESSAGES, 8), u64::MAX);
+        assert_eq!(read(&mut function, config::MESSAGES, config::TABLE_SIZE), 0);
+        assert_eq!(read(&mut function, config::MESSAGES, 0x800), 0, "nothing is pending");
+    }
+
+    #[test]
+    fn a_reset_leaves_nothing() {
+        for by_config in [false, true] {
+            let mut function = function(Kind::Integrated);
+            write(&mut function, CONFIG_REGION, COMMAND as u64, &[6]);
+            write(&mut function, config::MEMORY, 0x1ff8, b"a secret");
+            let before = read(&mut function, config::MEMORY, 0x1ff8);
+            assert_eq!(before.to_le_bytes(), *b"a secret");
+            if by_config {
+                let control = config::DEVICE_CONTROL as u64;
+                write(&mut function, CONFIG_REGION, control, &[0x7f]);
+                assert_eq!(read(&mut function, config::MEMORY, 0x1ff8), before, "another bit");
+                write(&mut function, CONFIG_REGION, control, &[0x80]);
+            } else {
+                function.reset();
+            }
+            assert_eq!(read(&mut function, config::MEMORY, 0x1ff8), 0);
+            assert_eq!(function.config, Kind::Integrated.config_space());
+        }
+    }
+
+    #[test]
+    fn a_conventional_function_has_no_such_reset() {
+        let mut function = function(Kind::Conventional);
+        write(&mut function, CONFIG_REGION, COMMAND as u64, &[6]);
+        write(&mut function, CONFIG_REGION, config::DEVICE_CONTROL as u64, &[0x80]);
+        assert_eq!(read(&mut function, CONFIG_REGION, COMMAND as u64) & 0xff, 6);
+    }
+}
