@@ -327,6 +327,23 @@ bool write_vanishes(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *pa
     return !check_is_over();
 }
 
+void rights_hold(volatile u64 *read_only, volatile u64 *write_only, unsigned no_write, unsigned no_read)
+{
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, read_only, no_write));
+    REQUIRE(read_arrives(DEVICE, NO_PASID, IOVA, read_only));
+    REQUIRE(read_faults(DEVICE, NO_PASID, IOVA + PAGE_SIZE, no_read));
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA + PAGE_SIZE, write_only));
+}
+
+void first_stage_flags_follow(volatile u64 *page, volatile u64 *leaf, volatile u64 *top)
+{
+    EXPECT(edu_read_from(DEVICE, NO_PASID, IOVA, READ_OFFSET, WORD), "the read does not end");
+    EXPECT((*leaf & (FS_A | FS_D)) == FS_A, "leaf 0x%lx after a read", *leaf);
+    EXPECT(*top & FS_A, "top entry 0x%lx after a read", *top);
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, page));
+    EXPECT((*leaf & (FS_A | FS_D)) == (FS_A | FS_D), "leaf 0x%lx after a write", *leaf);
+}
+
 bool mend(void)
 {
     bool done = !cap_caching_mode() || queue_invalidate_all();

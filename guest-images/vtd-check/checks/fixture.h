@@ -105,6 +105,14 @@ bool read_faults(const struct edu *edu, u32 pasid, u64 iova, unsigned reason);
 // The access moves no byte and nothing is recorded.
 bool write_vanishes(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
 
+// The device's accesses at IOVA are those that a read-only `page` allows, and at the next page those
+// of a write-only one; the others leave a record with these reasons.
+void rights_hold(volatile u64 *read_only, volatile u64 *write_only, unsigned no_write, unsigned no_read);
+
+// First-stage entries on the way from IOVA to `page`: a read sets A in `leaf` and in `top`, only a
+// write sets D, in `leaf`.
+void first_stage_flags_follow(volatile u64 *page, volatile u64 *leaf, volatile u64 *top);
+
 // To be called when entries have changed that were not present, or invalid: in caching mode it
 // invalidates them. Otherwise a unit does not cache them (VT-d 6.1).
 bool mend(void);

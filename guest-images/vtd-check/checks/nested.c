@@ -175,10 +175,7 @@ static void page_rights(void)
     (void)nested_show(&nested, write_only, SS_W);
     attach_nested(0, &nested);
     REQUIRE(enable());
-    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, read_only, SS_PERMISSION));
-    REQUIRE(read_arrives(DEVICE, NO_PASID, IOVA, read_only));
-    REQUIRE(read_faults(DEVICE, NO_PASID, IOVA + PAGE_SIZE, SS_PERMISSION));
-    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA + PAGE_SIZE, write_only));
+    rights_hold(read_only, write_only, SS_PERMISSION, SS_PERMISSION);
 }
 
 // Flags of entries that the second stage lets nobody write; those that are set need no write.
@@ -207,15 +204,10 @@ static void first_flags(void)
     struct nested nested = nested_new();
     volatile u64 *page = page_new();
     volatile u64 *leaf = nested_map(&nested, IOVA, page, FS_READ_WRITE);
-    volatile u64 *top = table_entry(&nested.first, IOVA, 4);
 
     attach_nested(0, &nested);
     REQUIRE(enable());
-    EXPECT(edu_read_from(DEVICE, NO_PASID, IOVA, 1024, 8), "the read does not end");
-    EXPECT((*leaf & (FS_A | FS_D)) == FS_A, "leaf 0x%lx after a read", *leaf);
-    EXPECT(*top & FS_A, "top entry 0x%lx after a read", *top);
-    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, page));
-    EXPECT((*leaf & (FS_A | FS_D)) == (FS_A | FS_D), "leaf 0x%lx after a write", *leaf);
+    first_stage_flags_follow(page, leaf, table_entry(&nested.first, IOVA, 4));
 }
 
 // Of the page and, as its flags are written, of the first-stage table.

@@ -37,10 +37,7 @@ static void rights(void)
     map_leaf(&space, IOVA + PAGE_SIZE, gpa_of(write_only), LEVEL_4K, SS_W);
     attach_legacy(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
-    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, read_only, LEGACY_NO_WRITE));
-    REQUIRE(read_arrives(DEVICE, NO_PASID, IOVA, read_only));
-    REQUIRE(read_faults(DEVICE, NO_PASID, IOVA + PAGE_SIZE, LEGACY_NO_READ));
-    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA + PAGE_SIZE, write_only));
+    rights_hold(read_only, write_only, LEGACY_NO_WRITE, LEGACY_NO_READ);
 }
 
 static void not_mapped(void)
