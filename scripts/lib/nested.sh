@@ -10,6 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 tree=$work/tree
 mkdir -p "$tree/job"
+cp "$root/guest-images/nested-host/host-kernel.sh" "$tree/job/"
 prepare=$tree/job/prepare
 : >"$prepare"
 environment=$work/environment
