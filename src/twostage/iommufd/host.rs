@@ -174,7 +174,8 @@ pub trait HostIommu: Debug + Send + Sync {
     ) -> Result<(), InvalidateError>;
 
     /// Starts or stops tracking which pages DMA writes through `hwpt`, a HWPT_PAGING, and through
-    /// the HWPTs nested on it. Nothing is dirty initially.
+    /// the HWPTs nested on it. Nothing is dirty when it starts; what is dirty when it stops
+    /// remains so until it is cleared.
     ///
     /// # Errors
     /// `ENOENT`; `EOPNOTSUPP` allocated without `DIRTY_TRACKING`.

@@ -266,18 +266,17 @@ impl Objects {
 
     /// `IOMMU_HWPT_GET_DIRTY_BITMAP`, without the bitmap: the dirty IOVAs up to the first hole in
     /// the mappings; a hole is no error, as in Linux. They stay dirty until [`Self::hwpt_clean`],
-    /// after the caller got them. Nothing is dirty while tracking is off.
+    /// after the caller got them, or until tracking starts again. Nothing gets dirty while it is
+    /// off.
     pub fn hwpt_dirty(&self, hwpt: ObjectId, range: &DirtyRange) -> Outcome<DirtyPages> {
         let ioas = self.table.hwpt_paging(hwpt)?.ioas;
         let object = self.table.ioas(ioas)?;
         let iovas = check_range(range, object.alignment)?;
         let log = self.dirty_log(hwpt)?;
+        allocate("a bitmap")?;
         let mut runs = Vec::new();
-        if log.is_enabled() {
-            allocate("a bitmap")?;
-            for part in object.space.parts(&iovas).0 {
-                runs.extend(log.read(&(part.iova..=part.iova + (part.piece.length - 1)), false));
-            }
+        for part in object.space.parts(&iovas).0 {
+            runs.extend(log.read(&(part.iova..=part.iova + (part.piece.length - 1)), false));
         }
         Ok(DirtyPages { ioas, log, runs })
     }
