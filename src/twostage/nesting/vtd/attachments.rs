@@ -182,6 +182,7 @@ impl State {
         let hwpt =
             self.objects.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
         self.counters.nested_allocs += 1;
+        self.counters.ssade_allocs += u64::from(sets_flags_of_second_stage(&args.data));
         self.nested.hwpts.insert(hwpt, (parent.hwpt, stage1));
         Ok(hwpt)
     }
@@ -282,6 +283,14 @@ fn vtd_ss(tables: &VtdSecondStage) -> HwptVtdSecondStage {
         pgtbl_addr: tables.table,
         addr_width: tables.address_width.bits().into(),
         accessed_dirty: tables.accessed_dirty,
+    }
+}
+
+fn sets_flags_of_second_stage(data: &HwptData) -> bool {
+    match data {
+        HwptData::VtdSecondStage(second) => second.accessed_dirty,
+        HwptData::VtdNested(nested) => nested.second.accessed_dirty,
+        _ => false,
     }
 }
 

@@ -162,6 +162,8 @@ crate::counters! {
     pub struct VtdNestingCounters {
         /// `HWPT_NESTED` objects allocated.
         nested_allocs,
+        /// Those in whose second stage, the guest's, accessed and dirty flags are set (SSADE).
+        ssade_allocs,
         /// Requesters attached to a `HWPT_NESTED` that others used already.
         nested_shares,
         /// Configurations without a change, and so without a host call.

@@ -348,6 +348,8 @@ fn flags_of_the_second_stage_reach_the_host() {
         let calls = rig.host.take_log();
         assert!(calls[0].starts_with("HWPT_ALLOC") && calls[0].contains("SSADE"), "{calls:?}");
     }
+    let counters = rig.nesting.counters();
+    assert_eq!((counters.nested_allocs, counters.ssade_allocs), (4, 2));
     rig.ends_clean();
 }
 
