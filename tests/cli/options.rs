@@ -96,6 +96,7 @@ fn contradictory_and_impossible_options_are_usage_errors() {
         (&["--iommu", "amd"], "unknown IOMMU 'amd'"),
         (&["--iommu", "vtd,aw=39"], "neither 48 nor 57"),
         (&["--iommu", "vtd,addr=0x1000"], "overlaps RAM"),
+        (&["--iommu", "vtd,nest=on,host=/dev/iommu"], "nest=on needs host=emulated"),
         (&["--device", "edu,iommu=on"], "there is no --iommu"),
         (&["--device", "edu,pasid=on"], "behind an IOMMU"),
         (&["--iommu", "vtd", "--device", "edu,pasid=on,iommu=off"], "behind an IOMMU"),
