@@ -73,6 +73,7 @@ test-all: test loom
 	@$(MAKE) --no-print-directory qemu-demo
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
 	@[ "$(NESTED)" = off ] || scripts/check/xen
+	@[ "$(NESTED)" = off ] || scripts/nested/x86-kernel --from-source >/dev/null
 	@$(MAKE) --no-print-directory test-x86-host
 	@$(MAKE) --no-print-directory test-arm64
 

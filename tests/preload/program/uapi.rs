@@ -112,8 +112,9 @@ pub fn destroy(fd: RawFd, id: u32) -> Result<()> {
     ioctl(fd, IOMMUFD_CMD_DESTROY, &mut destroy)
 }
 
-/// The capability registers, if the device is behind a VT-d.
-pub fn hw_info_vtd(fd: RawFd, dev: u32) -> Result<Option<iommu_hw_info_vtd>> {
+/// The capability registers, if the device is behind a VT-d; and whether dirty tracking is among
+/// the capabilities.
+pub fn hw_info_vtd(fd: RawFd, dev: u32) -> Result<(Option<iommu_hw_info_vtd>, bool)> {
     let mut vtd = iommu_hw_info_vtd::default();
     let mut info = iommu_hw_info {
         size: size::<iommu_hw_info>(),
@@ -125,7 +126,20 @@ pub fn hw_info_vtd(fd: RawFd, dev: u32) -> Result<Option<iommu_hw_info_vtd>> {
     ioctl(fd, IOMMUFD_CMD_GET_HW_INFO, &mut info)?;
     // SAFETY: both members of the union are this number.
     let kind = unsafe { info.__bindgen_anon_1.out_data_type };
-    Ok((kind == 1).then_some(vtd))
+    // `IOMMU_HW_CAP_DIRTY_TRACKING`.
+    Ok(((kind == 1).then_some(vtd), info.out_capabilities & 1 != 0))
+}
+
+/// Page tables of `ioas` have no entries for large pages: a dirty page is one of 4 KiB.
+pub fn small_pages(fd: RawFd, ioas: u32) -> Result<()> {
+    let mut option = iommu_option {
+        size: size::<iommu_option>(),
+        // `IOMMU_OPTION_HUGE_PAGES`, to 0.
+        option_id: 1,
+        object_id: ioas,
+        ..Default::default()
+    };
+    ioctl(fd, IOMMUFD_CMD_OPTION, &mut option)
 }
 
 /// Starts or stops dirty tracking.
@@ -137,12 +151,14 @@ pub fn track_dirty(fd: RawFd, hwpt: u32, enable: bool) -> Result<()> {
     ioctl(fd, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, &mut set)
 }
 
-/// The dirty pages of `length` bytes from address 0 on, since the last call.
-pub fn dirty_pages(fd: RawFd, hwpt: u32, length: u64) -> Result<Vec<u64>> {
+/// The dirty pages of `length` bytes from address 0 on; they are clean from then on if `clear`.
+pub fn dirty_pages(fd: RawFd, hwpt: u32, length: u64, clear: bool) -> Result<Vec<u64>> {
     let mut bitmap = vec![0u64; (length / 4096 / 64) as usize];
     let mut get = iommu_hwpt_get_dirty_bitmap {
         size: size::<iommu_hwpt_get_dirty_bitmap>(),
         hwpt_id: hwpt,
+        // `IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR`.
+        flags: u32::from(!clear),
         length,
         page_size: 4096,
         data: bitmap.as_mut_ptr() as u64,

@@ -53,14 +53,42 @@ fn faults(iommufd: i32) {
     println!("destroy: {}", outcome(destroy(iommufd, id)));
 }
 
-/// Only the second page of data is dirty, once.
-fn dirty(iommufd: i32, parent: u32) {
-    let dirty = dirty_pages(iommufd, parent, MEMORY).expect("GET_DIRTY_BITMAP");
-    println!("the second is dirty: {}", dirty.contains(&(SECOND / PAGE)));
-    println!("the first is dirty: {}", dirty.contains(&(FIRST / PAGE)));
-    let dirty = dirty_pages(iommufd, parent, MEMORY).expect("GET_DIRTY_BITMAP");
-    println!("dirty since: {}", dirty.len());
-    println!("track dirty pages no more: {}", outcome(track_dirty(iommufd, parent, false)));
+/// Prints which pages of data are dirty, and cleans them if `clear`. Pages of tables may be dirty,
+/// too, with the flags that the IOMMU sets in their entries.
+fn print_dirty(iommufd: i32, parent: u32, clear: bool) {
+    let dirty = dirty_pages(iommufd, parent, MEMORY, clear).expect("GET_DIRTY_BITMAP");
+    let [first, second] = [FIRST, SECOND].map(|page| dirty.contains(&(page / PAGE)));
+    println!("dirty{}: first {first}, second {second}", if clear { ", and cleared" } else { "" });
+}
+
+/// Dirty pages of data at `first` and `second` in the address space that `device` is attached to,
+/// while the second is written. Tracking goes on.
+fn dirty(iommufd: i32, parent: u32, device: &Device, first: u64, second: u64) {
+    println!("track dirty pages: {}", outcome(track_dirty(iommufd, parent, true)));
+    println!("dirty at the start: {}", dirty_pages(iommufd, parent, MEMORY, false).unwrap().len());
+    println!("fetch, which makes nothing dirty: {}", device.fetch(first, 8));
+    println!("store, the page is dirty: {}", device.store(second, 8));
+    print_dirty(iommufd, parent, false);
+    print_dirty(iommufd, parent, true);
+    println!("dirty since: {}", dirty_pages(iommufd, parent, MEMORY, true).unwrap().len());
+    // The IOMMU may not remember that it has set the flag.
+    println!("store again, the page is dirty again: {}", device.store(second, 8));
+    print_dirty(iommufd, parent, true);
+}
+
+/// What has no dirty pages.
+fn not_dirty(iommufd: i32, dev: u32, ioas: u32, nested: u32) {
+    let of = |hwpt| {
+        let [set, get] = [
+            outcome(track_dirty(iommufd, hwpt, true)),
+            outcome(dirty_pages(iommufd, hwpt, MEMORY, true)),
+        ];
+        format!("{set}, its bitmap: {get}")
+    };
+    println!("track dirty pages of nested: {}", of(nested));
+    let plain = plain_nesting_parent(iommufd, dev, ioas).expect("a nesting parent");
+    println!("track dirty pages of another: {}", of(plain));
+    println!("destroy the one without dirty pages: {}", outcome(destroy(iommufd, plain)));
 }
 
 /// The flow on the device at `path`, with dirty tracking if `track`.
@@ -71,11 +99,15 @@ pub fn flow(path: &str, track: bool) {
     println!("attach before bind: {}", outcome(device.attach(1)));
     let dev = device.bind(iommufd).expect("bind");
     println!("bound again: {}", outcome(device.bind(iommufd)));
-    let vtd = hw_info_vtd(iommufd, dev).expect("GET_HW_INFO");
+    let (vtd, tracks) = hw_info_vtd(iommufd, dev).expect("GET_HW_INFO");
     let nesting = vtd.is_some_and(|vtd| vtd.ecap_reg >> 26 & 1 != 0);
     println!("VT-d {}, nesting {nesting}", vtd.is_some());
+    if track {
+        println!("dirty tracking {tracks}");
+    }
 
     let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    println!("small pages: {}", outcome(small_pages(iommufd, ioas)));
     let mapped = ioas_map(iommufd, ioas, guest.address(), MEMORY, 0);
     println!("map: {}", outcome(mapped));
     let mapped = ioas_map(iommufd, ioas, guest.address(), MEMORY, 0);
@@ -87,15 +119,27 @@ pub fn flow(path: &str, track: bool) {
     println!("fetch from the parent: {}", device.fetch(FIRST, 8));
     println!("store to the parent: {}", device.store(SECOND, 8));
     println!("moved {:#x}", guest.get(SECOND));
+    if track {
+        dirty(iommufd, parent, &device, FIRST, SECOND);
+    }
 
     map(&guest, IOVA, Some(FIRST));
     let nested = nested(iommufd, dev, parent, TABLES, None).expect("nested tables");
     println!("attach nested: {}", outcome(device.attach(nested)));
-    guest.set(SECOND, 0);
     println!("fetch through the tables: {}", device.fetch(IOVA, 8));
     if track {
-        println!("track dirty pages: {}", outcome(track_dirty(iommufd, parent, true)));
+        // Since before the nested tables were there; then from now on.
+        map(&guest, IOVA + PAGE, Some(SECOND));
+        println!("store through the tables, the page is dirty: {}", device.store(IOVA + PAGE, 8));
+        println!("track dirty pages no more: {}", outcome(track_dirty(iommufd, parent, false)));
+        // What was dirty by then still is, until it is cleared.
+        print_dirty(iommufd, parent, true);
+        println!("store, no page is dirty: {}", device.store(IOVA + PAGE, 8));
+        print_dirty(iommufd, parent, true);
+        dirty(iommufd, parent, &device, IOVA, IOVA + PAGE);
+        not_dirty(iommufd, dev, ioas, nested);
     }
+    guest.set(SECOND, 0);
     map(&guest, IOVA, Some(SECOND));
     let (result, done) = invalidate(iommufd, nested, &[(IOVA, 1)]);
     println!("invalidate: {}, {done} done", outcome(result));
@@ -103,7 +147,8 @@ pub fn flow(path: &str, track: bool) {
     println!("first {:#x}, second {:#x}", guest.get(FIRST), guest.get(SECOND));
 
     if track {
-        dirty(iommufd, parent);
+        print_dirty(iommufd, parent, true);
+        println!("track dirty pages no more: {}", outcome(track_dirty(iommufd, parent, false)));
     }
 
     map(&guest, IOVA, None);
