@@ -148,6 +148,7 @@ pub static SETUP: ThreadKind = ThreadKind {
         IOAS_ALLOC,
         IOAS_IOVA_RANGES,
         IOAS_MAP,
+        IOAS_COPY,
         IOAS_UNMAP,
         HWPT_ALLOC,
         // To add a device while a flush of the SMMU's TLB is due.
@@ -201,7 +202,17 @@ pub static SETUP: ThreadKind = ThreadKind {
 /// and resets.
 pub static GUEST: ThreadKind = ThreadKind {
     name: "guest",
-    ioctls: &[DESTROY, HWPT_ALLOC, HWPT_INVALIDATE, ATTACH, DETACH],
+    ioctls: &[
+        DESTROY,
+        // Mirrors of tables, where the host does not nest them.
+        IOAS_ALLOC,
+        IOAS_COPY,
+        IOAS_UNMAP,
+        HWPT_ALLOC,
+        HWPT_INVALIDATE,
+        ATTACH,
+        DETACH,
+    ],
     own: &[],
 };
 

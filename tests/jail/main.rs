@@ -39,8 +39,14 @@ use lives::{smmu, smmu_life, vt_d, vtd_life, Load, World};
 /// Entries that no life here uses: the kind, the ioctl, and why it is in the table.
 const UNSEEN: &[(&ThreadKind, &str, &str)] = &[
     (&SETUP, "IOMMU_HWPT_INVALIDATE", "a stream is added while a flush of the TLB is due"),
+    (&SETUP, "IOMMU_IOAS_COPY", "memory is mapped that mirrored tables of the guest name already"),
+    (&GUEST, "IOMMU_IOAS_ALLOC", MIRRORED),
+    (&GUEST, "IOMMU_IOAS_COPY", MIRRORED),
+    (&GUEST, "IOMMU_IOAS_UNMAP", MIRRORED),
     (&REMOVE, "IOMMU_IOAS_UNMAP", "a kernel's host unmaps what is left when it is dropped"),
 ];
+
+const MIRRORED: &str = "the guest's tables are mirrored where the host does not nest";
 
 thread_local! {
     /// What this thread does.

@@ -3,7 +3,8 @@
 
 use crate::sync::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, MutexGuard};
+use std::fmt::Debug;
+use std::sync::{Arc, MutexGuard, Weak};
 
 use vm_memory::bitmap::Bitmap;
 use vm_memory::GuestMemoryMmap;
@@ -45,11 +46,23 @@ pub struct GuestIoas {
     /// Destroyed with the last reference; otherwise by somebody else.
     ours: bool,
     users: Mutex<Users>,
+    mirrors: Mutex<Vec<Weak<dyn Mirrors>>>,
+}
+
+/// Who maps the same memory elsewhere, by what tables of the guest say.
+pub(super) trait Mirrors: Debug + Send + Sync {
+    /// The map of guest memory has changed: returns when nothing is mapped elsewhere that it does
+    /// not have. Called without locks of the IOAS.
+    fn memory_changed(&self) -> Result<()>;
 }
 
 /// An IOMMU with erratum 772415 may write through a read-only stage 2 when it nests.
 #[derive(Debug, Default)]
 pub(super) struct Users {
+    /// Length in bytes of each mapping, and whether it may be written, by its GPA.
+    map: BTreeMap<u64, (u64, bool)>,
+    /// There are mappings that are not in `map`.
+    unknown: bool,
     /// Start addresses of read-only mappings, in bytes.
     read_only: BTreeSet<u64>,
     /// The devices behind an IOMMU with the erratum.
@@ -63,7 +76,7 @@ impl GuestIoas {
     /// The host's error.
     pub fn new(host: Arc<dyn HostIommu>) -> Result<Arc<Self>> {
         let id = host.ioas_alloc().context(|| "allocating the IOAS".into())?;
-        Ok(Arc::new(Self { host, id, ours: true, users: Mutex::default() }))
+        Ok(Arc::new(Self::with(host, id, true, Users::default())))
     }
 
     /// An IOAS that the VMM has already on `host`, with its memory mapped: it is neither mapped
@@ -90,8 +103,32 @@ impl GuestIoas {
     /// The host has no IOAS `id`.
     pub fn adopt(host: Arc<dyn HostIommu>, id: ObjectId, read_only: &[u64]) -> Result<Arc<Self>> {
         host.ioas_iova_ranges(id).context(|| format!("adopting the IOAS {id}"))?;
-        let users = Users { read_only: read_only.iter().copied().collect(), ..Users::default() };
-        Ok(Arc::new(Self { host, id, ours: false, users: Mutex::new(users) }))
+        let read_only = read_only.iter().copied().collect();
+        let users = Users { read_only, unknown: true, ..Users::default() };
+        Ok(Arc::new(Self::with(host, id, false, users)))
+    }
+
+    /// As [`GuestIoas::adopt`], with all mappings of the IOAS: GPA and length in bytes, and what is
+    /// allowed. Needed where the guest's tables are mirrored. A VMM that unmaps some of it later
+    /// does so by [`GuestIoas::unmap`].
+    ///
+    /// # Errors
+    /// The host has no IOAS `id`.
+    pub fn adopt_mapped(
+        host: Arc<dyn HostIommu>,
+        id: ObjectId,
+        map: &[(u64, u64, Protection)],
+    ) -> Result<Arc<Self>> {
+        host.ioas_iova_ranges(id).context(|| format!("adopting the IOAS {id}"))?;
+        let mut users = Users::default();
+        for (gpa, length, access) in map {
+            users.mapped(*gpa, *length, *access);
+        }
+        Ok(Arc::new(Self::with(host, id, false, users)))
+    }
+
+    fn with(host: Arc<dyn HostIommu>, id: ObjectId, ours: bool, users: Users) -> Self {
+        Self { host, id, ours, users: Mutex::new(users), mirrors: Mutex::default() }
     }
 
     /// The host it belongs to.
@@ -118,8 +155,10 @@ impl GuestIoas {
         self.host
             .ioas_map(self.id, &memory.clone().at_gpa(gpa), MapTarget::Fixed(gpa), access)
             .context(|| format!("mapping guest memory at {gpa:#x}"))?;
-        if !access.write {
-            users.mapped_read_only(gpa);
+        users.mapped(gpa, memory.length(), access);
+        drop(users);
+        if let Err(error) = self.tell_mirrors() {
+            log::error!("guest memory at {gpa:#x} is not mirrored yet: {error}");
         }
         Ok(())
     }
@@ -152,12 +191,40 @@ impl GuestIoas {
     /// # Errors
     /// The host refuses: nothing is mapped there, or a mapping would be split.
     pub fn unmap(&self, gpa: u64, length: u64) -> Result<()> {
-        let mut users = self.users();
-        self.host
-            .ioas_unmap(self.id, gpa, length)
-            .context(|| format!("unmapping guest memory at {gpa:#x}"))?;
-        users.unmapped(gpa, length);
+        // First where it is mapped because it is mapped here.
+        let removed = self.users().unmapped(gpa, length);
+        let unmap = || {
+            self.host
+                .ioas_unmap(self.id, gpa, length)
+                .context(|| format!("unmapping guest memory at {gpa:#x}"))
+        };
+        let result = self.tell_mirrors().and_then(|()| unmap().map(drop));
+        if result.is_err() {
+            let Users { map, read_only, .. } = removed;
+            let mut users = self.users();
+            users.map.extend(map);
+            users.read_only.extend(read_only);
+            drop(users);
+            // What is not mirrored again now is when the guest invalidates it.
+            let _ = self.tell_mirrors();
+        }
+        result
+    }
+
+    /// From now on `mirrors` follow changes of the map, while they live.
+    pub(super) fn add_mirrors(&self, mirrors: Weak<dyn Mirrors>) -> Result<()> {
+        if self.users().unknown {
+            return Err(NestingError::UnknownMap(self.id));
+        }
+        let mut all = self.mirrors.lock();
+        all.retain(|mirrors| mirrors.strong_count() > 0);
+        all.push(mirrors);
         Ok(())
+    }
+
+    fn tell_mirrors(&self) -> Result<()> {
+        let all: Vec<_> = self.mirrors.lock().iter().filter_map(Weak::upgrade).collect();
+        all.iter().try_for_each(|mirrors| mirrors.memory_changed())
     }
 
     /// Its users, locked: mapping and adding devices exclude each other.
@@ -193,15 +260,38 @@ impl Users {
         }
     }
 
-    /// Memory is mapped read-only at `gpa`.
-    fn mapped_read_only(&mut self, gpa: u64) {
-        self.read_only.insert(gpa);
+    /// `length` bytes are mapped at `gpa`.
+    fn mapped(&mut self, gpa: u64, length: u64, access: Protection) {
+        self.map.insert(gpa, (length, access.write));
+        if !access.write {
+            self.read_only.insert(gpa);
+        }
     }
 
-    /// `length` bytes at `gpa` are unmapped.
-    fn unmapped(&mut self, gpa: u64, length: u64) {
+    /// `length` bytes at `gpa` are unmapped. Returns what was mapped there.
+    fn unmapped(&mut self, gpa: u64, length: u64) -> Self {
         let last = gpa.saturating_add(length.saturating_sub(1));
-        self.read_only.retain(|start| !(gpa..=last).contains(start));
+        let mut removed = Self::default();
+        let gone = |start: &u64| (gpa..=last).contains(start);
+        removed.read_only = self.read_only.iter().copied().filter(gone).collect();
+        removed.map = self.map.range(gpa..=last).map(|(gpa, mapping)| (*gpa, *mapping)).collect();
+        self.read_only.retain(|start| !gone(start));
+        self.map.retain(|start, _| !gone(start));
+        removed
+    }
+
+    /// Calls `each` with the parts of `length` bytes at `gpa` that are mapped, ascending: GPA,
+    /// length, and whether it may be written.
+    pub fn mapped_parts(&self, gpa: u64, length: u64, mut each: impl FnMut(u64, u64, bool)) {
+        let end = gpa.saturating_add(length);
+        let before = self.map.range(..=gpa).next_back();
+        let inside = self.map.range(gpa.saturating_add(1)..end.max(gpa.saturating_add(1)));
+        for (start, (length, write)) in before.into_iter().chain(inside) {
+            let (from, to) = ((*start).max(gpa), start.saturating_add(*length).min(end));
+            if from < to {
+                each(from, to - from, *write);
+            }
+        }
     }
 
     /// Adds `dev`, the guest's `rid`, which will nest on the IOAS, if that is allowed.

@@ -16,11 +16,11 @@
 //! Files of the same name in both folders do the same and can be read side by side: `attachments`
 //! (from policies to host objects), `invalidate` (from invalidations to host calls), `state` (the
 //! objects), `faults` (back to the virtual IOMMU). VT-d alone has `nested`: the PASIDs of its
-//! devices have attachments of their own. `sides` in both is for devices of several hosts behind
-//! one virtual IOMMU.
+//! devices have attachments of their own; and `shadow`, for hosts that do not nest. `sides` in both
+//! is for devices of several hosts behind one virtual IOMMU.
 //!
-//! Nothing here accesses guest memory or registers, or leaves DMA on a translation that the guest
-//! has revoked.
+//! Nothing here accesses registers, or guest memory but for `shadow`, or leaves DMA on a
+//! translation that the guest has revoked.
 
 mod guest_ioas;
 mod hw_info;
@@ -94,6 +94,20 @@ pub enum NestingError {
     /// The guest uses second-stage tables of its own, which the host cannot walk.
     #[error("{0}: the host cannot nest second-stage tables that the guest owns")]
     GuestSecondStage(Requester),
+    /// The guest's tables cannot be mirrored as they are: it gets a fault.
+    #[error("IOVA {iova:#x} of the guest's tables cannot be mirrored: {why}")]
+    NotMirrored {
+        /// The first IOVA that is not, in bytes.
+        iova: u64,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// Tables are mirrored from guest memory that is known only.
+    #[error(
+        "the adopted IOAS {0} has a map that is not known here, so the guest's tables cannot be \
+         mirrored: adopt it with GuestIoas::adopt_mapped"
+    )]
+    UnknownMap(ObjectId),
     /// A table that is not page-aligned.
     #[error("{requester}: the stage-1 table {table:#x} is not 4 KiB aligned")]
     UnalignedTable {

@@ -55,22 +55,40 @@ impl Objects {
     /// Allocates a nesting parent, a stage 2 of guest memory, that `dev`, the guest's `rid`, can
     /// use.
     pub fn alloc_parent(&mut self, rid: Bdf, dev: ObjectId, pasid: bool) -> Result<ObjectId> {
-        let args = HwptAlloc {
-            flags: HwptFlags::new().with_nest_parent(true).with_pasid(pasid),
-            dev,
-            pt: self.ioas()?.id(),
-            data: HwptData::None,
-            fault: None,
-        };
-        self.alloc_hwpt(&args, || format!("allocating a nesting parent for {rid}"))
+        let flags = HwptFlags::new().with_nest_parent(true).with_pasid(pasid);
+        let pt = self.ioas()?.id();
+        self.alloc_paging(flags, dev, pt, || format!("allocating a nesting parent for {rid}"))
+    }
+
+    /// Allocates a `HWPT_PAGING` on the IOAS `pt` for `dev`.
+    pub fn alloc_paging(
+        &mut self,
+        flags: HwptFlags,
+        dev: ObjectId,
+        pt: ObjectId,
+        what: impl Fn() -> String,
+    ) -> Result<ObjectId> {
+        let args = HwptAlloc { flags, dev, pt, data: HwptData::None, fault: None };
+        self.alloc_hwpt(&args, what)
     }
 
     /// Allocates a HWPT.
     pub fn alloc_hwpt(&mut self, args: &HwptAlloc, what: impl Fn() -> String) -> Result<ObjectId> {
-        if self.doomed.len() >= MAX_DOOMED {
-            self.sweep().context(&what)?;
-        }
+        self.check_doomed(&what)?;
         self.host().hwpt_alloc(args).context(what)
+    }
+
+    /// Allocates an empty IOAS.
+    pub fn alloc_ioas(&mut self, what: impl Fn() -> String) -> Result<ObjectId> {
+        self.check_doomed(&what)?;
+        self.host().ioas_alloc().context(what)
+    }
+
+    fn check_doomed(&mut self, what: impl Fn() -> String) -> Result<()> {
+        match self.doomed.len() {
+            MAX_DOOMED.. => self.sweep().context(what),
+            _ => Ok(()),
+        }
     }
 
     /// Detaches `dev`, or its `pasid`. Only a detach is certain to block it, so a failed one is

@@ -2,10 +2,12 @@
 //! What a virtual IOMMU uses of its machine: guest memory, with tables and status words, and
 //! message-signalled interrupts, its own and those of devices, which it remaps.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::bitmap::MS;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+use vm_memory::bitmap::{Bitmap, MS};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory, VolatileSlice,
+};
 
 use crate::spec::pci::Bdf;
 
@@ -52,6 +54,13 @@ pub trait TableMemory: Send + Sync {
     /// # Errors
     /// It is not guest memory.
     fn load_u64(&self, address: u64) -> Result<u64, BadAddress>;
+
+    /// Stores `new` in the 64-bit word at `address` (8-byte aligned) if that is `old`, atomically;
+    /// whether it was.
+    ///
+    /// # Errors
+    /// It is not guest memory.
+    fn compare_exchange_u64(&self, address: u64, old: u64, new: u64) -> Result<bool, BadAddress>;
 }
 
 impl<M: GuestMemoryBackend + Send + Sync> TableMemory for M {
@@ -91,6 +100,18 @@ impl<M: GuestMemoryBackend + Send + Sync> TableMemory for M {
         self.load::<u64>(GuestAddress(address), Ordering::SeqCst)
             .map(u64::from_le)
             .map_err(|_| BadAddress { address, length: 8 })
+    }
+
+    fn compare_exchange_u64(&self, address: u64, old: u64, new: u64) -> Result<bool, BadAddress> {
+        let bad = BadAddress { address, length: 8 };
+        let slice = within_region(self, address, 8).ok_or(bad)?;
+        let word = slice.get_atomic_ref::<AtomicU64>(0).map_err(|_| bad)?;
+        let (old, new) = (old.to_le(), new.to_le());
+        let stored = word.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed).is_ok();
+        if stored {
+            slice.bitmap().mark_dirty(0, 8);
+        }
+        Ok(stored)
     }
 }
 
@@ -225,6 +246,12 @@ mod tests {
         assert_eq!(bitmap.get_and_reset(), [0b10]);
         TableMemory::write(&memory, 0xafff, &[1, 2]).unwrap();
         assert_eq!(bitmap.get_and_reset(), [0b1100]);
+        assert_eq!(memory.compare_exchange_u64(0x8008, 1, 2), Ok(false));
+        assert_eq!(bitmap.get_and_reset(), [0]);
+        assert_eq!(memory.compare_exchange_u64(0x8008, 0, 2), Ok(true));
+        assert_eq!((memory.load_u64(0x8008), bitmap.get_and_reset()), (Ok(2), vec![0b1]));
+        let bad = BadAddress { address: 0xc000, length: 8 };
+        assert_eq!(memory.compare_exchange_u64(0xc000, 0, 2), Err(bad));
     }
 
     #[test]

@@ -133,6 +133,11 @@ impl RecordingHost {
         self.state().reaches.get(&(dev, pasid)).copied()
     }
 
+    /// What `dev` reaches by copies: IOVA, length and source in bytes, and what is allowed.
+    pub fn reaches_copies(&self, dev: ObjectId) -> Vec<(u64, u64, u64, Protection)> {
+        self.state().reached_copies(dev)
+    }
+
     /// Every object except devices: what leaked, at the end of a test.
     pub fn live_objects(&self) -> Vec<ObjectId> {
         let state = self.state();
@@ -220,6 +225,7 @@ impl HostIommu for RecordingHost {
                 return Err(Errno::EBUSY);
             }
             state.objects.remove(&id);
+            state.copies.retain(|(ioas, _), _| *ioas != id);
             Ok(())
         })
     }
@@ -256,19 +262,26 @@ impl HostIommu for RecordingHost {
     fn ioas_copy(
         &self,
         dst: ObjectId,
-        _target: MapTarget,
+        target: MapTarget,
         src: ObjectId,
         src_iova: u64,
         length: u64,
-        _protection: Protection,
+        protection: Protection,
     ) -> Result<u64> {
-        let text = || format!("{dst:?} from {src:?} {src_iova:#x}+{length:#x}");
-        self.call(Verb::IoasCopy, Some(dst), text, |_| Ok(src_iova))
+        let iova = match target {
+            MapTarget::Fixed(iova) => iova,
+            MapTarget::Anywhere => src_iova,
+        };
+        let flag = |set, name| if set { name } else { "" };
+        let access = [flag(protection.read, "r"), flag(protection.write, "w")].concat();
+        let text = || format!("{dst:?} {iova:#x} from {src:?} {src_iova:#x}+{length:#x} {access}");
+        let copied = (length, src_iova, protection);
+        self.call(Verb::IoasCopy, Some(dst), text, |state| state.copy(dst, iova, copied))
     }
 
     fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64> {
         let text = || format!("{ioas:?} {iova:#x}+{length:#x}");
-        self.call(Verb::IoasUnmap, Some(ioas), text, |_| Ok(length))
+        self.call(Verb::IoasUnmap, Some(ioas), text, |state| state.unmap(ioas, iova, length))
     }
 
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {

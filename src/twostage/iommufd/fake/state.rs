@@ -9,7 +9,7 @@ use std::sync::{Arc, MutexGuard, Weak};
 
 use super::super::{
     Errno, EventQueue, FaultQueue, FaultSink, HostError, HwInfo, HwInfoData, ObjectId,
-    PageRequestGroup, PageResponseCode, Readiness, Verb, Vevent, ViommuKind,
+    PageRequestGroup, PageResponseCode, Protection, Readiness, Verb, Vevent, ViommuKind,
 };
 
 #[derive(Debug, Default)]
@@ -26,7 +26,12 @@ pub(super) struct State {
     pub attached: BTreeMap<(ObjectId, Option<u32>), ObjectId>,
     pub reaches: BTreeMap<(ObjectId, Option<u32>), ObjectId>,
     pub sinks: BTreeMap<ObjectId, Weak<dyn FaultSink>>,
+    /// What was copied to an IOAS, by that and the IOVA.
+    pub copies: BTreeMap<(ObjectId, u64), Copied>,
 }
+
+/// A mapping: its length and source in bytes, and what is allowed.
+pub(super) type Copied = (u64, u64, Protection);
 
 #[derive(Debug, Clone)]
 pub(super) enum Object {
@@ -139,6 +144,7 @@ impl State {
                     return Err(Errno::ENOENT);
                 }
             }
+            Object::Ioas => {}
             _ => return Err(Errno::EINVAL),
         }
         // Attaching the current page table is a success that does not touch the hardware.
@@ -146,6 +152,47 @@ impl State {
             self.reaches.insert((dev, pasid), pt);
         }
         Ok(pt)
+    }
+
+    /// Maps a copy in `ioas`; a whole one, and where nothing is.
+    pub fn copy(&mut self, ioas: ObjectId, iova: u64, copied: Copied) -> Result<u64, Errno> {
+        self.get(ioas)?;
+        let before = self.copies.range((ioas, 0)..(ioas, iova + copied.0)).next_back();
+        if before.is_some_and(|((_, start), (length, ..))| start + length > iova) {
+            return Err(Errno::EEXIST);
+        }
+        self.copies.insert((ioas, iova), copied);
+        Ok(iova)
+    }
+
+    pub fn reached_copies(&self, dev: ObjectId) -> Vec<(u64, u64, u64, Protection)> {
+        let Some(pt) = self.reaches.get(&(dev, None)).copied() else { return Vec::new() };
+        let ioas = match self.objects.get(&pt) {
+            Some(Object::Hwpt { pt, .. }) => *pt,
+            _ => pt,
+        };
+        let of = |(&(of, iova), &(length, gpa, access)): (&(ObjectId, u64), &Copied)| {
+            (of == ioas).then_some((iova, length, gpa, access))
+        };
+        self.copies.iter().filter_map(of).collect()
+    }
+
+    /// Unmaps copies: whole ones only. Other mappings are not looked at.
+    pub fn unmap(&mut self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64, Errno> {
+        self.get(ioas)?;
+        let end = iova.saturating_add(length);
+        let touched = |(&(of, start), &(length, ..)): (&(ObjectId, u64), &Copied)| {
+            (of == ioas && start < end && start + length > iova).then_some((start, length))
+        };
+        let touched: Vec<_> = self.copies.iter().filter_map(touched).collect();
+        let torn = touched.iter().any(|(start, length)| *start < iova || start + length > end);
+        if torn || touched.is_empty() && self.copies.keys().any(|(of, _)| *of == ioas) {
+            return Err(Errno::ENOENT);
+        }
+        for (start, _) in touched {
+            self.copies.remove(&(ioas, start));
+        }
+        Ok(length)
     }
 
     /// The effect of a failed attach of `dev`: VT-d blocks first and does not revert, though the

@@ -2,6 +2,7 @@
 //! From policies to attachments: where each requester's DMA is attached.
 
 use super::nested::{Attached, Slot};
+use super::shadow::refused_attach;
 use super::state::{Device, Parent, State};
 use crate::iommufd::{
     iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdNested, HwptVtdSecondStage,
@@ -25,11 +26,17 @@ impl State {
 
     /// See [`crate::viommu::vtd::VtdHostSide::configure`].
     pub fn configure(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
-        let result = self.apply(requester, config);
-        if result.is_err() {
-            self.block(requester);
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.feed(requester);
         }
-        result
+        let Err(error) = self.apply(requester, config) else { return Ok(()) };
+        if matches!(error, NestingError::NotMirrored { .. }) {
+            self.starve(requester, config, &error);
+            // Blocked, it is served as well as its tables allow.
+            return if self.is_reachable(requester) { Err(error) } else { Ok(()) };
+        }
+        self.block(requester);
+        Err(error)
     }
 
     fn apply(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
@@ -123,6 +130,7 @@ impl State {
         stage1: Stage1,
         tag: DomainTag,
     ) -> Result<()> {
+        let parent = self.key(parent)?;
         let found = self.nested.hwpts.find(&(parent.hwpt, stage1));
         let hwpt = match found {
             Some(hwpt) => hwpt,
@@ -137,7 +145,9 @@ impl State {
         }
         let slot = Slot::on(Attached::Nested(hwpt), tag.domain);
         if self.slot(requester).attached != slot.attached {
-            self.attach(requester, device, hwpt, slot)?;
+            let attached = self.attachable(hwpt, device);
+            let attached = attached.and_then(|pt| self.attach(requester, device, pt, slot));
+            attached.inspect_err(|_| self.destroy_unused(slot.attached))?;
             self.counters.nested_shares += u64::from(found.is_some());
         } else {
             self.nested.set(requester, slot);
@@ -145,6 +155,14 @@ impl State {
         }
         self.nested.name(requester, tag);
         Ok(())
+    }
+
+    /// What the tables of devices on `parent` are told apart by: mirrors are shared by all.
+    fn key(&self, parent: Parent) -> Result<Parent> {
+        match self.shadow {
+            Some(_) => Ok(Parent { hwpt: self.objects.ioas()?.id(), ..parent }),
+            None => Ok(parent),
+        }
     }
 
     /// Allocates the `HWPT_NESTED` of `stage1` on `parent`, without users.
@@ -156,6 +174,17 @@ impl State {
         stage1: Stage1,
     ) -> Result<ObjectId> {
         check_pasid(requester, device)?;
+        for table in stage1.tables() {
+            if table % TABLE_ALIGNMENT != 0 {
+                return Err(NestingError::UnalignedTable { requester, table });
+            }
+        }
+        if self.shadow.is_some() {
+            let mirror = self.add_mirror(requester, &stage1)?;
+            self.nested.hwpts.insert(mirror, (parent.hwpt, stage1));
+            self.counters.mirrors += 1;
+            return Ok(mirror);
+        }
         let data = match stage1 {
             Stage1::VtdFirstStage(first) => HwptData::VtdS1(vtd_s1(&first)),
             _ if !self.nests_second_stage() => {
@@ -167,11 +196,6 @@ impl State {
                 HwptData::VtdNested(HwptVtdNested { first, second })
             }
         };
-        for table in stage1.tables() {
-            if table % TABLE_ALIGNMENT != 0 {
-                return Err(NestingError::UnalignedTable { requester, table });
-            }
-        }
         let args = HwptAlloc {
             flags: HwptFlags::new().with_pasid(parent.pasid),
             dev: device.dev,
@@ -206,7 +230,10 @@ impl State {
             self.nested.set(requester, Slot { unsettled: true, ..before });
             self.block(requester);
             self.destroy_unused(slot.attached);
-            return Err(NestingError::Host { what: format!("attaching {requester}"), source });
+            return Err(match (&self.shadow, slot.attached) {
+                (Some(_), Attached::Nested(_)) => refused_attach(requester, source),
+                _ => NestingError::Host { what: format!("attaching {requester}"), source },
+            });
         }
         self.nested.set(requester, slot);
         self.counters.replaces += u64::from(before.attached != Attached::Nothing);
@@ -243,7 +270,10 @@ impl State {
     fn destroy_unused(&mut self, attached: Attached) {
         if let Attached::Nested(hwpt) = attached {
             if self.nested.hwpts.remove_unused(hwpt) {
-                self.objects.destroy(hwpt);
+                match self.shadow {
+                    Some(_) => self.end_mirror(hwpt),
+                    None => self.objects.destroy(hwpt),
+                }
             }
         }
     }

@@ -19,11 +19,19 @@ use crate::viommu::Requester;
 /// look-up only: never across a call.
 #[derive(Default)]
 pub(super) struct FaultRouter {
+    /// What the host walks are no tables of the guest, whose reasons are found by the virtual
+    /// IOMMU.
+    mirrored: bool,
     rids: RwLock<HashMap<ObjectId, Bdf>>,
     target: RwLock<Option<Weak<dyn FaultTarget>>>,
 }
 
 impl FaultRouter {
+    /// For a host that walks the guest's tables, or a mirror of them.
+    pub fn new(mirrored: bool) -> Self {
+        Self { mirrored, ..Self::default() }
+    }
+
     /// From now on faults go to `target`, while it lives.
     pub fn set_target(&self, target: Weak<dyn FaultTarget>) {
         *self.target.write() = Some(target);
@@ -48,7 +56,8 @@ impl FaultRouter {
         }
     }
 
-    fn target(&self) -> Option<Arc<dyn FaultTarget>> {
+    /// Where faults go.
+    pub fn target(&self) -> Option<Arc<dyn FaultTarget>> {
         self.target.read().as_ref()?.upgrade()
     }
 }
@@ -66,8 +75,8 @@ impl FaultSink for FaultRouter {
             write: fault.write,
             execute: fault.execute,
             privileged: fault.privileged,
-            reason: FaultReason::from_code(fault.reason),
-            stage2: fault.stage2,
+            reason: FaultReason::from_code(fault.reason).filter(|_| !self.mirrored),
+            stage2: fault.stage2 && !self.mirrored,
         });
     }
 

@@ -13,14 +13,14 @@ use crate::spec::vtd::PageRange;
 use crate::viommu::vtd::{Invalidation, Progress, Stage};
 
 /// What an invalidation names: a domain and a PASID, each or all of them.
-type Name = (Option<u16>, Option<u32>);
+pub(super) type Name = (Option<u16>, Option<u32>);
 
 /// Ranges by what they name.
-type ByName = BTreeMap<Name, FlushSet>;
+pub(super) type ByName = BTreeMap<Name, FlushSet>;
 
 /// `batch`, grouped by name before the names are looked up: so the cost is the length of the batch
 /// plus the number of names in use, not their product.
-fn by_name(batch: &[Invalidation]) -> ByName {
+pub(super) fn by_name(batch: &[Invalidation]) -> ByName {
     let mut by_name = ByName::new();
     for invalidation in batch {
         let name = (invalidation.domain, invalidation.pasid);
@@ -87,6 +87,9 @@ impl State {
         progress: &mut Progress,
         refused: &mut Option<Refused>,
     ) {
+        if self.shadow.is_some() {
+            return self.follow_some(batch, progress, refused);
+        }
         let from = match progress.next() {
             None => {
                 self.counters.invalidations_in += batch.len() as u64;
@@ -135,7 +138,7 @@ impl State {
     }
 
     /// See [`Invalidation::stage`].
-    fn stage(&self, hwpt: ObjectId, invalidation: &Invalidation) -> Option<Stage> {
+    pub(super) fn stage(&self, hwpt: ObjectId, invalidation: &Invalidation) -> Option<Stage> {
         self.nested.stage1(hwpt).and_then(|stage1| invalidation.stage(&stage1))
     }
 
@@ -159,6 +162,9 @@ impl State {
 
     /// Flushes all of `hwpt`, of both stages if it has two.
     pub fn flush_everything(&mut self, hwpt: ObjectId) -> Result<()> {
+        if self.shadow.is_some() {
+            return self.follow_all(hwpt);
+        }
         let stage = self.stage(hwpt, &Invalidation::ALL).unwrap_or(Stage::First);
         self.flush(hwpt, stage, &[EVERYTHING])
     }

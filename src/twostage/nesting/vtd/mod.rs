@@ -16,6 +16,7 @@ mod attachments;
 mod faults;
 mod invalidate;
 mod nested;
+mod shadow;
 mod sides;
 mod state;
 #[cfg(test)]
@@ -25,14 +26,16 @@ use crate::sync::Mutex;
 use std::sync::{Arc, MutexGuard, Weak};
 
 use crate::iommufd::ObjectId;
+use crate::nesting::guest_ioas::Mirrors;
 use crate::nesting::objects::Objects;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::viommu::vtd::{FaultTarget, Invalidation, Progress, RequesterConfig, VtdHostSide};
-use crate::viommu::{HostSideError, Requester};
+use crate::viommu::{HostSideError, Requester, TableMemory};
 use faults::FaultRouter;
 pub use invalidate::FlushSet;
 use invalidate::Refused;
+use shadow::Shadow;
 use state::State;
 
 /// The host side of one virtual IOMMU. See the [module](self).
@@ -40,17 +43,50 @@ use state::State;
 /// Its lock is taken after the virtual IOMMU's and held across host calls, which may wait for DMA;
 /// faults on their way back to the guest do not take it.
 #[derive(Debug)]
-pub struct VtdNesting {
+pub struct VtdNesting(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     state: Mutex<State>,
     faults: Arc<FaultRouter>,
 }
 
+/// The default of [`VtdNesting::mirroring`]'s limit: 4 GiB of single pages.
+pub const SHADOW_PIECES: u64 = 1 << 20;
+
 impl VtdNesting {
-    /// Without devices, for a guest whose memory is `ioas`.
+    /// Without devices, for a guest whose memory is `ioas`. The host nests the guest's tables.
     pub fn new(ioas: Arc<GuestIoas>) -> Self {
         let faults = Arc::new(FaultRouter::default());
-        let state = Mutex::new(State::new(Objects::new(ioas), faults.clone()));
-        Self { state, faults }
+        let state = Mutex::new(State::new(Objects::new(ioas), faults.clone(), None));
+        Self(Arc::new(Inner { state, faults }))
+    }
+
+    /// The same for a host that need not nest: the guest's tables, which `memory` has, are mirrored
+    /// into IOASes, of at most `limit` mappings together ([`SHADOW_PIECES`]). Serves one stage of
+    /// tables only, and guests that invalidate what becomes present, too (caching mode); requests
+    /// for supervisors are not told apart. `first_stage_1g`: first-stage pages of 1 GiB are
+    /// offered.
+    ///
+    /// # Errors
+    /// The IOAS was adopted without its map.
+    pub fn mirroring(
+        ioas: Arc<GuestIoas>,
+        memory: Arc<dyn TableMemory>,
+        limit: u64,
+        first_stage_1g: bool,
+    ) -> Result<Self, NestingError> {
+        let faults = Arc::new(FaultRouter::new(true));
+        let shadow = Shadow::new(memory, limit, first_stage_1g);
+        let state = State::new(Objects::new(ioas.clone()), faults.clone(), Some(shadow));
+        let inner = Arc::new(Inner { state: Mutex::new(state), faults });
+        ioas.add_mirrors(Arc::downgrade(&inner) as Weak<dyn Mirrors>)?;
+        Ok(Self(inner))
+    }
+
+    /// Whether the guest's tables are mirrored.
+    pub fn is_mirroring(&self) -> bool {
+        self.state().shadow.is_some()
     }
 
     /// The guest's memory, for another virtual IOMMU of the same guest.
@@ -94,7 +130,7 @@ impl VtdNesting {
 
     /// From now on DMA faults go to `target`, while it lives.
     pub fn set_fault_target(&self, target: Weak<dyn FaultTarget>) {
-        self.faults.set_target(target);
+        self.0.faults.set_target(target);
     }
 
     /// Statistics.
@@ -112,7 +148,27 @@ impl VtdNesting {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock()
+        self.0.state.lock()
+    }
+}
+
+impl Inner {
+    /// Runs `work`, and then delivers the faults that it has found.
+    fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state.lock();
+        let result = work(&mut state);
+        let faults = state.shadow.as_mut().map(Shadow::take_faults).unwrap_or_default();
+        drop(state);
+        if let Some(target) = self.faults.target().filter(|_| !faults.is_empty()) {
+            faults.iter().for_each(|fault| target.dma_fault(fault));
+        }
+        result
+    }
+}
+
+impl Mirrors for Inner {
+    fn memory_changed(&self) -> Result<(), NestingError> {
+        self.with(State::follow_memory)
     }
 }
 
@@ -122,14 +178,15 @@ impl VtdHostSide for VtdNesting {
         requester: Requester,
         config: &RequesterConfig,
     ) -> Result<(), HostSideError> {
-        let mut state = self.state();
-        state.configure(requester, config).map_err(|error| {
-            error.for_viommu(format!("configuring {requester}"), state.is_reachable(requester))
+        self.0.with(|state| {
+            state.configure(requester, config).map_err(|error| {
+                error.for_viommu(format!("configuring {requester}"), state.is_reachable(requester))
+            })
         })
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
-        self.state().invalidate(batch).map_err(for_viommu)
+        self.0.with(|state| state.invalidate(batch)).map_err(for_viommu)
     }
 
     fn invalidate_some(
@@ -138,7 +195,7 @@ impl VtdHostSide for VtdNesting {
         progress: &mut Progress,
     ) -> Result<(), HostSideError> {
         let mut refused = None;
-        self.state().invalidate_some(batch, progress, &mut refused);
+        self.0.with(|state| state.invalidate_some(batch, progress, &mut refused));
         refused.map_or(Ok(()), |refused| Err(for_viommu(refused)))
     }
 }
@@ -178,6 +235,12 @@ crate::counters! {
         entries_out,
         /// Ranges that needed no entry of their own, because another one covers them.
         merged,
+        /// Mirrors made of guest tables, where the host does not nest them.
+        mirrors,
+        /// Mirrors replaced because a mapping had to change while it was in use.
+        mirror_rebuilds,
+        /// Mappings of all mirrors now.
+        mirror_pieces,
         /// Calls to the host, of any verb.
         host_calls,
     }

@@ -8,7 +8,7 @@ use crate::iommufd::ObjectId;
 use crate::nesting::objects::NestedHwpts;
 use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::vtd::{DomainTag, Stage1};
+use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1};
 use crate::viommu::Requester;
 
 /// What a `HWPT_NESTED` stands for: guest tables on a nesting parent.
@@ -65,6 +65,17 @@ impl Nested {
         if requester.pasid.is_none() {
             self.slots.name_rid(requester.rid, tag.pasid);
         }
+    }
+
+    /// How the guest has configured `requester`, which uses `stage1`.
+    pub fn config(&self, requester: Requester, stage1: Stage1) -> RequesterConfig {
+        let domain = self.slots.get(requester).domain;
+        let pasid = match requester.pasid {
+            Some(pasid) => pasid.raw(),
+            None => self.slots.rid_pasid(requester.rid),
+        };
+        let policy = Policy::Stage1(stage1);
+        RequesterConfig { policy, tag: DomainTag { domain, pasid }, fault_disabled: false }
     }
 
     fn leave(&mut self, hwpt: ObjectId, domain: u16) {
@@ -193,6 +204,11 @@ impl Slots {
         if let Some(function) = self.functions.get_mut(&rid) {
             function.rid_pasid = pasid;
         }
+    }
+
+    /// The PASID given with [`Slots::name_rid`].
+    pub fn rid_pasid(&self, rid: Bdf) -> u32 {
+        self.functions.get(&rid).map_or(0, |function| function.rid_pasid)
     }
 
     /// The first PASID of `rid` from `pasid` that has a slot.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 
 use super::faults::FaultRouter;
 use super::nested::Nested;
+use super::shadow::Shadow;
 use super::VtdNestingCounters;
 use crate::iommufd::{FaultSink, HwInfo, HwInfoData, ObjectId};
 use crate::nesting::objects::Objects;
@@ -32,14 +33,17 @@ pub(super) struct State {
     pub parents: Parents,
     pub devices: BTreeMap<Bdf, Device>,
     pub nested: Nested,
+    /// With what the guest's tables are mirrored; without it, the host nests them.
+    pub shadow: Option<Shadow>,
     /// Except the host calls, which [`Objects`] counts.
     pub counters: VtdNestingCounters,
 }
 
 impl State {
     /// Without devices, on `objects`.
-    pub fn new(objects: Objects, faults: Arc<FaultRouter>) -> Self {
+    pub fn new(objects: Objects, faults: Arc<FaultRouter>, shadow: Option<Shadow>) -> Self {
         Self {
+            shadow,
             objects,
             faults,
             parents: Parents::default(),
@@ -51,7 +55,8 @@ impl State {
 
     /// Statistics.
     pub fn counters(&self) -> VtdNestingCounters {
-        VtdNestingCounters { host_calls: self.objects.calls(), ..self.counters }
+        let mirror_pieces = self.shadow.as_ref().map_or(0, |shadow| shadow.size().1);
+        VtdNestingCounters { host_calls: self.objects.calls(), mirror_pieces, ..self.counters }
     }
 
     /// Whether the host walks second-stage tables owned by the guest.
@@ -70,6 +75,10 @@ impl State {
             .host()
             .get_hw_info(dev)
             .context(|| format!("querying the IOMMU of {rid}"))?;
+        if self.shadow.is_some() {
+            // Any IOMMU maps an IOAS.
+            return self.take_in(rid, dev, info);
+        }
         if !matches!(info.data, HwInfoData::Vtd(_)) {
             return Err(NestingError::NoVtd(rid));
         }
@@ -79,7 +88,7 @@ impl State {
     }
 
     /// Adds `dev` as `rid`, attached to nothing.
-    fn take_in(&mut self, rid: Bdf, dev: ObjectId, info: HwInfo) -> Result<()> {
+    fn take_in(&mut self, rid: Bdf, dev: ObjectId, mut info: HwInfo) -> Result<()> {
         if self.objects.extensions().fault_reports {
             let sink = Arc::downgrade(&self.faults) as Weak<dyn FaultSink>;
             self.objects
@@ -90,6 +99,7 @@ impl State {
         // Is it the first device that can only be behind an IOMMU of its own? Then it is known here
         // whether that can nest.
         let parent = match self.parents.fitting(&info).is_empty() {
+            _ if self.shadow.is_some() => Some(self.bypass(rid, dev, &mut info)?),
             true => Some(self.parents.alloc(&mut self.objects, rid, dev, &info)?),
             false => None,
         };
@@ -108,7 +118,11 @@ impl State {
         if let Ok(ioas) = self.objects.ioas() {
             ioas.users().remove_device(device.dev);
         }
-        if let Some(parent) = device.parent {
+        self.end_mirrors_of(device.dev);
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.forget(rid);
+        }
+        if let Some(parent) = device.parent.filter(|it| self.shadow.is_none() || it.pasid) {
             if self.devices.values().all(|other| other.parent != device.parent) {
                 self.parents.end(parent, &mut self.objects);
             }

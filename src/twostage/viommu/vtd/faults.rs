@@ -19,7 +19,7 @@ use super::apply::is_blocked;
 use super::host_side::{DmaFault, FaultTarget, Policy, RequesterConfig, Stage1};
 use super::policy::{Blocked, Tables};
 use super::requesters::{Given, Standing};
-use super::VtdIommu;
+use super::{walk, VtdIommu};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::viommu::{FaultOutcome, MsiMessage, Requester};
@@ -122,6 +122,7 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
         None => unserved(tables.config(fault.requester)),
     };
     let legacy = standing.root.map(Rtaddr::mode) == Some(TranslationTableMode::Legacy);
+    let fault = &DmaFault { reason: fault.reason.or(walked(&config, tables, fault)), ..*fault };
     let reason = match config.policy {
         Policy::Blocked(reason) => reason,
         Policy::Bypass if legacy => FaultReason::LegacyAddressBeyond,
@@ -132,6 +133,14 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
         Policy::Stage1(Stage1::VtdNested(_)) => nested(fault),
     };
     Some(Blocked { reason, fault_disabled: config.fault_disabled })
+}
+
+/// The reason that the guest's tables have for the fault, if the host does not walk them and so has
+/// none.
+fn walked(config: &RequesterConfig, tables: &Tables<'_>, fault: &DmaFault) -> Option<FaultReason> {
+    let Policy::Stage1(stage1) = config.policy else { return None };
+    let of_guest = walk::Tables::new(&stage1, tables.caps.cap.fs1gp())?;
+    of_guest.refusal(tables.memory, fault.address, fault.write)
 }
 
 /// `config` from tables that may have changed since: what would be served now was not then.
@@ -307,9 +316,12 @@ mod tests {
         for reason in [0x71, 0x72, 0x80, 0x81, 0x85, 0x86] {
             assert_eq!(code(FIRST, 1, reason, true, false), reason);
         }
-        // A host that gives no reason, or an undefined one.
-        assert_eq!(code(FIRST, 1, 0, true, false), 0x85);
-        assert_eq!(code(FIRST, 1, 0xff, false, false), 0x86);
+        // A host that gives no reason, or an undefined one: what the tables say, which are not
+        // memory here, and the first of which translates nothing.
+        assert_eq!(code(FIRST, 1, 0, true, false), 0x73);
+        assert_eq!(code(FIRST, 1, 0xff, false, false), 0x73);
+        assert_eq!(code(SECOND, 1, 0, true, false), 0x79);
+        assert_eq!(code(SECOND, 0, 0, true, false), 0x05);
     }
 
     #[test]

@@ -230,6 +230,8 @@ pub struct Progress {
     side: usize,
     /// A number defined by that host side; `None` before its start.
     next: Option<u64>,
+    /// The progress inside of what `next` names: two more numbers of the host side.
+    inside: Option<(u64, u64)>,
     done: bool,
 }
 
@@ -239,9 +241,14 @@ impl Progress {
         self.next
     }
 
+    /// What was given to [`Progress::go_on_inside`] last, if that was last.
+    pub fn inside(self) -> Option<(u64, u64)> {
+        self.inside
+    }
+
     /// Everything before `next`, or everything, is done.
     pub fn go_on_at(&mut self, next: Option<u64>) {
-        *self = Self { next, done: next.is_none(), ..*self };
+        *self = Self { next, inside: None, done: next.is_none(), ..*self };
     }
 
     /// The host side to continue with, of several.
@@ -257,6 +264,11 @@ impl Progress {
     /// Whether a part of it was done, or all.
     pub(super) fn has_started(self) -> bool {
         self != Self::default()
+    }
+
+    /// Everything before `next` is done, and part of what that names.
+    pub fn go_on_inside(&mut self, next: u64, inside: (u64, u64)) {
+        *self = Self { next: Some(next), inside: Some(inside), done: false, ..*self };
     }
 
     /// Whether all is done.

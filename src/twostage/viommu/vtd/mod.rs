@@ -40,6 +40,7 @@ mod remapping;
 mod requesters;
 mod restore;
 mod state;
+pub(crate) mod walk;
 
 use crate::sync::Mutex;
 use std::fmt;

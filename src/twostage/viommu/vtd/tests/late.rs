@@ -244,6 +244,10 @@ impl TableMemory for Racing {
         self.memory.store_u32(address, value)
     }
 
+    fn compare_exchange_u64(&self, address: u64, old: u64, new: u64) -> Result<bool, BadAddress> {
+        self.memory.compare_exchange_u64(address, old, new)
+    }
+
     fn load_u64(&self, address: u64) -> Result<u64, BadAddress> {
         let word = self.memory.load_u64(address);
         let mut change = self.change.lock();

@@ -170,7 +170,7 @@ fn a_refused_requester_is_blocked_and_asked_again() {
     guest.refuse(false);
     guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
     assert_eq!(guest.calls(), [configured(Requester::rid(RID), first_stage(0x6000))]);
-    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x85));
+    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x71));
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn commands_are_not_acknowledged_while_requesters_are_reachable() {
     assert_eq!(guest.calls()[0], configured(Requester::rid(RID), Policy::Bypass));
     guest.enable_translation();
     assert_eq!(guest.read32(regs::GSTS) & TES, TES);
-    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x85));
+    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x71));
 
     guest.fail_to_block(true);
     guest.disable_translation();

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The host objects of mirrors, and the calls that change them.
+
+use std::collections::BTreeMap;
+
+use super::mirror::{Mirror, Piece, Steps};
+use super::{is_reserved, refused_attach, reserved, too_many, Mirrored, MAX_STARVED};
+use crate::iommufd::{Errno, HwInfo, HwptFlags, MapTarget, ObjectId};
+use crate::nesting::objects::Objects;
+use crate::nesting::vtd::nested::Slot;
+use crate::nesting::vtd::state::{Device, Parent, State};
+use crate::nesting::{Context, NestingError, Result};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::vtd::walk::Tables;
+use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1};
+use crate::viommu::Requester;
+use crate::warn_limited;
+
+impl State {
+    /// What `dev`, the guest's `rid`, is attached to when it bypasses tables. Where the host has no
+    /// PASIDs for it after all, `info` says so from then on.
+    pub fn bypass(&mut self, rid: Bdf, dev: ObjectId, info: &mut HwInfo) -> Result<Parent> {
+        let ioas = self.objects.ioas()?.id();
+        if info.max_pasid_log2 > 0 {
+            let flags = HwptFlags::new().with_pasid(true);
+            let what = || format!("allocating the untranslated page table of {rid}");
+            match self.objects.alloc_paging(flags, dev, ioas, what) {
+                Ok(hwpt) => return Ok(Parent { hwpt, pasid: true }),
+                Err(NestingError::Host { source, .. })
+                    if matches!(source.errno, Errno::EOPNOTSUPP | Errno::EINVAL) =>
+                {
+                    log::info!("{rid} is used without PASIDs: {source}");
+                    info.max_pasid_log2 = 0;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Parent { hwpt: ioas, pasid: false })
+    }
+
+    /// A mirror of `stage1`, equal to it, for `requester`. Returns its number.
+    pub fn add_mirror(&mut self, requester: Requester, stage1: &Stage1) -> Result<ObjectId> {
+        let shadow = self.shadow.as_ref().ok_or(NestingError::GuestSecondStage(requester))?;
+        let tables = Tables::new(stage1, shadow.huge);
+        let tables = tables.ok_or(NestingError::GuestSecondStage(requester))?;
+        let mut mirrored = self.new_mirror(tables)?;
+        if let Err(error) = self.fill(&mut mirrored) {
+            self.destroy_mirror(mirrored);
+            return Err(error);
+        }
+        let shadow = self.shadow.as_mut().ok_or(NestingError::GuestSecondStage(requester))?;
+        Ok(shadow.add(mirrored))
+    }
+
+    pub(super) fn new_mirror(&mut self, tables: Tables) -> Result<Mirrored> {
+        let ioas = self.objects.alloc_ioas(|| "allocating the IOAS of a guest's table".into())?;
+        let (hwpts, mirror) = (BTreeMap::new(), Mirror::default());
+        Ok(Mirrored { tables, ioas, hwpts, mirror, unsettled: false })
+    }
+
+    /// Destroys the mirror with this number, which nothing is attached to.
+    pub fn end_mirror(&mut self, id: ObjectId) {
+        if let Some(mirrored) = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.remove(&id)) {
+            self.destroy_mirror(mirrored);
+        }
+    }
+
+    pub(super) fn destroy_mirror(&mut self, mirrored: Mirrored) {
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.pieces -= mirrored.mirror.len() as u64;
+        }
+        for hwpt in mirrored.hwpts.into_values() {
+            self.objects.destroy(hwpt);
+        }
+        self.objects.destroy(mirrored.ioas);
+    }
+
+    /// Forgets what mirrors have for a device that is gone.
+    pub fn end_mirrors_of(&mut self, dev: ObjectId) {
+        let Some(shadow) = self.shadow.as_mut() else { return };
+        let of_device = |mirrored: &mut Mirrored| mirrored.hwpts.remove(&dev);
+        let hwpts: Vec<_> = shadow.mirrors.values_mut().filter_map(of_device).collect();
+        hwpts.into_iter().for_each(|hwpt| self.objects.destroy(hwpt));
+    }
+
+    /// The object that `device` is attached to so that it uses the mirror `id`.
+    pub fn attachable(&mut self, id: ObjectId, device: &Device) -> Result<ObjectId> {
+        let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.get_mut(&id));
+        // Numbers in use are those of mirrors; without mirrors they are the objects themselves.
+        let Some(mirrored) = mirrored else { return Ok(id) };
+        Self::attachable_of(&mut self.objects, mirrored, device)
+    }
+
+    fn attachable_of(
+        objects: &mut Objects,
+        mirrored: &mut Mirrored,
+        device: &Device,
+    ) -> Result<ObjectId> {
+        if device.info.max_pasid_log2 == 0 {
+            return Ok(mirrored.ioas);
+        }
+        if let Some(hwpt) = mirrored.hwpts.get(&device.dev) {
+            return Ok(*hwpt);
+        }
+        let flags = HwptFlags::new().with_pasid(true);
+        let what = || "allocating the page table of a mirror".into();
+        let hwpt = objects.alloc_paging(flags, device.dev, mirrored.ioas, what)?;
+        mirrored.hwpts.insert(device.dev, hwpt);
+        Ok(hwpt)
+    }
+
+    /// Blocks `requester`, whose table cannot be mirrored because of `error`; the guest gets a
+    /// fault. `config` is tried again when the guest invalidates.
+    pub fn starve(&mut self, requester: Requester, config: &RequesterConfig, error: &NestingError) {
+        self.block(requester);
+        warn_limited!("{requester} is blocked: {error}");
+        let NestingError::NotMirrored { iova, .. } = error else { return };
+        let Some(shadow) = self.shadow.as_mut() else { return };
+        if shadow.starved.len() < MAX_STARVED {
+            shadow.starved.insert(requester, *config);
+        }
+        shadow.faults.push(DmaFault {
+            requester,
+            address: *iova,
+            write: false,
+            execute: false,
+            privileged: false,
+            reason: None,
+            stage2: false,
+        });
+    }
+
+    /// Does `steps` in the host: first what goes, then what comes.
+    pub(super) fn change(&mut self, mirrored: &mut Mirrored, steps: &Steps) -> Result<()> {
+        mirrored.unsettled = true;
+        for (iova, length) in steps.unmapped() {
+            let unmapped = self.objects.host().ioas_unmap(mirrored.ioas, iova, length);
+            unmapped.context(|| format!("unmapping IOVA {iova:#x} of a guest's table"))?;
+        }
+        let shadow = self.shadow.as_mut().ok_or(NestingError::ShutDown)?;
+        for piece in &steps.unmap {
+            mirrored.mirror.unmapped(piece);
+            shadow.pieces -= 1;
+        }
+        let room = shadow.limit.saturating_sub(shadow.pieces);
+        // What is beyond the limit is not mapped, and nothing before it.
+        if let Some(beyond) = usize::try_from(room).ok().and_then(|room| steps.map.get(room)) {
+            return Err(too_many(beyond.iova, shadow.limit));
+        }
+        for piece in &steps.map {
+            self.copy(mirrored, piece)?;
+        }
+        mirrored.unsettled = false;
+        Ok(())
+    }
+
+    /// Maps `piece`.
+    fn copy(&mut self, mirrored: &mut Mirrored, piece: &Piece) -> Result<()> {
+        let Piece { iova, length, gpa, access } = *piece;
+        let source = self.objects.ioas()?.id();
+        let target = MapTarget::Fixed(iova);
+        let host = self.objects.host();
+        match host.ioas_copy(mirrored.ioas, target, source, gpa, length, access) {
+            Ok(_) => {
+                mirrored.mirror.mapped(*piece);
+                if let Some(shadow) = self.shadow.as_mut() {
+                    shadow.pieces += 1;
+                }
+                Ok(())
+            }
+            Err(error) if is_reserved(error.errno) => Err(reserved(iova, &error.to_string())),
+            Err(source) => Err(NestingError::Host {
+                what: format!("mapping IOVA {iova:#x} of a guest's table to {gpa:#x}"),
+                source,
+            }),
+        }
+    }
+
+    /// Replaces the mirror `id`, which is `old` and not in the books, by `new` for all its users.
+    /// Those that the host does not attach are blocked.
+    pub(super) fn replace_mirror(
+        &mut self,
+        id: ObjectId,
+        old: Mirrored,
+        new: &mut Mirrored,
+    ) -> Result<()> {
+        let mut result = Ok(());
+        for requester in self.nested.users(id) {
+            let Some(device) = self.devices.get(&requester.rid).copied() else { continue };
+            let attached = Self::attachable_of(&mut self.objects, new, &device);
+            let attached = attached.and_then(|pt| {
+                let pasid = requester.pasid.map(Pasid::raw);
+                let attached = self.objects.host().device_attach(device.dev, pasid, pt);
+                self.counters.replaces += u64::from(attached.is_ok());
+                self.counters.refused_attaches += u64::from(attached.is_err());
+                attached.map(drop).map_err(|error| refused_attach(requester, error))
+            });
+            if let Err(error) = attached {
+                let slot = self.nested.slots().get(requester);
+                self.nested.set(requester, Slot { unsettled: true, ..slot });
+                self.block(requester);
+                result = result.and(Err(error));
+            }
+        }
+        self.destroy_mirror(old);
+        result
+    }
+
+    /// The users of the mirror `id`, as they were configured.
+    pub(super) fn configs(&self, id: ObjectId) -> Vec<(Requester, RequesterConfig)> {
+        let Some(stage1) = self.nested.stage1(id) else { return Vec::new() };
+        let config = |requester: Requester| (requester, self.nested.config(requester, stage1));
+        self.nested.users(id).into_iter().map(config).collect()
+    }
+}

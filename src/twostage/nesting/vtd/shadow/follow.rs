@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Mirrors follow their tables: what the guest invalidates is compared and changed.
+
+use std::ops::Range;
+
+use super::mirror::{Change, Mirror, Piece, Steps, Wanted};
+use super::{too_many, Mirrored};
+use crate::iommufd::{ObjectId, Protection};
+use crate::nesting::vtd::invalidate::{by_name, ByName, FlushSet, Refused};
+use crate::nesting::vtd::state::State;
+use crate::nesting::{NestingError, Result};
+use crate::spec::vtd::PAGE_SIZE;
+use crate::viommu::vtd::walk::{TooManyTables, Walk};
+use crate::viommu::vtd::{Invalidation, Progress};
+
+/// All IOVAs.
+const EVERYTHING: Range<u64> = 0..u64::MAX;
+/// Tables read at once where nobody waits.
+const AT_ONCE: u64 = 512;
+
+/// How much of a comparison may still be done in one piece.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Quota {
+    /// Tables to read.
+    tables: u64,
+    /// Mappings to change.
+    steps: usize,
+}
+
+impl Quota {
+    /// A fraction of a millisecond, unless a mirror has to be replaced.
+    const SLICE: Self = Self { tables: 32, steps: 32 };
+    /// All of it.
+    const ALL: Self = Self { tables: u64::MAX, steps: usize::MAX };
+
+    fn is_used(&self) -> bool {
+        self.tables == 0 || self.steps == 0
+    }
+}
+
+impl State {
+    /// The tables that one comparison may read, whatever they hold: each piece is in one of its
+    /// own, below another, and they may be read twice.
+    fn budget(&self) -> u64 {
+        self.shadow.as_ref().map_or(0, |shadow| shadow.limit.saturating_mul(4).saturating_add(4096))
+    }
+
+    /// Makes `mirrored`, which is not in use, equal to its table.
+    pub(super) fn fill(&mut self, mirrored: &mut Mirrored) -> Result<()> {
+        let (mut range, mut budget) = (0..mirrored.tables.end(), self.budget());
+        while !range.is_empty() {
+            let (compared, change) = self.look(mirrored, range.clone(), &mut budget, AT_ONCE)?;
+            let steps = match change {
+                Change::InPlace(steps) => steps,
+                // It has changed meanwhile.
+                Change::Replace(map) => {
+                    let in_range = |piece: &&Piece| compared.contains(&piece.iova);
+                    let unmap = mirrored.mirror.pieces().filter(in_range).copied().collect();
+                    Steps { unmap, map }
+                }
+            };
+            self.change(mirrored, &steps)?;
+            range.start = compared.end;
+        }
+        Ok(())
+    }
+
+    /// Compares `range`, or the part of it from its start that about `pause` tables have. Returns
+    /// what was compared, which has whole pieces and pages, and how that is to change.
+    fn look(
+        &self,
+        mirrored: &Mirrored,
+        range: Range<u64>,
+        budget: &mut u64,
+        mut pause: u64,
+    ) -> Result<(Range<u64>, Change)> {
+        let shadow = self.shadow.as_ref().ok_or(NestingError::ShutDown)?;
+        let Mirrored { tables, mirror, .. } = mirrored;
+        let mut walk = Walk::new(&*shadow.memory, *tables, *budget);
+        let mut range = mirror.whole(range);
+        let leaves = loop {
+            let mut leaves = Vec::new();
+            let end = walk.leaves(range.clone(), pause, &mut |leaf| leaves.push(leaf));
+            let end = end.map_err(|TooManyTables| too_many(range.start, shadow.limit))?;
+            let start = leaves.first().map_or(range.start, |leaf| leaf.iova.min(range.start));
+            let last = leaves.last().map_or(end, |leaf| end.max(leaf.iova + leaf.length));
+            let whole = mirror.whole(start..last);
+            let same = whole == (range.start..end);
+            range = whole;
+            if same {
+                break leaves;
+            }
+            pause = u64::MAX;
+        };
+        *budget = walk.budget();
+        let ioas = self.objects.ioas()?;
+        let memory = ioas.users();
+        let mut wanted = Wanted::default();
+        for leaf in leaves {
+            memory.mapped_parts(leaf.gpa, leaf.length, |gpa, length, writable| {
+                let (read, write) = (leaf.allowed.read, leaf.allowed.write && writable);
+                if read || write {
+                    let iova = leaf.iova + (gpa - leaf.gpa);
+                    wanted.add(Piece { iova, length, gpa, access: Protection { read, write } });
+                }
+            });
+        }
+        let change = mirror.compare(&range, wanted.pieces());
+        Ok((range, change))
+    }
+
+    /// Makes the mirror `id` as its table is now in `ranges`, which ascend, or in a part of them:
+    /// then returns where to go on.
+    fn follow_ranges(
+        &mut self,
+        id: ObjectId,
+        ranges: &[Range<u64>],
+        resume: Option<(u64, u64)>,
+        quota: &mut Quota,
+    ) -> Result<Option<(u64, u64)>> {
+        let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.remove(&id));
+        let Some(mut mirrored) = mirrored else { return Ok(None) };
+        let result = self.follow_one(id, &mut mirrored, ranges, resume, quota);
+        // Its last user may have been blocked.
+        match self.shadow.as_mut() {
+            Some(shadow) if self.nested.stage1(id).is_some() => {
+                shadow.mirrors.insert(id, mirrored);
+            }
+            _ => self.destroy_mirror(mirrored),
+        }
+        result
+    }
+
+    fn follow_one(
+        &mut self,
+        id: ObjectId,
+        mirrored: &mut Mirrored,
+        ranges: &[Range<u64>],
+        resume: Option<(u64, u64)>,
+        quota: &mut Quota,
+    ) -> Result<Option<(u64, u64)>> {
+        if mirrored.unsettled {
+            return self.renew(id, mirrored).map(|()| None);
+        }
+        let (from, mut budget) = resume.unwrap_or((0, self.budget()));
+        for range in ranges {
+            let mut range = range.start.max(from)..range.end.min(mirrored.tables.end());
+            while !range.is_empty() {
+                if quota.is_used() {
+                    return Ok(Some((range.start, budget)));
+                }
+                let before = budget;
+                let pause = quota.tables.min(AT_ONCE);
+                let (compared, change) = self.look(mirrored, range.clone(), &mut budget, pause)?;
+                quota.tables = quota.tables.saturating_sub(before - budget);
+                range.start = compared.end;
+                match change {
+                    Change::InPlace(mut steps) => {
+                        range.start = steps.limit(quota.steps).unwrap_or(compared.end);
+                        let count = steps.unmap.len() + steps.map.len();
+                        quota.steps = quota.steps.saturating_sub(count);
+                        self.change(mirrored, &steps)?;
+                    }
+                    Change::Replace(pieces) => {
+                        self.rebuild(id, mirrored, &compared, &pieces)?;
+                        // A long one; ALL stays so.
+                        quota.steps = if quota.steps == usize::MAX { usize::MAX } else { 0 };
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Replaces the mirror `id`, of which nothing is certain.
+    fn renew(&mut self, id: ObjectId, mirrored: &mut Mirrored) -> Result<()> {
+        self.forget_pieces(mirrored);
+        let mut new = self.new_mirror(mirrored.tables)?;
+        if let Err(error) = self.fill(&mut new) {
+            self.destroy_mirror(new);
+            return Err(error);
+        }
+        let old = std::mem::replace(mirrored, new);
+        self.replace_mirror(id, old, mirrored)
+    }
+
+    /// Replaces the mirror `id` by one that has `pieces` in `range`, and the same elsewhere.
+    fn rebuild(
+        &mut self,
+        id: ObjectId,
+        mirrored: &mut Mirrored,
+        range: &Range<u64>,
+        pieces: &[Piece],
+    ) -> Result<()> {
+        let target = self.forget_pieces(mirrored).with(range, pieces);
+        let mut new = self.new_mirror(mirrored.tables)?;
+        let steps = Steps { unmap: Vec::new(), map: target.pieces().copied().collect() };
+        if let Err(error) = self.change(&mut new, &steps) {
+            self.destroy_mirror(new);
+            return Err(error);
+        }
+        self.counters.mirror_rebuilds += 1;
+        let old = std::mem::replace(mirrored, new);
+        self.replace_mirror(id, old, mirrored)
+    }
+
+    /// Takes the account of a mirror that goes as a whole.
+    fn forget_pieces(&mut self, mirrored: &mut Mirrored) -> Mirror {
+        mirrored.unsettled = true;
+        let pieces = std::mem::take(&mut mirrored.mirror);
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.pieces -= pieces.len() as u64;
+        }
+        pieces
+    }
+
+    /// Compares all of the mirror `id` at once. If that fails, its users are blocked.
+    pub fn follow_all(&mut self, id: ObjectId) -> Result<()> {
+        let result = self.follow_ranges(id, &[EVERYTHING], None, &mut { Quota::ALL });
+        if let Err(error) = &result {
+            self.give_up(id, error, &mut None);
+        }
+        result.map(drop)
+    }
+
+    /// The map of guest memory has changed: compares all mirrors.
+    pub fn follow_memory(&mut self) -> Result<()> {
+        let mut refused = None;
+        let ids: Vec<_> = self.shadow.iter().flat_map(|it| it.mirrors.keys()).copied().collect();
+        for id in ids {
+            if let Err(error) = self.follow_ranges(id, &[EVERYTHING], None, &mut { Quota::ALL }) {
+                self.give_up(id, &error, &mut refused);
+            }
+        }
+        match refused {
+            Some(Refused { error, still_reachable: true }) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// [`State::invalidate_some`] for mirrors.
+    pub fn follow_some(
+        &mut self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+        refused: &mut Option<Refused>,
+    ) {
+        let (mut from, mut resume) = match progress.next() {
+            None => {
+                self.counters.invalidations_in += batch.len() as u64;
+                self.feed_named(batch, refused);
+                (ObjectId(0), None)
+            }
+            // It was an id when it was stored.
+            Some(next) => (ObjectId(next as u32), progress.inside()),
+        };
+        let (by_name, mut quota) = (by_name(batch), Quota::SLICE);
+        loop {
+            let first = |&(domain, pasid): &_| self.nested.named(domain, pasid, from).next();
+            let Some(id) = by_name.keys().filter_map(first).min() else {
+                return progress.go_on_at(None);
+            };
+            if quota.is_used() {
+                return progress.go_on_at(Some(id.0.into()));
+            }
+            let inside = resume.take().filter(|_| id == from);
+            let ranges = self.ranges(id, &by_name, inside.is_none());
+            match self.follow_ranges(id, &ranges, inside, &mut quota) {
+                Ok(None) => {}
+                Ok(Some(inside)) => return progress.go_on_inside(id.0.into(), inside),
+                Err(error) => self.give_up(id, &error, refused),
+            }
+            from = ObjectId(id.0.saturating_add(1));
+        }
+    }
+
+    /// The ranges of the mirror `id` that are invalidated, ascending.
+    fn ranges(&mut self, id: ObjectId, by_name: &ByName, count: bool) -> Vec<Range<u64>> {
+        let mut all = FlushSet::default();
+        for (&(domain, pasid), set) in by_name {
+            if self.nested.named(domain, pasid, id).next() != Some(id) {
+                continue;
+            }
+            match self.stage(id, &Invalidation { domain, pasid, range: None }) {
+                Some(_) => all.extend(set),
+                None => all.extend_to_everything(set),
+            }
+        }
+        let added = all.added();
+        let entries = all.into_entries();
+        if count {
+            self.counters.merged += added - entries.len() as u64;
+            self.counters.entries_out += entries.len() as u64;
+        }
+        let range = |entry: &crate::iommufd::iommu_hwpt_vtd_s1_invalidate| {
+            let length = entry.npages.saturating_mul(PAGE_SIZE);
+            entry.addr..entry.addr.saturating_add(length)
+        };
+        entries.iter().map(range).collect()
+    }
+
+    /// The mirror `id` cannot be what its table is because of `error`: blocks its users.
+    fn give_up(&mut self, id: ObjectId, error: &NestingError, refused: &mut Option<Refused>) {
+        let of_guest = matches!(error, NestingError::NotMirrored { .. });
+        for (requester, config) in self.configs(id) {
+            match of_guest {
+                true => self.starve(requester, &config, error),
+                false => self.block(requester),
+            }
+            if self.is_reachable(requester) {
+                refuse(refused, error).still_reachable = true;
+            }
+        }
+        if !of_guest {
+            refuse(refused, error);
+        }
+    }
+
+    /// Tries those again that `batch` names and whose table could not be mirrored.
+    fn feed_named(&mut self, batch: &[Invalidation], refused: &mut Option<Refused>) {
+        let starved = self.shadow.iter().flat_map(|shadow| &shadow.starved);
+        let named = |config: &crate::viommu::vtd::RequesterConfig| {
+            batch.iter().any(|invalidation| invalidation.names(config.tag))
+        };
+        let named: Vec<_> = starved.filter(|(_, config)| named(config)).collect();
+        let named: Vec<_> = named.into_iter().map(|(who, config)| (*who, *config)).collect();
+        for (requester, config) in named {
+            if let Err(error) = self.configure(requester, &config) {
+                let reachable = self.is_reachable(requester);
+                refuse(refused, &error).still_reachable |= reachable;
+            }
+        }
+    }
+}
+
+fn refuse<'a>(refused: &'a mut Option<Refused>, error: &NestingError) -> &'a mut Refused {
+    refused.get_or_insert_with(|| Refused { error: error.clone(), still_reachable: false })
+}

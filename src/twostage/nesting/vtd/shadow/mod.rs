@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest's tables without hardware that walks them: each is mirrored into an IOAS.
+//!
+//! A *mirror* has the translations of one table, as mappings that share the pages of the guest's
+//! IOAS (`IOAS_COPY`): memory is pinned and accounted once. All devices that use the table are
+//! attached to its mirror, and those that bypass tables to the guest's IOAS itself; what a device
+//! is attached to is replaced without a gap. The guest invalidates whatever it changes (CAP.CM):
+//! then the table is walked over the range, and compared with the mirror.
+//!
+//! A guest can name 2^36 pages with two tables, so the pieces of all mirrors together are limited,
+//! and so are the tables that one comparison reads. Where a table has more, or IOVAs that the host
+//! reserves, its users are blocked and the guest gets a fault; the next invalidation that names
+//! them tries again.
+//!
+//! Nothing that the guest has taken back stays mapped where a device can reach it: if the host
+//! fails in the middle, the users of the mirror are blocked, and it goes with the last of them.
+
+mod calls;
+mod follow;
+mod mirror;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::iommufd::{Errno, HostError, ObjectId};
+use crate::nesting::NestingError;
+use crate::spec::pci::Bdf;
+use crate::viommu::vtd::walk::Tables;
+use crate::viommu::vtd::{DmaFault, RequesterConfig};
+use crate::viommu::{Requester, TableMemory};
+use mirror::Mirror;
+
+/// At most this many blocked requesters are tried again when the guest invalidates; others are when
+/// it gives them another table.
+const MAX_STARVED: usize = 64;
+
+/// What the guest's tables are mirrored with.
+pub(super) struct Shadow {
+    memory: Arc<dyn TableMemory>,
+    /// The most pieces of all mirrors.
+    limit: u64,
+    /// First-stage tables may have pages of 1 GiB.
+    huge: bool,
+    /// By their numbers, which stand for objects of the host in the bookkeeping of attachments.
+    mirrors: BTreeMap<ObjectId, Mirrored>,
+    last: ObjectId,
+    /// The pieces of all mirrors, those in the making included.
+    pieces: u64,
+    /// Requesters that are blocked because their table cannot be mirrored.
+    starved: BTreeMap<Requester, RequesterConfig>,
+    /// Not delivered yet.
+    faults: Vec<DmaFault>,
+}
+
+/// One mirror.
+#[derive(Debug)]
+struct Mirrored {
+    tables: Tables,
+    ioas: ObjectId,
+    /// For devices with PASIDs, which need a HWPT with that flag.
+    hwpts: BTreeMap<ObjectId, ObjectId>,
+    mirror: Mirror,
+    /// The host has failed in the middle of a change.
+    unsettled: bool,
+}
+
+impl Shadow {
+    /// Reads tables in `memory`; for at most `limit` pieces.
+    pub fn new(memory: Arc<dyn TableMemory>, limit: u64, huge: bool) -> Self {
+        Self {
+            memory,
+            limit,
+            huge,
+            mirrors: BTreeMap::new(),
+            last: ObjectId(0),
+            pieces: 0,
+            starved: BTreeMap::new(),
+            faults: Vec::new(),
+        }
+    }
+
+    /// Faults to deliver, once no lock is held.
+    pub fn take_faults(&mut self) -> Vec<DmaFault> {
+        std::mem::take(&mut self.faults)
+    }
+
+    /// The number of mirrors, and of their pieces.
+    pub fn size(&self) -> (u64, u64) {
+        (self.mirrors.len() as u64, self.pieces)
+    }
+
+    /// `requester` is no longer blocked for what its table has.
+    pub fn feed(&mut self, requester: Requester) {
+        self.starved.remove(&requester);
+    }
+
+    /// Forgets the requesters of `rid`.
+    pub fn forget(&mut self, rid: Bdf) {
+        self.starved.retain(|requester, _| requester.rid != rid);
+    }
+
+    fn add(&mut self, mirrored: Mirrored) -> ObjectId {
+        loop {
+            self.last = ObjectId(self.last.0.wrapping_add(1).max(1));
+            if !self.mirrors.contains_key(&self.last) {
+                self.mirrors.insert(self.last, mirrored);
+                return self.last;
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Shadow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shadow").field("mirrors", &self.mirrors).finish_non_exhaustive()
+    }
+}
+
+/// Why a mirror is not attached: that IOVAs are reserved is the guest's mistake.
+pub(super) fn refused_attach(requester: Requester, source: HostError) -> NestingError {
+    if source.errno == Errno::EADDRINUSE {
+        return reserved(0, &source.to_string());
+    }
+    NestingError::Host { what: format!("attaching {requester}"), source }
+}
+
+/// What the host says of IOVAs that it does not map for the devices.
+fn is_reserved(errno: Errno) -> bool {
+    matches!(errno, Errno::EINVAL | Errno::EADDRINUSE | Errno::EOVERFLOW | Errno::ERANGE)
+}
+
+fn reserved(iova: u64, error: &str) -> NestingError {
+    let why = format!("the host reserves IOVAs there ({error}); the guest must not map them");
+    NestingError::NotMirrored { iova, why }
+}
+
+/// The tables have more than is mirrored.
+fn too_many(iova: u64, limit: u64) -> NestingError {
+    let why = format!(
+        "there are more pieces than shadow-pieces={limit} of them; raise that, or let the guest \
+         map less"
+    );
+    NestingError::NotMirrored { iova, why }
+}

@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which host calls a mirror costs, and their order; and what devices reach when one fails.
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::iommufd::fake::RecordingHost;
+use crate::iommufd::{
+    Errno, Extensions, HostIommu, HwInfo, HwInfoData, ObjectId, Protection, Verb,
+};
+use crate::nesting::vtd::VtdNesting;
+use crate::nesting::{GuestIoas, NestingError};
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::root::AddressWidth;
+use crate::spec::vtd::PageRange;
+use crate::sync::Mutex;
+use crate::viommu::vtd::walk::tests::{first_stage, second_stage};
+use crate::viommu::vtd::{
+    DmaFault, DomainTag, FaultTarget, Invalidation, Policy, Progress, RequesterConfig, Stage1,
+    VtdHostSide,
+};
+use crate::viommu::{HostSideError, Requester};
+
+const A: Bdf = Bdf::from_raw(0x20);
+const B: Bdf = Bdf::from_raw(0x28);
+const DEV_A: ObjectId = ObjectId(1);
+const DEV_B: ObjectId = ObjectId(2);
+const TAG: DomainTag = DomainTag { domain: 7, pasid: 0 };
+const RW: Protection = Protection::READ_WRITE;
+const R: Protection = Protection::READ_ONLY;
+/// Guest memory is 1 MiB, of which the last 64 KiB can be read only.
+const SIZE: u64 = 0x10_0000;
+const ROM: u64 = 0xf_0000;
+
+#[derive(Default)]
+struct Faults(Mutex<Vec<DmaFault>>);
+
+impl FaultTarget for Faults {
+    fn dma_fault(&self, fault: &DmaFault) {
+        self.0.lock().push(*fault);
+    }
+}
+
+/// Two devices without PASIDs behind an IOMMU that is no VT-d, which bypass; the log is empty.
+struct Rig {
+    host: Arc<RecordingHost>,
+    nesting: VtdNesting,
+    memory: Arc<GuestMemoryMmap>,
+    faults: Arc<Faults>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self::with(1 << 20, 0)
+    }
+
+    fn with(limit: u64, max_pasid_log2: u8) -> Self {
+        let host = RecordingHost::new(Extensions::default());
+        let info = HwInfo::new(HwInfoData::None).with_max_pasid_log2(max_pasid_log2);
+        let (a, b) = (host.add_device(0, info), host.add_device(1, info));
+        assert_eq!((a, b), (DEV_A, DEV_B));
+        let ranges = [(GuestAddress(0), ROM as usize), (GuestAddress(ROM), 0x1_0000)];
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let ioas = host.ioas_alloc().unwrap();
+        let map = [(0, ROM, RW), (ROM, SIZE - ROM, R)];
+        let ioas = GuestIoas::adopt_mapped(host.clone(), ioas, &map).unwrap();
+        let nesting = VtdNesting::mirroring(ioas, memory.clone(), limit, true).unwrap();
+        let faults = Arc::new(Faults::default());
+        nesting.set_fault_target(Arc::downgrade(&faults) as _);
+        let rig = Self { host, nesting, memory, faults };
+        for (rid, dev) in [(A, DEV_A), (B, DEV_B)] {
+            rig.nesting.add_device(rid, dev).unwrap();
+            rig.configure(rid, Policy::Bypass).unwrap();
+        }
+        // Two levels above pages at 0x1000 and 0x2000; those in 0x3000 and 0x4000.
+        rig.put(0x1000, 0, 0x2007);
+        rig.put(0x2000, 0, 0x3007);
+        rig.put(0x2000, 1, 0x4007);
+        rig.host.take_log();
+        rig
+    }
+
+    fn put(&self, table: u64, number: u64, word: u64) {
+        self.memory.write_obj(word, GuestAddress(table + number * 8)).unwrap();
+    }
+
+    fn configure(&self, rid: Bdf, policy: Policy) -> Result<(), HostSideError> {
+        let config = RequesterConfig { policy, tag: TAG, fault_disabled: false };
+        self.nesting.configure(Requester::rid(rid), &config)
+    }
+
+    fn invalidate(&self, range: Option<(u64, u64)>) -> Result<(), HostSideError> {
+        let range = range.map(|(address, pages)| PageRange::new(address, pages, true));
+        let domain = Some(TAG.domain);
+        self.nesting.invalidate(&[Invalidation { domain, pasid: None, range }])
+    }
+
+    #[track_caller]
+    fn expect(&self, calls: &[&str]) {
+        assert_eq!(self.host.take_log(), calls);
+    }
+
+    fn faults(&self) -> Vec<(Bdf, u64)> {
+        let faults = std::mem::take(&mut *self.faults.0.lock());
+        faults.iter().map(|fault| (fault.requester.rid, fault.address)).collect()
+    }
+
+    #[track_caller]
+    fn ends_clean(self) {
+        drop(self.nesting);
+        // The adopted IOAS.
+        assert_eq!(self.host.live_objects(), [ObjectId(3)]);
+    }
+}
+
+/// Second-stage tables of three levels.
+fn tables() -> Policy {
+    Policy::Stage1(second_stage(0x1000, AddressWidth::Bits39))
+}
+
+#[test]
+fn tables_are_mirrored_once_for_all_their_users_before_they_are_used() {
+    let rig = Rig::new();
+    rig.put(0x3000, 0, 0x9003);
+    rig.put(0x3000, 1, 0xa003);
+    rig.put(0x3000, 2, 0xb001);
+    rig.put(0x3000, 3, 0xc002);
+    // Memory that can be read only, none at all, and a reserved bit.
+    rig.put(0x3000, 4, ROM | 3);
+    rig.put(0x3000, 5, ROM | 2);
+    rig.put(0x3000, 6, SIZE | 3);
+    rig.put(0x4000, 0, 1 << 51 | 0xd003);
+    rig.configure(A, tables()).unwrap();
+    rig.configure(B, tables()).unwrap();
+    rig.expect(&[
+        "IOAS_ALLOC - = #4",
+        "IOAS_COPY #4 0x0 from #3 0x9000+0x2000 rw",
+        "IOAS_COPY #4 0x2000 from #3 0xb000+0x1000 r",
+        "IOAS_COPY #4 0x3000 from #3 0xc000+0x1000 w",
+        "IOAS_COPY #4 0x4000 from #3 0xf0000+0x1000 r",
+        "DEVICE_ATTACH #1 to #4",
+        "DEVICE_ATTACH #2 to #4",
+    ]);
+    rig.configure(A, Policy::Bypass).unwrap();
+    rig.configure(B, Policy::Blocked(FaultReason::RootNotPresent)).unwrap();
+    rig.expect(&["DEVICE_ATTACH #1 to #3", "DEVICE_DETACH #2", "DESTROY #4"]);
+    rig.ends_clean();
+}
+
+#[test]
+fn an_invalidation_unmaps_what_went_and_maps_what_came() {
+    let rig = Rig::new();
+    (0..4).for_each(|page| rig.put(0x3000, page, (9 + page) << 12 | 3));
+    rig.put(0x3000, 8, 0x1_0003);
+    rig.configure(A, tables()).unwrap();
+    rig.host.take_log();
+    (0..4).for_each(|page| rig.put(0x3000, page, 0));
+    rig.put(0x3000, 8, 0);
+    rig.put(0x3000, 9, 0x2_0003);
+    // Part of what went is enough; what is not named stays.
+    rig.invalidate(Some((0x1000, 1))).unwrap();
+    rig.expect(&["IOAS_UNMAP #4 0x0+0x4000"]);
+    rig.invalidate(Some((0x8000, 2))).unwrap();
+    rig.expect(&["IOAS_UNMAP #4 0x8000+0x1000", "IOAS_COPY #4 0x9000 from #3 0x20000+0x1000 rw"]);
+    rig.invalidate(None).unwrap();
+    rig.invalidate(Some((0x8000, 2))).unwrap();
+    rig.expect(&[]);
+    // A large page that is named by one of its own, as far as it is memory.
+    rig.put(0x2000, 4, 0x83);
+    rig.invalidate(Some((0x80_7000, 1))).unwrap();
+    rig.expect(&[
+        "IOAS_COPY #4 0x800000 from #3 0x0+0xf0000 rw",
+        "IOAS_COPY #4 0x8f0000 from #3 0xf0000+0x10000 r",
+    ]);
+    assert_eq!(rig.nesting.counters().mirror_pieces, 3);
+    rig.ends_clean();
+}
+
+#[test]
+fn what_changes_while_it_is_in_use_is_replaced_without_a_gap() {
+    let rig = Rig::new();
+    rig.put(0x3000, 0, 0x9003);
+    rig.put(0x3000, 7, 0xa003);
+    rig.configure(A, tables()).unwrap();
+    rig.configure(B, tables()).unwrap();
+    rig.host.take_log();
+    rig.put(0x3000, 7, 0xb003);
+    rig.invalidate(Some((0x7000, 1))).unwrap();
+    rig.expect(&[
+        "IOAS_ALLOC - = #5",
+        "IOAS_COPY #5 0x0 from #3 0x9000+0x1000 rw",
+        "IOAS_COPY #5 0x7000 from #3 0xb000+0x1000 rw",
+        "DEVICE_ATTACH #1 to #5",
+        "DEVICE_ATTACH #2 to #5",
+        "DESTROY #4",
+    ]);
+    assert_eq!(rig.nesting.counters().mirror_rebuilds, 1);
+    assert_eq!(rig.nesting.counters().mirror_pieces, 2);
+    rig.ends_clean();
+}
+
+#[test]
+fn devices_with_pasids_have_page_tables_of_their_own_on_the_mirror() {
+    let rig = Rig::with(1 << 20, 8);
+    rig.put(0x3000, 0, 0x9003);
+    rig.configure(A, tables()).unwrap();
+    rig.configure(B, tables()).unwrap();
+    rig.expect(&[
+        "IOAS_ALLOC - = #6",
+        "IOAS_COPY #6 0x0 from #3 0x9000+0x1000 rw",
+        "HWPT_ALLOC paging PASID on #6 for #1 = #7",
+        "DEVICE_ATTACH #1 to #7",
+        "HWPT_ALLOC paging PASID on #6 for #2 = #8",
+        "DEVICE_ATTACH #2 to #8",
+    ]);
+    rig.nesting.remove_device(B).unwrap();
+    rig.expect(&["DEVICE_DETACH #2", "DESTROY #8", "DESTROY #5"]);
+    rig.ends_clean();
+}
+
+#[test]
+fn tables_that_name_too_much_block_their_users_until_they_do_not() {
+    let rig = Rig::with(2, 0);
+    (0..3).for_each(|page| rig.put(0x3000, 2 * page, 0x9003));
+    rig.configure(A, tables()).unwrap();
+    assert_eq!((rig.faults(), rig.host.reaches(DEV_A, None)), (vec![(A, 0x4000)], None));
+    rig.invalidate(None).unwrap();
+    assert_eq!((rig.faults(), rig.host.reaches(DEV_A, None)), (vec![(A, 0x4000)], None));
+    rig.put(0x3000, 0, 0);
+    // Another domain; then this one.
+    rig.nesting.invalidate(&[Invalidation { domain: Some(8), pasid: None, range: None }]).unwrap();
+    assert_eq!(rig.host.reaches(DEV_A, None), None);
+    rig.invalidate(Some((0, 1))).unwrap();
+    assert_eq!(rig.host.reaches_copies(DEV_A).len(), 2);
+    // While it is used.
+    rig.put(0x3000, 9, 0xa003);
+    rig.invalidate(Some((0x9000, 1))).unwrap();
+    assert_eq!((rig.faults(), rig.host.reaches(DEV_A, None)), (vec![(A, 0x9000)], None));
+    assert_eq!(rig.nesting.counters().mirror_pieces, 0);
+    rig.put(0x3000, 9, 0);
+    rig.invalidate(Some((0x9000, 1))).unwrap();
+    assert_eq!(rig.host.reaches_copies(DEV_A).len(), 2);
+    rig.ends_clean();
+}
+
+#[test]
+fn reserved_iovas_are_the_guest_s_mistake() {
+    for (verb, errno) in [(Verb::IoasCopy, Errno::EINVAL), (Verb::DeviceAttach, Errno::EADDRINUSE)]
+    {
+        let rig = Rig::new();
+        rig.put(0x3000, 5, 0x9003);
+        rig.host.fail_next(verb, errno);
+        rig.configure(A, tables()).unwrap();
+        assert_eq!((rig.faults().len(), rig.host.reaches(DEV_A, None)), (1, None));
+        rig.invalidate(None).unwrap();
+        assert_eq!(rig.host.reaches_copies(DEV_A), [(0x5000, 0x1000, 0x9000, RW)]);
+        rig.ends_clean();
+    }
+}
+
+#[test]
+fn two_tables_that_name_everything_end() {
+    let rig = Rig::with(100, 0);
+    (0..512).for_each(|number| rig.put(0x1000, number, 0x1003));
+    rig.configure(A, Policy::Stage1(second_stage(0x1000, AddressWidth::Bits57))).unwrap();
+    assert_eq!((rig.faults().len(), rig.host.reaches(DEV_A, None)), (1, None));
+    rig.ends_clean();
+}
+
+#[test]
+fn memory_that_goes_is_mirrored_no_more_before_it_is_gone() {
+    let rig = Rig::new();
+    rig.put(0x3000, 0, 0x9003);
+    rig.put(0x3000, 1, ROM | 1);
+    rig.configure(A, tables()).unwrap();
+    rig.host.take_log();
+    rig.nesting.ioas().unwrap().unmap(ROM, SIZE - ROM).unwrap();
+    rig.expect(&["IOAS_UNMAP #4 0x1000+0x1000", "IOAS_UNMAP #3 0xf0000+0x10000"]);
+    rig.ends_clean();
+    // Refused, it is as before.
+    let rig = Rig::new();
+    rig.put(0x3000, 1, ROM | 1);
+    rig.configure(A, tables()).unwrap();
+    rig.host.fail_nth(1, Errno::EBUSY);
+    rig.nesting.ioas().unwrap().unmap(ROM, SIZE - ROM).unwrap_err();
+    assert_eq!(rig.host.reaches_copies(DEV_A), [(0x1000, 0x1000, ROM, R)]);
+    rig.ends_clean();
+}
+
+#[test]
+fn an_ioas_whose_map_is_not_known_is_refused() {
+    let host = RecordingHost::new(Extensions::default());
+    let ioas = host.ioas_alloc().unwrap();
+    let adopted = GuestIoas::adopt(host.clone(), ioas, &[]).unwrap();
+    let memory = Arc::new(crate::viommu::vtd::walk::tests::memory());
+    let error = VtdNesting::mirroring(adopted, memory, 1, true).unwrap_err();
+    assert!(matches!(error, NestingError::UnknownMap(_)), "{error}");
+}
+
+#[test]
+fn a_large_comparison_is_done_in_slices() {
+    let rig = Rig::new();
+    rig.configure(A, tables()).unwrap();
+    (0..512).step_by(2).for_each(|page| rig.put(0x3000, page, 0x9003));
+    (0..512).step_by(2).for_each(|page| rig.put(0x4000, page, 0xa003));
+    rig.host.take_log();
+    let batch = [Invalidation::ALL];
+    let (mut progress, mut slices) = (Progress::default(), 0);
+    while !progress.is_done() {
+        rig.nesting.invalidate_some(&batch, &mut progress).unwrap();
+        assert!(rig.host.take_log().len() <= 32);
+        slices += 1;
+        // Two batches, each of which gets on with the other between.
+        if slices == 3 {
+            rig.invalidate(Some((0, 1024))).unwrap();
+            assert_eq!(rig.host.take_log().len(), 512 - 3 * 32);
+        }
+    }
+    assert!(slices >= 4, "{slices}");
+    assert_eq!(rig.host.reaches_copies(DEV_A).len(), 512);
+    rig.ends_clean();
+}
+
+/// What the tables translate, as single pages: IOVA, GPA, and whether it may be written.
+fn translated(rig: &Rig) -> Vec<(u64, u64, bool)> {
+    let word = |table: u64, number| -> u64 {
+        rig.memory.read_obj(GuestAddress(table + number * 8)).unwrap()
+    };
+    let pages = (0..1024).map(|page| (page << 12, word(0x3000 + page / 512 * 0x1000, page % 512)));
+    let present = pages.filter(|(_, word)| word & 1 != 0);
+    present.map(|(iova, word)| (iova, word & 0xf_f000, word & 2 != 0)).collect()
+}
+
+fn reached(rig: &Rig, dev: ObjectId) -> Vec<(u64, u64, bool)> {
+    let pages = |(iova, length, gpa, access): (u64, u64, u64, Protection)| {
+        (0..length).step_by(4096).map(move |at| (iova + at, gpa + at, access.write))
+    };
+    rig.host.reaches_copies(dev).into_iter().flat_map(pages).collect()
+}
+
+/// Every host call of a life of mirrors fails in turn: nothing that the guest has taken back can be
+/// reached, nothing is left behind, and when the guest has done everything again, all is served.
+#[test]
+fn whichever_call_fails_nothing_stale_is_reached() {
+    type Edit = fn(&Rig);
+    let edits: [Edit; 4] = [
+        |rig| (0..8).for_each(|page| rig.put(0x3000, page, 0x9003 + (page << 12))),
+        // Parts go, stay, come, and lead elsewhere.
+        |rig| [1, 5].into_iter().for_each(|page| rig.put(0x3000, page, 0)),
+        |rig| (0..4).for_each(|page| rig.put(0x4000, page * 3, 0x2_0001 + (page << 12))),
+        |rig| rig.put(0x3000, 0, 0x3_0003),
+    ];
+    for pasids in [0, 8] {
+        for errno in [Errno::ENOMEM, Errno::EIO, Errno::EINVAL] {
+            for nth in 0.. {
+                let rig = Rig::with(1 << 20, pasids);
+                rig.host.fail_nth(nth, errno);
+                let mut told = 0;
+                for edit in edits {
+                    edit(&rig);
+                    let results = [
+                        rig.invalidate(None),
+                        rig.configure(A, tables()),
+                        rig.configure(B, tables()),
+                    ];
+                    for error in results.into_iter().filter_map(Result::err) {
+                        assert!(!error.still_reachable, "{nth}: {error}");
+                        told += 1;
+                    }
+                    told += rig.faults().len();
+                    let now = translated(&rig);
+                    for dev in [DEV_A, DEV_B] {
+                        let reached = reached(&rig, dev);
+                        assert!(
+                            reached.iter().all(|page| now.contains(page)),
+                            "{nth} {reached:x?}"
+                        );
+                    }
+                }
+                if rig.host.failure_pending() {
+                    assert!(nth > 30, "{nth} calls");
+                    break;
+                }
+                for rid in [A, B] {
+                    rig.configure(rid, tables()).unwrap();
+                }
+                rig.invalidate(None).unwrap();
+                for dev in [DEV_A, DEV_B] {
+                    assert_eq!(reached(&rig, dev), translated(&rig), "{nth}: {errno}, told {told}");
+                }
+                for rid in [A, B] {
+                    rig.configure(rid, Policy::Bypass).unwrap();
+                }
+                rig.ends_clean();
+            }
+        }
+    }
+}
+
+#[test]
+fn first_stage_tables_get_their_flags_when_they_are_mirrored() {
+    let rig = Rig::new();
+    (0..4).for_each(|level| rig.put(0x1000 + (level << 12), 0, 0x2007 + (level << 12)));
+    let Stage1::VtdFirstStage(_) = first_stage(0x1000) else { panic!("first-stage tables") };
+    rig.configure(A, Policy::Stage1(first_stage(0x1000))).unwrap();
+    assert_eq!(rig.host.reaches_copies(DEV_A), [(0, 0x1000, 0x5000, RW)]);
+    let word: u64 = rig.memory.read_obj(GuestAddress(0x4000)).unwrap();
+    assert_eq!(word, 0x5067);
+    rig.ends_clean();
+}
