@@ -12,7 +12,8 @@
 //! descriptor or command), `policy` (from tables), `apply` and `requesters` (to the host), `faults`
 //! and `fault_log` (back to the guest), `config`, `host_unit` (what hosts can serve), `host_side`,
 //! `state` (and statistics), `restore` (and snapshot, and reset). What is the same protocol is in
-//! `ledger`. [`routes`] is for VMMs whose hypervisor sends remapped messages by itself.
+//! `ledger`. [`routes`] is for VMMs whose hypervisor sends remapped messages by itself; [`bridges`]
+//! for those that have functions behind bridges.
 
 /// Setters of a configuration, to be called in a chain: `with_x x: T` sets the field `x`.
 // For the packages here, so not documented.
@@ -29,6 +30,7 @@ macro_rules! setters {
     )*};
 }
 
+pub mod bridges;
 mod host_side;
 mod ledger;
 mod machine;
