@@ -58,6 +58,8 @@ struct Machine<'a> {
     cmdline: &'a str,
     iommus: &'a [&'a str],
     devices: &'a [&'a str],
+    /// Options with their values.
+    bridges: &'a [&'a str],
     vcpus: u8,
     trace: Option<&'a Path>,
 }
@@ -67,6 +69,7 @@ const MACHINE: Machine = Machine {
     cmdline: "",
     iommus: &["vtd,aw=57,pasid-bits=20"],
     devices: &[WIDE_EDU_WITH_PASID, WIDE_EDU],
+    bridges: &[],
     vcpus: 1,
     trace: None,
 };
@@ -98,6 +101,7 @@ impl Machine<'_> {
         for device in self.devices {
             command.args(["--device", device]);
         }
+        command.args(self.bridges);
         if let Some(trace) = self.trace {
             command.arg("--trace").arg(trace);
         }
@@ -299,6 +303,30 @@ fn every_check_holds_on_each_of_two_units() {
         let remapped = format!("/iommus/{unit}/viommu/interrupts_remapped");
         assert_ne!(number(report, &remapped), 0, "{remapped}");
     }
+}
+
+#[test]
+fn every_check_holds_behind_root_ports_and_a_bridge_to_pci() {
+    if !kvm() {
+        return;
+    }
+    const BEHIND_PORT: &str = "edu,pasid=on,dma-mask=0xffffffffffffffff,bus=rp0";
+    const BEHIND_PCI: &str = "edu,dma-mask=0xffffffffffffffff,bus=br0";
+    let bridges =
+        &["--root-port", "id=rp0", "--root-port", "id=rp1", "--pci-bridge", "id=br0,bus=rp1"];
+    // The guest finds them in the order of buses, and compares the requester in each fault record
+    // with the function behind the port, and with device 0 of the bus behind the bridge.
+    let outcome = Machine { devices: &[BEHIND_PORT, BEHIND_PCI], bridges, ..MACHINE }.run();
+    assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&["malformed_tables"]));
+    assert_nested(&outcome, 1, 2);
+    assert_remapped(&outcome);
+    let devices = &outcome.report["devices"];
+    assert_eq!((&devices[0]["bdf"], &devices[1]["bdf"]), (&"01:00.0".into(), &"03:01.0".into()));
+    // The one behind the bridge alone, in the scope of the first of two units; it has no
+    // function-level reset.
+    let outcome = Machine { devices: &[BEHIND_PCI], bridges, ..MACHINE }.run();
+    assert!(outcome.skipped.contains("edu") && outcome.passed > 130, "{:?}", outcome.skipped);
+    assert_nested(&outcome, 1, 1);
 }
 
 #[test]

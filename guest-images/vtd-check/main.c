@@ -143,7 +143,7 @@ void guest_main(u32 magic, u64 start_info)
         run_virtio(cmdline_number("virtio", 0));
     edu_init();
     if (edu_count == 0) {
-        print("there is no edu device (1234:11e8) on bus 0\n");
+        print("there is no edu device (1234:11e8)\n");
         machine_exit(1);
     }
     introduce();

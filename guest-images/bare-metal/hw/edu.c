@@ -25,7 +25,8 @@ void edu_init(void)
     for (unsigned n = 0; n < all_count; n++) {
         struct edu *edu = &all[n];
 
-        edu->id = found[n];
+        edu->place = found[n];
+        edu->id = pci_requester(found[n]);
         edu->registers = pci_enable(found[n], EDU_BAR_SIZE);
         edu->has_pasid = pci_extended_capability(found[n], PCI_EXT_CAP_PASID) != 0;
         if (edu->has_pasid)
@@ -44,9 +45,9 @@ void edu_use(unsigned first, unsigned most)
 
 void edu_pasid_enable(const struct edu *edu, bool on)
 {
-    u16 pasid = pci_extended_capability(edu->id, PCI_EXT_CAP_PASID);
+    u16 pasid = pci_extended_capability(edu->place, PCI_EXT_CAP_PASID);
 
-    pci_write(edu->id, pasid + PASID_CONTROL, on ? PASID_ENABLE : 0);
+    pci_write(edu->place, pasid + PASID_CONTROL, on ? PASID_ENABLE : 0);
 }
 
 static bool dma(const struct edu *edu, u32 pasid, u64 source, u64 destination, u32 count, u32 direction)

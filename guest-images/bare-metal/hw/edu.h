@@ -35,7 +35,8 @@ enum edu_register {
 #define NO_PASID (~0u)
 
 struct edu {
-    pci_id id;
+    pci_id place; // where its configuration space is
+    pci_id id;    // the Requester ID of its requests
     u64 registers;
     bool has_pasid; // the PASID extended capability is there, and enabled by `edu_init`
     bool is_loaded; // its buffer holds what the checks expect

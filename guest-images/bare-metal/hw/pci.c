@@ -4,6 +4,8 @@
 enum {
     MSI_CONTROL_ENABLE = 1 << 16, // message control is the upper half of the capability's first word
     MSI_CONTROL_64BIT = 1 << 23,
+    HEADER_BRIDGE = 1,
+    EXPRESS_TO_PCI = 7, // in the upper half of the capability's first word
     EXPRESS_DEVICE_CAPABILITIES = 4,
     EXPRESS_FLR_CAPABLE = 1 << 28,
     EXPRESS_DEVICE_CONTROL = 8,
@@ -16,14 +18,74 @@ bool pci_has_pin(pci_id function)
     return pci_read(function, PCI_INTERRUPT) >> 8 & 0xff;
 }
 
+struct search {
+    u32 id;
+    pci_id *found;
+    unsigned most, count;
+};
+
+// The bus behind a bridge that firmware has numbered, 0 if the function is none.
+static u8 bus_behind(pci_id function)
+{
+    u8 secondary = (u8)(pci_read(function, PCI_BUSES) >> 8);
+    bool is_bridge = (pci_read(function, PCI_HEADER) >> 16 & 0x7f) == HEADER_BRIDGE;
+
+    // Away from the root numbers rise.
+    return is_bridge && secondary > function >> 8 ? secondary : 0;
+}
+
+static void search_bus(struct search *search, u8 bus)
+{
+    for (unsigned device = 0; device < 32; device++) {
+        pci_id function = (pci_id)(bus << 8 | device << 3);
+        u32 id = pci_read(function, PCI_ID);
+
+        if (id == search->id && search->count < search->most)
+            search->found[search->count++] = function;
+        if (id != ~0u && bus_behind(function))
+            search_bus(search, bus_behind(function));
+    }
+}
+
 unsigned pci_find(u32 id, pci_id *found, unsigned most)
 {
-    unsigned count = 0;
+    struct search search = {id, found, most, 0};
 
-    for (pci_id device = 0; device < 32 && count < most; device++)
-        if (pci_read((pci_id)(device << 3), PCI_ID) == id)
-            found[count++] = (pci_id)(device << 3);
-    return count;
+    search_bus(&search, 0);
+    return search.count;
+}
+
+static bool is_to_pci(pci_id bridge)
+{
+    u16 express = pci_capability(bridge, PCI_CAP_EXPRESS);
+
+    return express && (pci_read(bridge, express) >> 20 & 0xf) == EXPRESS_TO_PCI;
+}
+
+pci_id pci_requester(pci_id function)
+{
+    u8 bus = 0;
+
+    while (bus != function >> 8) {
+        u8 next = 0;
+
+        for (unsigned device = 0; device < 32 && !next; device++) {
+            pci_id bridge = (pci_id)(bus << 8 | device << 3);
+            u32 buses = pci_read(bridge, PCI_BUSES);
+
+            if (pci_read(bridge, PCI_ID) == ~0u || !bus_behind(bridge))
+                continue;
+            if (bus_behind(bridge) > function >> 8 || (u8)(buses >> 16) < function >> 8)
+                continue;
+            next = bus_behind(bridge);
+            if (is_to_pci(bridge))
+                return (pci_id)(next << 8);
+        }
+        if (!next)
+            break;
+        bus = next;
+    }
+    return function;
 }
 
 u16 pci_capability(pci_id function, u8 id)

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// PCI functions of bus 0. Access to configuration space is provided by each guest.
+// PCI functions of bus 0 and behind bridges. Access to configuration space is provided by each guest.
 #pragma once
 #include "lib/types.h"
 
 enum {
     PCI_ID = 0x00,
     PCI_COMMAND = 0x04, // command in the low half, status in the high half
+    PCI_HEADER = 0x0c, // its type in the third byte
     PCI_BAR0 = 0x10,
+    PCI_BUSES = 0x18, // of a bridge: its bus, the one behind it and the last one
     PCI_CAPABILITIES = 0x34,
     PCI_INTERRUPT = 0x3c, // line and pin
 
@@ -20,7 +22,7 @@ enum {
     PCI_EXT_CAP_PASID = 0x1b,
 };
 
-// A function by its Requester ID (bus, device, function), as in fault records.
+// A function by bus, device and function, or a Requester ID, as in fault records.
 typedef u16 pci_id;
 
 // Provided by each guest: finds configuration space; whether its extended part is accessible;
@@ -34,8 +36,13 @@ u32 pci_bar_window(void);
 // Whether the function has an interrupt pin (INTx).
 bool pci_has_pin(pci_id function);
 
-// Finds functions of bus 0 with this vendor and device ID (as register 0 reads); returns how many.
+// Finds first functions of devices with this vendor and device ID (as register 0 reads), on bus 0
+// and behind bridges as firmware has numbered their buses; returns how many.
 unsigned pci_find(u32 id, pci_id *found, unsigned most);
+
+// The Requester ID of the requests of a function found so: behind a bridge from PCI Express to PCI
+// it is device 0, function 0 of the bus behind that bridge.
+pci_id pci_requester(pci_id function);
 
 // Offset of a capability, 0 if the function lacks it. Extended ones need ECAM.
 u16 pci_capability(pci_id function, u8 id);

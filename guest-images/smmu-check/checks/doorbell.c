@@ -34,13 +34,13 @@ static void enter(void)
     setup();
     if (!ready)
         check_fail("the device tree has no iommu-addresses, or no GIC with an ITS that answers");
-    else if (!pci_msi_set(DEVICE->id, (u32)its_doorbell(), EVENT))
+    else if (!pci_msi_set(DEVICE->place, (u32)its_doorbell(), EVENT))
         check_fail("the device has no MSI");
 }
 
 static void leave(void)
 {
-    pci_msi_disable(DEVICE->id);
+    pci_msi_disable(DEVICE->place);
     teardown();
 }
 

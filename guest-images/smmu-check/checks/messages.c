@@ -13,7 +13,7 @@ static struct space enter(void)
     struct space space = space_new(ASID);
 
     stream_translate(DEVICE->id, &space);
-    if (!pci_msi_set(DEVICE->id, MESSAGE, DATA))
+    if (!pci_msi_set(DEVICE->place, MESSAGE, DATA))
         check_fail("the device has no MSI");
     else if (invalidate(cfgi_ste(DEVICE->id)) && !smmu_enable(true))
         check_fail("CR0.SMMUEN is not taken");
@@ -22,7 +22,7 @@ static struct space enter(void)
 
 static void leave(void)
 {
-    pci_msi_disable(DEVICE->id);
+    pci_msi_disable(DEVICE->place);
     teardown();
 }
 

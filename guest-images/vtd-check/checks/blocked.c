@@ -61,13 +61,16 @@ static void other_device_stays_blocked(void)
 {
     struct page_table space = space_new();
     volatile u64 *page = page_new();
+    bool same_table;
 
     SKIP_UNLESS(edu_count > 1, "one edu only");
     map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, FS_READ_WRITE);
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, page));
-    REQUIRE(write_faults(SECOND, NO_PASID, IOVA, page, CONTEXT_NOT_PRESENT));
+    // On another bus, or in the other half of one, it has another context table.
+    same_table = SECOND->id >> 7 == DEVICE->id >> 7;
+    REQUIRE(write_faults(SECOND, NO_PASID, IOVA, page, same_table ? CONTEXT_NOT_PRESENT : ROOT_NOT_PRESENT));
 }
 
 static void refused_read_brings_nothing(void)

@@ -45,12 +45,12 @@ static void msi(void)
 {
     bool arrived;
 
-    SKIP_UNLESS(pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
+    SKIP_UNLESS(pci_msi_set(DEVICE->place, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
     interrupt_count_clear(VECTOR_EDU_MSI);
     reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
     arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI));
     reg_write(EDU_IRQ_ACK, INTERRUPT_CAUSE);
-    pci_msi_disable(DEVICE->id);
+    pci_msi_disable(DEVICE->place);
     EXPECT(arrived, "the message does not arrive");
     EXPECT(interrupt_count(VECTOR_EDU_MSI) == 1, "%u arrivals", interrupt_count(VECTOR_EDU_MSI));
 }
@@ -64,7 +64,7 @@ static void intx(void)
 {
     bool arrived;
 
-    SKIP_UNLESS(pci_has_pin(DEVICE->id), "the device has no interrupt pin");
+    SKIP_UNLESS(pci_has_pin(DEVICE->place), "the device has no interrupt pin");
     SKIP_UNLESS(ioapic_route_pci(VECTOR_EDU_INTX), "no I/O APIC");
     interrupt_on(VECTOR_EDU_INTX, acknowledge);
     interrupt_count_clear(VECTOR_EDU_INTX);
@@ -91,7 +91,7 @@ static void dma_interrupt(void)
     volatile u64 *page = page_new();
     bool arrived;
 
-    SKIP_UNLESS(pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
+    SKIP_UNLESS(pci_msi_set(DEVICE->place, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
     interrupt_count_clear(VECTOR_EDU_MSI);
     write64(DEVICE->registers + EDU_DMA_SOURCE, gpa_of(page));
     write64(DEVICE->registers + EDU_DMA_DESTINATION, EDU_BUFFER);
@@ -101,7 +101,7 @@ static void dma_interrupt(void)
     EXPECT(arrived, "the message does not arrive");
     EXPECT(reg(EDU_IRQ_STATUS) == EDU_IRQ_DMA_DONE, "status 0x%x", reg(EDU_IRQ_STATUS));
     reg_write(EDU_IRQ_ACK, EDU_IRQ_DMA_DONE);
-    pci_msi_disable(DEVICE->id);
+    pci_msi_disable(DEVICE->place);
 }
 
 static void dma_whole_buffer(void)
@@ -122,18 +122,18 @@ static void dma_whole_buffer(void)
 static void function_level_reset(void)
 {
     volatile u64 *page = page_new();
-    u32 bar = pci_read(DEVICE->id, PCI_BAR0), command;
+    u32 bar = pci_read(DEVICE->place, PCI_BAR0), command;
 
-    SKIP_UNLESS(pci_can_reset(DEVICE->id), "the device has no function-level reset");
+    SKIP_UNLESS(pci_can_reset(DEVICE->place), "the device has no function-level reset");
     page[0] = 0x1122334455667788;
     EXPECT(edu_read_from(DEVICE, NO_PASID, gpa_of(page), 512, 8), "the read does not end");
     reg_write(EDU_LIVENESS, 0x12345678);
     reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
-    pci_reset(DEVICE->id);
-    command = pci_read(DEVICE->id, PCI_COMMAND);
+    pci_reset(DEVICE->place);
+    command = pci_read(DEVICE->place, PCI_COMMAND);
     // Whatever was found, the checks that follow need the device. Its BAR may have lost the address.
-    pci_write(DEVICE->id, PCI_BAR0, bar);
-    pci_write(DEVICE->id, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
+    pci_write(DEVICE->place, PCI_BAR0, bar);
+    pci_write(DEVICE->place, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
     if (DEVICE->has_pasid)
         edu_pasid_enable(DEVICE, true);
     EXPECT(!(command & (PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER)), "command 0x%04x", (u16)command);

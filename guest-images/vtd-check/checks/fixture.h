@@ -39,6 +39,9 @@ u64 iova_base(void);
 // The root table of the running check; its mode is that of the setup.
 extern u64 *root;
 
+// The entry of the bus of `DEVICE` in it: two words.
+#define ROOT_ENTRY (&root[2 * (DEVICE->id >> 8)])
+
 // `assigned=1` on the command line: the devices are assigned from the host, whose IOMMU blocks them
 // without reporting faults; and the host handles their own writes to the interrupt range.
 bool devices_assigned(void);

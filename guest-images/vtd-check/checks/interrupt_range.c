@@ -7,13 +7,13 @@ static void message_while_blocked(void)
 {
     bool arrived;
 
-    SKIP_UNLESS(pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
+    SKIP_UNLESS(pci_msi_set(DEVICE->place, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
     REQUIRE(enable());
     interrupt_count_clear(VECTOR_EDU_MSI);
     write32(DEVICE->registers + EDU_IRQ_RAISE, 1);
     arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI));
     write32(DEVICE->registers + EDU_IRQ_ACK, 1);
-    pci_msi_disable(DEVICE->id);
+    pci_msi_disable(DEVICE->place);
     EXPECT(arrived, "the message does not arrive");
     EXPECT(fault_pending() == 0, "%u fault records", fault_pending());
 }

@@ -51,7 +51,7 @@ static void setup_remapping(void)
     if (check_is_over())
         return;
     table = page_new();
-    SKIP_UNLESS(pci_msi_set(DEVICE->id, message_address(INDEX), 0), "no MSI capability");
+    SKIP_UNLESS(pci_msi_set(DEVICE->place, message_address(INDEX), 0), "no MSI capability");
     EXPECT(vtd_set_interrupt_table(gpa_of(table) | TABLE_SIZE), "GCMD.SIRTP never showed in GSTS");
     REQUIRE(invalidate(inv_interrupt_entry(INTERRUPT_ENTRY_GLOBAL, 0, 0)));
     EXPECT(vtd_switch(GCMD_IRE, true), "GCMD.IRE never showed in GSTS");
@@ -62,7 +62,7 @@ static void teardown_remapping(void)
     if (ecap_interrupt_remapping()) {
         (void)vtd_switch(GCMD_IRE, false);
         (void)vtd_switch(GCMD_CFI, false);
-        pci_msi_disable(DEVICE->id);
+        pci_msi_disable(DEVICE->place);
     }
     teardown();
 }
@@ -131,7 +131,7 @@ static void by_entry(void)
 static void by_subhandle(void)
 {
     entry_set(INDEX + 3, VECTOR_EDU_MSI, IRTE_P, 0);
-    (void)pci_msi_set(DEVICE->id, message_address(INDEX) | (u32)SUBHANDLE_VALID, 3);
+    (void)pci_msi_set(DEVICE->place, message_address(INDEX) | (u32)SUBHANDLE_VALID, 3);
     REQUIRE(arrives(VECTOR_EDU_MSI));
 }
 
@@ -146,7 +146,7 @@ static void not_present_quietly(void)
     raise();
     write32(DEVICE->registers + EDU_IRQ_ACK, 1);
     // The next MSI comes after it.
-    (void)pci_msi_set(DEVICE->id, message_address(INDEX + 1), 0);
+    (void)pci_msi_set(DEVICE->place, message_address(INDEX + 1), 0);
     REQUIRE(faults(INTERRUPT_ENTRY_NOT_PRESENT, INDEX + 1));
 }
 
@@ -158,7 +158,7 @@ static void reserved(void)
 
 static void beyond(void)
 {
-    (void)pci_msi_set(DEVICE->id, message_address(TABLE_ENTRIES), 0);
+    (void)pci_msi_set(DEVICE->place, message_address(TABLE_ENTRIES), 0);
     REQUIRE(faults(INTERRUPT_INDEX_BEYOND, TABLE_ENTRIES));
 }
 
@@ -171,7 +171,7 @@ static void no_memory(void)
 
 static void compatibility(void)
 {
-    (void)pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI);
+    (void)pci_msi_set(DEVICE->place, msi_address(), VECTOR_EDU_MSI);
     REQUIRE(faults(INTERRUPT_COMPATIBILITY_BLOCKED, 0));
     EXPECT(vtd_switch(GCMD_CFI, true), "GCMD.CFI never showed in GSTS");
     REQUIRE(arrives(VECTOR_EDU_MSI));
@@ -193,9 +193,12 @@ static void source(void)
 
 static void source_bus(void)
 {
-    entry_set(INDEX, VECTOR_EDU_MSI, IRTE_P, SOURCE_BUS | 0x0010);
+    // From the bus in the upper byte to that in the lower one.
+    u32 buses = (DEVICE->id & 0xff00u) | 0x10;
+
+    entry_set(INDEX, VECTOR_EDU_MSI, IRTE_P, SOURCE_BUS | buses);
     REQUIRE(arrives(VECTOR_EDU_MSI));
-    entry_set(INDEX, VECTOR_EDU_MSI, IRTE_P, SOURCE_BUS | 0x0110);
+    entry_set(INDEX, VECTOR_EDU_MSI, IRTE_P, SOURCE_BUS | (buses + 0x100));
     REQUIRE(invalidate(inv_interrupt_entry(INTERRUPT_ENTRY_INDEX, INDEX, 0)));
     REQUIRE(faults(INTERRUPT_SOURCE_MISMATCH, INDEX));
 }
@@ -267,7 +270,7 @@ static void wide_destination(void)
     REQUIRE(invalidate(inv_interrupt_entry(INTERRUPT_ENTRY_GLOBAL, 0, 0)));
     REQUIRE(arrives(VECTOR_EDU_MSI));
     // Compatibility format is blocked whatever CFI is.
-    (void)pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI);
+    (void)pci_msi_set(DEVICE->place, msi_address(), VECTOR_EDU_MSI);
     EXPECT(vtd_switch(GCMD_CFI, true), "GCMD.CFI never showed in GSTS");
     REQUIRE(faults(INTERRUPT_COMPATIBILITY_BLOCKED, 0));
 }
@@ -280,8 +283,8 @@ static void acknowledge(void)
 static void intx(void)
 {
     SKIP_UNLESS(vtd == &vtd_units[0], "the I/O APIC is behind the first unit");
-    SKIP_UNLESS(pci_has_pin(DEVICE->id), "the device has no interrupt pin");
-    pci_msi_disable(DEVICE->id);
+    SKIP_UNLESS(pci_has_pin(DEVICE->place), "the device has no interrupt pin");
+    pci_msi_disable(DEVICE->place);
     entry_set(INDEX, VECTOR_EDU_INTX, IRTE_P | IRTE_LEVEL, 0);
     SKIP_UNLESS(ioapic_route_pci_remapped(VECTOR_EDU_INTX, INDEX), "no I/O APIC");
     interrupt_on(VECTOR_EDU_INTX, acknowledge);

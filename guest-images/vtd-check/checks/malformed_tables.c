@@ -38,7 +38,7 @@ static void root_reserved(void)
 {
     struct good good = good_tables();
 
-    broken(good, &root[0], root[0] | BIT(5), ROOT_RESERVED);
+    broken(good, ROOT_ENTRY, ROOT_ENTRY[0] | BIT(5), ROOT_RESERVED);
 }
 
 static void context_reserved(void)
@@ -118,7 +118,7 @@ static void context_table_nowhere(void)
 {
     struct good good = good_tables();
 
-    broken(good, &root[0], NO_MEMORY | ENTRY_P, CONTEXT_ACCESS);
+    broken(good, ROOT_ENTRY, NO_MEMORY | ENTRY_P, CONTEXT_ACCESS);
 }
 
 static void directory_nowhere(void)

@@ -143,7 +143,7 @@ static void reserved_in_root(void)
     struct page_table space = second_stage_space_new();
 
     attach_legacy(DEVICE, &space, DOMAIN_A);
-    root[1] = BIT(20);
+    ROOT_ENTRY[1] = BIT(20);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_ROOT_RESERVED));
 }

@@ -8,7 +8,8 @@ use std::str::FromStr;
 use super::options::{named, on_off, parse_number, small, Pairs};
 use crate::config::{
     DeviceConfig, DiskConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, IommuModel,
-    NetConfig, RngConfig, SmmuV3Options, TapConfig, VfioConfig, VtdOptions, DEV_IOMMU,
+    NetConfig, PciBridgeConfig, RngConfig, RootPortConfig, SmmuV3Options, TapConfig, VfioConfig,
+    VtdOptions, DEV_IOMMU,
 };
 use crate::devices::virtio::DiskAccess;
 use twostage::spec::pci::Pasid;
@@ -168,6 +169,37 @@ fn iommu(pairs: &mut Pairs<'_>) -> Result<IommuChoice, String> {
     })
 }
 
+/// Takes `bus=ID`.
+fn bus(pairs: &mut Pairs<'_>) -> Result<Option<String>, String> {
+    pairs.take("bus", None, |text| Ok(Some(text.to_owned())))
+}
+
+impl FromStr for RootPortConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut pairs = Pairs::parse(text)?;
+        let id = pairs.take("id", None, |text| Ok(Some(text.to_owned())))?;
+        pairs.finish()?;
+        Ok(Self { id: id.ok_or("id=NAME is missing")? })
+    }
+}
+
+impl FromStr for PciBridgeConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut pairs = Pairs::parse(text)?;
+        let id = pairs.take("id", None, |text| Ok(Some(text.to_owned())))?;
+        let bus = bus(&mut pairs)?;
+        pairs.finish()?;
+        Ok(Self {
+            id: id.ok_or("id=NAME is missing")?,
+            bus: bus.ok_or("bus=ID of a --root-port is missing")?,
+        })
+    }
+}
+
 fn register_page(text: &str) -> Result<u64, String> {
     let address = parse_number(text)?;
     if address % 4096 != 0 {
@@ -190,6 +222,7 @@ impl FromStr for DeviceConfig {
         let default = EduConfig::default();
         let config = EduConfig {
             iommu: iommu(&mut pairs)?,
+            bus: bus(&mut pairs)?,
             pasid_bits: pairs.take("pasid", default.pasid_bits, device_pasid_bits)?,
             dma_mask: pairs.take("dma-mask", default.dma_mask, parse_number)?,
         };
@@ -208,6 +241,7 @@ impl FromStr for VfioConfig {
             path: path.ok_or("path=/sys/bus/pci/devices/ADDRESS is missing")?,
             id: pairs.take("id", None, |text| Ok(Some(text.to_owned())))?,
             iommu: iommu(&mut pairs)?,
+            bus: bus(&mut pairs)?,
         };
         pairs.finish()?;
         Ok(config)
@@ -241,6 +275,7 @@ impl FromStr for DiskConfig {
                 raw: pairs.take("format", false, is_raw)?,
             },
             iommu: iommu(&mut pairs)?,
+            bus: bus(&mut pairs)?,
         };
         pairs.finish()?;
         Ok(config)
@@ -265,7 +300,7 @@ impl FromStr for NetConfig {
         let mac = pairs.take("mac", None, |text| {
             text.parse().map(Some).map_err(|error| format!("'{text}': {error}"))
         })?;
-        let config = Self { tap, mac, iommu: iommu(&mut pairs)? };
+        let config = Self { tap, mac, iommu: iommu(&mut pairs)?, bus: bus(&mut pairs)? };
         pairs.finish()?;
         Ok(config)
     }
@@ -280,6 +315,7 @@ impl FromStr for RngConfig {
         let config = Self {
             source: source.ok_or("src=FILE is missing, such as src=/dev/urandom")?,
             iommu: iommu(&mut pairs)?,
+            bus: bus(&mut pairs)?,
         };
         pairs.finish()?;
         Ok(config)
@@ -320,6 +356,7 @@ mod tests {
             "edu,iommu=off,dma-mask=0xffffffff".parse(),
             Ok(DeviceConfig::Edu(EduConfig {
                 iommu: IommuChoice::Off,
+                bus: None,
                 pasid_bits: 0,
                 dma_mask: 0xffff_ffff
             }))
@@ -355,11 +392,12 @@ mod tests {
             })
         );
         assert_eq!(
-            "path=/sys/bus/pci/devices/0000:01:00.0,id=nvme,iommu=b".parse(),
+            "path=/sys/bus/pci/devices/0000:01:00.0,id=nvme,iommu=b,bus=rp0".parse(),
             Ok(VfioConfig {
                 path: "/sys/bus/pci/devices/0000:01:00.0".into(),
                 id: Some("nvme".to_owned()),
                 iommu: IommuChoice::Named("b".to_owned()),
+                bus: Some("rp0".to_owned()),
             })
         );
         assert_eq!(
@@ -368,6 +406,7 @@ mod tests {
                 path: "/a=b.img".into(),
                 access: DiskAccess::default(),
                 iommu: IommuChoice::Unsaid,
+                bus: None,
             })
         );
         assert_eq!(
@@ -376,17 +415,26 @@ mod tests {
                 path: "disk".into(),
                 access: DiskAccess { read_only: true, direct: true, raw: true },
                 iommu: IommuChoice::Off,
+                bus: None,
             })
         );
         let (tap, mac) = (TapConfig::Name("tap0".into()), Some(MacAddress::local(9)));
         assert_eq!(
             "tap=tap0,mac=02:74:73:00:00:09,iommu=on".parse(),
-            Ok(NetConfig { tap, mac, iommu: IommuChoice::First })
+            Ok(NetConfig { tap, mac, iommu: IommuChoice::First, bus: None })
         );
         let tap = TapConfig::Fd(3);
-        assert_eq!("fd=3".parse(), Ok(NetConfig { tap, mac: None, iommu: IommuChoice::Unsaid }));
+        let (mac, bus) = (None, None);
+        assert_eq!("fd=3".parse(), Ok(NetConfig { tap, mac, iommu: IommuChoice::Unsaid, bus }));
         let (source, iommu) = ("/dev/urandom".into(), IommuChoice::Named("b".into()));
-        assert_eq!("src=/dev/urandom,iommu=b".parse(), Ok(RngConfig { source, iommu }));
+        let bus = Some("br0".to_owned());
+        assert_eq!(
+            "src=/dev/urandom,iommu=b,bus=br0".parse(),
+            Ok(RngConfig { source, iommu, bus })
+        );
+        assert_eq!("id=rp0".parse(), Ok(RootPortConfig { id: "rp0".into() }));
+        let bridge = PciBridgeConfig { id: "br0".into(), bus: "rp0".into() };
+        assert_eq!("bus=rp0,id=br0".parse(), Ok(bridge));
     }
 
     #[test]
@@ -428,5 +476,9 @@ mod tests {
         refused::<NetConfig>("fd=-1", "'-1'");
         refused::<NetConfig>("tap=a,mac=02:00", "mac: '02:00'");
         refused::<RngConfig>("iommu=off", "src=FILE is missing");
+        refused::<RootPortConfig>("id=a,bus=b", "unknown key 'bus'");
+        refused::<RootPortConfig>("id=", "'id=' is not of the form key=value");
+        refused::<PciBridgeConfig>("bus=rp0", "id=NAME is missing");
+        refused::<PciBridgeConfig>("id=br0", "bus=ID of a --root-port is missing");
     }
 }

@@ -19,7 +19,7 @@ use self::options::{CpusOption, MemoryOption};
 use self::outputs::{check_outputs, ReportOption};
 use crate::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
-    RngConfig, SerialConfig, VfioConfig,
+    PciBridgeConfig, RngConfig, RootPortConfig, SerialConfig, VfioConfig,
 };
 use crate::console::output::{self, Output};
 use crate::devices::virtio::none_is_left_behind;
@@ -112,11 +112,27 @@ struct RunArgs {
     )]
     iommus: Vec<IommuConfig>,
 
-    /// PCI device; may be given several times. The first is 00:01.0. `edu` is QEMU's, with
+    /// PCIe root port with access control services, for one device or --pci-bridge, which has
+    /// `bus=NAME`; may be given several times. Ports are on bus 0, after the devices there. Each
+    /// bus has its number from the start; DMA from behind a port whose bus a guest calls otherwise
+    /// is blocked.
+    #[arg(long = "root-port", value_name = "id=NAME")]
+    root_ports: Vec<RootPortConfig>,
+
+    /// Bridge from PCI Express, at a --root-port, to conventional PCI, for devices with `bus=NAME`;
+    /// may be given several times. To an IOMMU all these devices are one, as they share a Requester
+    /// ID: device 0, function 0 of the bridge's bus.
+    #[arg(long = "pci-bridge", value_name = "id=NAME,bus=PORT")]
+    pci_bridges: Vec<PciBridgeConfig>,
+
+    /// PCI device; may be given several times. The first on bus 0 is 00:01.0. `edu` is QEMU's, with
     /// function-level reset. With `pasid=on`, or a width, it has the PASID capability; once
     /// software has enabled that, register 0xA0 selects the PASID of its DMA (bits 19:0; bit 31: it
     /// has one).
-    #[arg(long = "device", value_name = "edu[,iommu=on|off|ID,pasid=on|off|BITS,dma-mask=MASK]")]
+    #[arg(
+        long = "device",
+        value_name = "edu[,iommu=on|off|ID,bus=ID,pasid=on|off|BITS,dma-mask=MASK]"
+    )]
     devices: Vec<DeviceConfig>,
 
     /// Virtio block device with a raw image or a block device; may be given several times, after
@@ -125,24 +141,24 @@ struct RunArgs {
     /// and a writer of a block device claims it exclusively.
     #[arg(
         long = "disk",
-        value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,iommu=on|off|ID]"
+        value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,iommu=on|off|ID,bus=ID]"
     )]
     disks: Vec<DiskConfig>,
 
     /// Virtio network device on a tap interface of the host; may be given several times, after
     /// every --disk.
-    #[arg(long = "net", value_name = "tap=NAME|fd=NUMBER[,mac=ADDRESS,iommu=on|off|ID]")]
+    #[arg(long = "net", value_name = "tap=NAME|fd=NUMBER[,mac=ADDRESS,iommu=on|off|ID,bus=ID]")]
     nets: Vec<NetConfig>,
 
     /// Virtio entropy device; may be given several times, after every --net.
-    #[arg(long = "rng", value_name = "src=FILE[,iommu=on|off|ID]")]
+    #[arg(long = "rng", value_name = "src=FILE[,iommu=on|off|ID,bus=ID]")]
     rngs: Vec<RngConfig>,
 
     /// Device of this machine, bound to vfio-pci, to be assigned; may be given several times, after
     /// every --rng. Its folder in sysfs is /sys/bus/pci/devices/ADDRESS. It is behind a virtual
     /// IOMMU with `host=/dev/iommu`, or with `iommu=off` reaches all guest memory at guest-physical
     /// addresses.
-    #[arg(long = "vfio", value_name = "path=FOLDER[,id=NAME,iommu=on|off|ID]")]
+    #[arg(long = "vfio", value_name = "path=FOLDER[,id=NAME,iommu=on|off|ID,bus=ID]")]
     vfios: Vec<VfioConfig>,
 
     /// Backend of the serial port. `tty` is standard input and output; at a terminal, Ctrl-A x ends
@@ -196,6 +212,8 @@ impl RunArgs {
             memory: self.memory.size,
             iommus: self.iommus,
             devices: devices.collect(),
+            root_ports: self.root_ports,
+            pci_bridges: self.pci_bridges,
             serial: self.serial,
             trace: self.trace,
         }

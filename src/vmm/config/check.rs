@@ -1,63 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Checks of a configuration that involve several parts.
 
-use super::{DeviceConfig, HostChoice, IommuChoice, MachineConfig, DEV_IOMMU};
+use std::collections::BTreeMap;
+
+use super::error::ConfigError;
+use super::{DeviceConfig, HostChoice, IommuChoice, MachineConfig, Place, DEV_IOMMU};
 use crate::arch;
 use crate::memory;
-
-/// A configuration that contradicts itself or cannot be built.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// No vCPU.
-    #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
-    NoVcpus,
-    /// A virtual IOMMU's registers overlap something else.
-    #[error("--iommu: addr={0:#x} overlaps {1}")]
-    RegisterPage(u64, &'static str),
-    /// The registers of two virtual IOMMUs overlap.
-    #[error("--iommu: addr={0:#x} overlaps the registers of {1}")]
-    SameRegisterPage(u64, String),
-    /// This architecture's firmware cannot describe it.
-    #[error("--iommu {0}: this architecture has {known} only", known = arch::IOMMU)]
-    OtherArchitecture(&'static str),
-    /// The registers are not aligned.
-    #[error("--iommu: addr={0:#x} is not a multiple of {1:#x}")]
-    Unaligned(u64, u64),
-    /// Two virtual IOMMUs have the same name.
-    #[error("--iommu: there are two with id={0}")]
-    SameIommu(String),
-    /// Linux, for example, remaps the interrupts of all units or of none.
-    #[error("--iommu: intremap=on and intremap=off contradict each other; it applies to all")]
-    SomeInterruptsRemapped,
-    /// A device behind an IOMMU, but there is none.
-    #[error("{0} {1}: iommu=on, but there is no --iommu")]
-    NoIommu(&'static str, usize),
-    /// A device behind an unknown IOMMU.
-    #[error("{0} {1}: iommu={2}, but there is no --iommu with id={2}; there is {3}")]
-    UnknownIommu(&'static str, usize, String, String),
-    /// An assigned device behind an IOMMU on the emulated host, or an emulated device behind one on
-    /// the kernel's.
-    #[error("{0}")]
-    WrongHost(String),
-    /// Virtual IOMMUs of one machine share one IOAS.
-    #[error("--iommu: host= must be the same for all of a machine")]
-    SeveralHosts,
-    /// The same device twice.
-    #[error("--vfio: {0} is given twice")]
-    SameDevice(String),
-    /// PASIDs without an IOMMU.
-    #[error("--device {0}: pasid=on needs the device behind an IOMMU (--iommu vtd, no iommu=off)")]
-    PasidWithoutIommu(usize),
-    /// PASIDs that the IOMMU does not support.
-    #[error("--device {0}: pasid=on, but --iommu has pasid-bits=0")]
-    NoPasidBits(usize),
-    /// More devices than fit on bus 0.
-    #[error("{0} devices; bus 0 has room for {max}", max = MAX_DEVICES)]
-    TooManyDevices(usize),
-}
-
-/// Device numbers 1 to 31 of bus 0; the host bridge is device 0.
-pub const MAX_DEVICES: usize = 31;
+use twostage::viommu::bridges::conventional;
 
 impl MachineConfig {
     /// Checks what the parts cannot check separately. Devices are counted from 1, as in the errors.
@@ -68,11 +18,10 @@ impl MachineConfig {
         if self.vcpus == 0 {
             return Err(ConfigError::NoVcpus);
         }
-        if self.devices.len() > MAX_DEVICES {
-            return Err(ConfigError::TooManyDevices(self.devices.len()));
-        }
+        let places = self.places()?;
         self.validate_iommus()?;
-        self.validate_devices()
+        self.validate_devices()?;
+        self.validate_requesters(&places)
     }
 
     fn validate_iommus(&self) -> Result<(), ConfigError> {
@@ -128,6 +77,28 @@ impl MachineConfig {
                     return Err(ConfigError::NoPasidBits(number));
                 }
                 _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks what is behind bridges to conventional PCI.
+    fn validate_requesters(&self, places: &[Place]) -> Result<(), ConfigError> {
+        let mut iommus = BTreeMap::new();
+        for (number, (device, place)) in (1..).zip(self.devices.iter().zip(places)) {
+            let (Some(bus), Some(_)) = (device.bus(), conventional(&place.bridges)) else {
+                continue;
+            };
+            let (option, bus) = (device.option(), bus.to_owned());
+            if matches!(device, DeviceConfig::Vfio(_)) {
+                return Err(ConfigError::NotConventional(option, number, bus, "assigned devices"));
+            }
+            if device.pasid() {
+                return Err(ConfigError::NotConventional(option, number, bus, "PASIDs"));
+            }
+            let iommu = self.iommu_of(device.iommu());
+            if *iommus.entry(place.rid()).or_insert(iommu) != iommu {
+                return Err(ConfigError::SharedRequester(option, number, bus));
             }
         }
         Ok(())
@@ -229,8 +200,8 @@ mod tests {
         let kernel = HostChoice::Kernel(DEV_IOMMU.into());
         let kernel = IommuConfig { host: kernel, ..IommuConfig::default() };
         let vfio = |path: &str, iommu| {
-            let (path, id) = (path.into(), None);
-            DeviceConfig::Vfio(VfioConfig { path, id, iommu })
+            let (path, id, bus) = (path.into(), None, None);
+            DeviceConfig::Vfio(VfioConfig { path, id, iommu, bus })
         };
         let (off, unsaid) = (IommuChoice::Off, IommuChoice::Unsaid);
         let edu = |iommu| DeviceConfig::Edu(edu(iommu, false));
@@ -299,7 +270,8 @@ mod tests {
     fn a_virtio_device_outside_has_its_interrupts_remapped() {
         let vtd = IommuConfig::default();
         let config = machine(&[vtd.clone(), vtd], EduConfig::default());
-        let rng = |iommu| DeviceConfig::Rng(RngConfig { source: "source".into(), iommu });
+        let rng =
+            |iommu| DeviceConfig::Rng(RngConfig { source: "source".into(), iommu, bus: None });
         let second = || IommuChoice::Named("vtd1".into());
         for (device, unit) in [
             (rng(IommuChoice::Off), Some(0)),

@@ -2,20 +2,22 @@
 //! The configuration of a machine. The command line is one way to fill it in.
 
 mod check;
+mod error;
+mod places;
 
 use std::path::PathBuf;
 
 use crate::arch::layout::IOMMU_REGISTERS;
 use crate::devices::virtio::{DiskAccess, MacAddress};
-use crate::{Error, Result};
-use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::regs;
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::viommu::vtd::MMIO_SIZE;
 
-pub use check::ConfigError;
+pub use error::ConfigError;
 #[cfg(target_arch = "x86_64")]
-pub use check::MAX_DEVICES;
+pub use error::MAX_DEVICES;
+pub(crate) use places::{BridgePlace, Place};
+pub use places::{PciBridgeConfig, RootPortConfig};
 
 /// Linux's iommufd.
 pub const DEV_IOMMU: &str = "/dev/iommu";
@@ -31,8 +33,12 @@ pub struct MachineConfig {
     pub memory: u64,
     /// The virtual IOMMUs.
     pub iommus: Vec<IommuConfig>,
-    /// PCI devices, from 00:01.0 up.
+    /// PCI devices: those on bus 0 from 00:01.0 up.
     pub devices: Vec<DeviceConfig>,
+    /// PCIe root ports, after the devices on bus 0.
+    pub root_ports: Vec<RootPortConfig>,
+    /// Bridges from PCI Express to conventional PCI.
+    pub pci_bridges: Vec<PciBridgeConfig>,
     /// The serial port's backend.
     pub serial: SerialConfig,
     /// The trace file, if any.
@@ -330,6 +336,18 @@ impl DeviceConfig {
         }
     }
 
+    /// The id of the root port or bridge that it is behind; without, it is on bus 0.
+    pub fn bus(&self) -> Option<&str> {
+        let bus = match self {
+            Self::Edu(edu) => &edu.bus,
+            Self::Disk(disk) => &disk.bus,
+            Self::Net(net) => &net.bus,
+            Self::Rng(rng) => &rng.bus,
+            Self::Vfio(vfio) => &vfio.bus,
+        };
+        bus.as_deref()
+    }
+
     /// Whether it has the PASID capability.
     pub fn pasid(&self) -> bool {
         matches!(self, Self::Edu(EduConfig { pasid_bits: 1.., .. }))
@@ -347,15 +365,6 @@ impl DeviceConfig {
     }
 }
 
-/// The address of device `number` of a configuration, counted from 0: device 0 of the bus is the
-/// host bridge.
-pub(crate) fn bdf_of(number: usize) -> Result<Bdf> {
-    u8::try_from(number + 1)
-        .ok()
-        .and_then(|device| Bdf::new(0, device, 0))
-        .ok_or_else(|| Error::Pci(format!("bus 0 has no room for {} devices", number + 1)))
-}
-
 /// A virtio block device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
@@ -365,6 +374,8 @@ pub struct DiskConfig {
     pub access: DiskAccess,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
+    /// The id of the root port or bridge it is behind, if any.
+    pub bus: Option<String>,
 }
 
 /// A virtio network device.
@@ -376,6 +387,8 @@ pub struct NetConfig {
     pub mac: Option<MacAddress>,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
+    /// The id of the root port or bridge it is behind, if any.
+    pub bus: Option<String>,
 }
 
 /// A host tap interface.
@@ -394,6 +407,8 @@ pub struct RngConfig {
     pub source: PathBuf,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
+    /// The id of the root port or bridge it is behind, if any.
+    pub bus: Option<String>,
 }
 
 /// A device of this machine, assigned to the guest.
@@ -405,6 +420,8 @@ pub struct VfioConfig {
     pub id: Option<String>,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
+    /// The id of the root port or bridge it is behind, if any.
+    pub bus: Option<String>,
 }
 
 impl VfioConfig {
@@ -419,6 +436,8 @@ impl VfioConfig {
 pub struct EduConfig {
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
+    /// The id of the root port or bridge it is behind, if any.
+    pub bus: Option<String>,
     /// Width of its PASIDs, in bits, at most 20; 0: it has no PASID capability, and no register to
     /// select one.
     pub pasid_bits: u8,
@@ -433,7 +452,8 @@ impl EduConfig {
 
 impl Default for EduConfig {
     fn default() -> Self {
-        Self { iommu: IommuChoice::Unsaid, pasid_bits: 0, dma_mask: Self::DEFAULT_DMA_MASK }
+        let dma_mask = Self::DEFAULT_DMA_MASK;
+        Self { iommu: IommuChoice::Unsaid, bus: None, pasid_bits: 0, dma_mask }
     }
 }
 
@@ -463,6 +483,8 @@ pub(super) mod testing {
             memory: 1 << 20,
             iommus: Vec::new(),
             devices: Vec::new(),
+            root_ports: Vec::new(),
+            pci_bridges: Vec::new(),
             serial: SerialConfig::Null,
             trace: None,
         }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::topology::{assigned_functions, direct_functions, BoundFile, PciTopology};
-use crate::arch::layout::{iommu_interrupts, ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::arch::layout::{iommu_interrupts, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::arch::{self, IrqChip};
 use crate::bus::Bus;
 use crate::config::MachineConfig;
@@ -139,7 +139,8 @@ pub(super) fn device_files(
 pub(super) fn mmio(config: &MachineConfig, pci: &PciTopology, iommus: &[Iommu]) -> Result<Bus> {
     let mut mmio = Bus::default();
     mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
-    mmio.insert(ECAM_START..=ECAM_START + (ECAM_SIZE - 1), Arc::new(Ecam(pci.bus.clone())))?;
+    let ecam = ECAM_START..=ECAM_START + ((config.buses() << 20) - 1);
+    mmio.insert(ecam, Arc::new(Ecam(pci.bus.clone())))?;
     for (number, (iommu, of)) in iommus.iter().zip(&config.iommus).enumerate() {
         let first = config.iommu_address(number);
         mmio.insert(first..=first + (of.model.registers() - 1), iommu.model.registers())?;

@@ -3,6 +3,7 @@
 
 mod build;
 mod release;
+mod slots;
 pub(crate) mod topology;
 
 use std::fmt;

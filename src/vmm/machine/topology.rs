@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
-use vm_allocator::{AddressAllocator, AllocPolicy};
 
+use super::slots::{Bridges, Room, Slot};
 use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
-use crate::config::{bdf_of, DeviceConfig, EduConfig, MachineConfig, TapConfig, VfioConfig};
+use crate::config::{DeviceConfig, EduConfig, MachineConfig, TapConfig, VfioConfig};
 use crate::devices::edu::{self, Edu};
 use crate::devices::virtio::{
     self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, QueueCounters, Rng, Tap,
@@ -20,7 +20,9 @@ use crate::devices::{DirectMemory, DmaMaster, MessageWrites};
 use crate::interrupts::{DeviceLine, FunctionInterrupts, Interrupts};
 use crate::iommu::{AssignedFunction, Iommu};
 use crate::memory::MachineMemory;
-use crate::pci::{EventVector, HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
+use crate::pci::{
+    EventVector, HostBridge, InterruptVector, IntxRouter, Location, PciBus, PciFunction,
+};
 use crate::report::DeviceReport;
 use crate::trace::{Trace, TracedDma};
 use crate::vfio::{self, page_size, AssignedDevice, Lender, VfioError, VfioPci, VfioProblem};
@@ -31,12 +33,15 @@ use vfio_ioctls::VfioIommufd;
 /// The file of a bound device, and the iommufd that it is bound to.
 pub(crate) type BoundFile = (Arc<File>, Arc<VfioIommufd>);
 
-/// The functions that go behind virtual IOMMUs.
+/// The requesters that go behind virtual IOMMUs. Devices that share a Requester ID are one.
 pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedFunction>> {
-    let mut functions = Vec::new();
-    for (number, device) in config.devices.iter().enumerate() {
+    let mut functions: Vec<AssignedFunction> = Vec::new();
+    for (device, place) in config.devices.iter().zip(config.places()?) {
+        let (bdf, pasid) = (place.rid(), device.pasid());
+        if functions.iter().any(|other| other.bdf == bdf) {
+            continue;
+        }
         if let Some(iommu) = config.iommu_of(device.iommu()) {
-            let (bdf, pasid) = (bdf_of(number)?, device.pasid());
             let vfio = match device {
                 DeviceConfig::Vfio(vfio) => Some(vfio.path.clone()),
                 _ => None,
@@ -50,10 +55,10 @@ pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
 /// The physical devices that are behind no virtual IOMMU.
 pub(crate) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathBuf)>> {
     let mut functions = Vec::new();
-    for (number, device) in config.devices.iter().enumerate() {
+    for (device, place) in config.devices.iter().zip(config.places()?) {
         match device {
             DeviceConfig::Vfio(vfio) if config.iommu_of(&vfio.iommu).is_none() => {
-                functions.push((bdf_of(number)?, vfio.path.clone()));
+                functions.push((place.rid(), vfio.path.clone()));
             }
             _ => {}
         }
@@ -97,18 +102,17 @@ enum Device {
 }
 
 impl PciTopology {
-    /// The host bridge at 00:00.0 and the devices of `config` from 00:01.0 up, their BARs placed.
+    /// The host bridge at 00:00.0, and the devices, root ports and bridges of `config`, with the
+    /// places of BARs and windows.
     pub fn new(
         config: &MachineConfig,
         memory: &MachineMemory,
         iommus: &[Iommu],
         wiring: Wiring,
     ) -> Result<Self> {
-        let mut devices = Vec::new();
         let mut builder = Builder {
             bus: PciBus::default(),
-            window: AddressAllocator::new(PCI_MMIO_START, PCI_MMIO_LAST - PCI_MMIO_START + 1)
-                .map_err(|error| Error::Pci(error.to_string()))?,
+            room: Room::new()?,
             intx: {
                 let interrupts = wiring.interrupts.clone();
                 IntxRouter::new(Arc::new(move |gsi, level| interrupts.set_line(gsi, level)))
@@ -118,29 +122,39 @@ impl PciTopology {
             subscribers: Vec::new(),
         };
         builder.bus.insert(Bdf::from_raw(0), Arc::new(HostBridge::new()));
-        for (number, config_of_device) in config.devices.iter().enumerate() {
-            let bdf = bdf_of(number)?;
-            let iommu = config.iommu_of(config_of_device.iommu()).and_then(|n| iommus.get(n));
-            let remapping = config.interrupt_iommu_of(config_of_device);
+        let bridges = Bridges::new(&config.bridge_places()?, &mut builder.bus);
+        let places = config.places()?;
+        let mut numbers: Vec<_> = (0..places.len()).collect();
+        // What is behind one bridge has its BARs side by side.
+        numbers.sort_by_key(|number| places.get(*number).map(|place| place.bdf.bus()));
+        let mut devices = Vec::new();
+        for number in numbers {
+            let (Some(device), Some(place)) = (config.devices.get(number), places.get(number))
+            else {
+                continue;
+            };
+            let slot = bridges.slot(place);
+            builder.room.enter(place);
+            let iommu = config.iommu_of(device.iommu()).and_then(|n| iommus.get(n));
+            let remapping = config.interrupt_iommu_of(device);
             let remapping = remapping.and_then(|number| iommus.get(number));
-            let interrupts = builder
-                .wiring
-                .interrupts
-                .of_function(bdf, remapping.and_then(|iommu| iommu.model.interrupt_remapper()));
-            let device = match config_of_device {
-                DeviceConfig::Edu(edu) => Device::Edu(builder.edu(bdf, edu, iommu, interrupts)?),
+            let remapper = remapping.and_then(|iommu| iommu.model.interrupt_remapper());
+            let interrupts = builder.wiring.interrupts.of_function(slot.rid, remapper);
+            let model = match device {
+                DeviceConfig::Edu(edu) => Device::Edu(builder.edu(&slot, edu, iommu, interrupts)?),
                 DeviceConfig::Vfio(vfio) => {
-                    builder.vfio(bdf, vfio, interrupts)?;
+                    builder.vfio(&slot, vfio, interrupts)?;
                     Device::Vfio
                 }
                 virtio => {
-                    let backend = backend(bdf, virtio)?;
-                    Device::Virtio(builder.virtio(bdf, backend, iommu, interrupts)?)
+                    let backend = backend(number, virtio)?;
+                    Device::Virtio(builder.virtio(&slot, backend, iommu, interrupts)?)
                 }
             };
             let iommu = iommu.map(|iommu| iommu.id.clone());
-            devices.push(PlacedDevice { bdf, iommu, device });
+            devices.push(PlacedDevice { bdf: place.bdf, iommu, device: model });
         }
+        bridges.open(&builder.room, &builder.bus);
         Ok(Self { bus: Arc::new(builder.bus), devices, subscribers: builder.subscribers })
     }
 
@@ -188,7 +202,7 @@ impl PciTopology {
 /// Puts devices on the bus.
 struct Builder<'a> {
     bus: PciBus,
-    window: AddressAllocator,
+    room: Room,
     intx: IntxRouter,
     memory: &'a MachineMemory,
     wiring: Wiring,
@@ -198,8 +212,8 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// A place for a BAR.
     fn place(&mut self, size: u32) -> Result<u32> {
-        // The window lies below 4 GiB.
-        place(&mut self.window, size.into()).map(|address| address as u32)
+        // PCI memory lies below 4 GiB.
+        self.room.place(size.into()).map(|address| address as u32)
     }
 
     fn insert<T: PciFunction + 'static>(&mut self, bdf: Bdf, function: T) -> Arc<T> {
@@ -210,15 +224,15 @@ impl Builder<'_> {
 
     fn edu(
         &mut self,
-        bdf: Bdf,
+        slot: &Slot,
         config: &EduConfig,
         iommu: Option<&Iommu>,
         interrupts: FunctionInterrupts,
     ) -> Result<Arc<Edu>> {
-        let address = self.place(edu::BAR_SIZE)?;
+        let (bdf, address) = (slot.bdf, self.place(edu::BAR_SIZE)?);
         let messages = Arc::new(interrupts);
         let dma: Box<dyn DmaMaster> = match iommu {
-            Some(iommu) => iommu.dma_master(bdf, messages.clone())?,
+            Some(iommu) => iommu.dma_master(slot.rid, messages.clone())?,
             None => {
                 let memory = Box::new(DirectMemory(self.memory.clone()));
                 Box::new(MessageWrites::new(memory, messages.clone()))
@@ -228,13 +242,15 @@ impl Builder<'_> {
             Some(trace) => Box::new(TracedDma { inner: dma, trace, name: format!("{bdf} edu") }),
             None => dma,
         };
-        let edu = Edu::new(config, address, self.intx.pin(bdf), messages, dma)?;
+        let pin = self.intx.pin(bdf, slot.upwards.iter().copied());
+        let location = Location { way: slot.way.clone(), bar: address };
+        let edu = Edu::new(config, location, pin, messages, dma)?;
         Ok(self.insert(bdf, edu))
     }
 
     fn virtio(
         &mut self,
-        bdf: Bdf,
+        slot: &Slot,
         backend: Box<dyn Backend>,
         iommu: Option<&Iommu>,
         interrupts: FunctionInterrupts,
@@ -242,40 +258,41 @@ impl Builder<'_> {
         let address = self.place(virtio::BAR_SIZE)?;
         let memory = self.memory.map().clone();
         let memory = match iommu {
-            Some(iommu) => DeviceMemory::behind_iommu(memory, iommu.dma_port(bdf)?),
+            Some(iommu) => DeviceMemory::behind_iommu(memory, iommu.dma_port(slot.rid)?),
             None => DeviceMemory::direct(memory),
         };
         let vector = || Ok(interrupts.vector()? as Arc<dyn InterruptVector>);
-        let name = format!("{bdf} {}", backend.model().name);
-        let doorbells = self.wiring.doorbells.clone();
-        let trace = self.wiring.trace.clone();
-        let device = VirtioPci::new(name, backend, memory, address, &vector, doorbells, trace)?;
-        Ok(self.insert(bdf, device))
+        let name = format!("{} {}", slot.bdf, backend.model().name);
+        let (doorbells, trace) = (self.wiring.doorbells.clone(), self.wiring.trace.clone());
+        let location = Location { way: slot.way.clone(), bar: address };
+        let device = VirtioPci::new(name, backend, memory, location, &vector, doorbells, trace)?;
+        Ok(self.insert(slot.bdf, device))
     }
 
     fn vfio(
         &mut self,
-        bdf: Bdf,
+        slot: &Slot,
         config: &VfioConfig,
         interrupts: FunctionInterrupts,
     ) -> Result<()> {
         let name = config.name();
-        let file = self.wiring.files.remove(&bdf);
+        let file = self.wiring.files.remove(&slot.rid);
         let (file, iommufd) =
             file.ok_or_else(|| Error::Pci(format!("--vfio {name}: it is not bound")))?;
         let what = "querying its description";
         let host = AssignedDevice::new(file, iommufd)
             .map_err(|source| VfioError::new(&name, VfioProblem::Call { what, source }))?;
-        let Self { window, intx, wiring, subscribers, .. } = self;
+        let Self { room, intx, wiring, subscribers, .. } = self;
         let mut line = || {
-            let pin = intx.pin(bdf);
+            let pin = intx.pin(slot.bdf, slot.upwards.iter().copied());
             let register = pin.line();
             let DeviceLine { line, subscriber } = wiring.interrupts.lines().device_line(pin)?;
             subscribers.extend(subscriber);
             Ok((register, line))
         };
         let around = vfio::Surroundings {
-            place: &mut |size| place(window, size),
+            way: slot.way.clone(),
+            place: &mut |size| room.place(size),
             lender: wiring.lender.clone(),
             vectors: Arc::new(move || Ok(interrupts.device_vector()? as Arc<dyn EventVector>)),
             line: &mut line,
@@ -283,20 +300,13 @@ impl Builder<'_> {
             answers: |bar| bar.start >= PCI_MMIO_START && bar.last <= PCI_MMIO_LAST,
         };
         let function = VfioPci::new(name, Arc::new(host), around)?;
-        self.insert(bdf, function);
+        self.insert(slot.bdf, function);
         Ok(())
     }
 }
 
-/// A place in `window` for a BAR of `size` bytes, a power of two.
-fn place(window: &mut AddressAllocator, size: u64) -> Result<u64> {
-    let range = window.allocate(size, size, AllocPolicy::FirstMatch);
-    let no_room = |error| Error::Pci(format!("no room for a BAR of {size:#x} bytes: {error}"));
-    range.map(|range| range.start()).map_err(no_room)
-}
-
-/// The backend of the virtio device of `config`, with its files open.
-fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
+/// The backend of the virtio device `number`, counted from 0, of `config`, with its files open.
+fn backend(number: usize, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
     Ok(match config {
         DeviceConfig::Disk(disk) => Box::new(Block::new(Disk::open(&disk.path, disk.access)?)),
         DeviceConfig::Net(net) => {
@@ -304,7 +314,7 @@ fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
                 TapConfig::Name(name) => Tap::open(name)?,
                 TapConfig::Fd(fd) => Tap::from_fd(*fd)?,
             };
-            let mac = net.mac.unwrap_or_else(|| MacAddress::local(bdf.device()));
+            let mac = net.mac.unwrap_or_else(|| MacAddress::local(number as u8 + 1));
             Box::new(Net::new(tap, mac))
         }
         DeviceConfig::Rng(rng) => {
@@ -312,7 +322,7 @@ fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
             Box::new(Rng::open(&rng.source).map_err(failed)?)
         }
         DeviceConfig::Edu(_) | DeviceConfig::Vfio(_) => {
-            return Err(Error::Pci(format!("{bdf} is not a virtio device")));
+            return Err(Error::Pci(format!("device {} is not a virtio device", number + 1)));
         }
     })
 }

@@ -1,38 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Bus 0: its functions, the places of their BARs, the windows for accesses, and the host bridge.
+//! The buses: their functions, the places of their BARs, the windows for accesses, and the host
+//! bridge.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use twostage::sync::{Mutex, RwLock};
 
-use super::layout::CONFIG_SIZE;
-use super::{BarPlacement, ConfigSpace, Identity};
+use super::layout::{COMMAND, CONFIG_SIZE};
+use super::{BarPlacement, Bridge, ConfigSpace, Identity, PciFunction};
 use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::bus::BusDevice;
 use twostage::spec::pci::Bdf;
-
-/// A PCI function. Any vCPU thread may call it at any time.
-pub trait PciFunction: Send + Sync {
-    /// Its configuration space.
-    fn config(&self) -> &Mutex<ConfigSpace>;
-
-    /// Called before software reads `length` bytes at `offset` of configuration space, which is not
-    /// locked.
-    fn config_reading(&self, _offset: u16, _length: usize) {}
-
-    /// Called after software wrote `length` bytes at `offset` of configuration space, which is not
-    /// locked. Returns whether it reset the function, and BARs with it.
-    fn config_written(&self, _offset: u16, _length: usize) -> bool {
-        false
-    }
-
-    /// Software reads `data.len()` bytes at `offset` of memory BAR `bar`.
-    fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]);
-
-    /// Software writes `data` at `offset` of memory BAR `bar`.
-    fn write_bar(&self, bar: usize, offset: u64, data: &[u8]);
-}
 
 /// A BAR of a function on the bus.
 struct Decoder {
@@ -40,10 +19,23 @@ struct Decoder {
     function: Arc<dyn PciFunction>,
 }
 
-/// The root bus. Functions are added while the machine is built.
+/// A function, and if it is a bridge, this.
+type Routed<'a> = (&'a Arc<dyn PciFunction>, Option<&'a Arc<Bridge>>);
+
+/// The functions on one bus.
+#[derive(Default)]
+struct Segment {
+    /// By device and function number.
+    functions: BTreeMap<u8, Arc<dyn PciFunction>>,
+    /// Those of them that lead to other buses.
+    bridges: BTreeMap<u8, Arc<Bridge>>,
+}
+
+/// The root bus, and those behind bridges. Functions are added while the machine is built.
 #[derive(Default)]
 pub struct PciBus {
-    functions: BTreeMap<Bdf, Arc<dyn PciFunction>>,
+    /// By the numbers that buses have at the start. Software may give them others.
+    segments: BTreeMap<u8, Segment>,
     /// Every decoding BAR, according to configuration space.
     decoders: RwLock<Vec<Decoder>>,
 }
@@ -51,20 +43,51 @@ pub struct PciBus {
 impl PciBus {
     /// Adds `function` at `bdf`, replacing what was there.
     pub fn insert(&mut self, bdf: Bdf, function: Arc<dyn PciFunction>) {
-        self.functions.insert(bdf, function);
+        self.segments.entry(bdf.bus()).or_default().functions.insert(bdf.devfn(), function);
         self.update_decoders();
+    }
+
+    /// Adds `bridge` at `bdf`, and the bus behind it.
+    pub fn insert_bridge(&mut self, bdf: Bdf, bridge: Arc<Bridge>) {
+        let segment = self.segments.entry(bdf.bus()).or_default();
+        segment.bridges.insert(bdf.devfn(), bridge.clone());
+        self.insert(bdf, bridge);
     }
 
     /// The function at `bdf`.
     #[cfg(test)]
     pub(crate) fn function(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
-        self.functions.get(&bdf).cloned()
+        Some(self.route(bdf)?.0.clone())
+    }
+
+    /// The function that configuration requests for `bdf` reach, as bridges are programmed.
+    fn route(&self, bdf: Bdf) -> Option<Routed<'_>> {
+        let (mut number, mut segment) = (0, self.segments.get(&0)?);
+        // Each step is one further from the root.
+        while number != bdf.bus() {
+            let leads_there = |bridge: &&Arc<Bridge>| {
+                let (first, last) = bridge.way().buses();
+                (first..=last).contains(&bdf.bus())
+            };
+            let bridge = segment.bridges.values().find(leads_there)?;
+            number = bridge.way().buses().0;
+            segment = self.segments.get(&bridge.way().known_bus())?;
+        }
+        let function = segment.functions.get(&bdf.devfn())?;
+        Some((function, segment.bridges.get(&bdf.devfn())))
+    }
+
+    /// Every function behind `bridge`, bridges before what is behind them.
+    fn behind(&self, bridge: &Bridge) -> Vec<&Arc<dyn PciFunction>> {
+        let Some(segment) = self.segments.get(&bridge.way().known_bus()) else { return Vec::new() };
+        let deeper = segment.bridges.values().flat_map(|bridge| self.behind(bridge));
+        segment.functions.values().chain(deeper).collect()
     }
 
     /// Software reads configuration space; a missing function reads as ones.
     pub fn read_config(&self, bdf: Bdf, offset: u16, data: &mut [u8]) {
-        match self.functions.get(&bdf) {
-            Some(function) => {
+        match self.route(bdf) {
+            Some((function, _)) => {
                 function.config_reading(offset, data.len());
                 lock(function.config()).read(offset, data);
             }
@@ -74,7 +97,7 @@ impl PciBus {
 
     /// Software writes configuration space.
     pub fn write_config(&self, bdf: Bdf, offset: u16, data: &[u8]) {
-        let Some(function) = self.functions.get(&bdf) else { return };
+        let Some((function, bridge)) = self.route(bdf) else { return };
         let moved = {
             let mut config = lock(function.config());
             let before = config.bar_placements();
@@ -85,8 +108,23 @@ impl PciBus {
             self.update_decoders();
         }
         if function.config_written(offset, data.len()) {
+            if let Some(bridge) = bridge {
+                self.reprogrammed(bridge);
+            }
             self.update_decoders();
         }
+    }
+
+    /// `bridge` is programmed in another way: tells the functions behind it, whose BARs and
+    /// requests depend on it.
+    pub fn reprogrammed(&self, bridge: &Bridge) {
+        if bridge.take_reset() {
+            self.behind(bridge).into_iter().for_each(|function| function.reset());
+        }
+        for function in self.behind(bridge) {
+            function.config_written(COMMAND, size_of::<u16>());
+        }
+        self.update_decoders();
     }
 
     /// Updates the decoders. BARs outside of the PCI memory window do not decode.
@@ -94,7 +132,7 @@ impl PciBus {
         // Held throughout, so that of two concurrent updates the later sees the newer BARs.
         let mut decoders = self.decoders.write();
         decoders.clear();
-        for function in self.functions.values() {
+        for function in self.segments.values().flat_map(|segment| segment.functions.values()) {
             let placements = lock(function.config()).bar_placements();
             decoders.extend(
                 placements
@@ -117,7 +155,13 @@ impl PciBus {
 
 impl fmt::Debug for PciBus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.functions.keys()).finish()
+        let functions = self.segments.iter().flat_map(|(bus, segment)| {
+            segment
+                .functions
+                .keys()
+                .map(|devfn| Bdf::from_raw(u16::from(*bus) << 8 | *devfn as u16))
+        });
+        f.debug_set().entries(functions).finish()
     }
 }
 
@@ -195,6 +239,10 @@ impl PciFunction for HostBridge {
         &self.config
     }
 
+    fn reset(&self) {
+        lock(&self.config).reset();
+    }
+
     fn read_bar(&self, _bar: usize, _offset: u64, data: &mut [u8]) {
         // It has no BAR.
         data.fill(0xff);
@@ -206,7 +254,8 @@ impl PciFunction for HostBridge {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::ExpressCapability;
+    use crate::pci::{BusNumbers, ExpressCapability};
+    use twostage::viommu::bridges::BridgeKind;
 
     struct Echo(Mutex<ConfigSpace>, ExpressCapability);
 
@@ -222,6 +271,10 @@ mod tests {
                 config.reset();
             }
             reset
+        }
+
+        fn reset(&self) {
+            self.0.lock().reset();
         }
 
         fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {
@@ -294,5 +347,96 @@ mod tests {
     fn the_address_names_function_and_register() {
         assert_eq!(ecam_target(0x0000_8104), (Bdf::new(0, 1, 0).unwrap(), 0x104));
         assert_eq!(ecam_target(0x0fff_fffc), (Bdf::new(0xff, 0x1f, 7).unwrap(), 0xffc));
+    }
+
+    /// A root port with a bridge to PCI behind it, and a function behind that, with a BAR.
+    fn behind_bridges() -> (Arc<PciBus>, Arc<Bridge>) {
+        let bdf = |bus: u8| Bdf::from_raw(u16::from(bus) << 8 | 3 << 3);
+        let mut bus = PciBus::default();
+        let numbers = BusNumbers { primary: 0, secondary: 1, subordinate: 2 };
+        let port = Arc::new(Bridge::new("port", BridgeKind::Port, numbers, None));
+        let numbers = BusNumbers { primary: 1, secondary: 2, subordinate: 2 };
+        let up = Some(port.way().clone());
+        let to_pci = Arc::new(Bridge::new("to_pci", BridgeKind::ExpressToPci, numbers, up));
+        let identity = Identity { vendor: 0x1234, device: 0x5678, class: 0, revision: 0 };
+        let mut config = ConfigSpace::new(identity);
+        config.behind(Some(to_pci.way().clone()));
+        config.add_bar(1, 0x1000, PCI_MMIO_START as u32);
+        let express = ExpressCapability::add(&mut config);
+        bus.insert_bridge(bdf(0), port.clone());
+        bus.insert_bridge(Bdf::from_raw(0x100), to_pci.clone());
+        bus.insert(bdf(2), Arc::new(Echo(Mutex::new(config), express)));
+        for bridge in [&port, &to_pci] {
+            bridge.open(&(PCI_MMIO_START..=PCI_MMIO_START + 0xf_ffff));
+            bus.reprogrammed(bridge);
+        }
+        (Arc::new(bus), port)
+    }
+
+    fn id(bus: &PciBus, bdf: u16) -> u32 {
+        let mut data = [0; 4];
+        bus.read_config(Bdf::from_raw(bdf), 0, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn bridges_lead_to_the_buses_that_software_says() {
+        let (bus, _) = behind_bridges();
+        assert_eq!((id(&bus, 0x218), id(&bus, 0x118), id(&bus, 0x318)), (0x5678_1234, !0, !0));
+        // Other numbers, from the root on.
+        bus.write_config(Bdf::from_raw(0x18), 0x18, &[0, 5, 7]);
+        assert_eq!((id(&bus, 0x100), id(&bus, 0x500)), (!0, 0x000e_1b36));
+        assert_eq!((id(&bus, 0x218), id(&bus, 0x718)), (!0, !0));
+        bus.write_config(Bdf::from_raw(0x500), 0x18, &[5, 7, 7]);
+        assert_eq!((id(&bus, 0x218), id(&bus, 0x718)), (!0, 0x5678_1234));
+        // Numbers that mean nothing, or those of the bus that the bridge is on.
+        bus.write_config(Bdf::from_raw(0x500), 0x18, &[5, 5, 5]);
+        bus.write_config(Bdf::from_raw(0x18), 0x18, &[0, 0, 255]);
+        for number in [0, 0x18, 0x100, 0x500, 0x718, 0xffff] {
+            id(&bus, number);
+        }
+        bus.write_config(Bdf::from_raw(0x18), 0x18, &[0, 1, 2]);
+        bus.write_config(Bdf::from_raw(0x100), 0x18, &[1, 2, 2]);
+        assert_eq!(id(&bus, 0x218), 0x5678_1234);
+    }
+
+    #[test]
+    fn a_bar_answers_through_the_windows_of_all_bridges() {
+        let (bus, _) = behind_bridges();
+        let memory = PciMemory(bus.clone());
+        for bridge in [0x18, 0x100].map(Bdf::from_raw) {
+            assert_eq!(read(&memory, 0x10), 0x11);
+            let window = (PCI_MMIO_START >> 16) as u16;
+            bus.write_config(bridge, 0x20, &(window + 0x10).to_le_bytes());
+            assert_eq!(read(&memory, 0x10), 0xff, "{bridge}");
+            bus.write_config(bridge, 0x20, &window.to_le_bytes());
+            assert_eq!(read(&memory, 0x10), 0x11);
+            bus.write_config(bridge, 4, &[4, 0]);
+            assert_eq!(read(&memory, 0x10), 0xff, "{bridge}");
+            bus.write_config(bridge, 4, &[6, 0]);
+        }
+    }
+
+    #[test]
+    fn a_function_makes_requests_through_bridges_that_forward_them() {
+        let (bus, _) = behind_bridges();
+        let function = bus.function(Bdf::from_raw(0x218)).unwrap();
+        let may_request = || function.config().lock().may_request();
+        assert!(!may_request());
+        bus.write_config(Bdf::from_raw(0x218), 4, &[6, 0]);
+        assert!(may_request());
+        bus.write_config(Bdf::from_raw(0x18), 4, &[2, 0]);
+        assert!(!may_request());
+    }
+
+    #[test]
+    fn a_reset_of_a_bus_resets_what_is_behind_it() {
+        let (bus, port) = behind_bridges();
+        bus.write_config(Bdf::from_raw(0x18), 0x3e, &[0x40, 0]);
+        assert_eq!(read(&PciMemory(bus.clone()), 0x10), 0xff);
+        let to_pci = bus.behind(&port)[0].config().lock().u32(0x18);
+        assert_eq!(to_pci, 0, "it has forgotten its buses");
+        assert_eq!(id(&bus, 0x218), !0);
+        assert_eq!(port.way().buses(), (1, 2), "but the port has not");
     }
 }

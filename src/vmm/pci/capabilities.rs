@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The capabilities of emulated functions: MSI, PCI Express, PASID.
+//! The capabilities of emulated functions and ports: MSI, PCI Express, ACS, PASID.
 
 use super::layout::*;
 use super::ConfigSpace;
@@ -41,40 +41,83 @@ impl MsiCapability {
     }
 }
 
-/// The PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3) with function-level
-/// reset. Without it software looks for no extended capabilities.
+/// The PCI Express capability (§7.5.3) of an endpoint with function-level reset: one with a link if
+/// it is behind a port, and otherwise integrated in the root complex. Without it software looks for
+/// no extended capabilities. A function of conventional PCI has none.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpressCapability {
-    offset: u16,
+    offset: Option<u16>,
+}
+
+/// Version of the PCI Express capability, and the length that it has.
+const EXPRESS_VERSION: u16 = 2;
+const EXPRESS_LENGTH: usize = 0x3c;
+
+/// Adds the PCI Express capability of a function of `kind` with these device capabilities, of whose
+/// device control software can write `control`. Returns its offset.
+pub(super) fn add_express(config: &mut ConfigSpace, kind: u16, device: u32, control: u16) -> u16 {
+    let body = [0; EXPRESS_LENGTH - 2];
+    // All bytes up to device control, which is the last that software can change.
+    let mut writable = [0; EXPRESS_DEVICE_CONTROL as usize];
+    writable[EXPRESS_DEVICE_CONTROL as usize - 2..].copy_from_slice(&control.to_le_bytes());
+    let offset = config.add_capability(CAPABILITY_EXPRESS, &body, &writable);
+    config.set_u16(offset + EXPRESS_CAPABILITIES, EXPRESS_VERSION | kind);
+    config.set_u32(offset + EXPRESS_DEVICE_CAPABILITIES, EXPRESS_ROLE_BASED_ERRORS | device);
+    if kind != EXPRESS_TO_PCI {
+        config.set_u32(offset + EXPRESS_DEVICE_CAPABILITIES_2, EXPRESS_END_END_TLP_PREFIX);
+    }
+    if kind != EXPRESS_INTEGRATED_ENDPOINT {
+        add_link(config, offset);
+    }
+    config.set_u16(STATUS, config.u16(STATUS) | STATUS_IMMEDIATE_READINESS);
+    offset
 }
 
 impl ExpressCapability {
-    /// The version, and the length that it has.
-    const VERSION: u16 = 2;
-    const LENGTH: usize = 0x3c;
-
     /// Adds the capability to `config`. Only the bit that resets the function can be written.
     pub fn add(config: &mut ConfigSpace) -> Self {
-        let body = [0; Self::LENGTH - 2];
-        // All bytes up to device control, which is the last that software can change.
-        let mut writable = [0; EXPRESS_DEVICE_CONTROL as usize];
-        writable[EXPRESS_DEVICE_CONTROL as usize - 2..]
-            .copy_from_slice(&EXPRESS_INITIATE_FLR.to_le_bytes());
-        let offset = config.add_capability(CAPABILITY_EXPRESS, &body, &writable);
-        let capabilities = Self::VERSION | EXPRESS_INTEGRATED_ENDPOINT;
-        config.set_u16(offset + EXPRESS_CAPABILITIES, capabilities);
-        let device = EXPRESS_ROLE_BASED_ERRORS | EXPRESS_FLR_CAPABLE;
-        config.set_u32(offset + EXPRESS_DEVICE_CAPABILITIES, device);
-        config.set_u32(offset + EXPRESS_DEVICE_CAPABILITIES_2, EXPRESS_END_END_TLP_PREFIX);
-        config.set_u16(STATUS, config.u16(STATUS) | STATUS_IMMEDIATE_READINESS);
-        Self { offset }
+        let kind = match config.way() {
+            Some(way) if way.is_conventional() => return Self { offset: None },
+            Some(_) => EXPRESS_ENDPOINT,
+            None => EXPRESS_INTEGRATED_ENDPOINT,
+        };
+        let offset = add_express(config, kind, EXPRESS_FLR_CAPABLE, EXPRESS_INITIATE_FLR);
+        Self { offset: Some(offset) }
     }
 
     /// Whether software has initiated a function-level reset, which [`ConfigSpace::reset`] is a
     /// part of and ends.
     pub fn reset_initiated(&self, config: &ConfigSpace) -> bool {
-        config.u16(self.offset + EXPRESS_DEVICE_CONTROL) & EXPRESS_INITIATE_FLR != 0
+        self.offset.is_some_and(|offset| {
+            config.u16(offset + EXPRESS_DEVICE_CONTROL) & EXPRESS_INITIATE_FLR != 0
+        })
     }
+}
+
+/// Makes the PCI Express capability at `offset` of `config`, of an integrated endpoint, that of one
+/// with a link.
+pub fn make_endpoint(config: &mut ConfigSpace, offset: u16) {
+    let version = config.u16(offset + EXPRESS_CAPABILITIES) & !EXPRESS_KIND;
+    config.set_u16(offset + EXPRESS_CAPABILITIES, version | EXPRESS_ENDPOINT);
+    add_link(config, offset);
+}
+
+/// Gives the PCI Express capability at `offset` of `config` a link, which is up.
+fn add_link(config: &mut ConfigSpace, offset: u16) {
+    config.set_u32(offset + EXPRESS_LINK_CAPABILITIES, EXPRESS_LINK_2_5_GT_X1.into());
+    config.set_u16(offset + EXPRESS_LINK_STATUS, EXPRESS_LINK_2_5_GT_X1);
+}
+
+/// Access control services (§7.7.11): source validation, and redirection of requests and
+/// completions to the root complex, also of those that would go up. They hold whether software
+/// enables them or not: no request reaches another function past the IOMMU.
+const ACS: u16 = 0b1_1101;
+
+/// Adds the ACS extended capability of a port to `config`.
+pub(super) fn add_access_control(config: &mut ConfigSpace) {
+    let [low, high] = ACS.to_le_bytes();
+    let (body, writable) = ([low, high, 0, 0], [0, 0, low, high]);
+    config.add_extended_capability(EXTENDED_CAPABILITY_ACS, 1, &body, &writable);
 }
 
 /// A PASID extended capability without execute or privileged requests.
@@ -108,7 +151,9 @@ impl PasidCapability {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::Identity;
+    use crate::pci::{Identity, Way};
+    use std::sync::Arc;
+    use twostage::viommu::bridges::BridgeKind;
 
     fn config() -> ConfigSpace {
         ConfigSpace::new(Identity { vendor: 1, device: 2, class: 0, revision: 0 })
@@ -145,6 +190,29 @@ mod tests {
         config.reset();
         assert!(!express.reset_initiated(&config));
         assert_eq!((config.u32(0x44), config.u32(0x48)), (0x1000_8000, 0));
+    }
+
+    #[test]
+    fn a_function_behind_a_port_is_an_endpoint_with_a_link_and_behind_pci_has_no_express() {
+        let behind = |kind| {
+            let mut config = config();
+            config.behind(Some(Arc::new(Way::new(kind, 1, None))));
+            let express = ExpressCapability::add(&mut config);
+            (config, express)
+        };
+        let (mut config, express) = behind(BridgeKind::Port);
+        assert_eq!((config.u32(0x40), config.u32(0x44)), (0x0002_0010, 0x1000_8000));
+        assert_eq!((config.u32(0x4c), config.u32(0x50)), (0x11, 0x0011_0000));
+        config.write(0x49, &[0x80]);
+        assert!(express.reset_initiated(&config));
+        let (config, express) = behind(BridgeKind::ExpressToPci);
+        assert_eq!((config.u32(0x40), config.u16(STATUS)), (0, 0));
+        assert!(!express.reset_initiated(&config));
+        // An assigned device's, which was made for the root bus.
+        let mut config = self::config();
+        ExpressCapability::add(&mut config);
+        make_endpoint(&mut config, 0x40);
+        assert_eq!((config.u32(0x40), config.u32(0x50)), (0x0002_0010, 0x0011_0000));
     }
 
     #[test]

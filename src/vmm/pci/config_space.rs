@@ -3,8 +3,10 @@
 //! address registers with the memory they decode.
 
 use std::fmt;
+use std::sync::Arc;
 
 use super::layout::*;
+use super::way::Way;
 
 /// The identification of a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +21,7 @@ pub struct Identity {
     pub revision: u8,
 }
 
-/// Configuration space of a type 0 function. It answers any access within it.
+/// Configuration space of a function. It answers any access within it.
 #[derive(Clone)]
 pub struct ConfigSpace {
     bytes: Box<[u8; CONFIG_SIZE]>,
@@ -27,6 +29,8 @@ pub struct ConfigSpace {
     writable: Box<[u8; CONFIG_SIZE]>,
     /// The memory BARs, by their first register.
     bars: [Option<MemoryBar>; BARS],
+    /// The bridge that the function is behind.
+    way: Option<Arc<Way>>,
     /// Place of the next capability and of the pointer to it.
     capability: Place,
     extended_capability: Place,
@@ -48,6 +52,7 @@ impl ConfigSpace {
             bytes: Box::new([0; CONFIG_SIZE]),
             writable: Box::new([0; CONFIG_SIZE]),
             bars: [None; BARS],
+            way: None,
             capability: Place { pointer: CAPABILITIES_POINTER, next: HEADER_END },
             // The first extended capability has a fixed offset and no pointer to it.
             extended_capability: Place { pointer: 0, next: EXTENDED_START },
@@ -65,13 +70,23 @@ impl ConfigSpace {
         config
     }
 
+    /// Puts the function behind the bridge `way`. Comes before capabilities.
+    pub fn behind(&mut self, way: Option<Arc<Way>>) {
+        self.way = way;
+    }
+
+    /// The bridge that the function is behind.
+    pub fn way(&self) -> Option<&Arc<Way>> {
+        self.way.as_ref()
+    }
+
     /// The configuration space of an existing function: `bytes` as read by software, and in
     /// `writable` the bits that it may change. There are no BARs, and no place for more
     /// capabilities.
     pub fn of_image(bytes: Box<[u8; CONFIG_SIZE]>, writable: Box<[u8; CONFIG_SIZE]>) -> Self {
         let full = Place { pointer: 0, next: CONFIG_SIZE as u16 };
         let bars = [None; BARS];
-        Self { bytes, writable, bars, capability: full, extended_capability: full }
+        Self { bytes, writable, bars, way: None, capability: full, extended_capability: full }
     }
 
     /// Sets the subsystem: its vendor and ID.
@@ -209,6 +224,11 @@ impl ConfigSpace {
         Command::from_bits(self.u16(COMMAND))
     }
 
+    /// Whether the function may make requests, and the bridges that it is behind forward them.
+    pub fn may_request(&self) -> bool {
+        self.command().bus_master() && self.way.as_ref().is_none_or(|way| way.takes_requests())
+    }
+
     /// Sets the status register's INTx pending bit.
     pub fn set_interrupt_status(&mut self, pending: bool) {
         let status = self.u16(STATUS) & !STATUS_INTERRUPT;
@@ -216,7 +236,7 @@ impl ConfigSpace {
         self.put(STATUS, &status.to_le_bytes());
     }
 
-    /// The places of the memory BARs, if memory decoding is enabled.
+    /// The places of the memory BARs, if memory decoding is enabled and accesses get there.
     pub fn bar_placements(&self) -> Vec<BarPlacement> {
         if !self.command().memory_space() {
             return Vec::new();
@@ -229,6 +249,7 @@ impl ConfigSpace {
             let value = u64::from(high) << 32 | u64::from(self.u32(register));
             Some(BarPlacement::new(index, value & bar.address_mask(), bar.size))
         })
+        .filter(|bar| self.way.as_ref().is_none_or(|way| way.reaches(bar.start, bar.last)))
         .collect()
     }
 
@@ -253,7 +274,7 @@ impl ConfigSpace {
     }
 
     /// Lets software change the bits set in `mask`.
-    fn allow(&mut self, offset: u16, mask: &[u8]) {
+    pub(super) fn allow(&mut self, offset: u16, mask: &[u8]) {
         let start = usize::from(offset);
         self.writable[start..start + mask.len()].copy_from_slice(mask);
     }

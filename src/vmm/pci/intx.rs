@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! INTx: the functions' interrupt pins and the shared lines they are connected to.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use twostage::sync::Mutex;
@@ -31,9 +32,18 @@ pub trait EventLine: Send + Sync {
     fn release(&self);
 }
 
-/// The index in [`INTX_LINES`] of the line for INTA of device number `device` on bus 0.
-pub fn line_of_pin(device: u8) -> usize {
-    usize::from(device) % INTX_LINES.len()
+/// The index in [`INTX_LINES`] of the line for `pin`, 0 for INTA, of device number `device` on
+/// bus 0.
+pub fn line_of_pin(device: u8, pin: u8) -> usize {
+    (usize::from(device) + usize::from(pin)) % INTX_LINES.len()
+}
+
+/// Where INTA of device number `device` arrives on bus 0, from behind bridges whose device numbers,
+/// from the function upwards, are `bridges`: the last one's number and pin. Each connects the pins
+/// behind it with its own by device number (PCI-to-PCI Bridge Architecture 1.2, §9.1).
+pub fn root_pin(device: u8, bridges: impl IntoIterator<Item = u8>) -> (u8, u8) {
+    const PINS: u8 = 4;
+    bridges.into_iter().fold((device, 0), |(device, pin), bridge| (bridge, (pin + device) % PINS))
 }
 
 /// Drives a line: (GSI, level).
@@ -46,22 +56,23 @@ pub struct IntxRouter {
 
 struct Line {
     line: IntxLine,
-    /// One bit for each device number with an asserted pin: the line is their OR.
-    asserted: Mutex<u32>,
+    /// The functions with an asserted pin: the line is their OR.
+    asserted: Mutex<BTreeSet<Bdf>>,
     drive: Arc<Drive>,
 }
 
 impl IntxRouter {
     /// A router that drives lines through `drive`.
     pub fn new(drive: Arc<Drive>) -> Self {
-        let line = |line| Arc::new(Line { line, asserted: Mutex::new(0), drive: drive.clone() });
+        let line = |line| Arc::new(Line { line, asserted: Mutex::default(), drive: drive.clone() });
         Self { lines: INTX_LINES.map(line) }
     }
 
-    /// INTA of the function at `bdf`, on bus 0.
-    pub fn pin(&self, bdf: Bdf) -> IntxPin {
-        let line = &self.lines[line_of_pin(bdf.device())];
-        IntxPin { line: line.clone(), device: bdf.device() }
+    /// INTA of the function at `bdf`, behind bridges whose device numbers, from the function
+    /// upwards, are `bridges`.
+    pub fn pin(&self, bdf: Bdf, bridges: impl IntoIterator<Item = u8>) -> IntxPin {
+        let (device, pin) = root_pin(bdf.device(), bridges);
+        IntxPin { line: self.lines[line_of_pin(device, pin)].clone(), function: bdf }
     }
 }
 
@@ -74,7 +85,7 @@ impl fmt::Debug for IntxRouter {
 /// An interrupt pin, initially deasserted.
 pub struct IntxPin {
     line: Arc<Line>,
-    device: u8,
+    function: Bdf,
 }
 
 impl IntxPin {
@@ -90,12 +101,15 @@ impl IntxPin {
 
     /// Asserts or deasserts the pin.
     pub fn set(&self, asserted: bool) {
-        let bit = 1 << self.device;
         // Held while driving the line, so that levels reach the interrupt controller in order.
         let mut pins = self.line.asserted.lock();
-        let before = *pins != 0;
-        *pins = if asserted { *pins | bit } else { *pins & !bit };
-        let after = *pins != 0;
+        let before = !pins.is_empty();
+        if asserted {
+            pins.insert(self.function);
+        } else {
+            pins.remove(&self.function);
+        }
+        let after = !pins.is_empty();
         if before != after {
             for gsi in self.line.line.gsis {
                 (self.line.drive)(*gsi, after);
@@ -119,9 +133,9 @@ mod tests {
         let levels = Arc::new(Mutex::new(Vec::new()));
         let seen = levels.clone();
         let router = IntxRouter::new(Arc::new(move |gsi, level| seen.lock().push((gsi, level))));
-        let one = router.pin(Bdf::new(0, 1, 0).unwrap());
-        let five = router.pin(Bdf::new(0, 5, 0).unwrap());
-        let two = router.pin(Bdf::new(0, 2, 0).unwrap());
+        let one = router.pin(Bdf::new(0, 1, 0).unwrap(), []);
+        let five = router.pin(Bdf::new(0, 5, 0).unwrap(), []);
+        let two = router.pin(Bdf::new(0, 2, 0).unwrap(), []);
         assert_eq!(one.line(), five.line());
         assert_ne!(one.line(), two.line());
         one.set(true);
@@ -130,8 +144,20 @@ mod tests {
         one.set(false);
         five.set(false);
         two.set(false);
-        let inputs = INTX_LINES[line_of_pin(1)].gsis;
+        let inputs = INTX_LINES[line_of_pin(1, 0)].gsis;
         let expected = [true, false].map(|level| inputs.iter().map(move |gsi| (*gsi, level)));
         assert_eq!(*levels.lock(), expected.into_iter().flatten().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn bridges_turn_the_pins_by_device_number() {
+        assert_eq!(root_pin(5, []), (5, 0));
+        assert_eq!(root_pin(0, [3]), (3, 0), "a port has one device");
+        assert_eq!(root_pin(6, [0, 3]), (3, 2));
+        assert_eq!(root_pin(3, [2, 7]), (7, 1));
+        let router = IntxRouter::new(Arc::new(|_, _| {}));
+        let behind = router.pin(Bdf::new(2, 1, 0).unwrap(), [0, 3]);
+        let root = router.pin(Bdf::new(0, 4, 0).unwrap(), []);
+        assert_eq!(behind.line(), root.line());
     }
 }

@@ -18,12 +18,39 @@ pub const COMMAND: u16 = 0x04;
 pub const STATUS: u16 = 0x06;
 /// Revision ID; the class code follows.
 pub const REVISION_ID: u16 = 0x08;
+/// Header type: the layout of the header.
+pub const HEADER_TYPE: u16 = 0x0e;
+/// Header type of a bridge.
+pub const HEADER_TYPE_BRIDGE: u8 = 1;
 /// Subsystem vendor ID; the subsystem ID follows.
 pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2c;
 /// First base address register.
 pub const BAR0: u16 = 0x10;
 /// Number of base address registers.
 pub const BARS: usize = 6;
+/// Bridge (§7.5.1.3): the number of its bus; that of the bus behind it and of the last one follow.
+pub const PRIMARY_BUS: u16 = 0x18;
+/// Bridge: the number of the bus behind it.
+pub const SECONDARY_BUS: u16 = 0x19;
+/// Bridge: the last bus behind it.
+pub const SUBORDINATE_BUS: u16 = 0x1a;
+/// Bridge: bits 31:20 of the first address of its memory window; those of the last one follow.
+pub const MEMORY_BASE: u16 = 0x20;
+/// Bridge: likewise of its window for prefetchable memory.
+pub const PREFETCHABLE_BASE: u16 = 0x24;
+/// Bridge: bits 63:32 of the first address of that window; those of the last one follow.
+pub const PREFETCHABLE_BASE_UPPER: u16 = 0x28;
+/// Bridge: in the registers of the prefetchable window, it has 64-bit addresses.
+pub const PREFETCHABLE_64: u16 = 1;
+/// The address bits in the registers of a window.
+pub const WINDOW_ADDRESS: u16 = 0xfff0;
+/// Bridge control.
+pub const BRIDGE_CONTROL: u16 = 0x3e;
+/// Bridge control: everything behind it is being reset.
+pub const SECONDARY_BUS_RESET: u16 = 1 << 6;
+/// Bridge control: how it treats errors, and whether it answers requests that nobody does. Kept for
+/// software, without effect.
+pub const BRIDGE_CONTROL_KEPT: u16 = 0b10_0011;
 /// Offset of the first capability.
 pub const CAPABILITIES_POINTER: u16 = 0x34;
 /// Interrupt line: for use by software only.
@@ -48,6 +75,8 @@ pub const CAPABILITY_VENDOR: u8 = 0x09;
 pub const CAPABILITY_MSIX: u8 = 0x11;
 /// Capability ID of PCI Express.
 pub const CAPABILITY_EXPRESS: u8 = 0x10;
+/// Extended capability ID of access control services (§7.7.11).
+pub const EXTENDED_CAPABILITY_ACS: u16 = 0x0d;
 /// Extended capability ID of PASID.
 pub const EXTENDED_CAPABILITY_PASID: u16 = 0x1b;
 
@@ -59,8 +88,22 @@ pub const EXPRESS_DEVICE_CAPABILITIES: u16 = 0x04;
 pub const EXPRESS_DEVICE_CONTROL: u16 = 0x08;
 /// Device capabilities 2.
 pub const EXPRESS_DEVICE_CAPABILITIES_2: u16 = 0x24;
+/// Link capabilities; link control and link status follow.
+pub const EXPRESS_LINK_CAPABILITIES: u16 = 0x0c;
+/// Link status.
+pub const EXPRESS_LINK_STATUS: u16 = 0x12;
+/// PCI Express capabilities: the kind of device or port.
+pub const EXPRESS_KIND: u16 = 0xf << 4;
 /// PCI Express capabilities: a Root Complex Integrated Endpoint.
 pub const EXPRESS_INTEGRATED_ENDPOINT: u16 = 9 << 4;
+/// PCI Express capabilities: an endpoint, with a link.
+pub const EXPRESS_ENDPOINT: u16 = 0;
+/// PCI Express capabilities: a root port. It has no slot.
+pub const EXPRESS_ROOT_PORT: u16 = 4 << 4;
+/// PCI Express capabilities: a bridge to conventional PCI.
+pub const EXPRESS_TO_PCI: u16 = 7 << 4;
+/// In link capabilities and link status: one lane of 2.5 GT/s.
+pub const EXPRESS_LINK_2_5_GT_X1: u16 = 1 << 4 | 1;
 /// Device capabilities: errors are reported by role, which everything since PCIe 1.1 says.
 pub const EXPRESS_ROLE_BASED_ERRORS: u32 = 1 << 15;
 /// Device capabilities: function-level reset.

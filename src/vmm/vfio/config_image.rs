@@ -76,6 +76,8 @@ pub struct ConfigImage {
     pub msi: Option<u16>,
     /// The MSI-X capability.
     pub msix: Option<MsixStructures>,
+    /// The capability of PCI Express.
+    pub express: Option<u16>,
     /// Device control of PCI Express, which can reset the function.
     pub device_control: Option<u16>,
 }
@@ -134,6 +136,7 @@ impl ConfigImage {
             live: vec![status],
             msi: None,
             msix: None,
+            express: None,
             device_control: None,
         };
         let mut draft = Draft::new(device, intx);
@@ -178,6 +181,7 @@ impl ConfigImage {
             Treatment::Power => draft.power(capability)?,
             Treatment::Express => {
                 let control = draft.express(capability, reset)?;
+                self.express = Some(offset);
                 self.device_control = reset.then_some(control);
                 // Device control, followed by device status.
                 self.live.push(draft.live(control..control + 4));

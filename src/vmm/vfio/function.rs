@@ -20,7 +20,8 @@ use crate::pci::layout::{
     STATUS, STATUS_CAPABILITIES,
 };
 use crate::pci::{
-    BarPlacement, ConfigSpace, EventLine, InterruptVector, Msix, MsixCapability, PciFunction,
+    make_endpoint, BarPlacement, ConfigSpace, EventLine, InterruptVector, Msix, MsixCapability,
+    PciFunction, Way,
 };
 use crate::Result;
 use twostage::ratelimit::RateLimit;
@@ -33,6 +34,8 @@ const ALL: Range<u16> = 0..CONFIG_SIZE as u16;
 
 /// The machine around an assigned device.
 pub struct Surroundings<'a> {
+    /// The bridge that it is behind.
+    pub way: Option<Arc<Way>>,
     /// Allocates an address on the bus for a BAR of so many bytes, aligned to its size.
     pub place: &'a mut dyn FnMut(u64) -> Result<u64>,
     /// Maps memory of this process into the guest.
@@ -99,7 +102,12 @@ impl VfioPci {
             && device[usize::from(INTERRUPT_PIN)] != 0;
         let image = ConfigImage::new(&device, intx, host.can_reset())
             .map_err(|error| problem(VfioProblem::Config(error)))?;
-        let ConfigImage { mut config, live, msi, msix, device_control } = image;
+        let ConfigImage { mut config, live, msi, msix, express, device_control } = image;
+        if let (Some(way), Some(express)) = (&around.way, express) {
+            // It is not on the root bus, for which the image is made: it has a link.
+            make_endpoint(&mut config, express);
+            config.behind(Some(way.clone()));
+        }
 
         let bars = memory_bars(&*host, &device).map_err(asking)?;
         for DeviceBar { index, bar, .. } in &bars {
@@ -183,7 +191,9 @@ impl VfioPci {
             self.lent.update(&placements);
         }
         if !overlap(written, &(COMMAND..COMMAND + 2)).is_empty() {
-            self.forward(COMMAND, &config.u16(COMMAND).to_le_bytes());
+            // What bridges on the way do not forward, the device must not request.
+            let command = config.command().with_bus_master(config.may_request());
+            self.forward(COMMAND, &command.into_bits().to_le_bytes());
         }
         self.lent.update(&placements);
         self.interrupts.update(&config);
@@ -279,6 +289,10 @@ impl PciFunction for VfioPci {
         }
         self.apply(&written);
         false
+    }
+
+    fn reset(&self) {
+        VfioPci::reset(self);
     }
 
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {

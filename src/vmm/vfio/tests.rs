@@ -94,6 +94,7 @@ fn machine(device: FakeDevice) -> Machine {
         "0000:01:00.0".into(),
         device.clone(),
         Surroundings {
+            way: None,
             place: &mut |size| {
                 let at = u64::next_multiple_of(next, size);
                 next = at + size;

@@ -15,6 +15,7 @@ use crate::machine::topology::assigned_functions;
 use crate::memory::MachineMemory;
 use crate::vfio::message_window;
 use crate::{Error, Result};
+use twostage::viommu::bridges::looked_up;
 
 /// Writes the device tree of the machine of `config` for a kernel with `start`.
 ///
@@ -59,36 +60,48 @@ fn platform<'a>(
         },
         clock: Span { start: CLOCK_ADDRESS, length: CLOCK_SIZE },
         pci: Pci {
-            ecam: Span { start: ECAM_START, length: ECAM_SIZE },
-            // A bus number has eight bits.
-            last_bus: (PCI_BUSES - 1) as u8,
+            ecam: Span { start: ECAM_START, length: config.buses() << 20 },
+            // No more than there can be.
+            last_bus: (config.buses() - 1) as u8,
             mmio: Span { start: PCI_MMIO_START, length: PCI_MMIO_LAST - PCI_MMIO_START + 1 },
             intx: INTX_LINES.iter().flat_map(|line| line.gsis).copied().collect(),
         },
-        smmus: smmus(config, &functions),
+        smmus: smmus(config)?,
         assigned: assigned(&functions, memory)?,
     })
 }
 
-/// The virtual SMMUs, in front of `functions`.
-fn smmus(config: &MachineConfig, functions: &[AssignedFunction]) -> Vec<Smmu> {
+/// The virtual SMMUs, and what is behind each.
+fn smmus(config: &MachineConfig) -> Result<Vec<Smmu>> {
     let smmu = |(number, iommu): (usize, &IommuConfig)| Smmu {
         registers: Span { start: config.iommu_address(number), length: iommu.model.registers() },
         spis: iommu_interrupts(number),
         device_id: interrupt_source(number).raw().into(),
-        functions: functions
-            .iter()
-            .filter(|function| function.iommu == number)
-            .map(|function| function.bdf)
-            .collect(),
+        requesters: Vec::new(),
     };
-    config.iommus.iter().enumerate().map(smmu).collect()
+    let mut smmus: Vec<_> = config.iommus.iter().enumerate().map(smmu).collect();
+    for (device, place) in config.devices.iter().zip(config.places()?) {
+        let iommu = config.iommu_of(device.iommu());
+        let Some(smmu) = iommu.and_then(|iommu| smmus.get_mut(iommu)) else { continue };
+        for requesters in looked_up(place.bdf, &place.bridges, place.last_bus) {
+            // Those behind a bridge to PCI are one for several devices.
+            if !smmu.requesters.contains(&requesters) {
+                smmu.requesters.push(requesters);
+            }
+        }
+    }
+    Ok(smmus)
 }
 
 /// The assigned devices behind a virtual SMMU: the host maps their MSIs to its own window, which
 /// stage 1 must map 1:1.
 fn assigned(functions: &[AssignedFunction], memory: &MachineMemory) -> Result<Vec<Assigned>> {
     let assigned = |function: &AssignedFunction, path: &PathBuf| {
+        if function.bdf.bus() != 0 {
+            let path = path.display();
+            let what = format!("--vfio {path}: with bus= it cannot be behind an smmuv3");
+            return Err(Error::Firmware(what));
+        }
         let window = message_window(&path.display().to_string(), path, memory.ranges())?;
         let (start, last) = window.into_inner();
         let identity = Span { start, length: (last - start).saturating_add(1) };

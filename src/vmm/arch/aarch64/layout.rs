@@ -39,10 +39,11 @@ pub const REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
 const REDISTRIBUTORS_LAST: u64 = REDISTRIBUTORS_ADDRESS + REDISTRIBUTOR_SIZE * 256 - 1;
 /// PCI configuration space: one bus per MiB.
 pub const ECAM_START: u64 = 0x0f00_0000;
-/// Number of buses: the root bus. A kernel probes every bus in the range it is given.
-pub const PCI_BUSES: u64 = 1;
-/// Length of configuration space, in bytes.
-pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
+/// The most buses there can be: the root bus and those behind bridges. A machine has as many as it
+/// needs: a kernel probes every bus in the range it is given.
+pub const MAX_BUSES: u64 = 16;
+/// Length of configuration space with all of them, in bytes.
+pub const ECAM_SIZE: u64 = MAX_BUSES << 20;
 /// First address of PCI memory BARs.
 pub const PCI_MMIO_START: u64 = 0x1000_0000;
 /// Last address of PCI memory BARs, included.

@@ -6,9 +6,10 @@
 
 mod nodes;
 
+use std::ops::RangeInclusive;
+
 use crate::boot::Module;
 use twostage::devicetree::{self, AssignedPhandles, Error, FdtWriter, Messages};
-use twostage::spec::pci::Bdf;
 
 pub use twostage::devicetree::{Assigned, Span};
 
@@ -78,8 +79,8 @@ pub struct Pci {
     pub last_bus: u8,
     /// Where memory BARs are.
     pub mmio: Span,
-    /// The shared peripheral interrupts for INTA of the devices, round-robin: a power of two of
-    /// them.
+    /// The shared peripheral interrupts for the pins of the devices, round-robin: a power of two of
+    /// them. Only INTA is wired, except behind bridges.
     pub intx: Vec<u32>,
 }
 
@@ -93,8 +94,8 @@ pub struct Smmu {
     pub spis: Option<[u32; 3]>,
     /// Its device ID at the interrupt translation service.
     pub device_id: u32,
-    /// The functions behind it. A function's StreamID is its RID.
-    pub functions: Vec<Bdf>,
+    /// The requester IDs behind it, which are also StreamIDs.
+    pub requesters: Vec<RangeInclusive<u16>>,
 }
 
 /// The flattened tree of `platform`.
@@ -136,6 +137,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use twostage::spec::pci::Bdf;
 
     fn span(start: u64, length: u64) -> Span {
         Span { start, length }
@@ -166,9 +168,9 @@ mod tests {
     }
 
     fn smmu(functions: &[u16]) -> Smmu {
-        let functions = functions.iter().copied().map(Bdf::from_raw).collect();
+        let requesters = functions.iter().map(|function| *function..=*function).collect();
         let registers = span(0xa00_0000, 0x2_0000);
-        Smmu { registers, spis: Some([8, 9, 10]), device_id: 0xff00, functions }
+        Smmu { registers, spis: Some([8, 9, 10]), device_id: 0xff00, requesters }
     }
 
     /// A tree, by the paths of its nodes.
@@ -277,6 +279,22 @@ mod tests {
         assert_eq!(entries.len(), 4);
         assert_eq!(entries[2], [2 << 11, 0, 0, 1, GIC, 0, 0, 0, 6, 4]);
         assert_eq!(tree.cells("/pcie@f000000", "interrupt-map-mask"), [3 << 11, 0, 0, 7]);
+    }
+
+    #[test]
+    fn with_bridges_every_pin_and_a_whole_bus_are_led_on() {
+        let pci = Pci { last_bus: 2, ..platform().pci };
+        let requesters = vec![0x100..=0x100, 0x200..=0x2ff];
+        let smmus = vec![Smmu { requesters, ..smmu(&[]) }];
+        let tree = Tree::of(&Platform { pci, smmus, ..platform() });
+        assert_eq!(tree.cells("/pcie@f000000", "bus-range"), [0, 2]);
+        let map = tree.cells("/pcie@f000000", "interrupt-map");
+        let entries: Vec<_> = map.chunks_exact(3 + 1 + 1 + 2 + 3).collect();
+        assert_eq!(entries.len(), 16);
+        // INTC of device 3.
+        assert_eq!(entries[14], [3 << 11, 0, 0, 3, GIC, 0, 0, 0, 5, 4]);
+        let behind = [0x100, FIRST_SMMU, 0x100, 1, 0x200, FIRST_SMMU, 0x200, 0x100];
+        assert_eq!(tree.cells("/pcie@f000000", "iommu-map"), behind);
     }
 
     #[test]

@@ -5,7 +5,9 @@ use super::{
     Gic, Pci, Platform, Serial, Span, ADDRESS_CELLS, ASSIGNED, BUS_CLOCK, FIRST_SMMU, GIC, ITS,
     SIZE_CELLS,
 };
+use std::ops::RangeInclusive;
 use twostage::devicetree::{self, Behind, Error, FdtWriter};
+use twostage::spec::pci::Bdf;
 
 /// `chosen`: what the kernel starts with.
 pub(super) fn chosen(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
@@ -145,8 +147,10 @@ pub(super) fn gic(fdt: &mut FdtWriter, gic: &Gic) -> Result<(), Error> {
 const PCI_MEMORY: u32 = 0x0200_0000;
 /// Number of requester IDs.
 const REQUESTERS: u32 = 0x1_0000;
-/// INTA.
-const PIN: u32 = 1;
+/// The number of the pin INTA.
+const INTA: u32 = 1;
+/// Number of pins of a device.
+const PINS: usize = 4;
 
 /// The host bridge of `platform`: `pci-host-ecam-generic`, with the routing of MSIs, INTx and DMA,
 /// and with the functions that need nodes.
@@ -178,16 +182,20 @@ fn halves(value: u64) -> [u32; 2] {
     [(value >> 32) as u32, value as u32]
 }
 
-/// Routing of INTx: by the low bits of the device number.
+/// Routing of INTx: by the low bits of the device number, and the pin.
 fn interrupt_map(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), Error> {
     // A device number is in bits 15:11 of an address's first cell.
     let address = |device: u32| device << 11;
+    let pins = if pci.last_bus == 0 { 1 } else { PINS };
     let mut map = Vec::new();
-    for (device, spi) in (0..).zip(&pci.intx) {
-        map.extend([address(device), 0, 0, PIN, GIC]);
-        // The unit address of an interrupt at the GIC: empty.
-        map.extend([0; ADDRESS_CELLS as usize]);
-        map.extend(level_spi(*spi));
+    for (number, device) in (0..).zip(0..pci.intx.len()) {
+        let lines = pci.intx.iter().cycle().skip(device).take(pins);
+        for (pin, spi) in (INTA..).zip(lines) {
+            map.extend([address(number), 0, 0, pin, GIC]);
+            // The unit address of an interrupt at the GIC: empty.
+            map.extend([0; ADDRESS_CELLS as usize]);
+            map.extend(level_spi(*spi));
+        }
     }
     let devices = address((pci.intx.len() as u32).saturating_sub(1));
     fdt.property_u32("#interrupt-cells", 1)?;
@@ -198,8 +206,13 @@ fn interrupt_map(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), Error> {
 /// The SMMU of each function.
 fn iommu_map(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
     let smmus = (FIRST_SMMU..).zip(&platform.smmus);
+    let behind = |smmu: u32, requesters: &RangeInclusive<u16>| {
+        let (first, last) = (*requesters.start(), *requesters.end());
+        let count = u32::from(last.saturating_sub(first)) + 1;
+        Behind { first: Bdf::from_raw(first), count, smmu }
+    };
     let functions = smmus.flat_map(|(handle, smmu)| {
-        smmu.functions.iter().map(move |first| Behind { first: *first, count: 1, smmu: handle })
+        smmu.requesters.iter().map(move |requesters| behind(handle, requesters))
     });
     devicetree::iommu_map(fdt, functions)
 }

@@ -7,10 +7,10 @@ use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot::StartState;
 use super::layout::{BASE_MEMORY_KIB, EXTENDED_BIOS_DATA, IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID};
 use super::{power, IrqChip};
-use crate::config::{bdf_of, MachineConfig};
+use crate::config::{DeviceConfig, MachineConfig, Place};
 use crate::memory::MachineMemory;
 use crate::{Error, Result};
-use twostage::spec::pci::Bdf;
+use twostage::acpi::dmar::DeviceScope;
 
 /// In the BIOS data area, the segment of the extended one: a word.
 const EXTENDED_SEGMENT: u64 = 0x40e;
@@ -40,10 +40,14 @@ pub(crate) fn write(
 fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
     let interrupt_remapping = chip.remaps_interrupts(config);
     let scopes = scopes(config, interrupt_remapping)?;
-    let in_scope = scopes.iter().map(Vec::len).sum::<usize>();
-    let unit = |(number, functions)| {
+    let in_scope = config
+        .devices
+        .iter()
+        .filter(|device| scope_of(config, device, interrupt_remapping).is_some())
+        .count();
+    let unit = |(number, scopes)| {
         let address = config.iommu_address(number);
-        IommuUnit { address, functions }
+        IommuUnit { address, scopes }
     };
     let iommu = (!config.iommus.is_empty()).then(|| IommuPlatform {
         units: scopes.into_iter().enumerate().map(unit).collect(),
@@ -53,19 +57,30 @@ fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
     });
     let ioapic = IoApic { id: IOAPIC_ID, address: IOAPIC_ADDRESS, bdf: IOAPIC_BDF };
     let pic = chip == IrqChip::InKernel;
-    Ok(Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu })
+    // No more than there can be.
+    let last_bus = (config.buses() - 1) as u8;
+    Ok(Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, last_bus, iommu })
 }
 
-/// The functions in the scope of each virtual IOMMU in the ACPI tables.
-fn scopes(config: &MachineConfig, interrupt_remapping: bool) -> Result<Vec<Vec<Bdf>>> {
+/// The virtual IOMMU in whose scope `device` is in the ACPI tables.
+fn scope_of(config: &MachineConfig, device: &DeviceConfig, remapping: bool) -> Option<usize> {
+    match remapping {
+        true => config.interrupt_iommu_of(device),
+        false => config.iommu_of(device.iommu()),
+    }
+}
+
+/// What is in the scope of each virtual IOMMU in the ACPI tables.
+fn scopes(config: &MachineConfig, remapping: bool) -> Result<Vec<Vec<DeviceScope>>> {
     let mut scopes = vec![Vec::new(); config.iommus.len()];
-    for (number, device) in config.devices.iter().enumerate() {
-        let iommu = match interrupt_remapping {
-            true => config.interrupt_iommu_of(device),
-            false => config.iommu_of(device.iommu()),
-        };
-        if let Some(scope) = iommu.and_then(|iommu| scopes.get_mut(iommu)) {
-            scope.push(bdf_of(number)?);
+    for (device, Place { bdf, bridges, .. }) in config.devices.iter().zip(config.places()?) {
+        let iommu = scope_of(config, device, remapping);
+        let scope = DeviceScope::of_function(bdf, &bridges);
+        if let Some(scopes) = iommu.and_then(|iommu| scopes.get_mut(iommu)) {
+            // Several functions may be in that of one bridge.
+            if !scopes.contains(&scope) {
+                scopes.push(scope);
+            }
         }
     }
     Ok(scopes)

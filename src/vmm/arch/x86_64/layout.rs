@@ -19,11 +19,11 @@ const LOW_RAM_END: u64 = 0xb000_0000;
 const HIGH_RAM_START: u64 = 0x1_0000_0000;
 /// PCI configuration space: one bus per MiB.
 pub const ECAM_START: u64 = LOW_RAM_END;
-/// Number of buses: the root bus. A kernel probes every bus in the range it is given, with one or
-/// two exits each: with 256 buses that is a quarter of the boot time.
-pub const PCI_BUSES: u64 = 1;
-/// Length of configuration space, in bytes.
-pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
+/// The most buses there can be: the root bus and those behind bridges. A machine has as many as it
+/// needs: a kernel probes every bus in the range it is given, with one or two exits each.
+pub const MAX_BUSES: u64 = 16;
+/// Length of configuration space with all of them, in bytes.
+pub const ECAM_SIZE: u64 = MAX_BUSES << 20;
 /// First address of PCI memory BARs.
 pub const PCI_MMIO_START: u64 = 0xe000_0000;
 /// Last address of PCI memory BARs, included.

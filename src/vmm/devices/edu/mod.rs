@@ -16,7 +16,8 @@ use twostage::sync::Mutex;
 use super::{DmaError, DmaMaster, NotNow, Permit, RequestGate};
 use crate::config::EduConfig;
 use crate::pci::{
-    ConfigSpace, ExpressCapability, Identity, IntxPin, MsiCapability, PasidCapability, PciFunction,
+    ConfigSpace, ExpressCapability, Identity, IntxPin, Location, MsiCapability, PasidCapability,
+    PciFunction,
 };
 use crate::{Error, Result};
 use twostage::spec::pci::Pasid;
@@ -115,20 +116,21 @@ impl Rights {
 }
 
 impl Edu {
-    /// A device with its BAR at `address`, which interrupts through `intx` or `messages` and makes
+    /// A device at `location`, which interrupts through `intx` or `messages` and makes
     /// DMA requests through `memory`.
     ///
     /// # Errors
     /// No thread can be started.
     pub fn new(
         config: &EduConfig,
-        address: u32,
+        location: Location,
         intx: IntxPin,
         messages: Arc<dyn InterruptSink>,
         memory: Box<dyn DmaMaster>,
     ) -> Result<Self> {
         let mut space = ConfigSpace::new(IDENTITY);
-        space.add_bar(0, BAR_SIZE, address);
+        space.behind(location.way);
+        space.add_bar(0, BAR_SIZE, location.bar);
         space.set_intx(intx.line());
         let msi = MsiCapability::add(&mut space);
         let express = ExpressCapability::add(&mut space);
@@ -224,10 +226,10 @@ impl Shared {
         let mut config = self.config();
         let message = self.msi.message(&config);
         config.set_interrupt_status(pending);
-        let command = config.command();
+        let (command, may_request) = (config.command(), config.may_request());
         drop(config);
         self.intx.set(pending && message.is_none() && !command.interrupt_disable());
-        if let (true, true, Some(message)) = (raised, command.bus_master(), message) {
+        if let (true, true, Some(message)) = (raised, may_request, message) {
             self.messages.send_msi(message.address, message.data);
         }
     }
@@ -253,18 +255,22 @@ impl PciFunction for Edu {
         // serializes writers.
         let shared = &self.shared;
         let mut registers = shared.registers();
-        let (reset, command, pasid) = {
+        let (reset, may_request, pasid) = {
             let config = shared.config();
             let pasid = shared.pasid.is_some_and(|capability| capability.enabled(&config));
-            (shared.express.reset_initiated(&config), config.command(), pasid)
+            (shared.express.reset_initiated(&config), config.may_request(), pasid)
         };
         if reset {
             shared.reset(&mut registers);
         } else {
-            shared.rights.set(command.bus_master(), pasid);
+            shared.rights.set(may_request, pasid);
             shared.interrupt(&registers, false);
         }
         reset
+    }
+
+    fn reset(&self) {
+        self.shared.reset(&mut self.shared.registers());
     }
 
     fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {

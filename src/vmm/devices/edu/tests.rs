@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::devices::DirectMemory;
 use crate::memory::MachineMemory;
-use crate::pci::IntxRouter;
+use crate::pci::{IntxRouter, Location};
 use twostage::patience::wait_until;
 use twostage::spec::pci::Bdf;
 use twostage_emulated::edu::{Failure, BUFFER_START};
@@ -56,8 +56,8 @@ impl Fixture {
         let memory = MachineMemory::new(0x10000).unwrap();
         let edu = Edu::new(
             &EduConfig { pasid_bits: 6, ..EduConfig::default() },
-            0xe000_0000,
-            router.pin(Bdf::new(0, 1, 0).unwrap()),
+            Location { way: None, bar: 0xe000_0000 },
+            router.pin(Bdf::new(0, 1, 0).unwrap(), []),
             Arc::new(Messages(Mutex::new(send_message))),
             dma(memory.clone()),
         )

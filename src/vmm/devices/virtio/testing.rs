@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::pci::NoDoorbells;
 use super::{Backend, DeviceMemory, Doorbells, VirtioPci};
-use crate::pci::{InterruptVector, MsiMessage, PciFunction};
+use crate::pci::{InterruptVector, Location, MsiMessage, PciFunction};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags,
     InvalidateData, MapTarget, ObjectId, Protection, UserMemory,
@@ -106,8 +106,8 @@ impl Rig {
             Ok(vector)
         };
         let name = "test".to_owned();
-        let pci =
-            VirtioPci::new(name, backend, reach, 0xe000_0000, &vector, doorbells, None).unwrap();
+        let location = Location { way: None, bar: 0xe000_0000 };
+        let pci = VirtioPci::new(name, backend, reach, location, &vector, doorbells, None).unwrap();
         Self { pci, vectors: vectors.into_inner(), place, memory, host }
     }
 

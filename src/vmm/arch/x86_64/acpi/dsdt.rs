@@ -9,7 +9,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Table, HEADER_LENGTH, LAST_BUS, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{Table, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::arch::x86_64::config_ports::ConfigPorts;
 use crate::arch::x86_64::layout::{
     INTX_PINS_START, PCI_MMIO_LAST, PCI_MMIO_START, SERIAL_IRQ, SERIAL_PORT,
@@ -23,11 +23,11 @@ use crate::pci::line_of_pin;
 /// Revision: integers have 64 bits.
 const REVISION: u8 = 2;
 
-/// The DSDT.
-pub(super) fn dsdt() -> Table {
+/// The DSDT of a machine with buses 0 to `last_bus`.
+pub(super) fn dsdt(last_bus: u8) -> Table {
     let mut sdt = Sdt::new(*b"DSDT", HEADER_LENGTH, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Vec::new();
-    host_bridge(&mut aml);
+    host_bridge(&mut aml, last_bus);
     serial_port(&mut aml);
     clock(&mut aml);
     soft_off(&mut aml);
@@ -36,14 +36,17 @@ pub(super) fn dsdt() -> Table {
 }
 
 /// `\_SB.PCI0`: the root of the PCI hierarchy.
-fn host_bridge(aml: &mut Vec<u8>) {
+fn host_bridge(aml: &mut Vec<u8>, last_bus: u8) {
     let mut routes = PackageBuilder::new();
     // Device 0 is the host bridge, which has no interrupt.
     for device in 1..=MAX_DEVICES as u8 {
-        // All functions of the device, INTA: the only wired pin.
+        // All functions of the device. Only INTA is wired, except behind bridges.
         let address = u32::from(device) << 16 | 0xffff;
-        let interrupt = INTX_PINS_START + line_of_pin(device) as u32;
-        routes.add_element(&Package::new(vec![&address, &0u8, &0u8, &interrupt]));
+        let pins = if last_bus == 0 { 1 } else { 4_u8 };
+        for pin in 0..pins {
+            let interrupt = INTX_PINS_START + line_of_pin(device, pin) as u32;
+            routes.add_element(&Package::new(vec![&address, &pin, &0u8, &interrupt]));
+        }
     }
     Scope::new(
         Path::new("_SB_"),
@@ -59,7 +62,7 @@ fn host_bridge(aml: &mut Vec<u8>) {
                 &Name::new(
                     Path::new("_CRS"),
                     &ResourceTemplate::new(vec![
-                        &AddressSpace::new_bus_number(0u16, u16::from(LAST_BUS)),
+                        &AddressSpace::new_bus_number(0u16, u16::from(last_bus)),
                         &IO::new(
                             ConfigPorts::FIRST_PORT as u16,
                             ConfigPorts::FIRST_PORT as u16,

@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
-use super::layout::{ECAM_START, PCI_BUSES, SCI, TIMER_ISA_IRQ, TIMER_PIN};
+use super::layout::{ECAM_START, SCI, TIMER_ISA_IRQ, TIMER_PIN};
 use super::power::{
     PM1_CONTROL_PORT, PM1_CONTROL_SIZE, PM1_EVENT_PORT, PM1_EVENT_SIZE, PM_TIMER_PORT,
     PM_TIMER_SIZE, RESET_PORT, RESET_VALUE,
@@ -50,9 +50,6 @@ const OEM_REVISION: u32 = 1;
 /// Length of the header of all tables except the RSDP, in bytes.
 const HEADER_LENGTH: u32 = 36;
 
-/// The last PCI bus. A bus number has eight bits.
-const LAST_BUS: u8 = (PCI_BUSES - 1) as u8;
-
 /// What the tables describe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform {
@@ -62,6 +59,8 @@ pub struct Platform {
     pub ioapic: Option<IoApic>,
     /// There is also a PC's pair of 8259s.
     pub pic: bool,
+    /// The last PCI bus.
+    pub last_bus: u8,
     /// The virtual VT-d units, if there are any.
     pub iommu: Option<IommuPlatform>,
 }
@@ -95,8 +94,8 @@ pub struct IommuPlatform {
 pub struct IommuUnit {
     /// Guest-physical address of the register page.
     pub address: u64,
-    /// The functions behind it.
-    pub functions: Vec<Bdf>,
+    /// What is behind it.
+    pub scopes: Vec<dmar::DeviceScope>,
 }
 
 /// Writes the tables of `platform` to `memory`.
@@ -107,12 +106,12 @@ pub(super) fn write_tables(memory: &MachineMemory, platform: &Platform) -> Resul
     let mut writer = Writer { memory, next: RSDP_ADDRESS };
     // The RSDP comes first in memory, but needs the others' addresses.
     writer.reserve(Rsdp::len());
-    let dsdt = writer.write(&dsdt::dsdt())?;
+    let dsdt = writer.write(&dsdt::dsdt(platform.last_bus))?;
     let facs = writer.write(&FACS::new())?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(writer.write(&fadt(dsdt, facs))?);
     xsdt.add_entry(writer.write(&madt(platform))?);
-    xsdt.add_entry(writer.write(&mcfg())?);
+    xsdt.add_entry(writer.write(&mcfg(platform.last_bus))?);
     if let Some(iommu) = &platform.iommu {
         xsdt.add_entry(writer.write(&dmar(iommu, platform.ioapic))?);
     }
@@ -232,9 +231,9 @@ fn madt(platform: &Platform) -> Table {
 }
 
 /// PCI configuration space.
-fn mcfg() -> MCFG {
+fn mcfg(last_bus: u8) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(ECAM_START, 0, 0, LAST_BUS);
+    mcfg.add_ecam(ECAM_START, 0, 0, last_bus);
     mcfg
 }
 
@@ -250,8 +249,8 @@ fn dmar(iommu: &IommuPlatform, ioapic: Option<IoApic>) -> dmar::DMAR {
         if iommu.all_functions && number + 1 == iommu.units.len() {
             drhd = drhd.include_pci_all();
         } else {
-            for function in &unit.functions {
-                drhd.add_scope(dmar::DeviceScope::pci_endpoint(path(*function)));
+            for scope in &unit.scopes {
+                drhd.add_scope(scope.clone());
             }
         }
         if let Some(ioapic) = ioapic.filter(|_| iommu.interrupt_remapping && number == 0) {

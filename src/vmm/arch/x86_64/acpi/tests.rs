@@ -12,12 +12,14 @@ fn platform() -> Platform {
         vcpus: 2,
         ioapic: Some(IoApic { id: 0, address: 0xfec0_0000, bdf: Bdf::from_raw(0xfff8) }),
         pic: false,
+        last_bus: 0,
         iommu: None,
     }
 }
 
 fn unit(address: u64, functions: &[Bdf]) -> IommuUnit {
-    IommuUnit { address, functions: functions.to_vec() }
+    let scope = |function: &Bdf| dmar::DeviceScope::of_function(*function, &[]);
+    IommuUnit { address, scopes: functions.iter().map(scope).collect() }
 }
 
 fn iommu() -> IommuPlatform {

@@ -214,7 +214,7 @@ fn a_line_is_asserted_until_the_interrupt_ends() {
     let levels = Arc::new(Mutex::new(Vec::new()));
     let seen = levels.clone();
     let router = IntxRouter::new(Arc::new(move |_, level| seen.lock().push(level)));
-    let pin = router.pin(Bdf::new(0, 1, 0).unwrap());
+    let pin = router.pin(Bdf::new(0, 1, 0).unwrap(), []);
     let inputs = pin.gsis().len();
     let line = PinLine::new(pin, LineEvents::new().unwrap());
     let owned = OwnedPinLine(line.clone());

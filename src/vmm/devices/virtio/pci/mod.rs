@@ -26,8 +26,8 @@ use super::queue::Virtqueue;
 use super::worker::{Device, Ended, Worker};
 use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::pci::{
-    BarPlacement, ConfigSpace, ExpressCapability, Identity, InterruptVector, Msix, MsixCapability,
-    PciFunction,
+    BarPlacement, ConfigSpace, ExpressCapability, Identity, InterruptVector, Location, Msix,
+    MsixCapability, PciFunction,
 };
 use crate::trace::Trace;
 use crate::Result;
@@ -76,8 +76,8 @@ struct Transport {
 }
 
 impl VirtioPci {
-    /// The device `backend`, named `name` in logs and `trace`, with its BAR at `address`. `vector`
-    /// creates each vector.
+    /// The device `backend` at `location`, named `name` in logs and `trace`. `vector` creates each
+    /// vector.
     ///
     /// # Errors
     /// The process is out of file descriptors, or `vector` fails.
@@ -85,7 +85,7 @@ impl VirtioPci {
         name: String,
         backend: Box<dyn Backend>,
         memory: DeviceMemory,
-        address: u32,
+        location: Location,
         vector: &dyn Fn() -> Result<Arc<dyn InterruptVector>>,
         doorbells: Arc<dyn Doorbells>,
         trace: Option<Arc<Trace>>,
@@ -100,8 +100,9 @@ impl VirtioPci {
             class: model.class,
             revision: 1,
         });
+        config.behind(location.way);
         config.set_subsystem(VENDOR, SUBSYSTEM);
-        config.add_bar(layout::BAR.into(), BAR_SIZE, address);
+        config.add_bar(layout::BAR.into(), BAR_SIZE, location.bar);
         layout::add_structures(&mut config, queues as u32, model.config.len() as u32);
         let msix = MsixCapability::add(
             &mut config,
@@ -323,19 +324,23 @@ impl PciFunction for VirtioPci {
         }
         // The lock serializes writers: the last write is applied last.
         let mut transport = self.transport();
-        let (reset, command, control, placements) = {
+        let (reset, may_request, control, placements) = {
             let config = self.config.lock();
             let reset = self.express.reset_initiated(&config);
-            (reset, config.command(), self.msix.control(&config), config.bar_placements())
+            (reset, config.may_request(), self.msix.control(&config), config.bar_placements())
         };
         if reset {
             self.reset_function(transport);
             return true;
         }
         self.link.msix.set_control(control);
-        self.link.set_bus_master(command.bus_master());
+        self.link.set_bus_master(may_request);
         self.move_doorbells(&mut transport, &placements);
         false
+    }
+
+    fn reset(&self) {
+        self.reset_function(self.transport());
     }
 
     fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
