@@ -29,6 +29,21 @@ pub struct Report {
     pub iommus: Vec<IommuReport>,
     /// The host behind them, if there are any.
     pub host: Option<HostReport>,
+    /// The emulated host beside it: that of emulated devices, if the other one is the kernel's and
+    /// has devices, too.
+    pub emulated_host: Option<HostReport>,
+}
+
+impl Report {
+    /// The machine released what it had, and `left` is left of an emulated host, if there is one;
+    /// `None` if that took too long.
+    pub(crate) fn released(&mut self, left: Option<Option<&ObjectGraph>>) {
+        let Some(host) = self.emulated_host.as_mut().or(self.host.as_mut()) else { return };
+        host.left = left.flatten().cloned();
+        for host in [&mut self.host, &mut self.emulated_host].into_iter().flatten() {
+            host.release_unfinished = left.is_none();
+        }
+    }
 }
 
 twostage::counters! {
@@ -91,6 +106,8 @@ pub struct VtdReport {
     pub viommu: twostage::viommu::vtd::VtdCounters,
     /// The resulting operations of nesting.
     pub nesting: VtdNestingCounters,
+    /// The same on the emulated host beside the kernel's.
+    pub nesting_beside: Option<VtdNestingCounters>,
     /// The statistics of the unit behind it, if that is emulated.
     pub hardware: Option<VtdCounters>,
     /// The sanitizer's findings, if it has one.
@@ -107,6 +124,8 @@ pub struct SmmuV3Report {
     pub viommu: twostage::viommu::smmuv3::SmmuCounters,
     /// The resulting operations of nesting.
     pub nesting: SmmuNestingCounters,
+    /// The same on the emulated host beside the kernel's.
+    pub nesting_beside: Option<SmmuNestingCounters>,
     /// The host's objects that it uses.
     pub objects: SmmuObjects,
     /// Those that it used the last time a guest disabled translation.
@@ -165,7 +184,8 @@ impl fmt::Display for Report {
             }
         }
         self.iommus.iter().try_for_each(|iommu| iommu.fmt(f))?;
-        self.host.iter().try_for_each(|host| host.fmt(f))
+        self.host.iter().try_for_each(|host| host.write(f, "host"))?;
+        self.emulated_host.iter().try_for_each(|host| host.write(f, "emulated host"))
     }
 }
 
@@ -175,12 +195,24 @@ impl fmt::Display for IommuReport {
         match &self.of {
             ModelReport::Vtd(of) => {
                 registers(f, id, &of.registers)?;
-                counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())?;
+                counters(
+                    f,
+                    id,
+                    &of.viommu,
+                    (&of.nesting, of.nesting_beside.as_ref()),
+                    &of.hardware,
+                )?;
                 found(f, id, of.sanitizer.as_ref())
             }
             ModelReport::SmmuV3(of) => {
                 registers(f, id, &of.registers)?;
-                counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())?;
+                counters(
+                    f,
+                    id,
+                    &of.viommu,
+                    (&of.nesting, of.nesting_beside.as_ref()),
+                    &of.hardware,
+                )?;
                 found(f, id, of.sanitizer.as_ref())
             }
         }
@@ -203,47 +235,58 @@ fn found(f: &mut fmt::Formatter<'_>, id: &str, of: Option<&SanitizerReport>) -> 
     of.map_or(Ok(()), |sanitizer| write!(f, "{id}, {sanitizer}"))
 }
 
-/// The counters of the virtual IOMMU `id`, from the guest down.
-fn counters(
+/// The counters of the virtual IOMMU `id`, from the guest down; of nesting on the host, and on the
+/// emulated one beside it.
+fn counters<N: CounterSet>(
     f: &mut fmt::Formatter<'_>,
     id: &str,
     viommu: &impl CounterSet,
-    nesting: &impl CounterSet,
-    hardware: Option<&impl CounterSet>,
+    (nesting, beside): (&N, Option<&N>),
+    hardware: &Option<impl CounterSet>,
 ) -> fmt::Result {
     section(f, &format!("{id}, virtual IOMMU"), &fields(viommu))?;
     section(f, &format!("{id}, nesting"), &fields(nesting))?;
+    if let Some(beside) = beside {
+        section(f, &format!("{id}, nesting on the emulated host"), &fields(beside))?;
+    }
     match hardware {
         Some(hardware) => section(f, &format!("{id}, emulated IOMMU"), &fields(hardware)),
         None => Ok(()),
     }
 }
 
-impl fmt::Display for HostReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl HostReport {
+    /// As text, with the host called `name`.
+    fn write(&self, f: &mut fmt::Formatter<'_>, name: &str) -> fmt::Result {
         let calls = |(verb, report): (&&'static str, &CallReport)| (*verb, report.calls);
-        section(f, "host calls", &self.calls.iter().map(calls).collect::<BTreeMap<_, _>>())?;
+        section(
+            f,
+            &format!("{name} calls"),
+            &self.calls.iter().map(calls).collect::<BTreeMap<_, _>>(),
+        )?;
         let failures = |(verb, report): (&&'static str, &CallReport)| (*verb, report.failures);
         section(
             f,
-            "host calls refused",
+            &format!("{name} calls refused"),
             &self.calls.iter().map(failures).collect::<BTreeMap<_, _>>(),
         )?;
         let (Some(at_start), Some(graph)) = (&self.at_start, &self.graph) else { return Ok(()) };
-        objects(f, "host objects at the start", at_start)?;
+        objects(f, &format!("{name} objects at the start"), at_start)?;
         if let Some(in_use) = &self.in_use {
-            objects(f, "host objects before the guest disabled translation", in_use)?;
+            objects(f, &format!("{name} objects before the guest disabled translation"), in_use)?;
         }
         if graph.objects == at_start.objects {
-            writeln!(f, "host objects: as at the start")?;
+            writeln!(f, "{name} objects: as at the start")?;
         } else {
-            objects(f, "host objects", graph)?;
+            objects(f, &format!("{name} objects"), graph)?;
         }
         match &self.left {
-            Some(left) if left.objects.is_empty() => writeln!(f, "host objects left behind: none"),
-            Some(left) => objects(f, "host objects LEFT BEHIND", left),
+            Some(left) if left.objects.is_empty() => {
+                writeln!(f, "{name} objects left behind: none")
+            }
+            Some(left) => objects(f, &format!("{name} objects LEFT BEHIND"), left),
             None if self.release_unfinished => {
-                writeln!(f, "host objects left behind: unknown; the rest is released on exit")
+                writeln!(f, "{name} objects left behind: unknown; the rest is released on exit")
             }
             None => Ok(()),
         }
@@ -316,6 +359,7 @@ mod tests {
                 left: None,
                 release_unfinished: false,
             }),
+            emulated_host: None,
         }
     }
 
@@ -380,6 +424,36 @@ mod tests {
         {
             assert!(text.contains(&format!("{title}:\n  IOAS 7\n")), "'{title}' in {text}");
         }
+    }
+
+    #[test]
+    fn of_two_hosts_the_emulated_one_tells_what_is_left() {
+        let mut report = report();
+        let nothing = ObjectGraph { objects: Vec::new(), pinned_bytes: 0 };
+        let mut kernel = report.host.clone().unwrap();
+        (kernel.at_start, kernel.graph) = (None, None);
+        report.emulated_host = report.host.replace(kernel);
+        if let ModelReport::Vtd(of) = &mut report.iommus[0].of {
+            of.nesting_beside = Some(merged(5));
+        }
+        report.released(Some(Some(&nothing)));
+        let text = report.to_string();
+        for line in [
+            "vtd0, nesting: merged 4",
+            "vtd0, nesting on the emulated host: merged 5",
+            "host calls: HWPT_ALLOC 9, IOAS_MAP 2",
+            "emulated host calls: HWPT_ALLOC 9, IOAS_MAP 2",
+            "emulated host objects left behind: none",
+        ] {
+            assert!(text.lines().any(|found| found == line), "'{line}' is not in:\n{text}");
+        }
+        assert!(!text.contains("\nhost objects"), "{text}");
+        report.released(None);
+        let text = report.to_string();
+        assert!(text.ends_with("the rest is released on exit\n"), "{text}");
+        report.emulated_host = None;
+        report.released(Some(None));
+        assert_eq!(report.host.unwrap().left, None, "a kernel does not tell");
     }
 
     #[test]

@@ -24,6 +24,7 @@ fn main() -> ExitCode {
     without_caching_mode();
     with_all_memory();
     both_kinds_in_one_machine();
+    emulated_and_assigned_behind_one_unit();
     eprintln!("a guest with an assigned device: ok");
     ExitCode::SUCCESS
 }
@@ -142,4 +143,46 @@ fn both_kinds_in_one_machine() {
     assert!(holds(&text, "edu: DMA of the whole buffer"), "{text}");
     let verbs = ["DEVICE_BIND", "IOAS_ALLOC", "IOAS_MAP"];
     assert_eq!(verbs.map(|verb| calls(&report, verb)), [2, 1, 1], "{report:#}");
+}
+
+/// An edu and a disk of this process and an assigned edu behind one virtual VT-d. The guest uses
+/// the emulated edu as it does alone, shares tables between both, and invalidates once for both.
+fn emulated_and_assigned_behind_one_unit() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let disk = directory.path().join("disk");
+    std::fs::write(&disk, vec![0; 1 << 20]).expect("an image");
+    let disk = format!("path={},format=raw", disk.display());
+    let (text, report) = run(&[
+        "--cmdline",
+        "assigned=2",
+        "--iommu",
+        "vtd,host=/dev/iommu",
+        "--disk",
+        &disk,
+        "--device",
+        "edu",
+        "--vfio",
+        "path=/dev/vfio/devices/vfio0",
+    ]);
+    for name in [
+        "blocked: a device beside an attached one",
+        "stale_first_stage: two devices, two tables, two domains",
+        "fault_log: records keep the order of the faults",
+        "shared: two devices, one table: one invalidation serves both",
+        "last: every device on one table, translation left on",
+    ] {
+        assert!(holds(&text, name), "'{name}' does not hold:\n{text}");
+    }
+    let of = |host: &str, verb: &str| report[host]["calls"][verb]["calls"].as_u64().unwrap_or(0);
+    for (host, devices) in [("host", 1), ("emulated_host", 2)] {
+        let verbs = ["DEVICE_BIND", "IOAS_ALLOC", "IOAS_MAP"].map(|verb| of(host, verb));
+        assert_eq!(verbs, [devices, 1, 1], "{host}: {report:#}");
+        assert!(of(host, "HWPT_INVALIDATE") > 1, "{host}: {report:#}");
+    }
+    let nesting = ["nesting", "nesting_beside"].map(|part| &report["iommus"][0][part]);
+    let seen = nesting.map(|counters| counters["invalidations_in"].as_u64());
+    assert!(seen[0] > Some(0) && seen[0] == seen[1], "{report:#}");
+    // Of the emulated one it is known what is left: nothing.
+    let left = report["emulated_host"]["left"]["objects"].as_array().map(Vec::len);
+    assert_eq!((left, report["host"]["left"].is_null()), (Some(0), true), "{report:#}");
 }

@@ -43,7 +43,8 @@ extern u64 *root;
 #define ROOT_ENTRY (&root[2 * (DEVICE->id >> 8)])
 
 // `assigned=1` on the command line: the devices are assigned from the host, whose IOMMU blocks them
-// without reporting faults; and the host handles their own writes to the interrupt range.
+// without reporting faults; and the host handles their own writes to the interrupt range. With
+// `assigned=2` only the second device is.
 bool devices_assigned(void);
 
 // Setups: a fresh, empty root table is set, translation is disabled, records and counters are

@@ -101,8 +101,8 @@ struct RunArgs {
     /// support what is given. Interrupt remapping is for all units or none, and moves the IOAPIC
     /// out of the kernel; `intremap=off` leaves it there, and `intremap=on` fails if KVM does not
     /// support that. A guest that is a host for assigned devices nests their tables with `nest=on`
-    /// (ECAP.NEST). With `host=/dev/iommu` the kernel translates, and the devices behind it are
-    /// assigned ones (--vfio).
+    /// (ECAP.NEST). With `host=/dev/iommu` the kernel translates for assigned devices (--vfio); for
+    /// others behind the same IOMMU this process does.
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,\

@@ -59,7 +59,7 @@ impl MachineConfig {
 
     fn validate_devices(&self) -> Result<(), ConfigError> {
         for (number, device) in (1..).zip(&self.devices) {
-            self.validate_host(number, device)?;
+            self.validate_host(device)?;
             let (choice, option) = (device.iommu(), device.option());
             let iommu = self.iommu_of(choice).and_then(|number| self.iommus.get(number));
             match (choice, iommu) {
@@ -105,7 +105,7 @@ impl MachineConfig {
     }
 
     /// Checks that the virtual IOMMU of `device` has the right host for it.
-    fn validate_host(&self, number: usize, device: &DeviceConfig) -> Result<(), ConfigError> {
+    fn validate_host(&self, device: &DeviceConfig) -> Result<(), ConfigError> {
         if let DeviceConfig::Vfio(vfio) = device {
             let paths = self.devices.iter().filter_map(|device| match device {
                 DeviceConfig::Vfio(vfio) => Some(&vfio.path),
@@ -116,20 +116,15 @@ impl MachineConfig {
             }
         }
         let Some(iommu) = self.iommu_of(device.iommu()) else { return Ok(()) };
-        let (id, option) = (self.iommu_id(iommu), device.option());
         match (device, self.iommus.get(iommu).map(|iommu| &iommu.host)) {
             (DeviceConfig::Vfio(vfio), Some(HostChoice::Emulated)) => {
-                let name = vfio.name();
+                let (name, id) = (vfio.name(), self.iommu_id(iommu));
                 Err(ConfigError::WrongHost(format!(
-                    "--vfio {name}: {id} translates for devices of this process; --iommu with \
-                     host={DEV_IOMMU} takes devices of this machine (or --vfio with iommu=off)"
+                    "--vfio {name}: {id} translates for devices of this process only; --iommu with \
+                     host={DEV_IOMMU} takes devices of this machine, too (or --vfio with iommu=off)"
                 )))
             }
-            (DeviceConfig::Vfio(_), _) | (_, None | Some(HostChoice::Emulated)) => Ok(()),
-            (_, Some(HostChoice::Kernel(_))) => Err(ConfigError::WrongHost(format!(
-                "{option} {number}: {id} has host={DEV_IOMMU}, which takes only devices of this \
-                 machine (--vfio); this one needs iommu=off"
-            ))),
+            _ => Ok(()),
         }
     }
 
@@ -207,11 +202,6 @@ mod tests {
         let edu = |iommu| DeviceConfig::Edu(edu(iommu, false));
         for (iommus, devices, hint) in [
             (vec![IommuConfig::default()], vec![vfio("/a", unsaid.clone())], "host=/dev/iommu"),
-            (
-                vec![kernel.clone()],
-                vec![edu(unsaid.clone())],
-                "--device 1: vtd0 has host=/dev/iommu",
-            ),
             (vec![], vec![vfio("/a", off.clone()), vfio("/a", off.clone())], "/a is given twice"),
             (vec![kernel.clone(), IommuConfig::default()], vec![], "the same for all"),
         ] {
@@ -220,7 +210,8 @@ mod tests {
             assert!(error.contains(hint), "{error}");
         }
         for (iommus, devices, host) in [
-            (vec![kernel], vec![vfio("/a", unsaid.clone()), edu(off.clone())], true),
+            (vec![kernel.clone()], vec![vfio("/a", unsaid.clone()), edu(off.clone())], true),
+            (vec![kernel], vec![vfio("/a", unsaid.clone()), edu(unsaid.clone())], true),
             (vec![IommuConfig::default()], vec![vfio("/a", off.clone()), edu(unsaid)], true),
             (vec![], vec![vfio("/a", off)], true),
             (vec![IommuConfig::default()], vec![], false),

@@ -38,8 +38,7 @@ pub enum ConfigError {
     /// A device behind an unknown IOMMU.
     #[error("{0} {1}: iommu={2}, but there is no --iommu with id={2}; there is {3}")]
     UnknownIommu(&'static str, usize, String, String),
-    /// An assigned device behind an IOMMU on the emulated host, or an emulated device behind one on
-    /// the kernel's.
+    /// An assigned device behind an IOMMU on the emulated host.
     #[error("{0}")]
     WrongHost(String),
     /// Virtual IOMMUs of one machine share one IOAS.

@@ -291,7 +291,8 @@ pub enum HostChoice {
     /// An IOMMU in this process, for emulated devices.
     #[default]
     Emulated,
-    /// The kernel's, for assigned devices: the path of `/dev/iommu`.
+    /// The kernel's, for assigned devices: the path of `/dev/iommu`. Emulated devices have an IOMMU
+    /// in this process all the same.
     Kernel(PathBuf),
 }
 

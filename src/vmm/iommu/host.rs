@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host that serves the verbs for a machine, with the guest's memory mapped: an emulated one in
-//! this process, for devices in this process, or the kernel, for physical devices. Some of these
-//! are behind no virtual IOMMU.
+//! The hosts that serve the verbs for a machine, each with the guest's memory mapped: an emulated
+//! one in this process, for devices in this process, and the kernel, for physical devices. Some of
+//! these are behind no virtual IOMMU.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,11 +13,12 @@ use twostage::sync::Mutex;
 use crate::config::MachineConfig;
 use crate::memory::MachineMemory;
 use crate::report::{CallReport, HostReport};
-use crate::trace::Trace;
+use crate::trace::{EmulatedCalls, Trace};
 use crate::vfio::{VfioError, VfioProblem};
 use crate::{Error, Result};
 use twostage::iommufd::{
     CountedHost, HostIommu, KernelHost, ObjectId, Protection, UserMemory, Verb, VerbCounters,
+    VerbObserver,
 };
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
@@ -27,8 +28,15 @@ use vfio_ioctls::VfioIommufd;
 /// With more objects than this none are noted, because collecting them takes too long.
 const MAX_NOTED: usize = 1000;
 
-/// A bound device: its BDF in the guest and its object in the host.
-pub(crate) type BoundDevice = (Bdf, ObjectId);
+/// A bound device.
+#[derive(Debug, Clone)]
+pub(crate) struct BoundDevice {
+    /// Its BDF in the guest.
+    pub bdf: Bdf,
+    /// Its object in its host.
+    pub dev: ObjectId,
+    pub host: Host,
+}
 
 /// The host, its calls counted and traced.
 #[derive(Debug, Clone)]
@@ -53,8 +61,24 @@ impl Host {
     /// # Errors
     /// The memory cannot be mapped.
     pub fn emulated(memory: &MachineMemory, trace: Option<&Arc<Trace>>) -> Result<Self> {
+        Self::in_this_process(memory, trace.cloned().map(|trace| trace as Arc<_>))
+    }
+
+    /// The same, for a machine that has the kernel's as well.
+    ///
+    /// # Errors
+    /// As [`Host::emulated`].
+    pub fn beside(memory: &MachineMemory, trace: Option<&Arc<Trace>>) -> Result<Self> {
+        let calls = |trace| Arc::new(EmulatedCalls(trace)) as Arc<_>;
+        Self::in_this_process(memory, trace.cloned().map(calls))
+    }
+
+    fn in_this_process(
+        memory: &MachineMemory,
+        calls: Option<Arc<dyn VerbObserver>>,
+    ) -> Result<Self> {
         let emulated = EmulatedHost::new();
-        Ok(Self { emulated: Some(emulated.clone()), ..Self::counted(emulated, memory, trace)? })
+        Ok(Self { emulated: Some(emulated.clone()), ..Self::counted(emulated, memory, calls)? })
     }
 
     /// The kernel's host, with `memory` mapped, if `config` needs it.
@@ -68,8 +92,14 @@ impl Host {
     ) -> Result<Option<Self>> {
         let Some(path) = config.kernel_host() else { return Ok(None) };
         let kernel = Arc::new(KernelHost::open(&path).map_err(Error::KernelHost)?);
-        let host = Self::counted(kernel.clone(), memory, trace)?;
+        let calls = trace.cloned().map(|trace| trace as Arc<_>);
+        let host = Self::counted(kernel.clone(), memory, calls)?;
         Ok(Some(Self { kernel: Some(kernel), ..host }))
+    }
+
+    /// Whether it is the kernel's.
+    pub fn is_kernel(&self) -> bool {
+        self.emulated.is_none()
     }
 
     /// The file of `dev`, a device of the kernel's host.
@@ -97,9 +127,9 @@ impl Host {
     fn counted(
         host: Arc<dyn HostIommu>,
         memory: &MachineMemory,
-        trace: Option<&Arc<Trace>>,
+        calls: Option<Arc<dyn VerbObserver>>,
     ) -> Result<Self> {
-        let counted = CountedHost::new(host, trace.cloned().map(|trace| trace as Arc<_>));
+        let counted = CountedHost::new(host, calls);
         let counters = counted.counters();
         let verbs: Arc<dyn HostIommu> = Arc::new(counted);
         let ioas = GuestIoas::new(verbs.clone()).map_err(failed("guest memory"))?;
@@ -179,12 +209,12 @@ impl DirectDevices {
     pub fn new(host: Host, devices: &[(Bdf, PathBuf)]) -> Result<Self> {
         let mut direct = Self { host, devices: Vec::new() };
         for (bdf, path) in devices {
-            let verbs = direct.host.verbs.clone();
-            let dev = bind(&*verbs, path)?;
-            direct.devices.push((*bdf, dev));
+            let host = direct.host.clone();
+            let dev = bind(&*host.verbs, path)?;
+            direct.devices.push(BoundDevice { bdf: *bdf, dev, host: host.clone() });
             let name = path.display().to_string();
             let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
-            verbs.device_attach(dev, None, direct.host.ioas.id()).map_err(refused)?;
+            host.verbs.device_attach(dev, None, host.ioas.id()).map_err(refused)?;
         }
         Ok(direct)
     }
@@ -197,7 +227,7 @@ impl DirectDevices {
 
 impl Drop for DirectDevices {
     fn drop(&mut self) {
-        unbind(&*self.host.verbs, self.devices.drain(..));
+        unbind(self.devices.drain(..));
     }
 }
 
@@ -214,10 +244,10 @@ pub(super) fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
     Ok(host.device_bind(&name).map_err(refused)?)
 }
 
-/// Unbinds `devices` from the host.
-pub(super) fn unbind(host: &dyn HostIommu, devices: impl Iterator<Item = BoundDevice>) {
-    for (bdf, dev) in devices {
-        if let Err(error) = host.device_unbind(dev) {
+/// Unbinds `devices` from their hosts.
+pub(super) fn unbind(devices: impl Iterator<Item = BoundDevice>) {
+    for BoundDevice { bdf, dev, host } in devices {
+        if let Err(error) = host.verbs.device_unbind(dev) {
             log::error!("{bdf} stays bound: {error}");
         }
     }

@@ -30,56 +30,52 @@ fn deliver(address: u64, data: u32, sink: &dyn InterruptSink) {
     }
 }
 
-/// Messages of devices of this process: writes through the emulated SMMU.
-pub(super) struct TranslatedMessages {
-    ports: BTreeMap<Bdf, Mutex<DmaPort>>,
+/// The messages of the devices behind one virtual SMMU.
+///
+/// Those of a device of this process are writes through the emulated SMMU. The kernel and the
+/// physical SMMU see to the address of a physical device's, so the one that the guest gave the
+/// device is not the one on the bus: a message that arrives here has passed the SMMU already.
+pub(super) struct DeviceMessages {
+    /// Of a device of this process, its port.
+    ports: BTreeMap<Bdf, Option<Mutex<DmaPort>>>,
 }
 
-impl TranslatedMessages {
-    /// Those of the devices that have `ports`.
-    pub fn new(ports: impl IntoIterator<Item = (Bdf, DmaPort)>) -> Self {
-        let ports = ports.into_iter().map(|(bdf, port)| (bdf, Mutex::new(port)));
+impl DeviceMessages {
+    /// Those of the devices that have `ports`, and of the physical ones, which have none.
+    pub fn new(ports: impl IntoIterator<Item = (Bdf, Option<DmaPort>)>) -> Self {
+        let ports = ports.into_iter().map(|(bdf, port)| (bdf, port.map(Mutex::new)));
         Self { ports: ports.collect() }
     }
 }
 
-impl InterruptRemapper for TranslatedMessages {
+impl InterruptRemapper for DeviceMessages {
     /// A message that the tables lead to memory is written there; that counts as sent.
     fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
-        let Some(port) = self.ports.get(&source) else { return false };
-        let mut port = port.lock();
         let MsiMessage { address, data } = message;
+        let mut port = match self.ports.get(&source) {
+            Some(Some(port)) => port.lock(),
+            Some(None) => {
+                sink.send_msi(DOORBELL, data);
+                return true;
+            }
+            None => return false,
+        };
         port.write_message(attributes(None), address, data, |address| deliver(address, data, sink))
             .inspect_err(|refusal| log::debug!("message of {source}: {refusal}"))
             .is_ok()
     }
 
-    /// Never a result that could be kept: at the next message the guest's tables may differ.
-    fn translate(&self, _: Bdf, _: MsiMessage) -> Option<MsiMessage> {
-        None
+    /// Never a result that could be kept of one that is translated here: at the next message the
+    /// guest's tables may differ.
+    fn translate(&self, source: Bdf, message: MsiMessage) -> Option<MsiMessage> {
+        let arrived = matches!(self.ports.get(&source), Some(None));
+        arrived.then_some(MsiMessage { address: DOORBELL, ..message })
     }
 }
 
-impl fmt::Debug for TranslatedMessages {
+impl fmt::Debug for DeviceMessages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.ports.keys()).finish()
-    }
-}
-
-/// Messages of physical devices. The kernel and the physical SMMU see to their address, so the one
-/// that the guest gave the device is not the one on the bus. A message that arrives here has passed
-/// the SMMU already.
-#[derive(Debug)]
-pub(super) struct ArrivedMessages;
-
-impl InterruptRemapper for ArrivedMessages {
-    fn send_remapped(&self, _: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
-        sink.send_msi(DOORBELL, message.data);
-        true
-    }
-
-    fn translate(&self, _: Bdf, message: MsiMessage) -> Option<MsiMessage> {
-        Some(MsiMessage { address: DOORBELL, ..message })
     }
 }
 
@@ -368,10 +364,13 @@ mod tests {
 
     #[test]
     fn messages_of_a_device_of_this_machine_have_arrived() {
-        let arrived = Arrived::default();
-        assert!(ArrivedMessages.send_remapped(FUNCTION.bdf, MESSAGE, &arrived));
+        let (arrived, messages) = (Arrived::default(), DeviceMessages::new([(FUNCTION.bdf, None)]));
+        assert!(messages.send_remapped(FUNCTION.bdf, MESSAGE, &arrived));
         assert_eq!(*arrived.0.lock(), [(DOORBELL, 7)]);
-        let kept = ArrivedMessages.translate(FUNCTION.bdf, MESSAGE);
+        let kept = messages.translate(FUNCTION.bdf, MESSAGE);
         assert_eq!(kept, Some(MsiMessage { address: DOORBELL, data: 7 }));
+        let other = Bdf::from_raw(0x99);
+        assert!(!messages.send_remapped(other, MESSAGE, &arrived));
+        assert_eq!(messages.translate(other, MESSAGE), None);
     }
 }

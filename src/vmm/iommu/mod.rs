@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The virtual IOMMUs of a machine and all that is behind them: nesting, the counted verbs of the
-//! host, and the host that serves them.
+//! hosts, and the hosts that serve them.
 //!
 //! A machine has one host for all its virtual IOMMUs, and in it one IOAS, which maps the guest's
-//! memory; devices of the kernel that are behind no virtual IOMMU use it, too. Each virtual IOMMU
-//! has a host side of its own. If the host is in this process, each also has an emulated unit of
-//! its own; if the host is the kernel, the units are the physical ones.
+//! memory; devices of the kernel that are behind no virtual IOMMU use it, too. If that host is the
+//! kernel and devices of this process are behind a virtual IOMMU as well, those have an emulated
+//! host beside it. Each virtual IOMMU has host sides of its own, and an emulated unit of its own if
+//! it has such devices; those of the kernel are behind the physical units.
 
 mod host;
 mod messages;
@@ -23,11 +24,10 @@ use crate::memory::MachineMemory;
 use crate::report::{HostReport, IommuReport};
 use crate::trace::{IommuObserver, Trace};
 use crate::{Error, Result};
-use host::{unbind, BoundDevice};
-pub(super) use host::{DirectDevices, Host};
-use plan::{not_of_this_machine, Plan, VirtualIommu};
+use host::unbind;
+pub(super) use host::{BoundDevice, DirectDevices, Host};
+use plan::{no_function_here, Plan, VirtualIommu};
 use smmuv3::SmmuV3;
-use twostage::iommufd::HostIommu;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptSink, Observer};
 use twostage_emulated::{DmaPort, ObjectGraph};
@@ -54,12 +54,28 @@ pub(super) fn interrupt_source(number: usize) -> Bdf {
 
 /// What the virtual IOMMUs of a machine have in common.
 pub(super) struct Surroundings<'a> {
+    /// That of the configuration.
     pub host: Host,
+    /// An emulated one beside it, if it is the kernel's and there are devices for both.
+    pub beside: Option<Host>,
     pub memory: &'a MachineMemory,
     pub trace: Option<Arc<Trace>>,
 }
 
 impl Surroundings<'_> {
+    /// The emulated host, if there is one.
+    fn emulated(&self) -> Option<&Host> {
+        [Some(&self.host), self.beside.as_ref()]
+            .into_iter()
+            .flatten()
+            .find(|host| host.emulated.is_some())
+    }
+
+    /// See [`Host::noting_objects`]: those of the emulated host, as the kernel does not tell.
+    fn noting_objects(&self) -> impl Fn() + Send + Sync + use<> {
+        self.emulated().unwrap_or(&self.host).noting_objects()
+    }
+
     /// An observer of what the virtual IOMMU `id` does; `disabling` is called when a guest switches
     /// translation off.
     fn observer(
@@ -76,16 +92,18 @@ impl Surroundings<'_> {
 pub(super) struct Iommus {
     all: Vec<Iommu>,
     host: Host,
-    /// The host's objects before the guest runs.
+    /// The emulated host beside that, if there is one.
+    beside: Option<Host>,
+    /// The emulated host's objects before the guest runs.
     at_start: Option<ObjectGraph>,
 }
 
 impl Iommus {
     /// The virtual IOMMUs of `config`, in front of `functions`; `None` when there are none. Their
     /// host has `memory` as stage 2: it is `kernel` if the configuration says so, or else an
-    /// emulated one. `messages` gives the sink for the messages of a source (a virtual IOMMU or a
-    /// function) that need no remapping or have been remapped. With `interrupt_remapping` the
-    /// virtual IOMMUs remap the messages of functions.
+    /// emulated one; functions of this process have that in any case. `messages` gives the sink for
+    /// the messages of a source (a virtual IOMMU or a function) that need no remapping or have been
+    /// remapped. With `interrupt_remapping` the virtual IOMMUs remap the messages of functions.
     pub fn new(
         config: &MachineConfig,
         interrupt_remapping: bool,
@@ -104,7 +122,13 @@ impl Iommus {
             (HostChoice::Kernel(_), Some(kernel)) => kernel.clone(),
             _ => Host::emulated(memory, trace.as_ref())?,
         };
-        let around = Surroundings { host: host.clone(), memory, trace };
+        let beside = match &host.emulated {
+            None if functions.iter().any(|function| function.vfio.is_none()) => {
+                Some(Host::beside(memory, trace.as_ref())?)
+            }
+            _ => None,
+        };
+        let around = Surroundings { host: host.clone(), beside: beside.clone(), memory, trace };
         let mut all = Vec::new();
         // The host has this extension only if all its units have it.
         let guest_second_stage =
@@ -122,8 +146,8 @@ impl Iommus {
             };
             all.push(Iommu::new(plan, &around)?);
         }
-        let at_start = host.graph();
-        Ok(Some(Self { all, host, at_start }))
+        let at_start = around.emulated().and_then(Host::graph);
+        Ok(Some(Self { all, host, beside, at_start }))
     }
 
     /// Each of them, in the order of the configuration.
@@ -138,15 +162,23 @@ impl Iommus {
 
     /// The calls of the host so far, and its objects.
     pub fn host_report(&self) -> HostReport {
-        HostReport { at_start: self.at_start.clone(), ..self.host.report() }
+        let at_start = self.at_start.clone().filter(|_| self.beside.is_none());
+        HostReport { at_start, ..self.host.report() }
     }
 
-    /// Gives every host object back. Returns the objects that are left, if the host tells; there
-    /// should be none.
+    /// The same of the emulated host beside it, if there is one.
+    pub fn beside_report(&self) -> Option<HostReport> {
+        let report = self.beside.as_ref()?.report();
+        Some(HostReport { at_start: self.at_start.clone(), ..report })
+    }
+
+    /// Gives every host object back. Returns the objects that are left, if a host tells: only the
+    /// emulated one does. There should be none.
     pub fn close(self) -> Option<ObjectGraph> {
-        let Self { all, host, .. } = self;
+        let Self { all, host, beside, .. } = self;
         drop(all);
-        host.close()
+        let left = beside.and_then(Host::close);
+        host.close().or(left)
     }
 }
 
@@ -161,7 +193,6 @@ pub(super) struct Iommu {
     /// The name by which devices refer to it.
     pub id: String,
     pub model: Box<dyn VirtualIommu>,
-    host: Arc<dyn HostIommu>,
     /// The devices behind it.
     pub devices: Vec<BoundDevice>,
 }
@@ -179,21 +210,21 @@ impl Iommu {
                 (Box::new(smmu), devices)
             }
         };
-        Ok(Self { id: plan.id, model, host: around.host.verbs.clone(), devices })
+        Ok(Self { id: plan.id, model, devices })
     }
 
     /// How the function at `bdf`, which is in this process, makes its memory requests, including
     /// interrupt messages, which go to `messages`.
     ///
     /// # Errors
-    /// The host is the kernel, which knows only physical devices.
+    /// It has no function of this process.
     pub fn dma_master(
         &self,
         bdf: Bdf,
         messages: Arc<dyn InterruptSink>,
     ) -> Result<Box<dyn DmaMaster>> {
         let dma = self.model.dma_master(bdf, messages);
-        dma.ok_or_else(|| not_of_this_machine(&self.id, bdf))
+        dma.ok_or_else(|| no_function_here(&self.id, bdf))
     }
 
     /// Where memory requests of the function at `bdf` enter the IOMMU.
@@ -201,7 +232,7 @@ impl Iommu {
     /// # Errors
     /// As [`Iommu::dma_master`].
     pub fn dma_port(&self, bdf: Bdf) -> Result<DmaPort> {
-        self.model.dma_port(bdf).ok_or_else(|| not_of_this_machine(&self.id, bdf))
+        self.model.dma_port(bdf).ok_or_else(|| no_function_here(&self.id, bdf))
     }
 
     /// What was done so far.
@@ -216,7 +247,7 @@ impl Drop for Iommu {
         if let Err(error) = self.model.shutdown() {
             log::error!("{}: host objects are left behind: {error}", self.id);
         }
-        unbind(&*self.host, self.devices.drain(..));
+        unbind(self.devices.drain(..));
     }
 }
 

@@ -17,7 +17,7 @@ use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::unit::{AddError, BuildError};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
-use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, UnitId};
+use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, UnitId};
 
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
@@ -40,6 +40,14 @@ impl Plan<'_> {
         let of_rid = |function: &&AssignedFunction| function.bdf == rid;
         let path = self.functions.iter().find(of_rid).and_then(|function| function.vfio.as_ref());
         path.map_or_else(|| rid.to_string(), |path| format!("{} ({rid})", path.display()))
+    }
+
+    /// The emulated host in `around`, if an emulated unit is needed there: that host is the only
+    /// one, or a function of this process is behind the virtual IOMMU.
+    pub fn emulated<'a>(&self, around: &'a Surroundings<'_>) -> Option<&'a Arc<EmulatedHost>> {
+        let needed = around.host.emulated.is_some()
+            || self.functions.iter().any(|function| function.vfio.is_none());
+        around.emulated().filter(|_| needed)?.emulated.as_ref()
     }
 
     /// Whether the function called `name` is a physical device.
@@ -67,7 +75,7 @@ pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     fn connect(&self, _wires: Vec<EdgeLine>) {}
 
     /// Where memory requests of the function at `bdf`, which is in this process, enter the IOMMU;
-    /// `None` if the host is the kernel.
+    /// `None` if it has no function of this process.
     fn dma_port(&self, bdf: Bdf) -> Option<DmaPort>;
 
     /// The same, with interrupt messages taken out of the writes. Where the address of a message is
@@ -90,30 +98,31 @@ pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     }
 }
 
-/// Binds the functions of `plan` to the host. Functions in this process are put behind `unit`;
-/// `ats` says whether they have ATS.
+/// Binds the functions of `plan`, each to its host. Functions in this process are put behind
+/// `unit`; `ats` says whether they have ATS.
 pub(super) fn bind_devices(
     plan: &Plan<'_>,
     unit: Option<UnitId>,
     ats: bool,
     around: &Surroundings<'_>,
 ) -> Result<Vec<BoundDevice>> {
-    let host = &around.host.verbs;
     let mut devices = Vec::with_capacity(plan.functions.len());
     for function in &plan.functions {
         let bdf = function.bdf;
-        let dev = match (&function.vfio, &around.host.emulated, unit) {
-            (Some(path), ..) => bind(&**host, path)?,
-            (None, Some(emulated), Some(unit)) => {
-                let name = format!("{}/{bdf}", plan.id);
-                let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
-                let device = DeviceConfig::default().with_pasid_bits(pasid_bits).with_ats(ats);
-                emulated.add_device(&name, unit, bdf, device).map_err(failed("adding a device"))?;
-                host.device_bind(&name).map_err(failed("binding a device"))?
-            }
-            _ => return Err(not_of_this_machine(&plan.id, bdf)),
-        };
-        devices.push((bdf, dev));
+        if let Some(path) = &function.vfio {
+            let host = around.host.clone();
+            devices.push(BoundDevice { bdf, dev: bind(&*host.verbs, path)?, host });
+            continue;
+        }
+        let none = || no_function_here(&plan.id, bdf);
+        let (host, unit) = around.emulated().zip(unit).ok_or_else(none)?;
+        let emulated = host.emulated.as_ref().ok_or_else(none)?;
+        let name = format!("{}/{bdf}", plan.id);
+        let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
+        let device = DeviceConfig::default().with_pasid_bits(pasid_bits).with_ats(ats);
+        emulated.add_device(&name, unit, bdf, device).map_err(failed("adding a device"))?;
+        let dev = host.verbs.device_bind(&name).map_err(failed("binding a device"))?;
+        devices.push(BoundDevice { bdf, dev, host: host.clone() });
     }
     Ok(devices)
 }
@@ -155,8 +164,9 @@ fn refused_by(error: &AddError) -> Option<(&str, &NestingError)> {
     }
 }
 
-pub(super) fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
-    Error::Iommu(format!("{bdf} is not a device of this machine, and {id} takes only those"))
+/// The error for a function that is not in this process.
+pub(super) fn no_function_here(id: &str, bdf: Bdf) -> Error {
+    Error::Iommu(format!("{bdf} is no emulated device behind {id}"))
 }
 
 /// A port of the emulated host, as a device uses it to reach memory.

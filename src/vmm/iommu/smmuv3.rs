@@ -11,7 +11,7 @@ use twostage::sync::Mutex;
 use vm_superio::Trigger;
 
 use super::host::BoundDevice;
-use super::messages::{ArrivedMessages, SmmuDma, TranslatedMessages};
+use super::messages::{DeviceMessages, SmmuDma};
 use super::plan::{bind_devices, not_built, Plan, VirtualIommu};
 use super::{AssignedFunction, Surroundings};
 use crate::arch::layout::MESSAGE_RANGE;
@@ -41,7 +41,7 @@ pub(super) struct SmmuV3 {
     translated: BTreeMap<Bdf, Arc<dyn InterruptSink>>,
     /// The host objects in use when a guest last switched translation off.
     objects_in_use: Arc<Mutex<Option<SmmuObjects>>>,
-    /// The emulated unit; `None` if the host is the kernel.
+    /// The emulated unit; `None` if there are only devices of the kernel.
     unit: Option<Arc<SmmuV3Unit>>,
 }
 
@@ -53,7 +53,7 @@ impl SmmuV3 {
         around: &Surroundings<'_>,
     ) -> Result<(Self, Vec<BoundDevice>)> {
         let windows = message_windows(&plan.functions, around)?;
-        let emulated = around.host.emulated.as_ref().map(|emulated| {
+        let emulated = plan.emulated(around).map(|emulated| {
             let unit = SmmuV3Unit::new(unit_config(options));
             let id = emulated.add_unit(unit.clone());
             (unit, id)
@@ -67,7 +67,7 @@ impl SmmuV3 {
         let nesting = Arc::<OnceLock<Weak<SmmuNesting>>>::default();
         let objects_in_use = Arc::<Mutex<_>>::default();
         let observer = {
-            let note = around.host.noting_objects();
+            let note = around.noting_objects();
             let (nesting, objects_in_use) = (nesting.clone(), objects_in_use.clone());
             around.observer(&plan.id, move || {
                 note();
@@ -80,20 +80,19 @@ impl SmmuV3 {
             .observer(observer)
             .without_devices()
             .fault_target(|smmu| Arc::new(DoorbellWatch::new(smmu, windows)));
-        let builder = devices.iter().fold(builder, |builder, (bdf, dev)| {
-            builder.device(*bdf, *dev, plan.device_name(*bdf))
+        let builder = devices.iter().fold(builder, |builder, BoundDevice { bdf, dev, host }| {
+            builder.device_on(&host.ioas, *bdf, *dev, plan.device_name(*bdf))
         });
         let smmu = builder.build().map_err(|error| not_built(plan, error))?;
         let _ = nesting.set(Arc::downgrade(smmu.nesting()));
         let unit = emulated.map(|(unit, _)| unit);
-        let messages: Arc<dyn InterruptRemapper> = match &unit {
-            Some(unit) => {
-                let port = |(bdf, _): &BoundDevice| (*bdf, unit.port(bdf.raw()));
-                Arc::new(TranslatedMessages::new(devices.iter().map(port)))
-            }
-            None => Arc::new(ArrivedMessages),
+        let port = |device: &BoundDevice| {
+            let unit = unit.as_ref().filter(|_| !device.host.is_kernel());
+            (device.bdf, unit.map(|unit| unit.port(device.bdf.raw())))
         };
-        let translated = devices.iter().map(|(bdf, _)| (*bdf, (plan.messages)(*bdf))).collect();
+        let messages = Arc::new(DeviceMessages::new(devices.iter().map(port)));
+        let sink = |device: &BoundDevice| (device.bdf, (plan.messages)(device.bdf));
+        let translated = devices.iter().map(sink).collect();
         let smmu = Self { smmu, interrupts, messages, translated, objects_in_use, unit };
         Ok((smmu, devices))
     }
@@ -136,6 +135,7 @@ impl VirtualIommu for SmmuV3 {
             registers: self.smmu.model().capabilities().registers(),
             viommu: self.smmu.model().counters(),
             nesting: self.smmu.nesting().counters(),
+            nesting_beside: self.smmu.nestings().get(1).map(|beside| beside.counters()),
             objects: self.smmu.nesting().objects(),
             objects_in_use: self.objects_in_use.lock().clone(),
             hardware: self.unit.as_ref().map(|unit| unit.counters()),

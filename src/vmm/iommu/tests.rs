@@ -2,12 +2,17 @@
 //! Virtual IOMMUs on the emulated host, without a guest.
 
 use super::*;
-use crate::config::{testing, SmmuV3Options, VtdOptions};
+use crate::config::{testing, SmmuV3Options, VtdOptions, DEV_IOMMU};
 use crate::report::ModelReport;
 use twostage::nesting::smmuv3::SmmuObjects;
 use twostage::nesting::survey::{survey, Offer};
 use twostage::spec::pci::Pasid;
-use twostage_emulated::{DeviceConfig, EmulatedHost, ObjectKind, VtdUnit, VtdUnitConfig};
+use twostage::sync::Mutex;
+use twostage::viommu::MsiMessage;
+use twostage_emulated::{
+    DeviceConfig, EmulatedHost, EmulatedUnit, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit,
+    VtdUnitConfig,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 struct NoInterrupts;
@@ -248,4 +253,113 @@ fn a_machine_has_the_registers_of_the_offer() {
     let calls = iommus.host_report().calls;
     let of = |verb| calls.get(verb).map_or(0, |report| report.calls);
     assert_eq!(["GET_HW_INFO", "DEVICE_ATTACH", "DEVICE_DETACH"].map(of), [1, 1, 0]);
+}
+
+/// What stands in for the kernel's host, with the physical device [`PHYSICAL`] behind `unit`.
+fn kernel(memory: &MachineMemory, unit: impl Into<EmulatedUnit>) -> (Host, Arc<EmulatedHost>) {
+    let mut host = Host::emulated(memory, None).unwrap();
+    let process = host.emulated.take().unwrap();
+    let unit = process.add_unit(unit);
+    process.add_device("/physical", unit, PHYSICAL, DeviceConfig::default()).unwrap();
+    (host, process)
+}
+
+const PHYSICAL: Bdf = Bdf::from_raw(24);
+
+/// A virtual IOMMU in front of [`FUNCTION`], which is emulated, and of [`PHYSICAL`].
+fn mixed(model: IommuModel, memory: &MachineMemory, kernel: &Host) -> Iommus {
+    let config =
+        IommuConfig { host: HostChoice::Kernel(DEV_IOMMU.into()), model, ..IommuConfig::default() };
+    let config = MachineConfig { iommus: vec![config], ..testing::machine() };
+    let path = Some(PathBuf::from("/physical"));
+    let functions =
+        [FUNCTION, AssignedFunction { bdf: PHYSICAL, pasid: false, iommu: 0, vfio: path }];
+    let iommus =
+        Iommus::new(&config, false, memory, Some(kernel), &functions, &no_interrupts, None);
+    iommus.unwrap().unwrap()
+}
+
+#[test]
+fn an_emulated_function_beside_a_physical_one_has_a_host_of_its_own() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let unit = VtdUnit::new(VtdUnitConfig::default());
+    let (host, process) = kernel(&memory, unit.clone());
+    let options = VtdOptions { second_stage: false, ..VtdOptions::default() };
+    let iommus = mixed(IommuModel::Vtd(options), &memory, &host);
+    let iommu = &iommus.all()[0];
+    let mut physical = unit.port(PHYSICAL.raw());
+    let mut emulated = iommu.dma_master(FUNCTION.bdf, Arc::new(NoInterrupts)).unwrap();
+    DmaMaster::write(&mut physical, None, 0x4000, b"passes").unwrap();
+    emulated.write(None, 0x5000, b"passes").unwrap();
+    enable(iommu);
+    DmaMaster::write(&mut physical, None, 0x4000, b"blocked").unwrap_err();
+    emulated.write(None, 0x5000, b"blocked").unwrap_err();
+    let ModelReport::Vtd(of) = iommu.report().of else { panic!("a VT-d") };
+    assert_eq!(
+        (of.nesting.replaces, of.nesting_beside.map(|beside| beside.replaces)),
+        (0, Some(0))
+    );
+    // One device and one IOAS on each.
+    let [own, beside] = [iommus.host_report(), iommus.beside_report().unwrap()];
+    for report in [&own, &beside] {
+        let of = |verb: &str| report.calls[verb].calls;
+        assert_eq!(["DEVICE_BIND", "IOAS_MAP", "DEVICE_DETACH"].map(of), [1, 1, 1]);
+    }
+    assert!(own.at_start.is_none() && beside.at_start.is_some());
+    let bound: Vec<_> = iommu.devices.iter().map(|device| device.host.emulated.is_some()).collect();
+    assert_eq!(bound, [true, false]);
+    let left = iommus.close().unwrap();
+    assert_eq!(left, ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+    drop(host);
+    assert_eq!((process.live_objects(), process.pinned_bytes()), (0, 0));
+}
+
+#[test]
+fn only_an_emulated_function_needs_an_emulated_host() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let (host, _process) = kernel(&memory, VtdUnit::new(VtdUnitConfig::default()));
+    let options = VtdOptions { second_stage: false, ..VtdOptions::default() };
+    let config = IommuConfig { host: HostChoice::Kernel(DEV_IOMMU.into()), ..options.into() };
+    let config = MachineConfig { iommus: vec![config], ..testing::machine() };
+    let with = |functions: &[AssignedFunction]| {
+        let iommus =
+            Iommus::new(&config, false, &memory, Some(&host), functions, &no_interrupts, None);
+        let iommus = iommus.unwrap().unwrap();
+        let served = iommus.all()[0].dma_port(FUNCTION.bdf).map(drop);
+        (iommus.beside_report().is_some(), served)
+    };
+    let (beside, refused) = with(&[]);
+    assert!(!beside && refused.unwrap_err().to_string().contains("no emulated device behind vtd0"));
+    let (beside, served) = with(&[FUNCTION]);
+    assert!(beside && served.is_ok());
+}
+
+#[test]
+fn messages_of_either_kind_go_their_own_way() {
+    struct Arrived(Mutex<Vec<u32>>);
+    impl InterruptSink for Arrived {
+        fn send_msi(&self, _: u64, data: u32) {
+            self.0.lock().push(data);
+        }
+    }
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let (host, process) = kernel(&memory, SmmuV3Unit::new(SmmuV3UnitConfig::default()));
+    let iommus = mixed(IommuModel::SmmuV3(SmmuV3Options::default()), &memory, &host);
+    let iommu = &iommus.all()[0];
+    let remapper = iommu.model.interrupt_remapper().unwrap().upgrade().unwrap();
+    let arrived = Arrived(Mutex::default());
+    let message = |data| MsiMessage { address: messages::DOORBELL, data };
+    assert!(remapper.send_remapped(PHYSICAL, message(1), &arrived));
+    assert!(remapper.send_remapped(FUNCTION.bdf, message(2), &arrived));
+    // CR0.SMMUEN, with a stream table of one invalid entry: what is translated here is blocked.
+    iommu.model.registers().write(0x20, &1u32.to_le_bytes());
+    assert!(remapper.send_remapped(PHYSICAL, message(3), &arrived));
+    assert!(!remapper.send_remapped(FUNCTION.bdf, message(4), &arrived));
+    assert_eq!(*arrived.0.lock(), [1, 2, 3]);
+    assert!(remapper.translate(PHYSICAL, message(5)).is_some());
+    assert_eq!(remapper.translate(FUNCTION.bdf, message(5)), None);
+    drop(remapper);
+    assert!(iommus.close().unwrap().objects.is_empty());
+    drop(host);
+    assert_eq!(process.live_objects(), 0);
 }

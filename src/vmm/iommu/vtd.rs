@@ -22,7 +22,7 @@ use twostage_emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, V
 #[derive(Debug)]
 pub(super) struct Vtd {
     vtd: unit::Vtd,
-    /// The emulated unit; `None` if the host is the kernel.
+    /// The emulated unit; `None` if there are only devices of the kernel.
     unit: Option<Arc<VtdUnit>>,
     /// Kept alive for the unit's sanitizer, which has a weak reference.
     _contexts: Arc<GuestContexts>,
@@ -35,7 +35,7 @@ impl Vtd {
         options: &VtdOptions,
         around: &Surroundings<'_>,
     ) -> Result<(Self, Vec<BoundDevice>)> {
-        let emulated = around.host.emulated.as_ref().map(|emulated| {
+        let emulated = plan.emulated(around).map(|emulated| {
             let unit = VtdUnit::new(unit_config(options, plan.guest_second_stage));
             let id = emulated.add_unit(unit.clone());
             (unit, id)
@@ -45,10 +45,10 @@ impl Vtd {
         let tables = Arc::new(around.memory.map().clone());
         let builder = VtdBuilder::new(around.host.ioas.clone(), tables, plan.interrupts.clone())
             .config(&vtd_config(options, plan.interrupt_remapping))
-            .observer(around.observer(&plan.id, around.host.noting_objects()))
+            .observer(around.observer(&plan.id, around.noting_objects()))
             .without_devices();
-        let builder = devices.iter().fold(builder, |builder, (bdf, dev)| {
-            builder.device(*bdf, *dev, plan.device_name(*bdf))
+        let builder = devices.iter().fold(builder, |builder, BoundDevice { bdf, dev, host }| {
+            builder.device_on(&host.ioas, *bdf, *dev, plan.device_name(*bdf))
         });
         let vtd = builder.build().map_err(|error| not_built(plan, error))?;
         let contexts = Arc::new(GuestContexts(vtd.model().clone()));
@@ -91,6 +91,7 @@ impl VirtualIommu for Vtd {
             registers: self.vtd.model().capabilities().registers(),
             viommu: self.vtd.model().counters(),
             nesting: self.vtd.nesting().counters(),
+            nesting_beside: self.vtd.nestings().get(1).map(|beside| beside.counters()),
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
             sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
         })

@@ -13,7 +13,7 @@ use crate::arch::{self, IrqChip};
 use crate::bus::Bus;
 use crate::config::MachineConfig;
 use crate::interrupts::{Interrupts, Messages, Ways};
-use crate::iommu::{DirectDevices, Host, Iommu, Iommus};
+use crate::iommu::{BoundDevice, DirectDevices, Host, Iommu, Iommus};
 use crate::memory::MachineMemory;
 use crate::pci::{Ecam, PciMemory};
 use crate::trace::Trace;
@@ -132,7 +132,10 @@ pub(super) fn device_files(
     let bound = of_iommus.chain(direct.map(|direct| &direct.devices)).flatten();
     let Some(kernel) = kernel else { return Ok(BTreeMap::new()) };
     let iommufd = kernel.vfio_iommufd()?;
-    bound.map(|(bdf, dev)| Ok((*bdf, (kernel.device_file(*dev)?, iommufd.clone())))).collect()
+    let file = |BoundDevice { bdf, dev, host }: &BoundDevice| {
+        Ok((*bdf, (host.device_file(*dev)?, iommufd.clone())))
+    };
+    bound.filter(|device| device.host.is_kernel()).map(file).collect()
 }
 
 /// Everything that answers in the memory space, except the board.

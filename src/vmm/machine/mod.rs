@@ -147,10 +147,7 @@ impl Machine {
         self.serial.flush();
         let mut report = self.report();
         let released = self.close(deadline::of(Turn::Release).filter(|_| asked));
-        if let Some(host) = &mut report.host {
-            host.left = released.all().cloned().flatten();
-            host.release_unfinished = released.all().is_none();
-        }
+        report.released(released.all().map(Option::as_ref));
         on_report(&report);
         let left = released.all().and_then(Option::as_ref).map_or(0, |left| left.objects.len());
         Ok(released.reason(result?).unless_left_behind(left))
@@ -210,6 +207,7 @@ impl Machine {
                 // Without virtual IOMMUs only direct devices use the host.
                 self.direct.as_ref().map(DirectDevices::host_report)
             }),
+            emulated_host: self.iommus.as_ref().and_then(Iommus::beside_report),
         }
     }
 }

@@ -15,6 +15,7 @@
 //! | `descriptor` | descriptors of the invalidation queue, with their fields |
 //! | `policy` | changes of how a requester's DMA is translated |
 //! | `host` | host calls, with the objects they name, a new one first, and their duration |
+//! | `emulated host` | the same of an emulated host beside the kernel's |
 //! | `fault`, `interrupt fault` | what was refused, why, and whether it is reported to the guest |
 //! | `interrupt` | messages as sent by a function or the IOAPIC, `MSI` as received by the LAPICs, triggered routes |
 //! | `device` | notified queues, returned buffers, DMA of `edu` |
@@ -35,7 +36,7 @@ use serde_json::{json, Value};
 pub(super) use crate::arch::decoded_message as decoded;
 use crate::console::deadline::Patient;
 use crate::{process::named_file, Error, Result};
-pub(super) use observers::{IommuObserver, TracedDma, TracedInterrupts};
+pub(super) use observers::{EmulatedCalls, IommuObserver, TracedDma, TracedInterrupts};
 
 /// An open trace. Any thread may add to it.
 pub struct Trace {

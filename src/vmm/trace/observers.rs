@@ -29,12 +29,31 @@ impl VerbObserver for Trace {
         duration: Duration,
         error: Option<&dyn fmt::Display>,
     ) {
-        let args = json!({
-            "objects": objects.iter().map(|id| id.0).collect::<Vec<_>>(),
-            "error": error.map(ToString::to_string),
-        });
-        self.complete("host", verb.name(), started, duration, args);
+        self.complete("host", verb.name(), started, duration, call(objects, error));
     }
+}
+
+/// Traces the calls of an emulated host beside the kernel's, whose objects have the same numbers.
+pub(crate) struct EmulatedCalls(pub Arc<Trace>);
+
+impl VerbObserver for EmulatedCalls {
+    fn called(
+        &self,
+        verb: Verb,
+        objects: &[ObjectId],
+        started: Instant,
+        duration: Duration,
+        error: Option<&dyn fmt::Display>,
+    ) {
+        self.0.complete("emulated host", verb.name(), started, duration, call(objects, error));
+    }
+}
+
+fn call(objects: &[ObjectId], error: Option<&dyn fmt::Display>) -> Value {
+    json!({
+        "objects": objects.iter().map(|id| id.0).collect::<Vec<_>>(),
+        "error": error.map(ToString::to_string),
+    })
 }
 
 /// The fields of `what` in one line, with hexadecimal numbers.
