@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "hw/pci.h"
+#include "lib/io.h"
 
 enum {
     MSI_CONTROL_ENABLE = 1 << 16, // message control is the upper half of the capability's first word
     MSI_CONTROL_64BIT = 1 << 23,
     HEADER_BRIDGE = 1,
     EXPRESS_TO_PCI = 7, // in the upper half of the capability's first word
+    MSIX_TABLE = 4, // the BAR in its low bits, and an offset
+    MSIX_TABLE_BAR = 7,
+    MSIX_CONTROL_MASK = 1 << 30,
+    MSIX_CONTROL_ENABLE = 1u << 31,
+    MSIX_ENTRY_SIZE = 16,
     EXPRESS_DEVICE_CAPABILITIES = 4,
     EXPRESS_FLR_CAPABLE = 1 << 28,
     EXPRESS_DEVICE_CONTROL = 8,
@@ -162,6 +168,35 @@ void pci_msi_disable(pci_id function)
 
     if (msi)
         pci_write(function, msi, pci_read(function, msi) & ~(u32)MSI_CONTROL_ENABLE);
+}
+
+bool pci_msix_set(pci_id function, u32 vector, u32 address, u32 data)
+{
+    u16 msix = pci_capability(function, PCI_CAP_MSIX);
+    u32 place, bar;
+    u64 entry;
+
+    if (!msix)
+        return false;
+    place = pci_read(function, msix + MSIX_TABLE);
+    bar = pci_read(function, (u16)(PCI_BAR0 + 4 * (place & MSIX_TABLE_BAR))) & ~0xfu;
+    if (!bar)
+        return false;
+    pci_write(function, msix, (pci_read(function, msix) | MSIX_CONTROL_ENABLE) & ~(u32)MSIX_CONTROL_MASK);
+    entry = bar + (place & ~(u32)MSIX_TABLE_BAR) + (u64)vector * MSIX_ENTRY_SIZE;
+    write32(entry, address);
+    write32(entry + 4, 0);
+    write32(entry + 8, data);
+    write32(entry + 12, 0);
+    return true;
+}
+
+void pci_msix_disable(pci_id function)
+{
+    u16 msix = pci_capability(function, PCI_CAP_MSIX);
+
+    if (msix)
+        pci_write(function, msix, pci_read(function, msix) & ~(u32)MSIX_CONTROL_ENABLE);
 }
 
 bool pci_can_reset(pci_id function)

@@ -19,6 +19,7 @@ enum {
 
     PCI_CAP_MSI = 0x05,
     PCI_CAP_EXPRESS = 0x10,
+    PCI_CAP_MSIX = 0x11,
     PCI_EXT_CAP_PASID = 0x1b,
 };
 
@@ -56,6 +57,12 @@ u64 pci_enable(pci_id function, u32 size);
 bool pci_msi_set(pci_id function, u32 address, u32 data);
 
 void pci_msi_disable(pci_id function);
+
+// Enables MSI-X and makes the vector write `data` to `address`; false if the function has none, or
+// nobody has placed the BAR with its table.
+bool pci_msix_set(pci_id function, u32 vector, u32 address, u32 data);
+
+void pci_msix_disable(pci_id function);
 
 // Whether the function has a function-level reset (PCIe 6.6.2), and does it: then it answers
 // configuration accesses only, and its BARs may have no address.

@@ -18,6 +18,9 @@ pub const BAR_SIZE: u32 = 1 << 20;
 pub const BUFFER_START: u64 = 0x4_0000;
 /// Length of the buffer, in bytes.
 pub const BUFFER_SIZE: usize = 4096;
+/// Length of the memory of a device that has a BAR of memory, in bytes: nothing happens when that
+/// is accessed.
+pub const MEMORY_SIZE: usize = 0x4000;
 /// The number of vectors of a device with MSI-X.
 pub const VECTORS: u32 = 4;
 

@@ -26,8 +26,6 @@ pub const REGISTERS: u32 = 0;
 pub const MESSAGES: u32 = 1;
 /// BAR 2 has memory.
 pub const MEMORY: u32 = 2;
-/// Length of BAR 2, in bytes.
-pub const MEMORY_SIZE: usize = 0x4000;
 const MESSAGES_SIZE: u64 = 0x1000;
 /// Length of the table at the start of BAR 1, in bytes.
 pub const TABLE_SIZE: u64 = 16 * edu::VECTORS as u64;
@@ -70,7 +68,7 @@ impl Kind {
     pub fn bars(self, has_engine: bool) -> [u64; BARS] {
         let registers = if has_engine { edu::BAR_SIZE.into() } else { 0 };
         match self.is_express() {
-            true => [registers, MESSAGES_SIZE, MEMORY_SIZE as u64, 0, 0, 0],
+            true => [registers, MESSAGES_SIZE, edu::MEMORY_SIZE as u64, 0, 0, 0],
             false => [registers, 0, 0, 0, 0, 0],
         }
     }

@@ -5,6 +5,7 @@ use std::mem::size_of;
 use std::sync::Arc;
 
 use twostage::iommufd::Errno;
+use twostage_emulated::edu;
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX as CONFIG_REGION, VFIO_PCI_NUM_REGIONS as REGIONS,
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
@@ -68,7 +69,7 @@ impl Function {
     pub fn new(kind: Kind, edu: Option<Edu>) -> Result<Self, Errno> {
         let bars = kind.bars(edu.is_some());
         let memory = match kind.is_express() {
-            true => Some(Internal::new(sys::file_of(&[0; config::MEMORY_SIZE])?).into()),
+            true => Some(Internal::new(sys::file_of(&[0; edu::MEMORY_SIZE])?).into()),
             false => None,
         };
         let irqs = Irqs::new(kind.is_express());
@@ -99,7 +100,7 @@ impl Function {
         }
         if let Some(memory) = &self.memory {
             // It is as long.
-            let _ = sys::write_at(memory.raw(), 0, &[0; config::MEMORY_SIZE]);
+            let _ = sys::write_at(memory.raw(), 0, &[0; edu::MEMORY_SIZE]);
         }
         self.interrupt(None);
     }

@@ -126,7 +126,8 @@ struct RunArgs {
     pci_bridges: Vec<PciBridgeConfig>,
 
     /// PCI device; may be given several times. The first on bus 0 is 00:01.0. `edu` is QEMU's, with
-    /// function-level reset. With `pasid=on`, or a width, it has the PASID capability; once
+    /// function-level reset, MSI-X (a vector for each byte of its interrupt status, in BAR 1) and
+    /// 16 KiB of memory (BAR 2). With `pasid=on`, or a width, it has the PASID capability; once
     /// software has enabled that, register 0xA0 selects the PASID of its DMA (bits 19:0; bit 31: it
     /// has one).
     #[arg(

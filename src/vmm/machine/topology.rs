@@ -229,8 +229,11 @@ impl Builder<'_> {
         iommu: Option<&Iommu>,
         interrupts: FunctionInterrupts,
     ) -> Result<Arc<Edu>> {
-        let (bdf, address) = (slot.bdf, self.place(edu::BAR_SIZE)?);
+        let (bdf, [registers, messages, memory]) = (slot.bdf, edu::BAR_SIZES);
+        let bar = self.place(registers)?;
+        let more_bars = [self.place(messages)?, self.place(memory)?];
         let messages = Arc::new(interrupts);
+        let vector = || Ok(messages.vector()? as Arc<dyn InterruptVector>);
         let dma: Box<dyn DmaMaster> = match iommu {
             Some(iommu) => iommu.dma_master(slot.rid, messages.clone())?,
             None => {
@@ -243,8 +246,8 @@ impl Builder<'_> {
             None => dma,
         };
         let pin = self.intx.pin(bdf, slot.upwards.iter().copied());
-        let location = Location { way: slot.way.clone(), bar: address };
-        let edu = Edu::new(config, location, pin, messages, dma)?;
+        let location = Location { way: slot.way.clone(), bar };
+        let edu = Edu::new(config, location, more_bars, pin, messages.clone(), &vector, dma)?;
         Ok(self.insert(bdf, edu))
     }
 

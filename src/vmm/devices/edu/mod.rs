@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The educational device ([`twostage_emulated::edu`]) as a PCI function.
 //!
-//! It has INTx and MSI, and a PCI Express capability with function-level reset, as vfio-pci needs
-//! to hand it on. DMA is done by a worker thread, with no artificial delay. With `pasid=` the
+//! It has INTx, MSI and MSI-X, with the table and the pending bits in a BAR of their own, a BAR of
+//! memory, and a PCI Express capability with function-level reset, as vfio-pci needs to hand it on.
+//! DMA is done by a worker thread, with no artificial delay. With `pasid=` the
 //! function has a PASID capability; only while software has that enabled is there a register for
 //! the PASID of DMA, and do requests carry one.
 
@@ -16,19 +17,28 @@ use twostage::sync::Mutex;
 use super::{DmaError, DmaMaster, NotNow, Permit, RequestGate};
 use crate::config::EduConfig;
 use crate::pci::{
-    ConfigSpace, ExpressCapability, Identity, IntxPin, Location, MsiCapability, PasidCapability,
-    PciFunction,
+    ConfigSpace, ExpressCapability, Identity, InterruptVector, IntxPin, Location, MsiCapability,
+    Msix, MsixCapability, MsixPlace, PasidCapability, PciFunction,
 };
 use crate::{Error, Result};
 use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
 use twostage::warn_limited;
 use twostage_emulated::edu::registers::{DMA_PASID, PASID_VALID};
-pub use twostage_emulated::edu::BAR_SIZE;
-use twostage_emulated::edu::{Effect, Engine, Registers, Requests, Transfer};
+use twostage_emulated::edu::{
+    vectors, Effect, Engine, Registers, Requests, Transfer, BAR_SIZE, MEMORY_SIZE, VECTORS,
+};
 
 const IDENTITY: Identity =
     Identity { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00, revision: 0x10 };
+
+/// The BAR with the structures of MSI-X, a page for each: the table, then the pending bits.
+const MESSAGES_BAR: u8 = 1;
+const PENDING_BITS: u32 = 0x1000;
+/// The BAR with memory.
+const MEMORY_BAR: u8 = 2;
+/// Lengths of the BARs, in bytes.
+pub const BAR_SIZES: [u32; 3] = [BAR_SIZE, 0x2000, MEMORY_SIZE as u32];
 
 /// DMA statistics of a device. Each counter is read on its own; together they are not a snapshot.
 #[derive(Debug, Default)]
@@ -63,6 +73,9 @@ struct Shared {
     config: Mutex<ConfigSpace>,
     msi: MsiCapability,
     express: ExpressCapability,
+    msix_capability: MsixCapability,
+    msix: Msix,
+    memory: Mutex<Box<[u8; MEMORY_SIZE]>>,
     pasid: Option<PasidCapability>,
     /// What register 0xA0 can hold.
     pasid_mask: u64,
@@ -116,24 +129,35 @@ impl Rights {
 }
 
 impl Edu {
-    /// A device at `location`, which interrupts through `intx` or `messages` and makes
-    /// DMA requests through `memory`.
+    /// A device at `location`, with its other BARs at `more_bars`, which interrupts through `intx`,
+    /// `messages` or vectors that `vector` creates, and makes DMA requests through `memory`.
     ///
     /// # Errors
-    /// No thread can be started.
+    /// No thread can be started, or `vector` fails.
     pub fn new(
         config: &EduConfig,
         location: Location,
+        more_bars: [u32; 2],
         intx: IntxPin,
         messages: Arc<dyn InterruptSink>,
+        vector: &dyn Fn() -> Result<Arc<dyn InterruptVector>>,
         memory: Box<dyn DmaMaster>,
     ) -> Result<Self> {
         let mut space = ConfigSpace::new(IDENTITY);
         space.behind(location.way);
-        space.add_bar(0, BAR_SIZE, location.bar);
+        let [messages_bar, memory_bar] = more_bars;
+        let addresses = [location.bar, messages_bar, memory_bar];
+        for (bar, (size, address)) in BAR_SIZES.into_iter().zip(addresses).enumerate() {
+            space.add_bar(bar, size, address);
+        }
         space.set_intx(intx.line());
         let msi = MsiCapability::add(&mut space);
         let express = ExpressCapability::add(&mut space);
+        let place = |offset| MsixPlace { bar: MESSAGES_BAR, offset };
+        let msix_capability =
+            MsixCapability::add(&mut space, VECTORS as u16, place(0), place(PENDING_BITS));
+        let msix = Msix::new((0..VECTORS).map(|_| vector()).collect::<Result<_>>()?);
+        msix.set_bus_master(false);
         let bits = config.pasid_bits;
         let pasid = (bits > 0).then(|| PasidCapability::add(&mut space, bits));
         let rights = Arc::<Rights>::default();
@@ -143,6 +167,9 @@ impl Edu {
             config: Mutex::new(space),
             msi,
             express,
+            msix_capability,
+            msix,
+            memory: Mutex::new(Box::new([0; MEMORY_SIZE])),
             pasid,
             pasid_mask: u64::from(PASID_VALID) | ((1 << bits) - 1),
             intx,
@@ -215,22 +242,31 @@ impl Shared {
                 self.counters.failed.fetch_add(1, Ordering::Relaxed)
             }
         };
-        if let Effect::Interrupt { raised, .. } = registers.transfer_ended() {
-            self.interrupt(&registers, raised);
+        if let Effect::Interrupt { raised, causes } = registers.transfer_ended() {
+            self.interrupt(&registers, raised.then_some(causes));
         }
     }
 
-    /// Updates the interrupt outputs from `registers`; `raised`: a cause was just raised.
-    fn interrupt(&self, registers: &Registers, raised: bool) {
+    /// Updates the interrupt outputs from `registers`; `raised`: the causes that were just added.
+    fn interrupt(&self, registers: &Registers, raised: Option<u32>) {
         let pending = registers.interrupt_pending();
         let mut config = self.config();
         let message = self.msi.message(&config);
+        let msix = self.msix_capability.control(&config).enable();
         config.set_interrupt_status(pending);
         let (command, may_request) = (config.command(), config.may_request());
         drop(config);
-        self.intx.set(pending && message.is_none() && !command.interrupt_disable());
-        if let (true, true, Some(message)) = (raised, may_request, message) {
-            self.messages.send_msi(message.address, message.data);
+        let by_pin = message.is_none() && !msix && !command.interrupt_disable();
+        self.intx.set(pending && by_pin);
+        match (raised, message) {
+            // Its numbers are at most four; whether it may make requests is known there.
+            (Some(causes), _) if msix => {
+                vectors(causes).for_each(|vector| self.msix.trigger(vector as u16));
+            }
+            (Some(_), Some(message)) if may_request => {
+                self.messages.send_msi(message.address, message.data);
+            }
+            _ => {}
         }
     }
 
@@ -239,8 +275,11 @@ impl Shared {
     fn reset(&self, registers: &mut Registers) {
         self.config().reset();
         self.rights.reset();
+        self.msix.set_bus_master(false);
+        self.msix.reset();
+        self.memory.lock().fill(0);
         *registers = Registers::default();
-        self.interrupt(registers, false);
+        self.interrupt(registers, None);
     }
 }
 
@@ -255,16 +294,19 @@ impl PciFunction for Edu {
         // serializes writers.
         let shared = &self.shared;
         let mut registers = shared.registers();
-        let (reset, may_request, pasid) = {
+        let (reset, may_request, pasid, control) = {
             let config = shared.config();
             let pasid = shared.pasid.is_some_and(|capability| capability.enabled(&config));
-            (shared.express.reset_initiated(&config), config.may_request(), pasid)
+            let reset = shared.express.reset_initiated(&config);
+            (reset, config.may_request(), pasid, shared.msix_capability.control(&config))
         };
         if reset {
             shared.reset(&mut registers);
         } else {
             shared.rights.set(may_request, pasid);
-            shared.interrupt(&registers, false);
+            shared.msix.set_control(control);
+            shared.msix.set_bus_master(may_request);
+            shared.interrupt(&registers, None);
         }
         reset
     }
@@ -273,7 +315,19 @@ impl PciFunction for Edu {
         self.shared.reset(&mut self.shared.registers());
     }
 
-    fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
+    fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {
+        if bar == usize::from(MESSAGES_BAR) {
+            let msix = &self.shared.msix;
+            return match offset.checked_sub(PENDING_BITS.into()) {
+                None => msix.read_table(offset, data),
+                Some(offset) => msix.read_pending(offset, data),
+            };
+        }
+        if bar == usize::from(MEMORY_BAR) {
+            let memory = self.shared.memory.lock();
+            let bytes = memory.iter().skip(offset as usize);
+            return data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        }
         // Register 0xA0 exists only while software has the PASID capability enabled.
         let pasid = self.shared.rights.pasid();
         let value = self.shared.registers().read(offset, data.len(), pasid);
@@ -282,7 +336,16 @@ impl PciFunction for Edu {
         data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     }
 
-    fn write_bar(&self, _bar: usize, offset: u64, data: &[u8]) {
+    fn write_bar(&self, bar: usize, offset: u64, data: &[u8]) {
+        if bar == usize::from(MESSAGES_BAR) {
+            // Beyond the table there are no vectors.
+            return self.shared.msix.write_table(offset, data);
+        }
+        if bar == usize::from(MEMORY_BAR) {
+            let mut memory = self.shared.memory.lock();
+            let bytes = memory.iter_mut().skip(offset as usize);
+            return bytes.zip(data).for_each(|(to, from)| *to = *from);
+        }
         let mut bytes = [0; 8];
         bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
         let mut value = u64::from_le_bytes(bytes);
@@ -293,7 +356,9 @@ impl PciFunction for Edu {
         let pasid = self.shared.rights.pasid();
         match registers.write(offset, data.len(), value, pasid) {
             Effect::None => {}
-            Effect::Interrupt { raised, .. } => self.shared.interrupt(&registers, raised),
+            Effect::Interrupt { raised, causes } => {
+                self.shared.interrupt(&registers, raised.then_some(causes));
+            }
             Effect::Transfer(transfer) => {
                 let life = self.shared.rights.life();
                 drop(registers);

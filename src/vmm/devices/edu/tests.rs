@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::devices::DirectMemory;
 use crate::memory::MachineMemory;
-use crate::pci::{IntxRouter, Location};
+use crate::pci::{IntxRouter, Location, MsiMessage};
 use twostage::patience::wait_until;
 use twostage::spec::pci::Bdf;
 use twostage_emulated::edu::{Failure, BUFFER_START};
@@ -18,6 +18,23 @@ struct Messages(Mutex<Sender<(u64, u32)>>);
 impl InterruptSink for Messages {
     fn send_msi(&self, address: u64, data: u32) {
         self.0.lock().send((address, data)).unwrap();
+    }
+}
+
+/// A vector of MSI-X, which sends there, too.
+struct Vector {
+    messages: Arc<Messages>,
+    message: Mutex<Option<MsiMessage>>,
+}
+
+impl InterruptVector for Vector {
+    fn update(&self, message: Option<MsiMessage>) {
+        *self.message.lock() = message;
+    }
+
+    fn trigger(&self) {
+        let message = self.message.lock().unwrap();
+        self.messages.send_msi(message.address, message.data);
     }
 }
 
@@ -31,6 +48,8 @@ struct Fixture {
 /// Device control of PCI Express, after MSI; the control register of the PASID capability.
 const DEVICE_CONTROL: u16 = 0x58;
 const PASID_CONTROL: u16 = 0x106;
+/// Message control of MSI-X, after PCI Express.
+const MSIX_CONTROL: u16 = 0x8e;
 
 fn reset(edu: &Edu) {
     edu.config().lock().write(DEVICE_CONTROL, &[0, 0x80]);
@@ -54,11 +73,14 @@ impl Fixture {
             }
         }));
         let memory = MachineMemory::new(0x10000).unwrap();
+        let messages_sent = Arc::new(Messages(Mutex::new(send_message)));
         let edu = Edu::new(
             &EduConfig { pasid_bits: 6, ..EduConfig::default() },
             Location { way: None, bar: 0xe000_0000 },
+            [0xe010_0000, 0xe010_4000],
             router.pin(Bdf::new(0, 1, 0).unwrap(), []),
-            Arc::new(Messages(Mutex::new(send_message))),
+            messages_sent.clone(),
+            &|| Ok(Arc::new(Vector { messages: messages_sent.clone(), message: Mutex::default() })),
             dma(memory.clone()),
         )
         .unwrap();
@@ -134,6 +156,59 @@ fn msi_takes_the_place_of_intx() {
     fixture.write32(0x64, 3);
     assert!(fixture.messages.try_recv().is_err());
     assert!(fixture.levels.try_recv().is_err());
+}
+
+#[test]
+fn each_byte_of_the_causes_has_a_vector() {
+    let fixture = Fixture::new();
+    let messages = usize::from(MESSAGES_BAR);
+    for (vector, data) in (0..VECTORS).zip(0x50u32..) {
+        let entry =
+            [0xfee0_0000, 0, data, 0].into_iter().zip((u64::from(vector) * 16..).step_by(4));
+        entry.for_each(|(word, at)| fixture.edu.write_bar(messages, at, &u32::to_le_bytes(word)));
+    }
+    fixture.write32(0x60, 1);
+    assert_eq!(fixture.levels.recv().unwrap(), (11, true));
+    fixture.write_config(MSIX_CONTROL, &[0, 0x80]);
+    assert_eq!(fixture.levels.recv().unwrap(), (11, false));
+    fixture.write32(0x60, 0x8000_0100);
+    let received = || fixture.messages.try_iter().map(|(_, data)| data).collect::<Vec<_>>();
+    assert_eq!(received(), [0x51, 0x53]);
+    // Masked, it waits.
+    fixture.edu.write_bar(messages, 0x1c, &[1, 0, 0, 0]);
+    fixture.write32(0x60, 0x101);
+    assert_eq!(received(), [0x50]);
+    let pending = || {
+        let mut bits = [0; 8];
+        fixture.edu.read_bar(messages, PENDING_BITS.into(), &mut bits);
+        bits[0]
+    };
+    assert_eq!(pending(), 2);
+    fixture.edu.write_bar(messages, 0x1c, &[0; 4]);
+    assert_eq!((received(), pending()), (vec![0x51], 0));
+    // Messages are requests.
+    fixture.write_config(4, &[2, 0]);
+    fixture.write32(0x60, 1);
+    assert!(received().is_empty());
+    reset(&fixture.edu);
+    fixture.write_config(4, &[6, 0]);
+    fixture.write32(0x60, 1);
+    assert_eq!((received(), fixture.levels.recv().unwrap()), (vec![], (11, true)));
+}
+
+#[test]
+fn memory_is_what_was_written_until_a_reset() {
+    let fixture = Fixture::new();
+    let bar = usize::from(MEMORY_BAR);
+    let read = || {
+        let mut bytes = [0; 8];
+        fixture.edu.read_bar(bar, MEMORY_SIZE as u64 - 8, &mut bytes);
+        bytes
+    };
+    fixture.edu.write_bar(bar, MEMORY_SIZE as u64 - 4, b"mine");
+    assert_eq!(read(), *b"\0\0\0\0mine");
+    reset(&fixture.edu);
+    assert_eq!(read(), [0; 8]);
 }
 
 #[test]
