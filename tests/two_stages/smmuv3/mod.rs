@@ -3,6 +3,7 @@
 
 mod granularity;
 mod machine;
+mod mixed;
 mod restore;
 mod stack;
 
