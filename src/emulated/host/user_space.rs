@@ -225,7 +225,8 @@ impl UserSpace for RegionSpace {
     }
 }
 
-/// A file opened by an operation of Linux's selftests (feature `selftest`). Dropping it closes it.
+/// A file opened by an operation of Linux's selftests (feature `selftest`), or a dma-buf. Dropping
+/// it closes it.
 #[doc(hidden)]
 pub trait TestFile: Any + Debug + Send + Sync {
     /// Its name, for logs.

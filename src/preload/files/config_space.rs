@@ -39,6 +39,7 @@ const EXPRESS_SIZE: usize = 4096;
 /// asserted.
 pub const COMMAND: usize = 0x04;
 pub const COMMAND_BITS: u8 = 0b110;
+pub const MEMORY_SPACE: u8 = 0b10;
 pub const BUS_MASTER: u8 = 0b100;
 pub const INTERRUPT_DISABLE: u8 = 1 << 2;
 /// Status: an interrupt is pending.

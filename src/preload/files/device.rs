@@ -18,9 +18,11 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::callers::process::Process;
+use crate::files::features::{feature, BarFile};
 use crate::files::file::{Answer, Argument, Call, Caller, Excess, File, Pages};
 use crate::files::function::{Function, Region};
 use crate::files::info::{copy_in, copy_out, u32_at, Place};
+use crate::files::iommufd::OpenTestFile;
 use crate::files::irqs::IRQS;
 use crate::files::users::{Blocked, Groups};
 use crate::table::Internal;
@@ -32,6 +34,7 @@ const SET_IRQS: u32 = vfio_request(10);
 const RESET: u32 = vfio_request(11);
 const GET_PCI_HOT_RESET_INFO: u32 = vfio_request(12);
 const PCI_HOT_RESET: u32 = vfio_request(13);
+const FEATURE: u32 = vfio_request(17);
 
 const DEVICE_FLAGS: u32 = VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI;
 /// A region's offset in the file is its index, shifted by this, as in vfio-pci.
@@ -120,6 +123,11 @@ impl Device {
                 self.place.may_reset(caller, address, self.groups.is_some())?;
                 self.state().function.reset();
                 return Ok(0);
+            }
+            (FEATURE, _) => {
+                let Some(export) = feature(process, address)? else { return Ok(0) };
+                let buf = self.state().function.export(&export)?;
+                return caller.open(Arc::new(OpenTestFile(Arc::new(BarFile(buf))))).map(i64::from);
             }
             _ => return Err(Errno::ENOTTY),
         }

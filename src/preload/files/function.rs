@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The PCI function behind a VFIO device: its configuration space, BARs and interrupts.
 
+use std::fs::File;
 use std::mem::size_of;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use twostage::iommufd::Errno;
-use twostage_emulated::edu;
+use twostage::iommufd::{Errno, UserMemory};
+use twostage_emulated::{edu, DmaBuf};
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX as CONFIG_REGION, VFIO_PCI_NUM_REGIONS as REGIONS,
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
@@ -13,9 +14,11 @@ use vfio_bindings::bindings::vfio::{
 
 use crate::files::config_space::{self as config, Kind, BARS, COMMAND};
 use crate::files::edu::Edu;
+use crate::files::features::Export;
 use crate::files::irqs::Irqs;
 use crate::sys;
 use crate::table::Internal;
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 /// The function.
 #[derive(Debug)]
@@ -26,6 +29,8 @@ pub struct Function {
     edu: Option<Edu>,
     /// That of BAR 2, which the program may map.
     memory: Option<Arc<Internal>>,
+    /// Dma-bufs of it: revoked while memory space is disabled, as in vfio-pci.
+    exports: Vec<Weak<DmaBuf>>,
     /// Its interrupts.
     pub irqs: Irqs,
 }
@@ -73,7 +78,8 @@ impl Function {
             false => None,
         };
         let irqs = Irqs::new(kind.is_express());
-        Ok(Self { kind, config: kind.config_space(), bars, edu, memory, irqs })
+        let (config, exports) = (kind.config_space(), Vec::new());
+        Ok(Self { kind, config, bars, edu, memory, exports, irqs })
     }
 
     /// The region `index`; none if there is no such index.
@@ -92,9 +98,51 @@ impl Function {
         self.memory.as_ref()
     }
 
+    /// A dma-buf of its memory.
+    ///
+    /// # Errors
+    /// `ENODEV` there is no such BAR; `EOPNOTSUPP` it has no memory; `EINVAL` it is shorter;
+    /// `ENOMEM`.
+    pub fn export(&mut self, export: &Export) -> Result<Arc<DmaBuf>, Errno> {
+        let region = self.region(export.index).filter(|region| region.size > 0);
+        let region = region.ok_or(Errno::ENODEV)?;
+        if export.range.end > region.size {
+            return Err(Errno::EINVAL);
+        }
+        let memory = self.memory.as_ref().filter(|_| region.is_memory());
+        let file = sys::duplicate(memory.ok_or(Errno::EOPNOTSUPP)?.raw())?;
+        let file = FileOffset::new(File::from(file), export.range.start);
+        let length = (export.range.end - export.range.start) as usize;
+        let mapped = GuestRegionMmap::<()>::from_range(GuestAddress(0), length, Some(file));
+        let mapped = mapped.map_err(|_| Errno::from_raw(libc::ENOMEM))?;
+        let buf = DmaBuf::new(UserMemory::whole(Arc::new(mapped)));
+        if !self.memory_enabled() {
+            buf.revoke();
+        }
+        self.exports.retain(|known| known.strong_count() > 0);
+        self.exports.push(Arc::downgrade(&buf));
+        Ok(buf)
+    }
+
+    fn memory_enabled(&self) -> bool {
+        self.config.get(COMMAND).is_some_and(|byte| byte & config::MEMORY_SPACE != 0)
+    }
+
+    /// Revokes or restores its dma-bufs: memory space was enabled or not `before`.
+    fn move_exports(&self, before: bool) {
+        let exports = self.exports.iter().filter_map(Weak::upgrade);
+        match (before, self.memory_enabled()) {
+            (true, false) => exports.for_each(|buf| buf.revoke()),
+            (false, true) => exports.for_each(|buf| buf.restore()),
+            _ => {}
+        }
+    }
+
     /// Puts it in the state in which it was opened, except for what VFIO has set up: eventfds.
     pub fn reset(&mut self) {
+        let before = self.memory_enabled();
         self.config = self.kind.config_space();
+        self.move_exports(before);
         if let Some(edu) = &mut self.edu {
             edu.reset();
         }
@@ -140,6 +188,7 @@ impl Function {
     fn access_config(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
         let start = usize::try_from(at).map_err(|_| Errno::EINVAL)?;
         let end = start.checked_add(bytes.len()).ok_or(Errno::EINVAL)?;
+        let before = self.memory_enabled();
         let space = self.config.get_mut(start..end).ok_or(Errno::EINVAL)?;
         let mut reset = false;
         for ((offset, place), byte) in (start..).zip(space).zip(bytes) {
@@ -156,6 +205,7 @@ impl Function {
         if reset {
             self.reset();
         } else if write {
+            self.move_exports(before);
             self.interrupt(None);
         }
         Ok(())
@@ -202,6 +252,13 @@ impl Function {
         let waits = edu.waits();
         self.interrupt(raised);
         waits
+    }
+}
+
+impl Drop for Function {
+    fn drop(&mut self) {
+        // The device is closed.
+        self.exports.iter().filter_map(Weak::upgrade).for_each(|buf| buf.revoke());
     }
 }
 

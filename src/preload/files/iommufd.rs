@@ -200,8 +200,8 @@ impl Readiness for Watcher {
     }
 }
 
-/// An open file of a test operation of Linux's selftests. Programs only close it, or pass it to
-/// other operations.
+/// An open file of a test operation of Linux's selftests, or a dma-buf. Programs only close it, or
+/// pass it to other operations.
 #[derive(Debug)]
 pub struct OpenTestFile(pub Arc<dyn TestFile>);
 

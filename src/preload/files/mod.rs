@@ -6,6 +6,7 @@ pub mod device;
 pub mod edu;
 #[cfg(feature = "selftest")]
 pub mod fail_nth;
+pub mod features;
 pub mod file;
 pub mod function;
 pub mod group;

@@ -126,6 +126,7 @@ pub fn run(path: &str) {
         println!("index {index}: {set}, {triggered}, {}", written(&events[0]));
     }
 
+    exported(iommufd, &device, &page);
     // SAFETY: this ioctl takes no argument.
     let reset = unsafe { libc::ioctl(device.fd(), request(vfio(11))) };
     println!("reset: {reset}, the page has {:#x}", page.word(8).load(Ordering::SeqCst));
@@ -135,6 +136,47 @@ pub fn run(path: &str) {
     println!("bind again: {}", outcome(Device::open(path).bind(iommufd)));
     drop(page);
     println!("unmapped: {}", outcome(Device::open(path).bind(iommufd)));
+}
+
+/// Maps the device's second page, which is mapped as `page`, for the device itself.
+fn exported(iommufd: RawFd, device: &Device, page: &Page) {
+    const IOVA: u64 = 0x10_0000;
+    // argsz, flags; region_index, open_flags, flags, nr_ranges; the range's offset and length
+    let export = |flags: u32, region: u32, offset: u64, length: u64| {
+        let words = |number: u64| [number as u32, (number >> 32) as u32];
+        let ([from, from_high], [size, size_high]) = (words(offset), words(length));
+        let mut feature = [40, flags, region, 0, 0, 1, from, from_high, size, size_high];
+        // SAFETY: the ioctl takes a structure with its size, and this is that.
+        let fd = unsafe { libc::ioctl(device.fd(), request(vfio(17)), feature.as_mut_ptr()) };
+        (fd >= 0).then_some(fd).ok_or_else(Error::last_os_error)
+    };
+    const GET: u32 = 1 << 16 | 11;
+    println!("no migration: {}", outcome(export(1 << 16 | 1, 2, 0, PAGE)));
+    println!("is it there: {}", outcome(export(1 << 18 | GET, 2, 0, PAGE)));
+    println!("of what is no memory: {}", outcome(export(GET, 0, 0, PAGE)));
+    println!("of no BAR: {}", outcome(export(GET, 3, 0, PAGE)));
+    println!("half a page: {}", outcome(export(GET, 2, 0, PAGE / 2)));
+    println!("too much: {}", outcome(export(GET, 2, 0x3000, 2 * PAGE)));
+    let command = |command: u8| device.region_write8(7, 4, command);
+    command(4);
+    let buf = export(GET, 2, 0x1000, PAGE).expect("a dma-buf");
+    let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    println!("memory space is off: {}", outcome(ioas_map_file(iommufd, ioas, buf, PAGE, IOVA)));
+    command(6);
+    println!("on: {}", outcome(ioas_map_file(iommufd, ioas, buf, PAGE, IOVA)));
+    device.attach(ioas).expect("attach");
+    page.word(0).store(7, Ordering::SeqCst);
+    println!("fetch {}, store {}", device.fetch(IOVA, 8), device.store(IOVA + 8, 8));
+    println!("moved: {}", page.word(8).load(Ordering::SeqCst));
+    command(4);
+    println!("off: fetch {}", device.fetch(IOVA, 8));
+    command(6);
+    println!("it stays lost: fetch {}", device.fetch(IOVA, 8));
+    device.detach().expect("detach");
+    println!("unmap: {}", outcome(ioas_unmap(iommufd, ioas, IOVA, PAGE)));
+    println!("again: {}", outcome(ioas_map_file(iommufd, ioas, buf, PAGE, IOVA)));
+    // SAFETY: the descriptor is this function's.
+    unsafe { libc::close(buf) };
 }
 
 /// Resets the bus of the device at `path`, which is `name` in the group at `group`.

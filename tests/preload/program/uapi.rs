@@ -71,6 +71,20 @@ pub fn ioas_map(fd: RawFd, ioas: u32, address: u64, length: u64, iova: u64) -> R
     ioctl(fd, IOMMUFD_CMD_IOAS_MAP, &mut map)
 }
 
+/// Maps the first `length` bytes of the file `file` likewise.
+pub fn ioas_map_file(fd: RawFd, ioas: u32, file: RawFd, length: u64, iova: u64) -> Result<()> {
+    let mut map = iommu_ioas_map_file {
+        size: size::<iommu_ioas_map_file>(),
+        flags: 0b111,
+        ioas_id: ioas,
+        fd: file,
+        length,
+        iova,
+        ..Default::default()
+    };
+    ioctl(fd, IOMMUFD_CMD_IOAS_MAP_FILE, &mut map)
+}
+
 /// Unmaps; returns the number of bytes.
 pub fn ioas_unmap(fd: RawFd, ioas: u32, iova: u64, length: u64) -> Result<u64> {
     let size = size::<iommu_ioas_unmap>();
@@ -367,6 +381,11 @@ impl Device {
 
     fn write(&self, register: u64, value: u64) {
         self.file.write_all_at(&value.to_le_bytes(), self.bar + register).expect("a register");
+    }
+
+    pub fn region_write8(&self, index: u32, offset: u64, value: u8) {
+        let at = self.region(index) + offset;
+        self.file.write_all_at(&[value], at).expect("a region");
     }
 
     /// Writes a register of four bytes.
