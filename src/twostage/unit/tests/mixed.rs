@@ -289,6 +289,63 @@ fn one_that_fails_blocks_its_own_and_the_guest_is_told() {
     assert_eq!((unbuilt, told, not_ended), (8, 8, 0));
 }
 
+/// The same of an SMMU, whose side also has a thread to start and to end.
+#[test]
+fn a_stream_s_host_that_fails_leaves_the_other_stream_as_it_is() {
+    let (mut unbuilt, mut told) = (0, 0);
+    for fails in [0, 1] {
+        for nth in 0.. {
+            let pair = Pair::of(Host::smmu);
+            let failing = [&pair.own.recording, &pair.other.recording][fails];
+            failing.fail_nth(nth, Errno::EIO);
+            let Ok(smmu) = pair.smmu_builder().build() else {
+                unbuilt += 1;
+                pair.is_empty();
+                pair.smmu_builder().build().unwrap();
+                continue;
+            };
+            streams::write_tables(&pair.memory);
+            streams::run(&smmu);
+            pair.command(&smmu, &[Command::TlbiNhAll { vmid: 0 }]);
+            assert!(pair.reaches()[1 - fails].is_some(), "call {nth} of host {fails}");
+            told += smmu.model().counters().host_errors;
+            let _ = smmu.remove_device(B);
+            let _ = smmu.shutdown();
+            smmu.shutdown().unwrap();
+            pair.is_empty();
+            if failing.failure_pending() {
+                break;
+            }
+        }
+    }
+    // Six calls each until the device passes; then the entry, its attachment, and the command.
+    assert_eq!((unbuilt, told), (12, 6));
+}
+
+#[test]
+fn a_restore_that_either_host_refuses_leaves_nothing() {
+    let pair = Pair::of(Host::vtd);
+    let state = pair.vtd().snapshot().unwrap();
+    let mut refused = [0, 0];
+    for fails in [0, 1] {
+        for nth in 0.. {
+            let new = Pair { memory: pair.memory.clone(), ..Pair::of(Host::vtd) };
+            let failing = [&new.own.recording, &new.other.recording][fails];
+            failing.fail_nth(nth, Errno::EIO);
+            let restored = new.vtd_builder().restore(&state);
+            if failing.failure_pending() {
+                break;
+            }
+            refused[fails] += u32::from(restored.is_err());
+            drop(restored);
+            new.is_empty();
+            assert_eq!(new.reaches(), [None; 2]);
+            new.vtd_builder().restore(&state).unwrap();
+        }
+    }
+    assert!(refused[0] > 4 && refused[0] == refused[1], "{refused:?}");
+}
+
 #[test]
 fn what_one_host_does_not_invalidate_is_blocked_there_alone() {
     let pair = Pair::of(Host::vtd);
