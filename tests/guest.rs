@@ -321,12 +321,14 @@ fn every_check_holds_behind_root_ports_and_a_bridge_to_pci() {
     assert_nested(&outcome, 1, 2);
     assert_remapped(&outcome);
     let devices = &outcome.report["devices"];
-    assert_eq!((&devices[0]["bdf"], &devices[1]["bdf"]), (&"01:00.0".into(), &"03:01.0".into()));
-    // The one behind the bridge alone, in the scope of the first of two units; it has no
-    // function-level reset.
-    let outcome = Machine { devices: &[BEHIND_PCI], bridges, ..MACHINE }.run();
-    assert!(outcome.skipped.contains("edu") && outcome.passed > 130, "{:?}", outcome.skipped);
+    assert_eq!((&devices[0]["bdf"], &devices[1]["bdf"]), (&"01:00.0".into(), &"03:00.0".into()));
+    // The second of two behind the bridge, which have one Requester ID: to the unit they are one
+    // device. It has no function-level reset.
+    let devices = &[BEHIND_PCI, BEHIND_PCI];
+    let outcome = Machine { cmdline: "first=1", devices, bridges, ..MACHINE }.run();
+    assert!(outcome.skipped.contains("edu") && outcome.passed > 170, "{:?}", outcome.skipped);
     assert_nested(&outcome, 1, 1);
+    assert_eq!(outcome.report["devices"][1]["bdf"], "03:01.0");
 }
 
 #[test]

@@ -13,6 +13,7 @@ extern const struct check_group edu_checks;
 extern const struct check_group registers_checks;
 extern const struct check_group legacy_blocked_checks;
 extern const struct check_group blocked_checks;
+extern const struct check_group same_requester_checks;
 extern const struct check_group first_stage_checks;
 extern const struct check_group stale_first_stage_checks;
 extern const struct check_group in_flight_checks;
@@ -95,6 +96,8 @@ static void check_unit(void)
         check_run(&nested_checks);
         check_run(&stale_nested_checks);
     }
+    if (edu_sharing(&edus[0]))
+        check_run(&same_requester_checks);
     check_run(&last_checks);
 }
 
@@ -146,6 +149,8 @@ void guest_main(u32 magic, u64 start_info)
         print("there is no edu device (1234:11e8)\n");
         machine_exit(1);
     }
+    // `first=` on the command line: leaves out the devices before this one, counted from 0.
+    edu_use((unsigned)cmdline_number("first", 0), EDU_MOST);
     introduce();
     run_checks();
     machine_exit(check_summary() ? 0 : 1);

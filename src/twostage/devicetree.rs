@@ -29,6 +29,7 @@
 
 use std::collections::BTreeMap;
 
+use vm_fdt::FdtWriterNode;
 pub use vm_fdt::{Error, FdtWriter};
 
 use crate::spec::pci::Bdf;
@@ -131,8 +132,10 @@ pub fn iommu_map(
 /// An assigned device of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Assigned {
-    /// Its address, on the root bus.
+    /// Its address, with the number that its bus has when the guest starts.
     pub bdf: Bdf,
+    /// The root port that it is behind, if it is not on the root bus.
+    pub port: Option<Bdf>,
     /// The range that its IOMMU must always map 1:1: the host's MSI window.
     pub identity: Span,
 }
@@ -204,8 +207,10 @@ pub fn reserved_memory(
     fdt.end_node(node)
 }
 
-/// Writes to a PCI host bridge the nodes of the functions that [`reserved_memory`] refers to; a
-/// guest finds them by these nodes.
+/// Writes to a PCI host bridge the nodes of the functions that [`reserved_memory`] refers to, and
+/// of root ports on the way; a guest finds the functions by these nodes. Those behind one port come
+/// one after the other. The nodes of ports say nothing of interrupts: a guest turns pins by the
+/// device number (PCI-to-PCI Bridge Architecture 1.2, §9.1).
 ///
 /// # Errors
 /// A phandle is taken, or no node is open.
@@ -215,18 +220,44 @@ pub fn assigned_functions(
     phandles: AssignedPhandles,
 ) -> Result<(), Error> {
     let pieces = pieces(assigned, phandles.devices);
-    for (handle, Assigned { bdf, .. }) in (phandles.devices..).zip(assigned) {
-        let node = fdt.begin_node(&format!("device@{:x},{:x}", bdf.device(), bdf.function()))?;
-        // Its configuration space, by bus, device and function in bits 23:8.
-        fdt.property_array_u32("reg", &[u32::from(bdf.raw()) << 8, 0, 0, 0, 0])?;
-        let reserved = (phandles.ranges..).zip(pieces.values());
-        let reserved = reserved.filter(|(_, devices)| devices.contains(&handle));
-        let reserved: Vec<_> = reserved.map(|(reserved, _)| reserved).collect();
-        fdt.property_array_u32("memory-region", &reserved)?;
-        fdt.property_phandle(handle)?;
-        fdt.end_node(node)?;
+    let mut handle = phandles.devices;
+    for devices in assigned.chunk_by(|one, next| one.port.is_some() && one.port == next.port) {
+        let port = devices.first().and_then(|device| device.port);
+        let port = port.map(|port| root_port(fdt, port)).transpose()?;
+        for Assigned { bdf, .. } in devices {
+            let node = function(fdt, "device", *bdf)?;
+            let reserved = (phandles.ranges..).zip(pieces.values());
+            let reserved = reserved.filter(|(_, devices)| devices.contains(&handle));
+            let reserved: Vec<_> = reserved.map(|(reserved, _)| reserved).collect();
+            fdt.property_array_u32("memory-region", &reserved)?;
+            fdt.property_phandle(handle)?;
+            fdt.end_node(node)?;
+            handle += 1;
+        }
+        if let Some(port) = port {
+            fdt.end_node(port)?;
+        }
     }
     Ok(())
+}
+
+/// Begins the node of the function at `bdf`.
+fn function(fdt: &mut FdtWriter, name: &str, bdf: Bdf) -> Result<FdtWriterNode, Error> {
+    let node = fdt.begin_node(&format!("{name}@{:x},{:x}", bdf.device(), bdf.function()))?;
+    // Its configuration space, by bus, device and function in bits 23:8.
+    fdt.property_array_u32("reg", &[u32::from(bdf.raw()) << 8, 0, 0, 0, 0])?;
+    Ok(node)
+}
+
+/// Begins the node of the root port at `bdf`.
+fn root_port(fdt: &mut FdtWriter, bdf: Bdf) -> Result<FdtWriterNode, Error> {
+    let node = function(fdt, "pci", bdf)?;
+    fdt.property_string("device_type", "pci")?;
+    fdt.property_u32("#address-cells", 3)?;
+    fdt.property_u32("#size-cells", 2)?;
+    // The same addresses on both sides.
+    fdt.property_null("ranges")?;
+    Ok(node)
 }
 
 #[cfg(test)]
@@ -291,7 +322,11 @@ mod tests {
     #[test]
     fn devices_and_what_is_reserved_for_them_refer_to_each_other() {
         let other = Span { start: 0x20_0000_0000, length: 0x1_0000 };
-        let device = |(rid, identity): (u16, Span)| Assigned { bdf: Bdf::from_raw(rid), identity };
+        let device = |(rid, identity): (u16, Span)| Assigned {
+            bdf: Bdf::from_raw(rid),
+            port: None,
+            identity,
+        };
         let assigned = [(8, WINDOW), (0x11, other), (0x18, WINDOW)].map(device);
         let block = written(|fdt| reserved_memory(fdt, &assigned, PHANDLES));
         let window = [0x200_0000, 0, 0x800_0000, 0, 0x10_0000];
@@ -301,6 +336,30 @@ mod tests {
         let block = written(|fdt| assigned_functions(fdt, &assigned, PHANDLES));
         for (at, range) in [(0x800, 0x20), (0x1100, 0x21), (0x1800, 0x20)] {
             assert!(has(&block, &[at, 0, 0, 0, 0]) && has(&block, &[range]), "{at:#x}");
+        }
+    }
+
+    #[test]
+    fn a_device_behind_a_root_port_is_in_the_port_s_node() {
+        let bdf = |raw: u16| Bdf::from_raw(raw);
+        let device = |rid, port: Option<u16>| Assigned {
+            bdf: bdf(rid),
+            port: port.map(bdf),
+            identity: WINDOW,
+        };
+        let assigned = [device(0x100, Some(0x18)), device(0x101, Some(0x18)), device(0x20, None)];
+        let block = written(|fdt| assigned_functions(fdt, &assigned, PHANDLES));
+        // FDT_BEGIN_NODE and a name, FDT_END_NODE.
+        let count = |text: &[u8]| block.windows(text.len()).filter(|at| *at == text).count();
+        let names = ["pci@3,0\0", "device@0,0\0", "device@0,1\0", "device@4,0\0"];
+        let at = names.map(|name| block.windows(name.len()).position(|at| at == name.as_bytes()));
+        assert!(at.iter().all(Option::is_some) && at.is_sorted(), "{at:?}");
+        assert_eq!(count(b"pci@3,0\0"), 1);
+        assert!(has(&block, &[0x1800, 0, 0, 0, 0]) && has(&block, &[0x1_0100, 0, 0, 0, 0]));
+        // Two ends before the device on the root bus: of the last function, and of the port.
+        assert!(has(&block[..at[3].unwrap()], &[2, 2, 1]));
+        for handle in [0x10, 0x11, 0x12] {
+            assert!(has(&block, &[handle]), "{handle:#x}");
         }
     }
 

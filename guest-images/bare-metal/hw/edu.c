@@ -43,6 +43,14 @@ void edu_use(unsigned first, unsigned most)
     edu_count = rest < most ? rest : most;
 }
 
+const struct edu *edu_sharing(const struct edu *edu)
+{
+    for (unsigned n = 0; n < all_count; n++)
+        if (all[n].id == edu->id && all[n].place != edu->place)
+            return &all[n];
+    return NULL;
+}
+
 void edu_pasid_enable(const struct edu *edu, bool on)
 {
     u16 pasid = pci_extended_capability(edu->place, PCI_EXT_CAP_PASID);

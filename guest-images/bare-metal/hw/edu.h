@@ -52,6 +52,9 @@ void edu_init(void);
 // Restricts the devices in use to `most` of them, from number `first` on.
 void edu_use(unsigned first, unsigned most);
 
+// A device with the same Requester ID, in use or not; null if there is none.
+const struct edu *edu_sharing(const struct edu *edu);
+
 // Lets the device's requests carry a PASID, or not, by its PASID capability, which it must have.
 void edu_pasid_enable(const struct edu *edu, bool on);
 

@@ -73,6 +73,25 @@ static void other_device_stays_blocked(void)
     REQUIRE(write_faults(SECOND, NO_PASID, IOVA, page, same_table ? CONTEXT_NOT_PRESENT : ROOT_NOT_PRESENT));
 }
 
+// Behind a bridge to PCI there are devices with one Requester ID.
+static void same_requester(void)
+{
+    const struct edu *other = edu_sharing(DEVICE);
+    struct page_table space = space_new();
+    volatile u64 *page = page_new();
+
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, FS_READ_WRITE);
+    (void)context_of(DEVICE);
+    REQUIRE(enable());
+    REQUIRE(write_faults(other, NO_PASID, IOVA, page, CONTEXT_NOT_PRESENT));
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(mend());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, page));
+    EXPECT(edu_read_from(other, NO_PASID, IOVA, 0, 8), "the other's read does not end");
+    page[0] = 0;
+    EXPECT(edu_write_to(other, NO_PASID, IOVA, 0, 8) && page[0], "the other is blocked");
+}
+
 static void refused_read_brings_nothing(void)
 {
     struct page_table space = space_new();
@@ -186,3 +205,8 @@ static const struct check scalable[] = {
     {"a new root table, empty, blocks", new_root},
 };
 CHECK_GROUP(blocked, scalable, setup_scalable, teardown);
+
+static const struct check shared[] = {
+    {"devices with one Requester ID are blocked and translated together", same_requester},
+};
+CHECK_GROUP(same_requester, shared, setup_scalable, teardown);

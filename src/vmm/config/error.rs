@@ -4,8 +4,7 @@
 use crate::arch;
 use crate::arch::layout::MAX_BUSES;
 
-/// Device numbers 1 to 31: on bus 0 the host bridge is device 0, on a bus of conventional PCI
-/// nothing is.
+/// Device numbers 1 to 31 of bus 0; the host bridge is device 0.
 pub const MAX_DEVICES: usize = 31;
 
 /// A configuration that contradicts itself or cannot be built.

@@ -3,8 +3,10 @@
 //!
 //! Device 0 of bus 0 is the host bridge. The devices on bus 0 follow in their order, then the root
 //! ports. Buses are numbered from the root, as a kernel that numbers them anew does: each root
-//! port's, and after it that of a bridge behind it. A root port has one slot, device 0 of its bus;
-//! a bus of conventional PCI has devices 1 to 31.
+//! port's, and after it that of a bridge behind it. A root port has one slot, device 0 of its bus.
+//!
+//! Conventional devices begin with device 0, too, whose own Requester ID is the one that all of
+//! them have: Linux 7.2, in scalable mode, sets up a function's own only.
 
 use super::error::{ConfigError, MAX_DEVICES};
 use super::MachineConfig;
@@ -27,6 +29,9 @@ pub struct PciBridgeConfig {
     /// The id of the root port that it is behind.
     pub bus: String,
 }
+
+/// Devices on a bus of conventional PCI.
+const CONVENTIONAL: usize = 32;
 
 /// Where a device is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,17 +122,17 @@ impl MachineConfig {
                 return Err(ConfigError::UnknownBus(option, number, bus.to_owned(), known));
             };
             let BridgePlace { bridge: Bridge { secondary, kind, .. }, subordinate, .. } = *bridge;
-            let (slots, first, what) = match kind {
+            let (slots, what) = match kind {
                 // A bridge behind it is in its slot.
                 BridgeKind::Port => {
-                    (usize::from(subordinate == secondary), 0, "a root port has one slot")
+                    (usize::from(subordinate == secondary), "a root port has one slot")
                 }
-                BridgeKind::ExpressToPci | BridgeKind::PciToPci => (MAX_DEVICES, 1, "31 devices"),
+                BridgeKind::ExpressToPci | BridgeKind::PciToPci => (CONVENTIONAL, "32 devices"),
             };
             if *taken == slots {
                 return Err(ConfigError::BusIsFull(option, number, bus.to_owned(), what));
             }
-            let bdf = at(secondary, first + *taken as u8);
+            let bdf = at(secondary, *taken as u8);
             *taken += 1;
             let bridges = [bridge.bridges.as_slice(), &[bridge.bridge]].concat();
             places.push(Place { bdf, bridges, last_bus: bridge.subordinate });
@@ -213,7 +218,7 @@ mod tests {
         let places = config.places().unwrap();
         let text = |bdf: Bdf| bdf.to_string();
         let bdfs: Vec<_> = places.iter().map(|place| text(place.bdf)).collect();
-        assert_eq!(bdfs, ["03:01.0", "00:01.0", "04:00.0", "00:02.0", "03:02.0", "01:00.0"]);
+        assert_eq!(bdfs, ["03:00.0", "00:01.0", "04:00.0", "00:02.0", "03:01.0", "01:00.0"]);
         let rids: Vec<_> = places.iter().map(|place| text(place.rid())).collect();
         assert_eq!(rids, ["03:00.0", "00:01.0", "04:00.0", "00:02.0", "03:00.0", "01:00.0"]);
     }
@@ -234,12 +239,12 @@ mod tests {
             (machine(&[], &[], &[("b", "a")]), "--pci-bridge b: bus=a, but there is no --root-port with id=a"),
             (machine(&[], &many, &[]), "--root-port, --pci-bridge: 17 buses; there is room for 16"),
             (machine(&[None; 31], &["a"], &[]), "32 devices and root ports on bus 0, which has room for 31"),
-            (machine(&[Some("b"); 32], &["a"], &[("b", "a")]), "--device 32: bus=b is full (31 devices); add a --root-port for it"),
+            (machine(&[Some("b"); 33], &["a"], &[("b", "a")]), "--device 33: bus=b is full (32 devices); add a --root-port for it"),
         ] {
             assert_eq!(config.validate().unwrap_err().to_string(), error);
         }
         assert_eq!(machine(&[], &many[..15], &[]).validate(), Ok(()));
-        assert_eq!(machine(&[Some("b"); 31], &["a"], &[("b", "a")]).validate(), Ok(()));
+        assert_eq!(machine(&[Some("b"); 32], &["a"], &[("b", "a")]).validate(), Ok(()));
     }
 
     #[test]

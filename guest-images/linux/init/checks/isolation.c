@@ -20,7 +20,7 @@
 enum { SEED = 77, BYTES = 8 };
 
 struct access {
-    const char *pci;
+    const char *requester;
     bool write;
     uint64_t address;
 };
@@ -29,12 +29,12 @@ static bool is_logged(const void *context)
 {
     const struct access *access = context;
 
-    return iommu.says_refused(access->pci, access->write, access->address);
+    return iommu.says_refused(access->requester, access->write, access->address);
 }
 
 static void check_direction(const struct edu *edu, uint64_t address, bool write)
 {
-    struct access access = {edu->pci, write, address};
+    struct access access = {edu->requester, write, address};
     const char *what = write ? "a write" : "a read";
 
     if (!edu_transfer(edu, address, BYTES, write))

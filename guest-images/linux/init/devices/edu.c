@@ -31,6 +31,10 @@ static volatile char *map_registers(const char *pci)
     char path[128];
     uint16_t command = 0;
 
+    // Enables bridges on the way, too, which forward no DMA otherwise.
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/enable", pci);
+    if (write_text(path, "1") != 0)
+        return MAP_FAILED;
     snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/config", pci);
     int config = open(path, O_RDWR | O_CLOEXEC);
     if (config < 0 || pread(config, &command, 2, COMMAND) != 2)
@@ -101,6 +105,13 @@ bool edu_open(struct edu *edu)
     for_each_name("/sys/bus/pci/devices", is_edu, edu->pci);
     if (!edu->pci[0])
         return false;
+    // Everything behind twostage's or QEMU's bridge from PCI Express to PCI, 1b36:000e, is one.
+    bool is_conventional = strcmp(first_line("/sys/bus/pci/devices/%s/../device", edu->pci), "0x000e") == 0;
+    unsigned domain = 0, bus = 0;
+    if (is_conventional && sscanf(edu->pci, "%x:%x", &domain, &bus) == 2)
+        snprintf(edu->requester, sizeof(edu->requester), "%04x:%02x:00.0", domain, bus);
+    else
+        snprintf(edu->requester, sizeof(edu->requester), "%s", edu->pci);
     edu->registers = map_registers(edu->pci);
     return true;
 }

@@ -9,6 +9,7 @@ enum { EDU_PAGE = 4096 };
 
 struct edu {
     char pci[32];
+    char requester[32]; // what the IOMMU sees: behind a bridge to PCI, device 0 of its bus
     volatile char *registers; // BAR 0; MAP_FAILED, with errno, if it cannot be had
 };
 

@@ -42,7 +42,6 @@ fn platform<'a>(
     config: &'a MachineConfig,
     start: &StartState,
 ) -> Result<Platform<'a>> {
-    let functions = assigned_functions(config)?;
     let redistributors = REDISTRIBUTOR_SIZE * u64::from(config.vcpus);
     Ok(Platform {
         vcpus: config.vcpus,
@@ -67,7 +66,7 @@ fn platform<'a>(
             intx: INTX_LINES.iter().flat_map(|line| line.gsis).copied().collect(),
         },
         smmus: smmus(config)?,
-        assigned: assigned(&functions, memory)?,
+        assigned: assigned(config, memory)?,
     })
 }
 
@@ -95,17 +94,16 @@ fn smmus(config: &MachineConfig) -> Result<Vec<Smmu>> {
 
 /// The assigned devices behind a virtual SMMU: the host maps their MSIs to its own window, which
 /// stage 1 must map 1:1.
-fn assigned(functions: &[AssignedFunction], memory: &MachineMemory) -> Result<Vec<Assigned>> {
+fn assigned(config: &MachineConfig, memory: &MachineMemory) -> Result<Vec<Assigned>> {
+    let (functions, places) = (assigned_functions(config)?, config.places()?);
     let assigned = |function: &AssignedFunction, path: &PathBuf| {
-        if function.bdf.bus() != 0 {
-            let path = path.display();
-            let what = format!("--vfio {path}: with bus= it cannot be behind an smmuv3");
-            return Err(Error::Firmware(what));
-        }
         let window = message_window(&path.display().to_string(), path, memory.ranges())?;
         let (start, last) = window.into_inner();
         let identity = Span { start, length: (last - start).saturating_add(1) };
-        Ok(Assigned { bdf: function.bdf, identity })
+        // It is not behind a bridge to PCI, and so known by its own address.
+        let place = places.iter().find(|place| place.bdf == function.bdf);
+        let port = place.and_then(|place| place.bridges.first()).map(|port| port.bdf);
+        Ok(Assigned { bdf: function.bdf, port, identity })
     };
     let vfio = |function: &AssignedFunction| Some(assigned(function, function.vfio.as_ref()?));
     functions.iter().filter_map(vfio).collect()

@@ -328,6 +328,7 @@ mod tests {
         let windows = [span(0x800_0000, 0x10_0000), span(0x20_0000_0000, 0x1_0000)];
         let device = |(rid, window): (u16, usize)| Assigned {
             bdf: Bdf::from_raw(rid),
+            port: None,
             identity: windows[window],
         };
         let tree = tree(&Platform {
@@ -347,7 +348,8 @@ mod tests {
     #[test]
     fn assigned_devices_have_their_messages_led_to_the_same_addresses() {
         let messages = span(0x800_0000, 0x10_0000);
-        let device = |rid| Assigned { bdf: Bdf::from_raw(rid), identity: messages };
+        let (port, identity) = (None, messages);
+        let device = |rid| Assigned { bdf: Bdf::from_raw(rid), port, identity };
         let tree = Tree::of(&Platform { assigned: vec![device(8), device(0x11)], ..platform() });
         let (one, two) = ("/pcie@f000000/device@1,0", "/pcie@f000000/device@2,1");
         assert_eq!(tree.cells(two, "reg"), [0x1100, 0, 0, 0, 0]);

@@ -100,6 +100,47 @@ fn write_bios_data(memory: &MachineMemory) -> std::result::Result<(), GuestMemor
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{testing, EduConfig, IommuChoice, IommuConfig};
+    use crate::config::{PciBridgeConfig, RootPortConfig};
+    use twostage::acpi::dmar::PciPath;
+
+    #[test]
+    fn what_is_behind_bridges_is_in_scopes_by_its_path() {
+        let edu = |bus: &str, iommu: IommuChoice| {
+            let bus = Some(bus.to_owned()).filter(|bus| !bus.is_empty());
+            DeviceConfig::Edu(EduConfig { bus, iommu, ..EduConfig::default() })
+        };
+        let (first, off) = (IommuChoice::First, IommuChoice::Off);
+        let second = IommuChoice::Named("vtd1".into());
+        let ports = ["rp0", "rp1"].map(|id| RootPortConfig { id: id.into() });
+        let mut config = MachineConfig {
+            iommus: vec![IommuConfig::default(); 2],
+            devices: vec![
+                edu("", first.clone()),
+                edu("rp0", second),
+                edu("br0", first.clone()),
+                edu("br0", first),
+                edu("", off),
+            ],
+            root_ports: ports.to_vec(),
+            pci_bridges: vec![PciBridgeConfig { id: "br0".into(), bus: "rp1".into() }],
+            ..testing::machine()
+        };
+        let platform = |config: &MachineConfig| {
+            let platform = platform(config, IrqChip::InKernel).unwrap();
+            let iommu = platform.iommu.unwrap();
+            let scopes: Vec<_> = iommu.units.into_iter().map(|unit| unit.scopes).collect();
+            (scopes, iommu.all_functions, platform.last_bus)
+        };
+        let root = DeviceScope::pci_endpoint(PciPath::new(0, 1, 0));
+        // The root ports are 00:03.0 and 00:04.0.
+        let behind_port = DeviceScope::pci_endpoint(PciPath::new(0, 3, 0).then(0, 0));
+        let bridge = DeviceScope::pci_sub_hierarchy(PciPath::new(0, 4, 0).then(0, 0));
+        let scopes = vec![vec![root, bridge], vec![behind_port]];
+        assert_eq!(platform(&config), (scopes, false, 3));
+        config.devices.pop();
+        assert!(platform(&config).1, "the last unit has the rest");
+    }
 
     #[test]
     fn the_data_area_tells_where_base_memory_ends() {
