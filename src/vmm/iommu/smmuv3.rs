@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, Weak};
 use twostage::sync::Mutex;
 
@@ -26,6 +25,7 @@ use twostage::nesting::smmuv3::{SmmuNesting, SmmuObjects};
 use twostage::nesting::NestingError;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::translation::Granule;
+use twostage::spec::smmuv3::StreamId;
 use twostage::unit::{Smmuv3, Smmuv3Builder};
 use twostage::viommu::smmuv3::{Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
@@ -204,11 +204,13 @@ impl fmt::Debug for OwnInterrupts {
 fn message_windows(
     functions: &[AssignedFunction],
     around: &Surroundings<'_>,
-) -> Result<Vec<RangeInclusive<u64>>> {
-    let window = |path: &PathBuf| {
-        Ok(message_window(&path.display().to_string(), path, around.memory.ranges())?)
+) -> Result<BTreeMap<StreamId, RangeInclusive<u64>>> {
+    let window = |function: &AssignedFunction| {
+        let (stream, path) = (function.bdf.into(), function.vfio.as_ref()?);
+        let window = message_window(&path.display().to_string(), path, around.memory.ranges());
+        Some(window.map(|window| (stream, window)).map_err(Into::into))
     };
-    functions.iter().filter_map(|function| function.vfio.as_ref()).map(window).collect()
+    functions.iter().filter_map(window).collect()
 }
 
 /// The emulated unit that can serve `options`.

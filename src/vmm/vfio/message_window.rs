@@ -8,6 +8,7 @@
 //! it 1:1 in stage 1, as told by reserved memory of the device tree, or an RMR node of the IORT.
 //! Otherwise each MSI causes a translation fault, and its driver waits forever.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::ops::RangeInclusive;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use super::{VfioError, VfioProblem};
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
+use twostage::spec::smmuv3::StreamId;
 use twostage::viommu::smmuv3::{EventRecordWords, EventTarget};
 
 /// Linux's default window for MSIs in the address spaces of all devices.
@@ -67,13 +69,17 @@ fn window(regions: &str) -> Option<RangeInclusive<u64>> {
 /// it is lost because the guest's stage 1 does not map the window.
 pub struct DoorbellWatch {
     target: Arc<dyn EventTarget>,
-    windows: Vec<RangeInclusive<u64>>,
+    windows: BTreeMap<StreamId, RangeInclusive<u64>>,
     told: AtomicBool,
 }
 
 impl DoorbellWatch {
-    /// Passes events to `target`; the MSIs of assigned devices go to `windows`.
-    pub fn new(target: Arc<dyn EventTarget>, windows: Vec<RangeInclusive<u64>>) -> Self {
+    /// Passes events to `target`; the MSIs of each assigned device go to its window of `windows`.
+    /// Other devices have none.
+    pub fn new(
+        target: Arc<dyn EventTarget>,
+        windows: BTreeMap<StreamId, RangeInclusive<u64>>,
+    ) -> Self {
         Self { target, windows, told: AtomicBool::new(false) }
     }
 
@@ -85,8 +91,9 @@ impl DoorbellWatch {
                 EventId::Translation | EventId::Permission | EventId::AddressSize | EventId::Access
             )
         );
-        let window = self.windows.iter().find(|window| window.contains(&record.input_address));
-        window.filter(|_| refused && !record.qw1.rnw())
+        let window = self.windows.get(&record.stream())?;
+        let inside = window.contains(&record.input_address);
+        (refused && inside && !record.qw1.rnw()).then_some(window)
     }
 }
 
@@ -123,7 +130,6 @@ mod tests {
     use twostage::sync::Mutex;
 
     use super::*;
-    use twostage::spec::smmuv3::StreamId;
 
     const RAM: (u64, u64) = (0x4000_0000, 0x1000_0000);
 
@@ -192,7 +198,11 @@ mod tests {
     }
 
     fn event(id: EventId, address: u64, read: bool) -> EventRecordWords {
-        let mut record = EventRecord::new(id, StreamId(8), None);
+        event_of(8, id, address, read)
+    }
+
+    fn event_of(stream: u32, id: EventId, address: u64, read: bool) -> EventRecordWords {
+        let mut record = EventRecord::new(id, StreamId(stream), None);
         record.input_address = address;
         record.qw1 = record.qw1.with_rnw(read);
         record.to_words()
@@ -201,12 +211,16 @@ mod tests {
     #[test]
     fn a_refused_write_to_the_doorbell_is_a_lost_message() {
         let other = 0xa000_0000..=0xa00f_ffff;
-        let windows = vec![MSI_WINDOW, other.clone()];
+        let windows = BTreeMap::from([(StreamId(8), MSI_WINDOW), (StreamId(16), other.clone())]);
         let watch = DoorbellWatch::new(Arc::new(Target::default()), windows);
         let of = |record| watch.of_lost_message(&EventRecord::from_words(record));
         assert_eq!(of(event(EventId::Translation, 0x800_0040, false)), Some(&MSI_WINDOW));
         assert_eq!(of(event(EventId::Permission, 0x80f_ffff, false)), Some(&MSI_WINDOW));
-        assert_eq!(of(event(EventId::Translation, 0xa000_0040, false)), Some(&other));
+        let of_other = |address| of(event_of(16, EventId::Translation, address, false));
+        assert_eq!(of_other(0xa000_0040), Some(&other));
+        assert_eq!(of_other(0x800_0040), None, "another's");
+        let emulated = event_of(24, EventId::Translation, 0x800_0040, false);
+        assert_eq!(of(emulated), None, "its messages go where stage 1 says");
         assert_eq!(of(event(EventId::Translation, 0x800_0040, true)), None, "a read");
         assert_eq!(of(event(EventId::Translation, 0x810_0000, false)), None, "beyond");
         assert_eq!(of([u64::MAX; 4]), None);
@@ -215,7 +229,7 @@ mod tests {
     #[test]
     fn every_event_is_passed_on_and_the_first_lost_message_is_told() {
         let target = Arc::new(Target::default());
-        let watch = DoorbellWatch::new(target.clone(), vec![MSI_WINDOW]);
+        let watch = DoorbellWatch::new(target.clone(), [(StreamId(8), MSI_WINDOW)].into());
         let lost = event(EventId::Translation, 0x800_0040, false);
         watch.event(event(EventId::Translation, 0x1000, false));
         assert!(!watch.told.load(Ordering::Relaxed));
