@@ -351,7 +351,7 @@ fn files_of_both_architectures_have_the_same_names() {
 }
 
 /// A VMM uses the virtual IOMMUs of both architectures by the same verbs, in the same order. Only
-/// an SMMUv3's host keeps events.
+/// an SMMUv3's host keeps events, and only a VT-d's tables are mirrored.
 #[test]
 fn units_of_both_architectures_have_the_same_verbs() {
     let verbs = |file: &str| -> Vec<String> {
@@ -359,10 +359,12 @@ fn units_of_both_architectures_have_the_same_verbs() {
         let named = text.split("\n    pub fn ").skip(1);
         named.map(|rest| rest.split(['(', '<']).next().unwrap().to_owned()).collect()
     };
-    let mut smmuv3 = verbs("smmuv3.rs");
-    let all = smmuv3.len();
+    let [mut vtd, mut smmuv3] = ["vtd.rs", "smmuv3.rs"].map(verbs);
+    let all = [vtd.len(), smmuv3.len()];
+    vtd.remove(vtd.iter().position(|verb| verb == "nesting").unwrap());
     smmuv3.retain(|verb| verb != "event_depth");
-    assert_eq!((verbs("vtd.rs"), smmuv3.len() + 1), (smmuv3, all));
+    assert_eq!([vtd.len() + 1, smmuv3.len() + 1], all);
+    assert_eq!(vtd, smmuv3);
 }
 
 /// What a user of the packages reads leads somewhere: every feature is explained in the crate's

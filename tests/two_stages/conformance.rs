@@ -164,6 +164,7 @@ pub fn large_pages_and_memory_above_4_gib<S: Stack>() {
     let (stack, table, _) = nested::<S>();
     let iova = 0x6000_0000_0000;
     stack.map(table, iova, HIGH, Leaf::Large, true);
+    stack.forget(&[S::all_of(NAME)]);
     stack.memory().store(HIGH + 0x12_3458, 3);
     assert_eq!(stack.read(A, iova + 0x12_3458), Ok(3));
 }
@@ -222,6 +223,7 @@ pub fn faults_reach_the_guest<S: Stack>() {
     let fault = Fault { rid: A, address: IOVA + PAGE, cause: Cause::NotMapped };
     assert_eq!(stack.fault(), fault);
     stack.map(table, IOVA + 2 * PAGE, page, Leaf::Page, false);
+    stack.forget(&[S::all_of(NAME)]);
     assert_eq!(stack.read(A, IOVA + 2 * PAGE), Ok(1));
     assert!(stack.write(A, IOVA + 2 * PAGE, 9).is_err());
     let fault = Fault { rid: A, address: IOVA + 2 * PAGE, cause: Cause::WriteDenied };

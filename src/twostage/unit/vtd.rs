@@ -11,8 +11,8 @@ use super::{
 };
 use crate::iommufd::ObjectId;
 use crate::nesting::sides::Sides;
-use crate::nesting::vtd::VtdNesting;
-use crate::nesting::{host_vtd, GuestIoas, NestingError};
+use crate::nesting::vtd::{Nesting, Serving, VtdNesting};
+use crate::nesting::{GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::sync::Mutex;
 use crate::threads::ThreadStart;
@@ -76,6 +76,7 @@ pub struct VtdBuilder {
     memory: Arc<dyn TableMemory>,
     interrupts: Arc<dyn InterruptSink>,
     config: Option<VtdConfig>,
+    serving: Nesting,
     devices: Vec<NewDevice>,
     without_devices: bool,
     observer: Option<Arc<dyn Observer>>,
@@ -95,6 +96,7 @@ impl VtdBuilder {
             memory,
             interrupts,
             config: None,
+            serving: Nesting::default(),
             devices: Vec::new(),
             without_devices: false,
             observer: None,
@@ -107,6 +109,13 @@ impl VtdBuilder {
     /// restore: the configuration of the snapshot, or no call.
     pub fn config(mut self, config: &VtdConfig) -> Self {
         self.config = Some(config.clone());
+        self
+    }
+
+    /// Whether hosts nest the guest's tables or have mirrors of them, each host by itself. Without
+    /// this call: they nest.
+    pub fn nesting(mut self, nesting: Nesting) -> Self {
+        self.serving = nesting;
         self
     }
 
@@ -168,7 +177,8 @@ impl VtdBuilder {
         }
         let wanted = self.config.unwrap_or_default();
         wanted.check().map_err(impossible)?;
-        let side = HostSide::new(self.ioas, &self.devices)?;
+        let serving = Serving::new(self.serving, self.memory.clone(), wanted.clone());
+        let side = HostSide::new(self.ioas, serving, &self.devices)?;
         let lowered = wanted.intersect(&side.hosts);
         let offered = offered(wanted, lowered)?;
         let host = side.sides.clone();
@@ -194,7 +204,8 @@ impl VtdBuilder {
         check_config(MODEL, self.config.as_ref(), &state.config)?;
         let functions: Vec<Bdf> = state.functions.iter().map(|function| function.rid).collect();
         check_devices(MODEL, &functions, &self.devices)?;
-        let side = HostSide::new(self.ioas, &self.devices)?;
+        let serving = Serving::new(self.serving, self.memory.clone(), state.config.clone());
+        let side = HostSide::new(self.ioas, serving, &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }
@@ -222,8 +233,21 @@ struct HostSide {
 }
 
 impl HostSide {
-    fn new(ioas: Arc<GuestIoas>, devices: &[NewDevice]) -> Result<Self, AddError> {
-        let (names, sides) = (names_of(devices)?, Arc::new(Sides::new(VtdNesting::new(ioas))));
+    fn new(
+        ioas: Arc<GuestIoas>,
+        serving: Serving,
+        devices: &[NewDevice],
+    ) -> Result<Self, AddError> {
+        let names = names_of(devices)?;
+        // Those first for which their host does not nest: it has mirrors for all then.
+        let mut devices: Vec<_> = devices.iter().collect();
+        if devices.len() > 1 {
+            devices.sort_by_cached_key(|device| {
+                let host = device.ioas.as_ref().unwrap_or(&ioas).host();
+                serving.nests_for(&**host, device.dev)
+            });
+        }
+        let sides = Arc::new(Sides::new(VtdNesting::serving(ioas, serving)));
         let mut side = Self { sides, names, hosts: Vec::new() };
         for device in devices {
             side.hosts.push(take_in(&side.sides, device)?);
@@ -248,7 +272,7 @@ fn take_in(sides: &Sides<VtdNesting>, device: &NewDevice) -> Result<HostVtd, Add
         NestingError::NoVtd(_) => wrong(),
         source => AddError::Nesting { device: name.clone(), source },
     });
-    added.and_then(|(info, host)| host_vtd(name.clone(), &info, host).ok_or_else(wrong))
+    added.and_then(|_| sides.of(*rid).host_unit(*rid, name.clone()).ok_or_else(wrong))
 }
 
 /// A virtual VT-d with its host side and devices.

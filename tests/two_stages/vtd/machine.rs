@@ -4,12 +4,12 @@
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
 
-use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, ObjectId, Protection};
-use twostage::nesting::vtd::VtdNesting;
-use twostage::nesting::{host_vtd, DeviceInfo, GuestIoas, NestingError};
+use twostage::iommufd::{Errno, FailNth, HostIommu, ObjectId, Protection};
+use twostage::nesting::vtd::{Nesting, Serving, VtdNesting};
+use twostage::nesting::{GuestIoas, NestingError};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::vtd::{FaultTarget, Policy, Stage1, VtdNested};
-use twostage::viommu::vtd::{HostVtd, VtdConfig, VtdIommu, VtdState};
+use twostage::viommu::vtd::{VtdConfig, VtdIommu, VtdState};
 use twostage::viommu::{InterruptSink, Requester, RestoreError};
 use twostage_emulated::kit::vtd::Driver;
 use twostage_emulated::{
@@ -19,6 +19,8 @@ use twostage_emulated::{
 
 use crate::common::{Host, Memory, A, B};
 
+/// The most pieces of mirrors.
+const PIECES: u64 = 1000;
 /// Width of their PASIDs.
 const PASID_BITS: u8 = 8;
 
@@ -38,8 +40,12 @@ impl InterruptSink for Interrupts {
     }
 }
 
-/// Host, unit, nesting, virtual unit and guest.
-pub struct Machine {
+/// A machine whose host nests the guest's tables.
+pub type Machine = MachineOf<false>;
+
+/// Host, unit, nesting, virtual unit and guest; `MIRRORED`: the guest's tables are mirrored, though
+/// the host could nest them.
+pub struct MachineOf<const MIRRORED: bool> {
     pub guest: Driver<Arc<VtdIommu>>,
     pub memory: Memory,
     pub iommu: Arc<VtdIommu>,
@@ -77,7 +83,13 @@ impl Ground {
 
     /// Nesting with both devices, which are blocked.
     pub fn nest(&self) -> Result<Arc<VtdNesting>, String> {
-        let nesting = Arc::new(VtdNesting::new(self.ioas.clone()));
+        self.serve(Nesting::On, &vtd_config())
+    }
+
+    /// The same, in the way of `nesting`, for a virtual unit of `config`.
+    fn serve(&self, nesting: Nesting, config: &VtdConfig) -> Result<Arc<VtdNesting>, String> {
+        let serving = Serving::new(nesting, self.memory.map.clone(), config.clone());
+        let nesting = Arc::new(VtdNesting::serving(self.ioas.clone(), serving));
         for (rid, dev) in [A, B].into_iter().zip(&self.devices) {
             nesting.add_device(rid, *dev).map_err(text)?;
         }
@@ -122,7 +134,7 @@ pub fn host(config: VtdUnitConfig) -> (Arc<Host>, Arc<VtdUnit>) {
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
 }
 
-impl Machine {
+impl<const MIRRORED: bool> MachineOf<MIRRORED> {
     pub fn new() -> Self {
         Self::with(VtdUnitConfig::default(), vtd_config())
     }
@@ -138,8 +150,9 @@ impl Machine {
         let ground = Ground::new(host, unit, |ioas| {
             Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
         })?;
-        let nesting = ground.nest()?;
-        let units = units(&nesting, ground.host.extensions());
+        let way = if MIRRORED { Nesting::Off { pieces: PIECES } } else { Nesting::On };
+        let nesting = ground.serve(way, &config)?;
+        let units = [A, B].map(|rid| nesting.host_unit(rid, rid.to_string()).expect("added"));
         let config = config.intersect(&units).map_err(text)?;
         let interrupts = Arc::new(Interrupts::default());
         let map = ground.memory.map.clone();
@@ -258,12 +271,6 @@ pub fn read(unit: &Arc<VtdUnit>, rid: Bdf, pasid: Option<u32>, iova: u64) -> Res
 
 fn text(error: impl Display) -> String {
     error.to_string()
-}
-
-/// The host's units, for the virtual unit's configuration.
-fn units(nesting: &VtdNesting, extensions: Extensions) -> Vec<HostVtd> {
-    let unit = |device: &DeviceInfo| host_vtd(device.rid.to_string(), &device.info, extensions);
-    nesting.hw_infos().iter().filter_map(unit).collect()
 }
 
 /// The PASID `raw`, of at most 20 bits.

@@ -6,6 +6,7 @@ mod fail_nth;
 mod granularity;
 mod late;
 mod machine;
+mod mirrored;
 mod mixed;
 mod nested;
 mod restore;

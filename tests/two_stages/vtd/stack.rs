@@ -11,7 +11,7 @@ use twostage_emulated::kit::Pages;
 use twostage_emulated::{DmaError, ObjectGraph, ObjectKind, VtdUnitConfig};
 
 use super::guest::{self, Entry};
-use super::machine::{self, vtd_config, Machine};
+use super::machine::{self, vtd_config, MachineOf};
 use super::{iotlb, pages, pasid_pages};
 use crate::common::{serve_page_requests, PAGE};
 use crate::conformance::{Cause, Completion, Fault, Leaf, Stack, Way, IOVA, NAME};
@@ -28,7 +28,7 @@ impl From<guest::Completion> for Completion {
     }
 }
 
-impl Stack for Machine {
+impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
     type Invalidation = Descriptor;
 
     const REFUSALS_ARE_SHOWN: bool = false;
@@ -132,11 +132,11 @@ impl Stack for Machine {
     }
 
     fn read(&self, rid: Bdf, iova: u64) -> Result<u64, DmaError> {
-        Machine::read(self, rid, None, iova)
+        MachineOf::read(self, rid, None, iova)
     }
 
     fn write(&self, rid: Bdf, iova: u64, value: u64) -> Result<(), DmaError> {
-        Machine::write(self, rid, None, iova, value)
+        MachineOf::write(self, rid, None, iova, value)
     }
 
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self)) {
@@ -153,13 +153,13 @@ impl Stack for Machine {
     }
 
     fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue> {
-        let parent = Machine::graph(self).of_kind(ObjectKind::HwptPaging).next().unwrap().id;
+        let parent = MachineOf::graph(self).of_kind(ObjectKind::HwptPaging).next().unwrap().id;
         let tables = iommu_hwpt_vtd_s1 { pgtbl_addr: table, addr_width: 48, ..Default::default() };
         serve_page_requests(&self.host, self.device(rid), parent, HwptData::VtdS1(tables))
     }
 
     fn fail_nth(&self, n: u64) {
-        Machine::fail_nth(self, n);
+        MachineOf::fail_nth(self, n);
     }
 
     fn fail_twice(&self) {
@@ -171,7 +171,7 @@ impl Stack for Machine {
     }
 
     fn graph(&self) -> ObjectGraph {
-        Machine::graph(self)
+        MachineOf::graph(self)
     }
 
     fn host_calls(&self) -> u64 {
@@ -183,6 +183,6 @@ impl Stack for Machine {
     }
 
     fn end(self) -> usize {
-        Machine::end(self)
+        MachineOf::end(self)
     }
 }

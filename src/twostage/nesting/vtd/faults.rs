@@ -4,6 +4,7 @@
 use crate::sync::RwLock;
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use crate::iommufd::{FaultSink, HostFault, ObjectId};
@@ -21,15 +22,15 @@ use crate::viommu::Requester;
 pub(super) struct FaultRouter {
     /// What the host walks are no tables of the guest, whose reasons are found by the virtual
     /// IOMMU.
-    mirrored: bool,
+    mirrored: AtomicBool,
     rids: RwLock<HashMap<ObjectId, Bdf>>,
     target: RwLock<Option<Weak<dyn FaultTarget>>>,
 }
 
 impl FaultRouter {
-    /// For a host that walks the guest's tables, or a mirror of them.
-    pub fn new(mirrored: bool) -> Self {
-        Self { mirrored, ..Self::default() }
+    /// The host walks mirrors of the guest's tables, and never these.
+    pub fn set_mirrored(&self) {
+        self.mirrored.store(true, Ordering::Relaxed);
     }
 
     /// From now on faults go to `target`, while it lives.
@@ -69,14 +70,15 @@ impl FaultSink for FaultRouter {
             return;
         };
         let Some(target) = self.target() else { return };
+        let of_guest = !self.mirrored.load(Ordering::Relaxed);
         target.dma_fault(&DmaFault {
             requester,
             address: fault.address,
             write: fault.write,
             execute: fault.execute,
             privileged: fault.privileged,
-            reason: FaultReason::from_code(fault.reason).filter(|_| !self.mirrored),
-            stage2: fault.stage2 && !self.mirrored,
+            reason: FaultReason::from_code(fault.reason).filter(|_| of_guest),
+            stage2: fault.stage2 && of_guest,
         });
     }
 

@@ -30,11 +30,14 @@ use crate::nesting::guest_ioas::Mirrors;
 use crate::nesting::objects::Objects;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
-use crate::viommu::vtd::{FaultTarget, Invalidation, Progress, RequesterConfig, VtdHostSide};
-use crate::viommu::{HostSideError, Requester, TableMemory};
+use crate::viommu::vtd::{
+    FaultTarget, HostVtd, Invalidation, Progress, RequesterConfig, VtdHostSide,
+};
+use crate::viommu::{HostSideError, Requester};
 use faults::FaultRouter;
 pub use invalidate::FlushSet;
 use invalidate::Refused;
+pub use shadow::serving::{Nesting, Serving};
 use shadow::Shadow;
 use state::State;
 
@@ -51,42 +54,37 @@ struct Inner {
     faults: Arc<FaultRouter>,
 }
 
-/// The default of [`VtdNesting::mirroring`]'s limit: 4 GiB of single pages.
-pub const SHADOW_PIECES: u64 = 1 << 20;
-
 impl VtdNesting {
     /// Without devices, for a guest whose memory is `ioas`. The host nests the guest's tables.
     pub fn new(ioas: Arc<GuestIoas>) -> Self {
+        Self::with(ioas, None)
+    }
+
+    /// The same for a host that nests the guest's tables or has them mirrored, as `serving` says.
+    pub fn serving(ioas: Arc<GuestIoas>, serving: Serving) -> Self {
+        Self::with(ioas, Some(serving))
+    }
+
+    fn with(ioas: Arc<GuestIoas>, serving: Option<Serving>) -> Self {
         let faults = Arc::new(FaultRouter::default());
-        let state = Mutex::new(State::new(Objects::new(ioas), faults.clone(), None));
-        Self(Arc::new(Inner { state, faults }))
+        Self(Arc::new_cyclic(|inner: &Weak<Inner>| {
+            let state = State::new(Objects::new(ioas), faults.clone(), serving, inner.clone() as _);
+            Inner { state: Mutex::new(state), faults }
+        }))
     }
 
-    /// The same for a host that need not nest: the guest's tables, which `memory` has, are mirrored
-    /// into IOASes, of at most `limit` mappings together ([`SHADOW_PIECES`]). Serves one stage of
-    /// tables only, and guests that invalidate what becomes present, too (caching mode); requests
-    /// for supervisors are not told apart. `first_stage_1g`: first-stage pages of 1 GiB are
-    /// offered.
+    /// Why the guest's tables are mirrored, if they are: the bit and the device that do not nest
+    /// them, or that it was requested. Known from the first device on.
+    pub fn mirrors_because(&self) -> Option<String> {
+        self.state().mirrors_because().map(str::to_owned)
+    }
+
+    /// The unit in front of the guest's `rid`, for [`VtdConfig::intersect`]; errors call the device
+    /// `name`. `None`: there is no such device, or it is not behind a VT-d where tables are nested.
     ///
-    /// # Errors
-    /// The IOAS was adopted without its map.
-    pub fn mirroring(
-        ioas: Arc<GuestIoas>,
-        memory: Arc<dyn TableMemory>,
-        limit: u64,
-        first_stage_1g: bool,
-    ) -> Result<Self, NestingError> {
-        let faults = Arc::new(FaultRouter::new(true));
-        let shadow = Shadow::new(memory, limit, first_stage_1g);
-        let state = State::new(Objects::new(ioas.clone()), faults.clone(), Some(shadow));
-        let inner = Arc::new(Inner { state: Mutex::new(state), faults });
-        ioas.add_mirrors(Arc::downgrade(&inner) as Weak<dyn Mirrors>)?;
-        Ok(Self(inner))
-    }
-
-    /// Whether the guest's tables are mirrored.
-    pub fn is_mirroring(&self) -> bool {
-        self.state().shadow.is_some()
+    /// [`VtdConfig::intersect`]: crate::viommu::vtd::VtdConfig::intersect
+    pub fn host_unit(&self, rid: Bdf, name: String) -> Option<HostVtd> {
+        self.state().host_unit(rid, name)
     }
 
     /// The guest's memory, for another virtual IOMMU of the same guest.

@@ -15,7 +15,10 @@ impl Side for VtdNesting {
     type Target = dyn FaultTarget;
 
     fn beside(&self, ioas: Arc<GuestIoas>) -> Self {
-        Self::new(ioas)
+        match self.state().serving.clone() {
+            Some(serving) => Self::serving(ioas, serving),
+            None => Self::new(ioas),
+        }
     }
 
     fn ioas(&self) -> Result<Arc<GuestIoas>> {

@@ -6,12 +6,15 @@ use std::sync::{Arc, Weak};
 
 use super::faults::FaultRouter;
 use super::nested::Nested;
+use super::shadow::serving::Serving;
 use super::shadow::Shadow;
 use super::VtdNestingCounters;
 use crate::iommufd::{FaultSink, HwInfo, HwInfoData, ObjectId};
+use crate::nesting::guest_ioas::{GuestIoas, Mirrors};
 use crate::nesting::objects::Objects;
-use crate::nesting::{hw_info, Context, NestingError, Result};
+use crate::nesting::{host_vtd, hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
+use crate::viommu::vtd::HostVtd;
 use crate::viommu::Requester;
 
 /// A device of the guest.
@@ -23,6 +26,8 @@ pub(super) struct Device {
     pub parent: Option<Parent>,
     /// The host's description of it.
     pub info: HwInfo,
+    /// Width of the IOVAs that the host maps for it, where tables are mirrored.
+    pub iova_bits: u8,
 }
 
 /// Everything behind the lock of [`super::VtdNesting`].
@@ -35,15 +40,26 @@ pub(super) struct State {
     pub nested: Nested,
     /// With what the guest's tables are mirrored; without it, the host nests them.
     pub shadow: Option<Shadow>,
+    /// How that is decided; `None`: tables are nested.
+    pub serving: Option<Serving>,
+    /// Who follows the guest's memory map for the mirrors.
+    mirrors: Weak<dyn Mirrors>,
     /// Except the host calls, which [`Objects`] counts.
     pub counters: VtdNestingCounters,
 }
 
 impl State {
     /// Without devices, on `objects`.
-    pub fn new(objects: Objects, faults: Arc<FaultRouter>, shadow: Option<Shadow>) -> Self {
+    pub fn new(
+        objects: Objects,
+        faults: Arc<FaultRouter>,
+        serving: Option<Serving>,
+        mirrors: Weak<dyn Mirrors>,
+    ) -> Self {
         Self {
-            shadow,
+            shadow: None,
+            serving,
+            mirrors,
             objects,
             faults,
             parents: Parents::default(),
@@ -75,6 +91,7 @@ impl State {
             .host()
             .get_hw_info(dev)
             .context(|| format!("querying the IOMMU of {rid}"))?;
+        self.decide(rid, &info, &ioas)?;
         if self.shadow.is_some() {
             // Any IOMMU maps an IOAS.
             return self.take_in(rid, dev, info);
@@ -85,6 +102,36 @@ impl State {
         hw_info::say_unknown(rid, &info);
         ioas.users().add_device(rid, dev, &info)?;
         self.take_in(rid, dev, info).inspect_err(|_| ioas.users().remove_device(dev))
+    }
+
+    /// Decides, for the first device, whether tables are mirrored.
+    fn decide(&mut self, rid: Bdf, info: &HwInfo, ioas: &GuestIoas) -> Result<()> {
+        let Some(serving) = self.serving.as_mut().filter(|_| self.shadow.is_none()) else {
+            return Ok(());
+        };
+        let unit = host_vtd(rid.to_string(), info, self.objects.extensions());
+        let why = serving.why_mirrored(rid, unit.as_ref()).filter(|_| self.devices.is_empty());
+        if let Some(why) = why {
+            ioas.add_mirrors(self.mirrors.clone())?;
+            log::info!("the guest's tables are mirrored: {why}");
+            self.shadow = Some(Shadow::new(serving, why));
+            self.faults.set_mirrored();
+        }
+        Ok(())
+    }
+
+    /// See [`super::VtdNesting::mirrors_because`].
+    pub fn mirrors_because(&self) -> Option<&str> {
+        self.shadow.as_ref().map(Shadow::because)
+    }
+
+    /// See [`super::VtdNesting::host_unit`].
+    pub fn host_unit(&self, rid: Bdf, name: String) -> Option<HostVtd> {
+        let device = self.devices.get(&rid)?;
+        match self.shadow {
+            Some(_) => Some(HostVtd::mirrored(name, device.iova_bits, device.info.max_pasid_log2)),
+            None => host_vtd(name, &device.info, self.objects.extensions()),
+        }
     }
 
     /// Adds `dev` as `rid`, attached to nothing.
@@ -103,8 +150,18 @@ impl State {
             true => Some(self.parents.alloc(&mut self.objects, rid, dev, &info)?),
             false => None,
         };
+        let iova_bits = match (&self.shadow, parent) {
+            (Some(_), Some(Parent { hwpt, pasid })) => {
+                self.iova_bits(rid, dev).inspect_err(|_| {
+                    if pasid {
+                        self.objects.destroy(hwpt)
+                    }
+                })?
+            }
+            _ => 0,
+        };
         self.faults.add(dev, rid);
-        self.devices.insert(rid, Device { dev, parent, info });
+        self.devices.insert(rid, Device { dev, parent, info, iova_bits });
         Ok(())
     }
 

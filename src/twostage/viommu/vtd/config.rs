@@ -40,6 +40,10 @@ const MAMV: u8 = 18;
 pub struct VtdConfig {
     /// Width of IOVAs in bits: 48, or 57 for 5-level tables.
     pub address_width: u8,
+    /// Width of the IOVAs that are translated (MGAW), 32 or more, if that is less: where tables are
+    /// mirrored, hosts may map fewer than tables have. `None`: all.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub iova_bits: Option<u8>,
     /// Width of PASIDs in bits, at most 20, 0 for none. `None`: as many as the hosts have, at most
     /// 8, as the host looks at every entry when all of a large PASID directory is invalidated.
     pub pasid_bits: Option<u8>,
@@ -81,6 +85,7 @@ impl Default for VtdConfig {
     fn default() -> Self {
         Self {
             address_width: 48,
+            iova_bits: None,
             pasid_bits: None,
             scalable_mode: true,
             second_stage: false,
@@ -105,6 +110,14 @@ pub enum VtdConfigError {
     /// The address width is neither 48 nor 57.
     #[error("address width {0} is not supported; it is 48 or 57")]
     AddressWidth(u8),
+    /// IOVAs are narrower than any host maps, or wider than tables.
+    #[error("IOVAs of {bits} bits are not supported; from 32 to {width} are")]
+    IovaBits {
+        /// What was requested.
+        bits: u8,
+        /// The address width.
+        width: u8,
+    },
     /// A PASID has at most 20 bits.
     #[error("{0} PASID bits are too many; the most is {max}", max = Pasid::BITS)]
     PasidBits(u8),
@@ -125,6 +138,7 @@ pub enum VtdConfigError {
 impl VtdConfig {
     setters! {
         with_address_width address_width: u8;
+        with_iova_bits iova_bits: Option<u8>;
         with_pasid_bits pasid_bits: Option<u8>;
         with_scalable_mode scalable_mode: bool;
         with_second_stage second_stage: bool;
@@ -147,6 +161,10 @@ impl VtdConfig {
     pub fn check(&self) -> Result<(), VtdConfigError> {
         if !matches!(self.address_width, 48 | 57) {
             return Err(VtdConfigError::AddressWidth(self.address_width));
+        }
+        let (bits, width) = (self.iova_width(), self.address_width);
+        if !(32..=width).contains(&bits) {
+            return Err(VtdConfigError::IovaBits { bits, width });
         }
         let pasid_bits = self.pasid_bits.unwrap_or(0);
         if u32::from(pasid_bits) > Pasid::BITS {
@@ -186,6 +204,11 @@ impl Capabilities {
 }
 
 impl VtdConfig {
+    /// Width of the IOVAs that are translated, in bits.
+    pub(super) fn iova_width(&self) -> u8 {
+        self.iova_bits.unwrap_or(self.address_width)
+    }
+
     /// Width of PASIDs in bits, also if nobody requested one.
     pub(super) fn pasids(&self) -> u8 {
         match self.pasid_bits {
@@ -213,7 +236,7 @@ impl VtdConfig {
             .with_nd(6)
             .with_cm(self.caching_mode)
             .with_sagaw(sagaw)
-            .with_mgaw(self.address_width - 1)
+            .with_mgaw(self.iova_width() - 1)
             .with_zlr(true)
             .with_fro(FRO)
             .with_sslps(if self.second_stage { 0b11 } else { 0 })
@@ -276,6 +299,10 @@ mod tests {
             |c: &mut VtdConfig| (c.scalable_mode, c.pasid_bits) = (false, Some(1));
         assert_eq!(with(none_for_pasids), VtdConfigError::PasidWithoutScalableMode);
         assert_eq!(with(|c| c.scalable_mode = false), VtdConfigError::NoTranslation);
+        let narrow = VtdConfigError::IovaBits { bits: 31, width: 48 };
+        assert_eq!(with(|c| c.iova_bits = Some(31)), narrow);
+        let wide = VtdConfigError::IovaBits { bits: 49, width: 48 };
+        assert_eq!(with(|c| c.iova_bits = Some(49)), wide);
         let no_second = |c: &mut VtdConfig| (c.nest, c.second_stage) = (true, false);
         assert_eq!(with(no_second), VtdConfigError::NestWithoutStages);
         let no_first = |c: &mut VtdConfig| {

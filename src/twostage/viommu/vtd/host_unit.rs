@@ -25,12 +25,31 @@ pub struct HostVtd {
     pub guest_second_stage: bool,
     /// The host reports requests that it blocks ([`crate::iommufd::Extensions::fault_reports`]).
     pub fault_reports: bool,
+    /// The unit does not nest: the guest's tables are mirrored for it.
+    pub mirrored: bool,
 }
 
 impl HostVtd {
     /// The unit of `device`, with these registers and no more than they say.
     pub const fn new(device: String, cap: Cap, ecap: Ecap) -> Self {
-        Self { device, cap, ecap, guest_second_stage: false, fault_reports: false }
+        let (guest_second_stage, fault_reports, mirrored) = (false, false, false);
+        Self { device, cap, ecap, guest_second_stage, fault_reports, mirrored }
+    }
+
+    /// Any unit that maps `iova_bits` of IOVA and `pasid_bits` of PASID, as it looks to a guest
+    /// whose tables are mirrored for it: they are walked by software, which knows every format of
+    /// one stage, but neither requests of supervisors nor the flag that such walks do not set.
+    pub fn mirrored(device: String, iova_bits: u8, pasid_bits: u8) -> Self {
+        let cap =
+            Cap::new().with_mgaw(iova_bits.saturating_sub(1)).with_fs1gp(true).with_fs5lp(true);
+        let ecap = Ecap::new()
+            .with_smts(true)
+            .with_nest(true)
+            .with_sc(true)
+            .with_smpwcs(true)
+            .with_pasid(pasid_bits > 0)
+            .with_pss(pasid_bits.saturating_sub(1));
+        Self { mirrored: true, guest_second_stage: true, ..Self::new(device, cap, ecap) }
     }
 
     setters! {
@@ -64,6 +83,33 @@ impl VtdConfig {
         self.extended_accessed &= host.ecap.eafs();
         self.snoop_control &= host.ecap.sc();
         self.coherent_walks &= host.ecap.smpwcs();
+        if host.mirrored {
+            let bits = host.cap.guest_address_width();
+            self.iova_bits = Some(self.iova_bits.unwrap_or(self.address_width).min(bits));
+        }
+        Ok(())
+    }
+
+    /// Whether `host` nests all tables of this configuration: if not, they are mirrored for it.
+    pub(crate) fn check_nesting(&self, host: &HostVtd) -> Result<(), CapabilityConflict> {
+        let lacks = |bit, needed_for: &str| {
+            let (device, needed_for) = (host.device.clone(), needed_for.to_owned());
+            Err(CapabilityConflict { device, bit, needed_for })
+        };
+        if self.scalable_mode && !host.ecap.smts() {
+            return lacks(
+                "ECAP.SMTS",
+                "nested translation needs scalable mode; leave the device out",
+            );
+        }
+        if self.scalable_mode && !host.ecap.nest() {
+            let why = "the guest's first-stage tables are nested; leave the device out";
+            return lacks("ECAP.NEST", why);
+        }
+        if self.second_stage && !host.guest_second_stage {
+            let why = "second-stage=on was requested; say second-stage=off";
+            return lacks("guest_second_stage", why);
+        }
         Ok(())
     }
 
@@ -79,6 +125,7 @@ impl VtdConfig {
             ("ECAP.EAFS", self.extended_accessed && !lowered.extended_accessed),
             ("ECAP.SC", self.snoop_control && !lowered.snoop_control),
             ("ECAP.SMPWCS", self.coherent_walks && !lowered.coherent_walks),
+            ("CAP.MGAW", host.mirrored && lowered.iova_bits < Some(self.iova_width())),
         ];
         match lost.into_iter().find(|(_, lost)| *lost) {
             None => Ok(()),
@@ -91,39 +138,36 @@ impl VtdConfig {
     }
 
     fn require(&self, host: &HostVtd) -> Result<(), CapabilityConflict> {
-        let HostVtd { device, cap, ecap, guest_second_stage, fault_reports } = host;
+        let HostVtd { device, cap, ecap, guest_second_stage, fault_reports, mirrored } = host;
         let conflict = |bit, needed_for: String| {
             Err(CapabilityConflict { device: device.clone(), bit, needed_for })
         };
-        if self.scalable_mode && !ecap.smts() {
-            return conflict(
-                "ECAP.SMTS",
-                "nested translation needs scalable mode; leave the device out".into(),
-            );
-        }
-        if self.scalable_mode && !ecap.nest() {
-            return conflict(
-                "ECAP.NEST",
-                "the guest's first-stage tables are nested; leave the device out".into(),
-            );
-        }
-        if self.address_width == 57 && !cap.fs5lp() {
-            return conflict("CAP.FS5LP", "aw=57 was requested; say aw=48".into());
-        }
-        if self.address_width > cap.guest_address_width() {
-            let (bits, has) = (self.address_width, cap.guest_address_width());
+        if self.nest && *mirrored {
             let needed_for =
-                format!("aw={bits} was requested, and guest addresses have {has} bits there");
-            return conflict("CAP.MGAW", needed_for);
+                "nest=on was requested, and tables of two stages are not mirrored; say \
+                              nest=off";
+            return conflict("nesting", needed_for.into());
+        }
+        if !self.caching_mode && *mirrored {
+            let needed_for =
+                "caching-mode=off was requested, and the guest's tables are mirrored, \
+                              so that it has to invalidate what it maps; say caching-mode=on";
+            return conflict("nesting", needed_for.into());
         }
         if self.nest && !guest_second_stage {
             let needed_for = "nest=on was requested, and no hardware nests two stages of a guest \
                               on a third; say nest=off";
             return conflict("guest_second_stage", needed_for.into());
         }
-        if self.second_stage && !guest_second_stage {
-            let needed_for = "second-stage=on was requested; say second-stage=off";
-            return conflict("guest_second_stage", needed_for.into());
+        self.check_nesting(host)?;
+        if self.address_width == 57 && !cap.fs5lp() {
+            return conflict("CAP.FS5LP", "aw=57 was requested; say aw=48".into());
+        }
+        if self.address_width > cap.guest_address_width() && !mirrored {
+            let (bits, has) = (self.address_width, cap.guest_address_width());
+            let needed_for =
+                format!("aw={bits} was requested, and guest addresses have {has} bits there");
+            return conflict("CAP.MGAW", needed_for);
         }
         if !self.caching_mode && !fault_reports {
             let needed_for = "caching-mode=off was requested, and the host does not report DMA \
@@ -171,6 +215,36 @@ mod tests {
                 .with_smpwcs(true),
             guest_second_stage: true,
             fault_reports: true,
+            mirrored: false,
+        }
+    }
+
+    #[test]
+    fn a_unit_that_does_not_nest_looks_like_one_that_walks_every_single_stage() {
+        let amd = |bits, pasids| HostVtd::mirrored("nvme".into(), bits, pasids);
+        let asked = VtdConfig { address_width: 57, second_stage: true, ..Default::default() };
+        let lowered = asked.intersect(&[amd(47, 0), amd(39, 8)]).unwrap();
+        let (cap, ecap) = {
+            let offered = lowered.capabilities().unwrap();
+            (offered.cap, offered.ecap)
+        };
+        assert_eq!((cap.guest_address_width(), cap.sagaw()), (39, 0b1110));
+        assert!(cap.cm() && cap.fs5lp() && cap.fs1gp() && cap.sslps() == 3);
+        assert!(ecap.smts() && ecap.fsts() && ecap.ssts() && ecap.smpwcs() && ecap.sc());
+        assert!(!ecap.srs() && !ecap.eafs() && !ecap.nest() && !ecap.ssads() && !ecap.dt());
+        assert_eq!(ecap.pasid_bits(), 0);
+        lowered.check_late(&amd(48, 8)).unwrap();
+        let late = lowered.check_late(&amd(38, 0)).unwrap_err().to_string();
+        assert!(late.contains("nvme lacks CAP.MGAW"), "{late}");
+        // Beside one that nests.
+        assert_eq!(asked.intersect(&[able(), amd(47, 3)]).unwrap().pasid_bits, Some(3));
+        for (config, why) in [
+            (VtdConfig { nest: true, ..asked.clone() }, "nest=on was requested"),
+            (VtdConfig { caching_mode: false, ..asked.clone() }, "caching-mode=off was requested"),
+            (VtdConfig { device_iotlb: true, ..asked }, "ats=on was requested"),
+        ] {
+            let error = config.intersect(&[amd(47, 0)]).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
         }
     }
 

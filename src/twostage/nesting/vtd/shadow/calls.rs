@@ -38,6 +38,21 @@ impl State {
         Ok(Parent { hwpt: ioas, pasid: false })
     }
 
+    /// Width of the IOVAs that the host maps for `dev`, the guest's `rid`, from 0 on, reserved ones
+    /// in between included: known once it is attached.
+    pub fn iova_bits(&mut self, rid: Bdf, dev: ObjectId) -> Result<u8> {
+        let what = || format!("asking for the IOVAs of {rid}");
+        let ioas = self.objects.alloc_ioas(what)?;
+        let ranges = self.objects.host().device_attach(dev, None, ioas);
+        let ranges = ranges.and_then(|_| self.objects.host().ioas_iova_ranges(ioas)).context(what);
+        let detached = self.objects.detach(dev, None).context(what);
+        self.objects.destroy(ioas);
+        let ranges = ranges.and_then(|ranges| detached.map(|()| ranges))?;
+        let last = ranges.allowed.last().map_or(0, |range| *range.end());
+        // All of them have all bits of addresses.
+        Ok(last.checked_add(1).map_or(64, |end| end.ilog2()) as u8)
+    }
+
     /// A mirror of `stage1`, equal to it, for `requester`. Returns its number.
     pub fn add_mirror(&mut self, requester: Requester, stage1: &Stage1) -> Result<ObjectId> {
         let shadow = self.shadow.as_ref().ok_or(NestingError::GuestSecondStage(requester))?;

@@ -120,7 +120,12 @@ impl State {
     ) -> Result<Option<(u64, u64)>> {
         let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.remove(&id));
         let Some(mut mirrored) = mirrored else { return Ok(None) };
-        let result = self.follow_one(id, &mut mirrored, ranges, resume, quota);
+        let mut result = self.follow_one(id, &mut mirrored, ranges, resume, quota);
+        if let Err(NestingError::Host { source, .. }) = &result {
+            // Once more, with a new one: the host may have been short of memory.
+            log::debug!("a mirror is made anew: {source}");
+            result = self.renew(id, &mut mirrored).map(|()| None);
+        }
         // Its last user may have been blocked.
         match self.shadow.as_mut() {
             Some(shadow) if self.nested.stage1(id).is_some() => {

@@ -18,6 +18,7 @@
 mod calls;
 mod follow;
 mod mirror;
+pub(super) mod serving;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +33,7 @@ use crate::viommu::vtd::walk::Tables;
 use crate::viommu::vtd::{DmaFault, RequesterConfig};
 use crate::viommu::{Requester, TableMemory};
 use mirror::Mirror;
+use serving::Serving;
 
 /// At most this many blocked requesters are tried again when the guest invalidates; others are when
 /// it gives them another table.
@@ -44,6 +46,7 @@ pub(super) struct Shadow {
     limit: u64,
     /// First-stage tables may have pages of 1 GiB.
     huge: bool,
+    why: String,
     /// By their numbers, which stand for objects of the host in the bookkeeping of attachments.
     mirrors: BTreeMap<ObjectId, Mirrored>,
     last: ObjectId,
@@ -68,18 +71,24 @@ struct Mirrored {
 }
 
 impl Shadow {
-    /// Reads tables in `memory`; for at most `limit` pieces.
-    pub fn new(memory: Arc<dyn TableMemory>, limit: u64, huge: bool) -> Self {
+    /// As `serving` says, because of `why`.
+    pub fn new(serving: &Serving, why: String) -> Self {
         Self {
-            memory,
-            limit,
-            huge,
+            memory: serving.memory.clone(),
+            limit: serving.nesting.pieces(),
+            huge: serving.config.first_stage_1g,
+            why,
             mirrors: BTreeMap::new(),
             last: ObjectId(0),
             pieces: 0,
             starved: BTreeMap::new(),
             faults: Vec::new(),
         }
+    }
+
+    /// Why tables are mirrored.
+    pub fn because(&self) -> &str {
+        &self.why
     }
 
     /// Faults to deliver, once no lock is held.

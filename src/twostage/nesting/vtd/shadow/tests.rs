@@ -9,7 +9,7 @@ use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     Errno, Extensions, HostIommu, HwInfo, HwInfoData, ObjectId, Protection, Verb,
 };
-use crate::nesting::vtd::VtdNesting;
+use crate::nesting::vtd::{Nesting, Serving, VtdNesting};
 use crate::nesting::{GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
@@ -19,7 +19,7 @@ use crate::sync::Mutex;
 use crate::viommu::vtd::walk::tests::{first_stage, second_stage};
 use crate::viommu::vtd::{
     DmaFault, DomainTag, FaultTarget, Invalidation, Policy, Progress, RequesterConfig, Stage1,
-    VtdHostSide,
+    VtdConfig, VtdHostSide,
 };
 use crate::viommu::{HostSideError, Requester};
 
@@ -66,7 +66,9 @@ impl Rig {
         let ioas = host.ioas_alloc().unwrap();
         let map = [(0, ROM, RW), (ROM, SIZE - ROM, R)];
         let ioas = GuestIoas::adopt_mapped(host.clone(), ioas, &map).unwrap();
-        let nesting = VtdNesting::mirroring(ioas, memory.clone(), limit, true).unwrap();
+        let nesting = Nesting::Off { pieces: limit };
+        let serving = Serving::new(nesting, memory.clone(), VtdConfig::default());
+        let nesting = VtdNesting::serving(ioas, serving);
         let faults = Arc::new(Faults::default());
         nesting.set_fault_target(Arc::downgrade(&faults) as _);
         let rig = Self { host, nesting, memory, faults };
@@ -289,13 +291,67 @@ fn memory_that_goes_is_mirrored_no_more_before_it_is_gone() {
     rig.ends_clean();
 }
 
+/// A host that nests for one device and not for another, behind an IOMMU without it.
+#[test]
+fn one_device_that_cannot_nest_is_enough() {
+    let (host, intel) = RecordingHost::with_vtd();
+    let amd = host.add_device(1, HwInfo::new(HwInfoData::Other(3)));
+    let memory = Arc::new(crate::viommu::vtd::walk::tests::memory());
+    let serving = |nesting, config| Serving::new(nesting, memory.clone(), config);
+    let (config, auto) = (VtdConfig::default(), Nesting::Auto { pieces: 1 });
+    let second = config.clone().with_second_stage(true);
+    for (nesting, config, dev, nests) in [
+        (auto, &config, intel, true),
+        (auto, &config, amd, false),
+        (auto, &second, intel, false),
+        (Nesting::On, &config, amd, true),
+        (Nesting::Off { pieces: 1 }, &config, intel, false),
+    ] {
+        assert_eq!(serving(nesting, config.clone()).nests_for(&*host, dev), nests);
+    }
+    let ioas = GuestIoas::new(host.clone()).unwrap();
+    let nesting = VtdNesting::serving(ioas, serving(auto, config));
+    nesting.add_device(A, amd).unwrap();
+    nesting.add_device(B, intel).unwrap();
+    assert_eq!(nesting.mirrors_because().unwrap(), "00:04.0 is not behind a VT-d");
+    let unit = |rid| nesting.host_unit(rid, "it".into()).unwrap();
+    assert!(unit(A).mirrored && unit(A).ecap.pasid_bits() == 0);
+    assert!(unit(B).mirrored && unit(B).ecap.pasid_bits() == 20);
+    drop(nesting);
+    assert_eq!(host.live_objects(), []);
+}
+
+/// Adding a device fails at every call: nothing of it stays.
+#[test]
+fn a_device_that_is_not_added_leaves_nothing() {
+    for nth in 0.. {
+        let rig = Rig::with(1, 8);
+        rig.nesting.remove_device(B).unwrap();
+        let before = rig.host.live_objects();
+        rig.host.fail_nth(nth, Errno::ENOMEM);
+        let added = rig.nesting.add_device(B, DEV_B);
+        if rig.host.failure_pending() {
+            assert!(added.is_ok() && nth > 4);
+            break;
+        }
+        if added.is_err() {
+            // What could not be destroyed is when something else is.
+            rig.configure(A, tables()).unwrap();
+            rig.configure(A, Policy::Bypass).unwrap();
+            assert_eq!((rig.host.live_objects(), rig.host.reaches(DEV_B, None)), (before, None));
+        }
+    }
+}
+
 #[test]
 fn an_ioas_whose_map_is_not_known_is_refused() {
     let host = RecordingHost::new(Extensions::default());
     let ioas = host.ioas_alloc().unwrap();
     let adopted = GuestIoas::adopt(host.clone(), ioas, &[]).unwrap();
     let memory = Arc::new(crate::viommu::vtd::walk::tests::memory());
-    let error = VtdNesting::mirroring(adopted, memory, 1, true).unwrap_err();
+    let serving = Serving::new(Nesting::Auto { pieces: 1 }, memory, VtdConfig::default());
+    let dev = host.add_device(0, HwInfo::new(HwInfoData::None));
+    let error = VtdNesting::serving(adopted, serving).add_device(A, dev).unwrap_err();
     assert!(matches!(error, NestingError::UnknownMap(_)), "{error}");
 }
 
