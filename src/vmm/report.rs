@@ -102,6 +102,8 @@ pub struct VtdReport {
     /// The capability registers, by name; in JSON each is a hexadecimal string.
     #[serde(serialize_with = "hexadecimal")]
     pub registers: BTreeMap<&'static str, u64>,
+    /// Why the guest's tables are mirrored, if they are.
+    pub mirrored: Option<String>,
     /// The guest's operations on the virtual IOMMU.
     pub viommu: twostage::viommu::vtd::VtdCounters,
     /// The resulting operations of nesting.
@@ -195,6 +197,9 @@ impl fmt::Display for IommuReport {
         match &self.of {
             ModelReport::Vtd(of) => {
                 registers(f, id, &of.registers)?;
+                if let Some(why) = &of.mirrored {
+                    writeln!(f, "{id}: the guest's tables are mirrored: {why}")?;
+                }
                 counters(
                     f,
                     id,
@@ -342,6 +347,7 @@ mod tests {
                 id: "vtd0".to_owned(),
                 of: ModelReport::Vtd(VtdReport {
                     registers: BTreeMap::from([("CAP", u64::MAX), ("ECAP", 0x1f)]),
+                    mirrored: Some("nesting=off was requested".into()),
                     nesting: merged(4),
                     hardware: Some(Default::default()),
                     sanitizer: Some(SanitizerReport::default()),
@@ -380,6 +386,7 @@ mod tests {
             "  queue 0: notified 3, used 4",
             "vtd0, registers: CAP 0xffffffffffffffff ECAP 0x1f",
             "vtd0, virtual IOMMU: none",
+            "vtd0: the guest's tables are mirrored: nesting=off was requested",
             "vtd0, nesting: merged 4",
             "host calls: HWPT_ALLOC 9, IOAS_MAP 2",
             "host calls refused: HWPT_ALLOC 1",

@@ -94,6 +94,7 @@ static void accessed_and_dirty(void)
     volatile u64 *page = page_new();
     volatile u64 *leaf = map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, FS_READ_WRITE);
 
+    require_hardware_walk();
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     first_stage_flags_follow(page, leaf, table_entry(&space, IOVA, 4));

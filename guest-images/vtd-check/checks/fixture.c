@@ -263,6 +263,12 @@ bool devices_assigned(void)
     return cmdline_number("assigned", 0) == 1;
 }
 
+void require_hardware_walk(void)
+{
+    if (cmdline_number("mirrored", 0))
+        check_skip("no hardware walks these tables: their mirror is walked");
+}
+
 // `assigned=2`: of two devices, the second one is.
 static bool is_assigned(const struct edu *edu)
 {

@@ -47,6 +47,10 @@ extern u64 *root;
 // `assigned=2` only the second device is.
 bool devices_assigned(void);
 
+// Skips the check with `mirrored=1` on the command line: a mirror has what was invalidated, and its
+// flags are set when it is made, not by requests.
+void require_hardware_walk(void);
+
 // Setups: a fresh, empty root table is set, translation is disabled, records and counters are
 // clear.
 void setup_scalable(void);        // 256-bit queue on

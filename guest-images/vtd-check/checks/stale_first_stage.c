@@ -167,6 +167,7 @@ static void newly_mapped(void)
     struct page_table space = space_new();
     volatile u64 *page = page_new();
 
+    require_hardware_walk();
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, FS_NOT_PRESENT));

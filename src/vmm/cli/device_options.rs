@@ -1,136 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The options that add virtual IOMMUs and devices: `--iommu`, `--device`, `--vfio`, `--disk`,
-//! `--net` and `--rng`.
+//! The options that add devices, and what they are plugged into: `--device`, `--vfio`, `--disk`,
+//! `--net`, `--rng`, `--root-port` and `--pci-bridge`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::options::{named, on_off, parse_number, small, Pairs};
+use super::iommu_options::pasid_bits;
+use super::options::{named, on_off, parse_number, Pairs};
 use crate::config::{
-    DeviceConfig, DiskConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, IommuModel,
-    NetConfig, PciBridgeConfig, RngConfig, RootPortConfig, SmmuV3Options, TapConfig, VfioConfig,
-    VtdOptions, DEV_IOMMU,
+    DeviceConfig, DiskConfig, EduConfig, IommuChoice, NetConfig, PciBridgeConfig, RngConfig,
+    RootPortConfig, TapConfig, VfioConfig,
 };
 use crate::devices::virtio::DiskAccess;
 use twostage::spec::pci::Pasid;
-use twostage::spec::smmuv3::translation::Granule;
-use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
-
-impl FromStr for IommuConfig {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (model, mut pairs) = named(text)?;
-        let id = pairs.take("id", None, |text| id(text).map(Some))?;
-        let address = pairs.take("addr", None, |text| register_page(text).map(Some))?;
-        let host = pairs.take("host", HostChoice::default(), host)?;
-        let model = match model {
-            "vtd" => IommuModel::Vtd(vtd(&mut pairs, host == HostChoice::Emulated)?),
-            "smmuv3" => IommuModel::SmmuV3(smmuv3(&mut pairs, host == HostChoice::Emulated)?),
-            _ => return Err(format!("unknown IOMMU '{model}'; known: smmuv3, vtd")),
-        };
-        pairs.finish()?;
-        Ok(Self { id, address, host, model })
-    }
-}
-
-fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
-    let default = VtdOptions::default();
-    // Kernels do not nest on guest-owned second-stage tables.
-    let second_stage = pairs.take("second-stage", emulated, on_off)?;
-    let options = VtdOptions {
-        address_width: pairs.take("aw", default.address_width, |text| match text {
-            "48" => Ok(48),
-            "57" => Ok(57),
-            _ => Err(format!("'{text}' is neither 48 nor 57")),
-        })?,
-        pasid_bits: pairs
-            .take("pasid-bits", default.pasid_bits, |text| pasid_bits(text).map(Some))?,
-        second_stage,
-        nest: nest(pairs, emulated, second_stage)?,
-        ats: pairs.take("ats", default.ats, on_off)?,
-        caching_mode: caching_mode(pairs, default.caching_mode, emulated)?,
-        interrupt_remapping: pairs
-            .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
-        sanitize: sanitize(pairs, emulated)?,
-    };
-    Ok(options)
-}
-
-fn nest(pairs: &mut Pairs<'_>, emulated: bool, second_stage: bool) -> Result<bool, String> {
-    let on = pairs.take("nest", false, on_off)?;
-    if on && !emulated {
-        // Nesting refuses it, too; here before any device is touched.
-        return Err("nest=on needs host=emulated: no hardware nests two stages of a guest on its \
-                    host's; say nest=off"
-            .into());
-    }
-    if on && !second_stage {
-        return Err("nest=on needs second-stage=on, the lower one of the two stages".into());
-    }
-    Ok(on)
-}
-
-fn caching_mode(pairs: &mut Pairs<'_>, default: bool, emulated: bool) -> Result<bool, String> {
-    let on = pairs.take("caching-mode", default, on_off)?;
-    if !on && !emulated {
-        // Nesting refuses it, too; here before any device is touched.
-        return Err("caching-mode=off needs host=emulated: a kernel does not report DMA that it \
-                    blocks, so that tables that start to serve a device would never be read; say \
-                    caching-mode=on"
-            .into());
-    }
-    Ok(on)
-}
-
-fn sanitize(pairs: &mut Pairs<'_>, emulated: bool) -> Result<bool, String> {
-    let on = pairs.take("sanitize", false, on_off)?;
-    if on && !emulated {
-        return Err("sanitize=on needs host=emulated, whose caches it inspects".into());
-    }
-    Ok(on)
-}
-
-fn smmuv3(pairs: &mut Pairs<'_>, emulated: bool) -> Result<SmmuV3Options, String> {
-    let default = SmmuV3Options::default();
-    let options = SmmuV3Options {
-        address_width: pairs.take("aw", default.address_width, |text| match text {
-            "48" => Ok(48),
-            "52" => Ok(52),
-            _ => Err(format!("'{text}' is neither 48 nor 52")),
-        })?,
-        granules: pairs.take("granules", default.granules, |text| granules(text).map(Some))?,
-        range_invalidation: pairs
-            .take("ril", default.range_invalidation, |text| on_off(text).map(Some))?,
-        substream_bits: pairs
-            .take("pasid-bits", default.substream_bits, |text| pasid_bits(text).map(Some))?,
-        ats: pairs.take("ats", default.ats, on_off)?,
-        sanitize: sanitize(pairs, emulated)?,
-    };
-    let narrow = options.granules.as_ref().is_some_and(|some| !some.contains(&Granule::K64));
-    if options.address_width == 52 && narrow {
-        return Err("aw=52 needs the granule of 64 KiB: add 64K to granules=, or say aw=48".into());
-    }
-    Ok(options)
-}
-
-/// Granules by their sizes, such as `4K+64K`.
-fn granules(text: &str) -> Result<Vec<Granule>, String> {
-    let granule = |size| match size {
-        "4K" => Ok(Granule::K4),
-        "16K" => Ok(Granule::K16),
-        "64K" => Ok(Granule::K64),
-        _ => Err(format!("'{size}' is none of 4K, 16K, 64K; join several with +")),
-    };
-    text.split('+').map(granule).collect()
-}
-
-fn pasid_bits(text: &str) -> Result<u8, String> {
-    match small(text)? {
-        bits @ 0..=20 => Ok(bits),
-        bits => Err(format!("{bits} is more than the 20 bits a PASID has")),
-    }
-}
 
 /// Takes `on`, `off` or a width: that of a device's PASIDs.
 fn device_pasid_bits(text: &str) -> Result<u8, String> {
@@ -138,23 +20,6 @@ fn device_pasid_bits(text: &str) -> Result<u8, String> {
         "on" => Ok(Pasid::BITS as u8),
         "off" => Ok(0),
         bits => pasid_bits(bits).map_err(|error| format!("{error}; or on, or off")),
-    }
-}
-
-/// `emulated`, or the path of the kernel's iommufd.
-fn host(text: &str) -> Result<HostChoice, String> {
-    match text {
-        "emulated" => Ok(HostChoice::Emulated),
-        path if path.starts_with('/') => Ok(HostChoice::Kernel(path.into())),
-        _ => Err(format!("'{text}' is neither emulated nor a path such as {DEV_IOMMU}")),
-    }
-}
-
-/// A name that differs from the other values of a device's `iommu=`.
-fn id(text: &str) -> Result<String, String> {
-    match text {
-        "on" | "off" => Err(format!("'{text}' is not a name: iommu={text} means something else")),
-        _ => Ok(text.to_owned()),
     }
 }
 
@@ -198,17 +63,6 @@ impl FromStr for PciBridgeConfig {
             bus: bus.ok_or("bus=ID of a --root-port is missing")?,
         })
     }
-}
-
-fn register_page(text: &str) -> Result<u64, String> {
-    let address = parse_number(text)?;
-    if address % 4096 != 0 {
-        return Err(format!("'{text}' is not a multiple of 4096"));
-    }
-    if address >> HOST_ADDRESS_WIDTH != 0 {
-        return Err(format!("'{text}' has more than {HOST_ADDRESS_WIDTH} bits"));
-    }
-    Ok(address)
 }
 
 impl FromStr for DeviceConfig {
@@ -330,27 +184,6 @@ mod tests {
 
     #[test]
     fn options_are_understood() {
-        assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
-        assert_eq!(
-            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,nest=off,ats=on,\
-             caching-mode=off,intremap=on,sanitize=on"
-                .parse(),
-            Ok(IommuConfig {
-                id: Some("a".to_owned()),
-                address: Some(0xfed0_0000),
-                host: HostChoice::Emulated,
-                model: IommuModel::Vtd(VtdOptions {
-                    address_width: 57,
-                    pasid_bits: Some(16),
-                    second_stage: false,
-                    nest: false,
-                    ats: true,
-                    caching_mode: false,
-                    interrupt_remapping: Some(true),
-                    sanitize: true,
-                }),
-            })
-        );
         assert_eq!("edu".parse(), Ok(DeviceConfig::Edu(EduConfig::default())));
         assert_eq!(
             "edu,iommu=off,dma-mask=0xffffffff".parse(),
@@ -365,32 +198,6 @@ mod tests {
             let edu = EduConfig { pasid_bits, ..EduConfig::default() };
             assert_eq!(format!("edu,pasid={pasid}").parse(), Ok(DeviceConfig::Edu(edu)));
         }
-        let nest = VtdOptions { nest: true, ..VtdOptions::default() };
-        assert_eq!("vtd,nest=on".parse(), Ok(IommuConfig::from(nest)));
-        let kernel = "vtd,host=/dev/iommu".parse::<IommuConfig>().unwrap();
-        assert_eq!(kernel.host, HostChoice::Kernel(DEV_IOMMU.into()));
-        assert!(!kernel.model.vtd().unwrap().second_stage);
-        assert_eq!("smmuv3".parse(), Ok(IommuConfig::from(SmmuV3Options::default())));
-        let sanitize = SmmuV3Options { sanitize: true, ..SmmuV3Options::default() };
-        assert_eq!("smmuv3,sanitize=on".parse(), Ok(IommuConfig::from(sanitize)));
-        assert_eq!(
-            "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,\
-             granules=4K+64K,ril=off"
-                .parse(),
-            Ok(IommuConfig {
-                id: Some("s".to_owned()),
-                address: Some(0xa00_0000),
-                host: HostChoice::Kernel(DEV_IOMMU.into()),
-                model: IommuModel::SmmuV3(SmmuV3Options {
-                    address_width: 52,
-                    granules: Some(vec![Granule::K4, Granule::K64]),
-                    range_invalidation: Some(false),
-                    substream_bits: Some(4),
-                    ats: true,
-                    sanitize: false,
-                }),
-            })
-        );
         assert_eq!(
             "path=/sys/bus/pci/devices/0000:01:00.0,id=nvme,iommu=b,bus=rp0".parse(),
             Ok(VfioConfig {
@@ -439,27 +246,6 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        refused::<IommuConfig>("smmu", "unknown IOMMU 'smmu'");
-        refused::<IommuConfig>("smmuv3,caching-mode=on", "unknown key 'caching-mode'");
-        refused::<IommuConfig>("vtd,host=/dev/iommu,caching-mode=off", "say caching-mode=on");
-        refused::<IommuConfig>("vtd,host=/dev/iommu,nest=on", "nest=on needs host=emulated");
-        refused::<IommuConfig>("vtd,second-stage=off,nest=on", "nest=on needs second-stage=on");
-        refused::<IommuConfig>("smmuv3,nest=on", "unknown key 'nest'");
-        refused::<IommuConfig>("smmuv3,aw=57", "aw: '57' is neither 48 nor 52");
-        refused::<IommuConfig>("smmuv3,granules=4K+8K", "granules: '8K' is none of 4K, 16K, 64K");
-        refused::<IommuConfig>("smmuv3,granules=4K,aw=52", "add 64K to granules=");
-        refused::<IommuConfig>("smmuv3,ril=auto", "ril: 'auto'");
-        refused::<IommuConfig>("vtd,aw=39", "aw: '39'");
-        refused::<IommuConfig>("vtd,pasid-bits=21", "21 is more");
-        refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");
-        refused::<IommuConfig>("vtd,addr=0x10000000000000", "more than 52 bits");
-        refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
-        refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
-        refused::<IommuConfig>("vtd,", "key=value");
-        refused::<IommuConfig>("vtd,id=on", "id: 'on'");
-        refused::<IommuConfig>("vtd,host=kernel", "neither emulated nor a path");
-        refused::<IommuConfig>("vtd,host=/dev/iommu,sanitize=on", "sanitize=on needs");
-        refused::<IommuConfig>("smmuv3,sanitize=on,host=/dev/iommu", "sanitize=on needs");
         refused::<VfioConfig>("iommu=off", "path=/sys/bus/pci/devices");
         refused::<VfioConfig>("path=/a,host=/b", "unknown key 'host'");
         refused::<DeviceConfig>("nvme", "unknown device 'nvme'");

@@ -3,6 +3,7 @@
 
 mod device_options;
 mod info_probe;
+mod iommu_options;
 mod options;
 mod outputs;
 
@@ -102,11 +103,14 @@ struct RunArgs {
     /// out of the kernel; `intremap=off` leaves it there, and `intremap=on` fails if KVM does not
     /// support that. A guest that is a host for assigned devices nests their tables with `nest=on`
     /// (ECAP.NEST). With `host=/dev/iommu` the kernel translates for assigned devices (--vfio); for
-    /// others behind the same IOMMU this process does.
+    /// others behind the same IOMMU this process does. Where hardware cannot nest the tables of
+    /// a vtd's guest, or with `nesting=off`, they are mirrored, with at most `shadow-pieces`
+    /// mappings.
     #[arg(
         long = "iommu",
-        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,\
-            nest=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,\
+        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,first-stage=on|off,second-stage=on|off,\
+            nest=on|off,nesting=auto|on|off,shadow-pieces=N,ats=on|off,caching-mode=on|off,\
+            intremap=on|off,host=emulated|PATH,\
             sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,\
             ril=on|off,host=emulated|PATH,sanitize=on|off]"
     )]

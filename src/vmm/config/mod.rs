@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use crate::arch::layout::IOMMU_REGISTERS;
 use crate::devices::virtio::{DiskAccess, MacAddress};
+use twostage::nesting::vtd::Nesting;
 use twostage::spec::smmuv3::regs;
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::viommu::vtd::MMIO_SIZE;
@@ -223,10 +224,14 @@ pub struct VtdOptions {
     pub address_width: u8,
     /// Width of PASIDs, in bits; 0 for none. Default: what all hosts have, at most 8.
     pub pasid_bits: Option<u8>,
-    /// Offers guest-owned second-stage tables.
-    pub second_stage: bool,
+    /// Offers first-stage tables. Default: unless they are mirrored.
+    pub first_stage: Option<bool>,
+    /// Offers guest-owned second-stage tables. Default: where the host walks or mirrors them.
+    pub second_stage: Option<bool>,
     /// Offers nested translation: the guest's first stage over its second stage.
     pub nest: bool,
+    /// Whether the host nests the guest's tables or has mirrors of them.
+    pub nesting: Nesting,
     /// Offers device TLBs (ATS).
     pub ats: bool,
     /// Caching mode: the guest must also invalidate entries that become present. Without it, tables
@@ -244,8 +249,10 @@ impl Default for VtdOptions {
         Self {
             address_width: 48,
             pasid_bits: None,
-            second_stage: true,
+            first_stage: None,
+            second_stage: None,
             nest: false,
+            nesting: Nesting::Auto { pieces: Nesting::PIECES },
             ats: false,
             caching_mode: true,
             interrupt_remapping: None,

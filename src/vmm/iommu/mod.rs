@@ -18,7 +18,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::config::{HostChoice, IommuConfig, IommuModel, MachineConfig};
+use crate::config::{HostChoice, IommuConfig, IommuModel, MachineConfig, VtdOptions};
 use crate::devices::DmaMaster;
 use crate::memory::MachineMemory;
 use crate::report::{HostReport, IommuReport};
@@ -131,8 +131,9 @@ impl Iommus {
         let around = Surroundings { host: host.clone(), beside: beside.clone(), memory, trace };
         let mut all = Vec::new();
         // The host has this extension only if all its units have it.
+        let second_stage = |vtd: &VtdOptions| vtd.second_stage != Some(false);
         let guest_second_stage =
-            config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(|vtd| vtd.second_stage));
+            config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(second_stage));
         for (number, iommu) in config.iommus.iter().enumerate() {
             let functions = functions.iter().filter(|function| function.iommu == number);
             let plan = Plan {

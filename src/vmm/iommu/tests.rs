@@ -206,7 +206,7 @@ fn the_emulated_host_serves_what_is_asked_for() {
     let config = |asked: bool| {
         let (address_width, pasid_bits) = if asked { (57, 20) } else { (48, 6) };
         let (ats, second_stage, nest) = (asked, asked, asked);
-        let pasid_bits = Some(pasid_bits);
+        let (pasid_bits, second_stage) = (Some(pasid_bits), Some(second_stage));
         VtdOptions { address_width, pasid_bits, ats, second_stage, nest, ..VtdOptions::default() }
     };
     let check = |iommu: &Iommu, asked: bool| {
@@ -241,7 +241,7 @@ fn a_machine_has_the_registers_of_the_offer() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let asked = VtdOptions {
         pasid_bits: Some(offer.pasid_bits),
-        second_stage: false,
+        second_stage: Some(false),
         ..VtdOptions::default()
     };
     let config = MachineConfig { iommus: vec![asked.into()], ..testing::machine() };
@@ -284,7 +284,7 @@ fn an_emulated_function_beside_a_physical_one_has_a_host_of_its_own() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let unit = VtdUnit::new(VtdUnitConfig::default());
     let (host, process) = kernel(&memory, unit.clone());
-    let options = VtdOptions { second_stage: false, ..VtdOptions::default() };
+    let options = VtdOptions { second_stage: Some(false), ..VtdOptions::default() };
     let iommus = mixed(IommuModel::Vtd(options), &memory, &host);
     let iommu = &iommus.all()[0];
     let mut physical = unit.port(PHYSICAL.raw());
@@ -318,7 +318,7 @@ fn an_emulated_function_beside_a_physical_one_has_a_host_of_its_own() {
 fn only_an_emulated_function_needs_an_emulated_host() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let (host, _process) = kernel(&memory, VtdUnit::new(VtdUnitConfig::default()));
-    let options = VtdOptions { second_stage: false, ..VtdOptions::default() };
+    let options = VtdOptions { second_stage: Some(false), ..VtdOptions::default() };
     let config = IommuConfig { host: HostChoice::Kernel(DEV_IOMMU.into()), ..options.into() };
     let config = MachineConfig { iommus: vec![config], ..testing::machine() };
     let with = |functions: &[AssignedFunction]| {

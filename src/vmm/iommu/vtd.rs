@@ -11,6 +11,7 @@ use crate::config::VtdOptions;
 use crate::devices::{DmaMaster, MessageWrites};
 use crate::report::{ModelReport, VtdReport};
 use crate::Result;
+use twostage::nesting::vtd::Serving;
 use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::unit::{self, VtdBuilder};
@@ -43,8 +44,17 @@ impl Vtd {
         let unit_id = emulated.as_ref().map(|(_, id)| *id);
         let devices = bind_devices(plan, unit_id, options.ats, around)?;
         let tables = Arc::new(around.memory.map().clone());
+        let config = vtd_config(options, plan.interrupt_remapping);
+        // Kernels do not nest second-stage tables of the guest, but any host takes their mirrors.
+        let serving = Serving::new(options.nesting, tables.clone(), config.clone());
+        let of_kernel = || devices.iter().filter(|device| device.host.emulated.is_none());
+        let nests = |device: &BoundDevice| serving.nests_for(&*device.host.verbs, device.dev);
+        let second_stage = options.second_stage;
+        let second_stage =
+            second_stage.unwrap_or_else(|| of_kernel().next().is_none() || !of_kernel().all(nests));
         let builder = VtdBuilder::new(around.host.ioas.clone(), tables, plan.interrupts.clone())
-            .config(&vtd_config(options, plan.interrupt_remapping))
+            .config(&config.with_second_stage(second_stage))
+            .nesting(options.nesting)
             .observer(around.observer(&plan.id, around.noting_objects()))
             .without_devices();
         let builder = devices.iter().fold(builder, |builder, BoundDevice { bdf, dev, host }| {
@@ -89,6 +99,7 @@ impl VirtualIommu for Vtd {
     fn report(&self) -> ModelReport {
         ModelReport::Vtd(VtdReport {
             registers: self.vtd.model().capabilities().registers(),
+            mirrored: self.vtd.nestings().iter().find_map(|side| side.mirrors_because()),
             viommu: self.vtd.model().counters(),
             nesting: self.vtd.nesting().counters(),
             nesting_beside: self.vtd.nestings().get(1).map(|beside| beside.counters()),
@@ -135,7 +146,8 @@ fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
     VtdConfig::default()
         .with_address_width(config.address_width)
         .with_pasid_bits(config.pasid_bits)
-        .with_second_stage(config.second_stage)
+        .with_first_stage(config.first_stage)
+        .with_second_stage(config.second_stage == Some(true))
         .with_nest(config.nest)
         .with_caching_mode(config.caching_mode)
         .with_device_iotlb(config.ats)

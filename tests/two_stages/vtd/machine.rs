@@ -151,6 +151,8 @@ impl<const MIRRORED: bool> MachineOf<MIRRORED> {
             Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
         })?;
         let way = if MIRRORED { Nesting::Off { pieces: PIECES } } else { Nesting::On };
+        // These guests invalidate what becomes present in a first stage, too.
+        let config = config.with_first_stage(MIRRORED.then_some(true));
         let nesting = ground.serve(way, &config)?;
         let units = [A, B].map(|rid| nesting.host_unit(rid, rid.to_string()).expect("added"));
         let config = config.intersect(&units).map_err(text)?;

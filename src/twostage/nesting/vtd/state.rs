@@ -128,10 +128,14 @@ impl State {
     /// See [`super::VtdNesting::host_unit`].
     pub fn host_unit(&self, rid: Bdf, name: String) -> Option<HostVtd> {
         let device = self.devices.get(&rid)?;
-        match self.shadow {
-            Some(_) => Some(HostVtd::mirrored(name, device.iova_bits, device.info.max_pasid_log2)),
-            None => host_vtd(name, &device.info, self.objects.extensions()),
+        let unit = host_vtd(name.clone(), &device.info, self.objects.extensions());
+        if self.shadow.is_none() {
+            return unit;
         }
+        // Only of a VT-d it is known what others behind it may have.
+        let own = device.info.max_pasid_log2;
+        let pasid_bits = unit.map_or(own, |unit| unit.ecap.pasid_bits());
+        Some(HostVtd::mirrored(name, device.iova_bits, pasid_bits))
     }
 
     /// Adds `dev` as `rid`, attached to nothing.

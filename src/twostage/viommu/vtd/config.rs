@@ -49,6 +49,11 @@ pub struct VtdConfig {
     pub pasid_bits: Option<u8>,
     /// Offer scalable mode, including first-stage tables.
     pub scalable_mode: bool,
+    /// Offer first-stage tables (FSTS). `None`: in scalable mode, but not mirrored ones, as guests
+    /// need not invalidate first-stage entries that become present, not even in caching mode, and
+    /// Linux does not. `Some(true)` is for guests that do, where tables are mirrored.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub first_stage: Option<bool>,
     /// Offer second-stage tables owned by the guest: legacy mode, and PGTT second-stage. Only
     /// possible on a host that walks them on top of its own.
     pub second_stage: bool,
@@ -88,6 +93,7 @@ impl Default for VtdConfig {
             iova_bits: None,
             pasid_bits: None,
             scalable_mode: true,
+            first_stage: None,
             second_stage: false,
             nest: false,
             caching_mode: true,
@@ -125,10 +131,10 @@ pub enum VtdConfigError {
     #[error("PASIDs need scalable mode; set the PASID bits to 0 or turn scalable mode on")]
     PasidWithoutScalableMode,
     /// There would be no kind of translation.
-    #[error("neither scalable mode nor second-stage tables are on; nothing could be translated")]
+    #[error("neither first-stage nor second-stage tables are on; nothing could be translated")]
     NoTranslation,
     /// Nested translation is of scalable mode, and has two stages.
-    #[error("nested translation needs scalable mode and second-stage tables; turn them on")]
+    #[error("nested translation needs scalable mode and tables of both stages; turn them on")]
     NestWithoutStages,
     /// The number of fault recording registers is out of range.
     #[error("{0} fault records are not possible; from 1 to {MAX_FAULT_RECORDS} are")]
@@ -141,6 +147,7 @@ impl VtdConfig {
         with_iova_bits iova_bits: Option<u8>;
         with_pasid_bits pasid_bits: Option<u8>;
         with_scalable_mode scalable_mode: bool;
+        with_first_stage first_stage: Option<bool>;
         with_second_stage second_stage: bool;
         with_nest nest: bool;
         with_caching_mode caching_mode: bool;
@@ -173,10 +180,10 @@ impl VtdConfig {
         if pasid_bits > 0 && !self.scalable_mode {
             return Err(VtdConfigError::PasidWithoutScalableMode);
         }
-        if !self.scalable_mode && !self.second_stage {
+        if !self.has_first_stage() && !self.second_stage {
             return Err(VtdConfigError::NoTranslation);
         }
-        if self.nest && !(self.scalable_mode && self.second_stage) {
+        if self.nest && !(self.has_first_stage() && self.second_stage) {
             return Err(VtdConfigError::NestWithoutStages);
         }
         if !(1..=MAX_FAULT_RECORDS).contains(&self.fault_records) {
@@ -204,6 +211,11 @@ impl Capabilities {
 }
 
 impl VtdConfig {
+    /// Whether first-stage tables are offered.
+    pub(super) fn has_first_stage(&self) -> bool {
+        self.scalable_mode && self.first_stage != Some(false)
+    }
+
     /// Width of the IOVAs that are translated, in bits.
     pub(super) fn iova_width(&self) -> u8 {
         self.iova_bits.unwrap_or(self.address_width)
@@ -246,8 +258,8 @@ impl VtdConfig {
             .with_mamv(MAMV)
             .with_dwd(true)
             .with_drd(true)
-            .with_fs1gp(self.scalable_mode && self.first_stage_1g)
-            .with_fs5lp(self.scalable_mode && five_level)
+            .with_fs1gp(self.has_first_stage() && self.first_stage_1g)
+            .with_fs5lp(self.has_first_stage() && five_level)
             .with_esirtps(self.interrupt_remapping)
             .with_esrtps(true);
         let ecap = Ecap::new()
@@ -261,8 +273,8 @@ impl VtdConfig {
             .with_sc(self.snoop_control)
             .with_iro(IRO)
             .with_nest(self.nest)
-            .with_srs(self.scalable_mode && self.supervisor_requests)
-            .with_eafs(self.scalable_mode && self.extended_accessed)
+            .with_srs(self.has_first_stage() && self.supervisor_requests)
+            .with_eafs(self.has_first_stage() && self.extended_accessed)
             .with_pasid(self.pasids() > 0)
             // No page request is ever pending, so a wait has none to drain.
             .with_pds(self.scalable_mode)
@@ -270,7 +282,7 @@ impl VtdConfig {
             .with_smts(self.scalable_mode)
             .with_ssads(self.nest && self.coherent_walks)
             .with_ssts(self.scalable_mode && self.second_stage)
-            .with_fsts(self.scalable_mode)
+            .with_fsts(self.has_first_stage())
             .with_smpwcs(self.scalable_mode && self.coherent_walks)
             .with_rps(self.scalable_mode);
         Ok(Capabilities { cap, ecap })

@@ -72,7 +72,19 @@ impl VtdConfig {
         for host in hosts {
             lowered.lower(self, host)?;
         }
-        Ok(lowered)
+        // A unit that nests, beside mirrors that brought second-stage tables in.
+        let nesting = hosts.iter().find(|host| !host.guest_second_stage);
+        match nesting.filter(|_| lowered.second_stage) {
+            Some(HostVtd { device, .. }) => Err(CapabilityConflict {
+                device: device.clone(),
+                bit: "guest_second_stage",
+                needed_for: "tables are mirrored for other devices, which takes second-stage \
+                             tables; say nesting=off"
+                    .into(),
+            }
+            .into()),
+            None => Ok(lowered),
+        }
     }
 
     /// Reduces this part of `wanted` to what `host` supports, too.
@@ -83,6 +95,9 @@ impl VtdConfig {
         self.extended_accessed &= host.ecap.eafs();
         self.snoop_control &= host.ecap.sc();
         self.coherent_walks &= host.ecap.smpwcs();
+        if host.mirrored && self.first_stage.is_none() {
+            (self.first_stage, self.second_stage) = (Some(false), true);
+        }
         if host.mirrored {
             let bits = host.cap.guest_address_width();
             self.iova_bits = Some(self.iova_bits.unwrap_or(self.address_width).min(bits));
@@ -121,6 +136,7 @@ impl VtdConfig {
         lowered.lower(self, host)?;
         let lost = [
             ("CAP.FS1GP", self.first_stage_1g && !lowered.first_stage_1g),
+            ("ECAP.FSTS", self.first_stage.is_none() && lowered.first_stage == Some(false)),
             ("ECAP.SRS", self.supervisor_requests && !lowered.supervisor_requests),
             ("ECAP.EAFS", self.extended_accessed && !lowered.extended_accessed),
             ("ECAP.SC", self.snoop_control && !lowered.snoop_control),
@@ -222,21 +238,28 @@ mod tests {
     #[test]
     fn a_unit_that_does_not_nest_looks_like_one_that_walks_every_single_stage() {
         let amd = |bits, pasids| HostVtd::mirrored("nvme".into(), bits, pasids);
-        let asked = VtdConfig { address_width: 57, second_stage: true, ..Default::default() };
+        let asked = VtdConfig { address_width: 57, ..Default::default() };
         let lowered = asked.intersect(&[amd(47, 0), amd(39, 8)]).unwrap();
         let (cap, ecap) = {
             let offered = lowered.capabilities().unwrap();
             (offered.cap, offered.ecap)
         };
         assert_eq!((cap.guest_address_width(), cap.sagaw()), (39, 0b1110));
-        assert!(cap.cm() && cap.fs5lp() && cap.fs1gp() && cap.sslps() == 3);
-        assert!(ecap.smts() && ecap.fsts() && ecap.ssts() && ecap.smpwcs() && ecap.sc());
+        assert!(cap.cm() && !cap.fs5lp() && !cap.fs1gp() && cap.sslps() == 3);
+        // Of the first stage, guests do not say what becomes present.
+        assert!(ecap.smts() && !ecap.fsts() && ecap.ssts() && ecap.smpwcs() && ecap.sc());
+        let said = asked.clone().with_first_stage(Some(true));
+        let both = said.intersect(&[amd(47, 0)]).unwrap().capabilities().unwrap();
+        assert!(both.ecap.fsts() && both.cap.fs1gp() && !both.ecap.ssts() && !both.ecap.srs());
         assert!(!ecap.srs() && !ecap.eafs() && !ecap.nest() && !ecap.ssads() && !ecap.dt());
         assert_eq!(ecap.pasid_bits(), 0);
         lowered.check_late(&amd(48, 8)).unwrap();
         let late = lowered.check_late(&amd(38, 0)).unwrap_err().to_string();
         assert!(late.contains("nvme lacks CAP.MGAW"), "{late}");
-        // Beside one that nests.
+        // Beside one that nests; and one that does not nest a second stage.
+        let hardware = HostVtd { guest_second_stage: false, ..able() };
+        let error = asked.intersect(&[hardware, amd(47, 3)]).unwrap_err().to_string();
+        assert!(error.contains("edu0 lacks guest_second_stage") && error.contains("nesting=off"));
         assert_eq!(asked.intersect(&[able(), amd(47, 3)]).unwrap().pasid_bits, Some(3));
         for (config, why) in [
             (VtdConfig { nest: true, ..asked.clone() }, "nest=on was requested"),

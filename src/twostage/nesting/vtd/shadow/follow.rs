@@ -9,6 +9,7 @@ use crate::iommufd::{ObjectId, Protection};
 use crate::nesting::vtd::invalidate::{by_name, ByName, FlushSet, Refused};
 use crate::nesting::vtd::state::State;
 use crate::nesting::{NestingError, Result};
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 use crate::spec::vtd::PAGE_SIZE;
 use crate::viommu::vtd::walk::{TooManyTables, Walk};
 use crate::viommu::vtd::{Invalidation, Progress};
@@ -101,7 +102,9 @@ impl State {
                 let (read, write) = (leaf.allowed.read, leaf.allowed.write && writable);
                 if read || write {
                     let iova = leaf.iova + (gpa - leaf.gpa);
-                    wanted.add(Piece { iova, length, gpa, access: Protection { read, write } });
+                    let piece = Piece { iova, length, gpa, access: Protection { read, write } };
+                    // Requests there are interrupts, whatever tables say (§3.14).
+                    piece.without(&INTERRUPT_RANGE).for_each(|piece| wanted.add(piece));
                 }
             });
         }

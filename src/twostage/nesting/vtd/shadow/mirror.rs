@@ -7,7 +7,7 @@
 //! replaced by a new one. What is left of it is cut there, so that the next change is in place.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use crate::iommufd::Protection;
 use crate::spec::vtd::PAGE_SIZE;
@@ -42,6 +42,15 @@ impl Piece {
         let length = end - self.iova;
         let rest = Self { iova: end, length: self.length - length, gpa: self.gpa + length, ..self };
         (Self { length, ..self }, rest)
+    }
+
+    /// Its parts outside of `hole`.
+    pub fn without(self, hole: &RangeInclusive<u64>) -> impl Iterator<Item = Self> {
+        let (start, end) = (*hole.start(), hole.end() + 1);
+        let cut = |at: u64| at.clamp(self.iova, self.end());
+        let (before, rest) = self.split(cut(start));
+        let (_, after) = rest.split(cut(end));
+        [before, after].into_iter().filter(|piece| piece.length > 0)
     }
 
     /// Its parts, which end at multiples of `grain`.
@@ -273,6 +282,20 @@ mod tests {
             piece(2 * window, 1, 2 * window + 2, RW),
         ];
         assert_eq!(long.pieces(), cut);
+    }
+
+    #[test]
+    fn a_hole_is_left_out() {
+        let left = |page, pages| {
+            let hole = 0x4000..=0x6fff;
+            piece(page, pages, page + 100, RW).without(&hole).collect::<Vec<_>>()
+        };
+        assert_eq!(left(1, 8), [piece(1, 3, 101, RW), piece(7, 2, 107, RW)]);
+        assert_eq!(left(1, 3), [piece(1, 3, 101, RW)]);
+        assert_eq!(left(1, 4), [piece(1, 3, 101, RW)]);
+        assert_eq!(left(5, 1), []);
+        assert_eq!(left(6, 2), [piece(7, 1, 107, RW)]);
+        assert_eq!(left(7, 2), [piece(7, 2, 107, RW)]);
     }
 
     #[test]
