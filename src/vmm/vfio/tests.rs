@@ -11,11 +11,15 @@ use super::host_device::Irq;
 use super::testing::{FakeDevice, FakeLender, FakeVectors};
 use super::*;
 use crate::pci::layout::CONFIG_SIZE;
-use crate::pci::{EventLine, PciBus, PciFunction};
+use crate::pci::{Bridge, BusNumbers, EventLine, PciBus, PciFunction};
 use twostage::spec::pci::Bdf;
+use twostage::viommu::bridges::BridgeKind;
 
 const CONFIG: u32 = 7;
 const BDF: Bdf = Bdf::from_raw(8);
+/// A root port, and the function behind it.
+const PORT: Bdf = Bdf::from_raw(0x10);
+const BEHIND_PORT: Bdf = Bdf::from_raw(0x100);
 /// Where the capabilities of [`nvme`] are.
 const POWER: u16 = 0x40;
 const MSI: u16 = 0x50;
@@ -84,9 +88,16 @@ struct Machine {
     vectors: Arc<FakeVectors>,
     released: Arc<Mutex<u32>>,
     bus: PciBus,
+    bdf: Bdf,
 }
 
+/// On the root bus.
 fn machine(device: FakeDevice) -> Machine {
+    machine_behind(device, None)
+}
+
+/// On the root bus, or behind a root port there.
+fn machine_behind(device: FakeDevice, port: Option<&Arc<Bridge>>) -> Machine {
     let (device, lender) = (Arc::new(device), Arc::new(FakeLender::default()));
     let (vectors, released) = (Arc::new(FakeVectors::default()), Arc::default());
     let mut next = 0xe000_0000;
@@ -94,7 +105,7 @@ fn machine(device: FakeDevice) -> Machine {
         "0000:01:00.0".into(),
         device.clone(),
         Surroundings {
-            way: None,
+            way: port.map(|port| port.way().clone()),
             place: &mut |size| {
                 let at = u64::next_multiple_of(next, size);
                 next = at + size;
@@ -111,23 +122,27 @@ fn machine(device: FakeDevice) -> Machine {
         },
     );
     let mut bus = PciBus::default();
-    bus.insert(BDF, Arc::new(function.unwrap()));
-    Machine { device, lender, vectors, released, bus }
+    let bdf = if port.is_some() { BEHIND_PORT } else { BDF };
+    if let Some(port) = port {
+        bus.insert_bridge(PORT, port.clone());
+    }
+    bus.insert(bdf, Arc::new(function.unwrap()));
+    Machine { device, lender, vectors, released, bus, bdf }
 }
 
 impl Machine {
     fn read(&self, offset: u16) -> u32 {
         let mut data = [0; 4];
-        self.bus.read_config(BDF, offset, &mut data);
+        self.bus.read_config(self.bdf, offset, &mut data);
         u32::from_le_bytes(data)
     }
 
     fn write(&self, offset: u16, data: &[u8]) {
-        self.bus.write_config(BDF, offset, data);
+        self.bus.write_config(self.bdf, offset, data);
     }
 
     fn function(&self) -> Arc<dyn PciFunction> {
-        self.bus.function(BDF).unwrap()
+        self.bus.function(self.bdf).unwrap()
     }
 
     /// The device's command register.
@@ -224,6 +239,37 @@ fn memory_is_lent_while_the_bar_answers() {
     assert_eq!(machine.lender.lent(), [(0xe080_0000, 0x2000)]);
     machine.write(4, &[4, 0]);
     assert_eq!((machine.lender.lent(), machine.command()), (vec![], 4));
+}
+
+#[test]
+fn behind_a_root_port_the_device_does_what_the_port_lets_through() {
+    let numbers = BusNumbers { primary: 0, secondary: 1, subordinate: 1 };
+    let port = Arc::new(Bridge::new("rp0", BridgeKind::Port, numbers, None));
+    let machine = machine_behind(nvme(), Some(&port));
+    let program = |offset, data: &[u8]| machine.bus.write_config(PORT, offset, data);
+    // An endpoint with a link, not one of the root complex.
+    assert_eq!(machine.read(EXPRESS), 0x0002_b010);
+    assert_eq!(machine.read(EXPRESS + 0x0c), 0x11);
+    assert_eq!(machine.lender.lent(), [], "the port's window is closed");
+    let lent = [(0xe000_0000, 0x2000)];
+    port.open(&(0xe000_0000..=0xe00f_ffff));
+    machine.bus.reprogrammed(&port);
+    assert_eq!(machine.lender.lent(), lent);
+    machine.write(4, &[6, 0]);
+    assert_eq!(machine.command(), 6);
+    // Without bus mastering of the port, or under another bus number than the IOMMU knows.
+    for (offset, value, back) in [(4, 2, 6), (0x19, 0, 1)] {
+        program(offset, &[value]);
+        assert_eq!((machine.command(), machine.lender.lent()), (2, lent.to_vec()), "{offset:#x}");
+        program(offset, &[back]);
+        assert_eq!((machine.command(), machine.read(4) & 7), (6, 6));
+    }
+    program(4, &[4, 0]);
+    assert_eq!(machine.lender.lent(), [], "the port forwards no memory requests");
+    program(4, &[6, 0]);
+    assert_eq!(machine.lender.lent(), lent);
+    program(0x3e, &[0x40]);
+    assert_eq!((machine.read(4) & 7, machine.lender.lent()), (0, vec![]), "it was reset");
 }
 
 #[test]
