@@ -270,3 +270,26 @@ proptest! {
         prop_assert_eq!(streams, put);
     }
 }
+
+#[test]
+fn an_id_mapping_covers_the_buses_behind_a_bridge_to_pci() {
+    use crate::spec::pci::Bdf;
+    use crate::viommu::bridges::{looked_up, Bridge, BridgeKind};
+    let bdf = |raw: u16| Bdf::from_raw(raw);
+    let port = Bridge { bdf: bdf(0x18), secondary: 1, kind: BridgeKind::Port };
+    let to_pci = Bridge { bdf: bdf(0x100), secondary: 2, kind: BridgeKind::ExpressToPci };
+    let mut iort = table();
+    let smmu = iort.add_smmuv3(&Smmuv3::new(0x0905_0000)).unwrap();
+    let mut root = RootComplex::new(0);
+    for (function, bridges) in [(0x100, &[port][..]), (0x208, &[port, to_pci])] {
+        for ids in looked_up(bdf(function), bridges, 2) {
+            let ids = u32::from(*ids.start())..=u32::from(*ids.end());
+            root.add_mapping(IdMapping::to_smmu(ids.clone(), *ids.start(), smmu));
+        }
+    }
+    iort.add_root_complex(&root).unwrap();
+    let iort = bytes(&iort);
+    let nodes = parsed(&iort);
+    let at = nodes[0].at;
+    assert_eq!(nodes[1].mappings(), [[0x100, 0, 0x100, at, 0], [0x200, 0xff, 0x200, at, 0]]);
+}
