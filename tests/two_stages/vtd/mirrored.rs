@@ -2,6 +2,9 @@
 //! The guest's tables mirrored into IOASes, as on a host that cannot nest: the same guarantees, and
 //! those that only mirrors need.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::IotlbScope;
 use twostage_emulated::{ObjectKind, VtdUnitConfig};
@@ -9,7 +12,7 @@ use twostage_emulated::{ObjectKind, VtdUnitConfig};
 use super::guest::{Completion, Entry};
 use super::machine::{vtd_config, MachineOf};
 use super::{iotlb, pages, pasid_pages};
-use crate::common::{A, B, PAGE};
+use crate::common::{reads_are_fresh, A, B, PAGE};
 use crate::conformance::{IOVA, NAME};
 
 type Machine = MachineOf<true>;
@@ -114,5 +117,106 @@ fn what_is_left_of_a_torn_page_is_reached_all_along() {
     }
     // Not one for each page.
     assert_eq!(machine.nesting.counters().mirror_rebuilds, 65);
+    assert_eq!(machine.end(), 0);
+}
+
+/// Pages of the random test: their translations, by page, as GPA and whether it may be written.
+type Table = BTreeMap<u64, (u64, bool)>;
+
+/// What a device finds at a page, and whether it may write there.
+fn reached(machine: &Machine, page: u64) -> Option<(u64, bool)> {
+    let found = machine.read(A, None, page * PAGE).ok()?;
+    Some((found, machine.write(A, None, page * PAGE, found).is_ok()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Tables that change at random, with invalidations of random ranges, against the same page by
+    /// page: what was invalidated since it changed is exactly as the table has it.
+    #[test]
+    fn what_is_invalidated_is_as_the_table_has_it(
+        edits in prop::collection::vec(
+            (0..64u64, 1..24u64, prop::option::of((0..128u64, any::<bool>())), 0..64u64, 0..7u8),
+            1..24,
+        ),
+    ) {
+        let machine = Machine::with(VtdUnitConfig::default(), vtd_config().with_second_stage(true));
+        let guest = &machine.guest;
+        let table = guest.page();
+        let memory: Vec<_> = (0..128).map(|_| guest.page()).collect();
+        memory.iter().for_each(|page| guest.store(*page, *page));
+        guest.set_entry(A, 0, Entry::SecondStage { table, domain: NAME });
+        guest.enable();
+        let (mut now, mut unsaid) = (Table::new(), BTreeSet::new());
+        for (at, count, to, from, mask) in edits {
+            for page in at..(at + count).min(64) {
+                match to {
+                    Some((to, write)) => {
+                        let gpa = memory[((to + page) % 128) as usize];
+                        guest.map_second_stage(table, page * PAGE, gpa, write);
+                        now.insert(page, (gpa, write));
+                    }
+                    None if now.remove(&page).is_some() => guest.unmap(table, page * PAGE),
+                    None => continue,
+                }
+                unsaid.insert(page);
+            }
+            let range = pages(from * PAGE, mask);
+            let scope = match mask {
+                6 => IotlbScope::Domain(NAME),
+                _ => IotlbScope::Pages { domain: NAME, range },
+            };
+            prop_assert_eq!(guest.submit(&[iotlb(scope)]), Completion::Done);
+            let first = from >> mask << mask;
+            unsaid.retain(|page| mask < 6 && !(first..first + (1 << mask)).contains(page));
+            for page in (0..64).filter(|page| !unsaid.contains(page)) {
+                prop_assert_eq!(reached(&machine, page), now.get(&page).copied(), "{}", page);
+            }
+        }
+        while guest.take_fault().is_some() {}
+        prop_assert_eq!(machine.end(), 0);
+    }
+}
+
+/// Both devices read without a pause while the guest maps, tears, unmaps and switches tables; a
+/// page that stays mapped is found all along, and what was invalidated is not found any more.
+#[test]
+fn reads_are_fresh_and_never_fail_while_what_surrounds_them_changes() {
+    let machine = Machine::new();
+    let guest = &machine.guest;
+    let tables = [guest.page(), guest.page()];
+    let around: Vec<_> = (0..16).map(|_| guest.page()).collect();
+    for table in tables {
+        guest.map(table, IOVA + 16 * PAGE, guest.page(), 1, true);
+    }
+    guest.set_entry(A, 0, Entry::FirstStage { table: tables[0], domain: NAME });
+    guest.set_entry(B, 0, Entry::FirstStage { table: tables[0], domain: NAME });
+    guest.enable();
+    let all = || guest.submit(&[iotlb(IotlbScope::Domain(NAME))]);
+    reads_are_fresh(&machine.memory, [A, B].map(|rid| machine.port(rid)), IOVA, |round, page| {
+        // The page itself leads elsewhere, in both tables; B goes from one table to the other.
+        tables.iter().for_each(|table| guest.map(*table, IOVA, page, 1, true));
+        // Its neighbours come as one piece, go one by one, and come back.
+        for (n, neighbour) in (1..).zip(&around) {
+            match (round + n) % 3 {
+                0 => guest.unmap(tables[0], IOVA + n * PAGE),
+                _ => guest.map(tables[0], IOVA + n * PAGE, *neighbour, 1, round % 2 == 0),
+            }
+        }
+        let invalidation = match round % 3 {
+            0 => pasid_pages(NAME, 0, None),
+            1 => pasid_pages(NAME, 0, Some(pages(IOVA, 5))),
+            _ => iotlb(IotlbScope::Domain(NAME)),
+        };
+        assert_eq!(guest.submit(&[invalidation]), Completion::Done);
+        if round % 4 == 0 {
+            let table = tables[(round / 4 % 2) as usize];
+            guest.set_entry(B, 0, Entry::FirstStage { table, domain: NAME });
+            assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+        }
+    });
+    assert_eq!(all(), Completion::Done);
+    assert!(machine.nesting.counters().mirror_rebuilds > 100);
     assert_eq!(machine.end(), 0);
 }
