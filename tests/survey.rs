@@ -147,7 +147,16 @@ fn devices_behind_smmus() {
     let none = HwInfo::new(HwInfoData::Other(4));
     let amd = DeviceFacts { info: none, ..nvme.clone() };
     assert_eq!(DeviceReport::new(&amd).iommu, "AMD-Vi");
-    assert!(matches!(Offer::new(&[amd]), Err(OfferError::UnknownIommu(_))));
+    assert!(matches!(Offer::new(std::slice::from_ref(&amd)), Err(OfferError::UnknownIommu(_))));
+    // Its guest's tables are mirrored.
+    let text = NestingReport::new(&[amd]).to_string();
+    for line in [
+        "not nested, but with the guest's tables mirrored (nesting=auto), a virtual VT-d over all of \
+         them can offer:",
+        "  legacy and scalable mode, second-stage tables",
+    ] {
+        assert!(text.lines().any(|found| found == line), "'{line}' is not in:\n{text}");
+    }
     let refusal = HostError::new(Verb::ViommuAlloc, None, Errno::EOPNOTSUPP, "no S2FWB");
     let refused = DeviceFacts { refusal: Some(refusal), ..nvme };
     assert!(NestingReport::new(&[refused]).to_string().contains("no S2FWB"));

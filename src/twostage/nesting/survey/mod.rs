@@ -49,6 +49,8 @@ pub struct NestingReport {
     pub offer: Option<Offer>,
     /// Why there can be none.
     pub no_offer: Option<String>,
+    /// What a virtual VT-d offers then, whose guest's tables are mirrored rather than nested.
+    pub mirrored: Option<Offer>,
 }
 
 impl NestingReport {
@@ -58,7 +60,9 @@ impl NestingReport {
             Ok(offer) => (Some(offer), None),
             Err(error) => (None, Some(error.to_string())),
         };
-        Self { devices: facts.iter().map(DeviceReport::new).collect(), offer, no_offer }
+        let mirrored = if offer.is_none() { Offer::mirrored(facts) } else { None };
+        let devices = facts.iter().map(DeviceReport::new).collect();
+        Self { devices, offer, no_offer, mirrored }
     }
 }
 
@@ -70,7 +74,12 @@ impl fmt::Display for NestingReport {
         match (&self.offer, &self.no_offer) {
             (Some(offer), _) => write!(f, "{offer}"),
             (None, why) => {
-                writeln!(f, "no virtual IOMMU over all of them: {}", why.as_deref().unwrap_or(""))
+                writeln!(f, "no virtual IOMMU over all of them: {}", why.as_deref().unwrap_or(""))?;
+                let Some(mirrored) = &self.mirrored else { return Ok(()) };
+                write!(
+                    f,
+                    "not nested, but with the guest's tables mirrored (nesting=auto), {mirrored}"
+                )
             }
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::DeviceFacts;
+use super::{difference, DeviceFacts};
 use crate::iommufd::{Extensions, HwInfoData};
 use crate::nesting::{host_smmu, host_vtd};
 use crate::spec::smmuv3::SubstreamId;
@@ -119,6 +119,39 @@ impl Offer {
                 Err(OfferError::UnknownIommu(first.name.clone()))
             }
         }
+    }
+
+    /// What a virtual VT-d for all devices of `facts` can offer if the guest's tables are mirrored;
+    /// `None` for no devices, or those behind an SMMU.
+    pub fn mirrored(facts: &[DeviceFacts]) -> Option<Self> {
+        if facts.iter().any(|device| matches!(device.info.data, HwInfoData::ArmSmmuV3(_))) {
+            return None;
+        }
+        let unit = |device: &DeviceFacts| {
+            let last = difference(&device.iovas, &device.reserved).last().map(|range| *range.end());
+            // Of all addresses, 64 bits.
+            let bits = last.map_or(0, |last| last.checked_add(1).map_or(64, u64::ilog2));
+            let pasid_bits = device.info.max_pasid_log2;
+            HostVtd::mirrored(device.name.clone(), bits as u8, pasid_bits)
+        };
+        let hosts: Vec<_> = facts.iter().map(unit).collect();
+        let wanted = VtdConfig { interrupt_remapping: true, ..VtdConfig::default() };
+        let config = wanted.intersect(&hosts).ok()?;
+        let offered = config.capabilities().ok()?;
+        Some(Self {
+            kind: OfferKind::Vtd,
+            address_bits: offered.cap.guest_address_width(),
+            pasid_bits: offered.ecap.pasid_bits(),
+            ats: false,
+            dirty_tracking: false,
+            features: Self::features([
+                (true, "legacy and scalable mode, second-stage tables"),
+                (config.snoop_control, "snoop control"),
+                (config.coherent_walks, "coherent walks"),
+                (config.interrupt_remapping, "interrupt remapping"),
+            ]),
+            registers: offered.registers(),
+        })
     }
 
     fn features<'a>(all: impl IntoIterator<Item = (bool, &'a str)>) -> Vec<String> {
