@@ -12,6 +12,7 @@ use twostage::iommufd::{
 };
 use twostage::jail::{ThreadKind, GUEST, REMOVE, SETUP};
 use twostage::nesting::survey::survey;
+use twostage::nesting::vtd::Nesting;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::smmuv3::command::Command;
@@ -20,6 +21,7 @@ use twostage::unit::{Smmuv3Builder, VtdBuilder};
 use twostage::viommu::smmuv3::{
     EventRecordWords, EventTarget, Smmu, SmmuInterrupt, SmmuInterrupts,
 };
+use twostage::viommu::vtd::VtdConfig;
 use twostage::viommu::InterruptSink;
 use twostage_emulated::kit::{smmuv3, vtd, Pages};
 use twostage_emulated::{
@@ -282,22 +284,26 @@ pub fn smmu_life(world: &World) {
     jail.run(&REMOVE, || drop((unit, ground)));
 }
 
-/// A virtual VT-d on `world`, likewise; with a PASID if `pasids`.
-pub fn vtd_life(world: &World, pasids: bool) {
+/// A virtual VT-d on `world`, likewise; with a PASID if `pasids`. Its tables are nested or
+/// mirrored, as `nesting` says.
+pub fn vtd_life(world: &World, pasids: bool, nesting: Nesting) {
     let (jail, regions) = (&world.jail, memory());
     let map = GuestMemoryMmap::<()>::from_arc_regions(regions.to_vec()).unwrap();
     let map = Arc::new(map);
     let builder = |ground: &Ground| {
         VtdBuilder::new(ground.ioas.clone(), map.clone(), Arc::new(Interrupts))
             .threads(Arc::new(jail.clone()))
+            .nesting(nesting)
             .device(RID, ground.dev, "device")
     };
     let ground = world.ground(&regions);
-    let unit = Arc::new(jail.run(&SETUP, || builder(&ground).build().unwrap()));
+    let config = VtdConfig::default().with_first_stage(Some(true));
+    let unit = Arc::new(jail.run(&SETUP, || builder(&ground).config(&config).build().unwrap()));
     let guest = vtd::Driver::new(Pages::new(map.clone(), 0x10_0000), unit.clone());
     let load = (world.engine)(ground.dev);
     let [table, other] = [guest.page(), guest.page()];
     guest.map(table, IOVA, guest.page(), 1, true);
+    guest.map(table, IOVA + 8 * PAGE, guest.page(), 1, true);
     let entry = |table| vtd::Entry::FirstStage { table, domain: NAME };
     jail.run(&GUEST, || {
         guest.enable();
@@ -317,6 +323,7 @@ pub fn vtd_life(world: &World, pasids: bool) {
     load(IOVA);
     let pasid = Pasid::new(0).unwrap();
     let all = Descriptor::PasidIotlb { domain: NAME, pasid, range: None };
+    guest.unmap(table, IOVA + 8 * PAGE);
     assert_eq!(world.run_during_dma(&GUEST, || guest.submit(&[all])), vtd::Completion::Done);
     load(IOVA + PAGE);
     let state = jail.run(&GUEST, || unit.snapshot().unwrap());

@@ -30,6 +30,7 @@ use seccompiler::{apply_filter, SeccompAction};
 use tempfile::NamedTempFile;
 use twostage::iommufd::{HostIommu, HwInfoData, KernelHost, Verb};
 use twostage::jail::{self, Ioctl, ThreadKind, EVENTS, GUEST, KINDS, QUEUE, REMOVE, SETUP};
+use twostage::nesting::vtd::Nesting;
 use twostage::threads::{NewThread, ThreadStart};
 use vmm_sys_util::signal::register_signal_handler;
 
@@ -39,14 +40,10 @@ use lives::{smmu, smmu_life, vt_d, vtd_life, Load, World};
 /// Entries that no life here uses: the kind, the ioctl, and why it is in the table.
 const UNSEEN: &[(&ThreadKind, &str, &str)] = &[
     (&SETUP, "IOMMU_HWPT_INVALIDATE", "a stream is added while a flush of the TLB is due"),
-    (&SETUP, "IOMMU_IOAS_COPY", "memory is mapped that mirrored tables of the guest name already"),
-    (&GUEST, "IOMMU_IOAS_ALLOC", MIRRORED),
-    (&GUEST, "IOMMU_IOAS_COPY", MIRRORED),
-    (&GUEST, "IOMMU_IOAS_UNMAP", MIRRORED),
     (&REMOVE, "IOMMU_IOAS_UNMAP", "a kernel's host unmaps what is left when it is dropped"),
 ];
 
-const MIRRORED: &str = "the guest's tables are mirrored where the host does not nest";
+const MIRRORED: Nesting = Nesting::Off { pieces: 100 };
 
 thread_local! {
     /// What this thread does.
@@ -186,9 +183,12 @@ fn ioctls(kind: &ThreadKind, seen: &BTreeSet<(&'static str, Verb)>) -> BTreeSet<
 fn the_tables_have_the_ioctls_of_every_kind_and_no_others() {
     let (one, other) = (World::emulated(false, smmu), World::emulated(false, vt_d));
     smmu_life(&one);
-    vtd_life(&other, true);
+    vtd_life(&other, true, Nesting::On);
+    let mirrored = World::emulated(false, vt_d);
+    vtd_life(&mirrored, true, MIRRORED);
     let ((started, mut seen), (none, of_vtd)) = (one.end(), other.end());
     seen.extend(of_vtd);
+    seen.extend(mirrored.end().1);
     assert_eq!((started, none), (BTreeSet::from(["events"]), BTreeSet::new()));
     let mut wrong = Vec::new();
     for kind in KINDS {
@@ -209,7 +209,8 @@ fn the_tables_have_the_ioctls_of_every_kind_and_no_others() {
 fn lives_in_jails() {
     let (one, other) = (World::emulated(true, smmu), World::emulated(true, vt_d));
     smmu_life(&one);
-    vtd_life(&other, true);
+    vtd_life(&other, true, Nesting::On);
+    vtd_life(&World::emulated(true, vt_d), true, MIRRORED);
     assert_eq!(one.end().0, BTreeSet::from(["events"]));
 }
 
@@ -275,7 +276,7 @@ fn kernel() {
     let smmu = matches!(info.data, HwInfoData::ArmSmmuV3(_));
     match smmu {
         true => smmu_life(&world),
-        false => vtd_life(&world, info.max_pasid_log2 != 0),
+        false => vtd_life(&world, info.max_pasid_log2 != 0, Nesting::On),
     }
     let (started, seen) = world.end();
     let expected = if smmu { &["events", "queue"][..] } else { &[] };
