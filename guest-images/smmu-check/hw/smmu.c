@@ -5,8 +5,8 @@
 #include "lib/wait.h"
 
 enum {
-    STREAMS = 256, // those of bus 0
-    STREAMS_LOG2 = 8,
+    STREAMS = 4096, // those of 16 buses
+    STREAMS_LOG2 = 12,
     QUEUE_LOG2 = 8,
     QUEUE_ENTRIES = 1 << QUEUE_LOG2,
     // Tables and queues: inner shareable, write-back.
