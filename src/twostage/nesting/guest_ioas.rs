@@ -224,7 +224,11 @@ impl GuestIoas {
 
     fn tell_mirrors(&self) -> Result<()> {
         let all: Vec<_> = self.mirrors.lock().iter().filter_map(Weak::upgrade).collect();
-        all.iter().try_for_each(|mirrors| mirrors.memory_changed())
+        let mut result = Ok(());
+        for mirrors in all {
+            result = result.and(mirrors.memory_changed());
+        }
+        result
     }
 
     /// Its users, locked: mapping and adding devices exclude each other.

@@ -82,8 +82,12 @@ impl RecordingHost {
 
     /// Makes the `nth` call from now on (the next is 0) fail with `errno`.
     pub fn fail_nth(&self, nth: u64, errno: Errno) {
-        let mut state = self.state();
-        state.fail_at = Some((state.calls + nth, errno));
+        self.fail_calls(nth, 1, errno);
+    }
+
+    /// The same, and the `count - 1` calls after it.
+    pub fn fail_calls(&self, nth: u64, count: u64, errno: Errno) {
+        self.state().fail_from(nth, count, errno);
     }
 
     /// Whether a failure requested by [`Self::fail_nth`] is still pending.

@@ -17,7 +17,8 @@ pub(super) struct State {
     pub log: Vec<String>,
     pub muted: bool,
     pub calls: u64,
-    pub fail_at: Option<(u64, Errno)>,
+    /// The first call to fail, how many do, and with what.
+    pub fail_at: Option<(u64, u64, Errno)>,
     pub failures: VecDeque<(Verb, Errno)>,
     pub partial: VecDeque<(usize, Errno)>,
     /// Commands of an SMMU that are always refused.
@@ -79,10 +80,15 @@ impl State {
         id
     }
 
+    pub fn fail_from(&mut self, nth: u64, count: u64, errno: Errno) {
+        self.fail_at = Some((self.calls + nth, count, errno));
+    }
+
     pub fn ordered_failure(&mut self, verb: Verb) -> Option<Errno> {
         let call = self.calls;
         self.calls += 1;
-        if let Some((_, errno)) = self.fail_at.take_if(|(at, _)| *at == call) {
+        if let Some((at, count, errno)) = self.fail_at.filter(|(at, ..)| *at <= call) {
+            self.fail_at = self.fail_at.filter(|_| call + 1 < at + count);
             return Some(errno);
         }
         self.next_failure(verb)

@@ -26,6 +26,15 @@ impl State {
 
     /// See [`crate::viommu::vtd::VtdHostSide::configure`].
     pub fn configure(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
+        let result = self.configure_one(requester, config);
+        // Others may have been lost with a mirror that this one was to join. What could not even be
+        // blocked has a name of its own, and is tried again before that is invalidated.
+        let _ = self.starve_lost(Some(requester));
+        result
+    }
+
+    /// [`State::configure`] without regard to others.
+    pub fn configure_one(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
         if let Some(shadow) = self.shadow.as_mut() {
             shadow.feed(requester);
         }
@@ -132,16 +141,20 @@ impl State {
     ) -> Result<()> {
         let parent = self.key(parent)?;
         let found = self.nested.hwpts.find(&(parent.hwpt, stage1));
-        let hwpt = match found {
+        let mut hwpt = match found {
             Some(hwpt) => hwpt,
             None => self.alloc_nested(requester, device, parent, stage1)?,
         };
         // The host caches under its own tag for each HWPT, the guest under a DomainTag for each
         // user. Under a tag that no other user of the HWPT has, nothing is cached in the guest's
         // view, so it need not have invalidated what the host still caches for the others.
-        let adopts = found.is_some() && !self.nested.knows(hwpt, tag);
+        let adopts = found.is_some() && (!self.nested.knows(hwpt, tag) || self.is_unsettled(hwpt));
         if adopts {
             self.flush_everything(hwpt)?;
+            if self.nested.stage1(hwpt).is_none() {
+                // The last of its users was lost on the way, and it with that.
+                hwpt = self.alloc_nested(requester, device, parent, stage1)?;
+            }
         }
         let slot = Slot::on(Attached::Nested(hwpt), tag.domain);
         if self.slot(requester).attached != slot.attached {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::mirror::{Mirror, Piece, Steps};
-use super::{is_reserved, refused_attach, reserved, too_many, Mirrored, MAX_STARVED};
+use super::{is_reserved, refused_attach, reserved, too_many, Lost, Mirrored, MAX_STARVED};
 use crate::iommufd::{Errno, HwInfo, HwptFlags, MapTarget, ObjectId};
 use crate::nesting::objects::Objects;
 use crate::nesting::vtd::nested::Slot;
@@ -124,19 +124,24 @@ impl State {
         Ok(hwpt)
     }
 
-    /// Blocks `requester`, whose table cannot be mirrored because of `error`; the guest gets a
-    /// fault. `config` is tried again when the guest invalidates.
+    /// Blocks `requester`, whose table is not mirrored because of `error`; the guest gets a fault.
+    /// `config` is tried again when the guest invalidates.
     pub fn starve(&mut self, requester: Requester, config: &RequesterConfig, error: &NestingError) {
         self.block(requester);
         warn_limited!("{requester} is blocked: {error}");
-        let NestingError::NotMirrored { iova, .. } = error else { return };
+        let address = match error {
+            NestingError::NotMirrored { iova, .. } => *iova,
+            _ => 0,
+        };
+        let reachable = self.is_reachable(requester);
         let Some(shadow) = self.shadow.as_mut() else { return };
-        if shadow.starved.len() < MAX_STARVED {
+        // One that could not be blocked must be, before an invalidation that names it completes.
+        if shadow.starved.len() < MAX_STARVED || reachable {
             shadow.starved.insert(requester, *config);
         }
         shadow.faults.push(DmaFault {
             requester,
-            address: *iova,
+            address,
             write: false,
             execute: false,
             privileged: false,
@@ -192,15 +197,9 @@ impl State {
     }
 
     /// Replaces the mirror `id`, which is `old` and not in the books, by `new` for all its users.
-    /// Those that the host does not attach are blocked.
-    pub(super) fn replace_mirror(
-        &mut self,
-        id: ObjectId,
-        old: Mirrored,
-        new: &mut Mirrored,
-    ) -> Result<()> {
-        let mut result = Ok(());
-        for requester in self.nested.users(id) {
+    /// Those that the host does not attach are blocked, and lost.
+    pub(super) fn replace_mirror(&mut self, id: ObjectId, old: Mirrored, new: &mut Mirrored) {
+        for (requester, config) in self.configs(id) {
             let Some(device) = self.devices.get(&requester.rid).copied() else { continue };
             let attached = Self::attachable_of(&mut self.objects, new, &device);
             let attached = attached.and_then(|pt| {
@@ -213,12 +212,23 @@ impl State {
             if let Err(error) = attached {
                 let slot = self.nested.slots().get(requester);
                 self.nested.set(requester, Slot { unsettled: true, ..slot });
-                self.block(requester);
-                result = result.and(Err(error));
+                self.lose(requester, config, &error);
             }
         }
         self.destroy_mirror(old);
-        result
+    }
+
+    /// Blocks `requester`, which cannot use its mirror any more because of `error`.
+    pub(super) fn lose(
+        &mut self,
+        requester: Requester,
+        config: RequesterConfig,
+        error: &NestingError,
+    ) {
+        self.block(requester);
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.lost.push(Lost { requester, config, error: error.clone() });
+        }
     }
 
     /// The users of the mirror `id`, as they were configured.

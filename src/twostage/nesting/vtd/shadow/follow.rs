@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::mirror::{Change, Mirror, Piece, Steps, Wanted};
-use super::{too_many, Mirrored};
+use super::{too_many, Lost, Mirrored};
 use crate::iommufd::{ObjectId, Protection};
 use crate::nesting::vtd::invalidate::{by_name, ByName, FlushSet, Refused};
 use crate::nesting::vtd::state::State;
@@ -12,7 +12,8 @@ use crate::nesting::{NestingError, Result};
 use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 use crate::spec::vtd::PAGE_SIZE;
 use crate::viommu::vtd::walk::{TooManyTables, Walk};
-use crate::viommu::vtd::{Invalidation, Progress};
+use crate::viommu::vtd::{Invalidation, Progress, RequesterConfig};
+use crate::viommu::Requester;
 
 /// All IOVAs.
 const EVERYTHING: Range<u64> = 0..u64::MAX;
@@ -189,7 +190,8 @@ impl State {
             return Err(error);
         }
         let old = std::mem::replace(mirrored, new);
-        self.replace_mirror(id, old, mirrored)
+        self.replace_mirror(id, old, mirrored);
+        Ok(())
     }
 
     /// Replaces the mirror `id` by one that has `pieces` in `range`, and the same elsewhere.
@@ -209,7 +211,8 @@ impl State {
         }
         self.counters.mirror_rebuilds += 1;
         let old = std::mem::replace(mirrored, new);
-        self.replace_mirror(id, old, mirrored)
+        self.replace_mirror(id, old, mirrored);
+        Ok(())
     }
 
     /// Takes the account of a mirror that goes as a whole.
@@ -222,32 +225,91 @@ impl State {
         pieces
     }
 
-    /// Compares all of the mirror `id` at once. If that fails, its users are blocked.
+    /// Compares all of the mirror `id` at once. If that fails, its users are lost.
     pub fn follow_all(&mut self, id: ObjectId) -> Result<()> {
         let result = self.follow_ranges(id, &[EVERYTHING], None, &mut { Quota::ALL });
         if let Err(error) = &result {
-            self.give_up(id, error, &mut None);
+            for (requester, config) in self.configs(id) {
+                match error {
+                    NestingError::NotMirrored { .. } => self.starve(requester, &config, error),
+                    _ => self.lose(requester, config, error),
+                }
+            }
         }
         result.map(drop)
     }
 
+    /// Whether it is not certain what the mirror `id` maps.
+    pub fn is_unsettled(&self, id: ObjectId) -> bool {
+        let mirrored = self.shadow.as_ref().and_then(|shadow| shadow.mirrors.get(&id));
+        mirrored.is_some_and(|mirrored| mirrored.unsettled)
+    }
+
     /// The map of guest memory has changed: compares all mirrors.
     pub fn follow_memory(&mut self) -> Result<()> {
-        let mut refused = None;
         let ids: Vec<_> = self.shadow.iter().flat_map(|it| it.mirrors.keys()).copied().collect();
         for id in ids {
-            if let Err(error) = self.follow_ranges(id, &[EVERYTHING], None, &mut { Quota::ALL }) {
-                self.give_up(id, &error, &mut refused);
-            }
+            // Its users are lost then.
+            let _ = self.follow_all(id);
         }
-        match refused {
-            Some(Refused { error, still_reachable: true }) => Err(error),
-            _ => Ok(()),
-        }
+        self.starve_lost(None)
     }
 
     /// [`State::invalidate_some`] for mirrors.
     pub fn follow_some(
+        &mut self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+        refused: &mut Option<Refused>,
+    ) {
+        self.follow_slice(batch, progress, refused);
+        if refused.is_some() {
+            // Then the virtual IOMMU gives everybody's configuration again.
+            self.take_lost();
+        }
+        for Lost { requester, error, .. } in self.find_lost() {
+            let reachable = self.is_reachable(requester);
+            refuse(refused, &error).still_reachable |= reachable;
+        }
+    }
+
+    /// Serves those who lost their mirror again. Returns who is blocked still.
+    fn find_lost(&mut self) -> Vec<Lost> {
+        let mut left = Vec::new();
+        for lost in self.take_lost() {
+            if let Err(error) = self.configure_one(lost.requester, &lost.config) {
+                left.push(Lost { error, ..lost });
+            }
+        }
+        // That is done once: a host that fails all the time does not hold anybody up.
+        left.extend(self.take_lost());
+        left
+    }
+
+    /// The same, where nobody but them is told: those who are blocked still get a fault. `but` has
+    /// been told.
+    ///
+    /// # Errors
+    /// Somebody could not be blocked.
+    pub fn starve_lost(&mut self, but: Option<Requester>) -> Result<()> {
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.lost.retain(|lost| Some(lost.requester) != but);
+        }
+        let mut result = Ok(());
+        for Lost { requester, config, error } in self.find_lost() {
+            self.starve(requester, &config, &error);
+            if self.is_reachable(requester) {
+                result = result.and(Err(error));
+            }
+        }
+        result
+    }
+
+    fn take_lost(&mut self) -> Vec<Lost> {
+        self.shadow.as_mut().map(|shadow| std::mem::take(&mut shadow.lost)).unwrap_or_default()
+    }
+
+    fn follow_slice(
         &mut self,
         batch: &[Invalidation],
         progress: &mut Progress,
@@ -327,13 +389,13 @@ impl State {
     /// Tries those again that `batch` names and whose table could not be mirrored.
     fn feed_named(&mut self, batch: &[Invalidation], refused: &mut Option<Refused>) {
         let starved = self.shadow.iter().flat_map(|shadow| &shadow.starved);
-        let named = |config: &crate::viommu::vtd::RequesterConfig| {
+        let named = |config: &RequesterConfig| {
             batch.iter().any(|invalidation| invalidation.names(config.tag))
         };
         let named: Vec<_> = starved.filter(|(_, config)| named(config)).collect();
         let named: Vec<_> = named.into_iter().map(|(who, config)| (*who, *config)).collect();
         for (requester, config) in named {
-            if let Err(error) = self.configure(requester, &config) {
+            if let Err(error) = self.configure_one(requester, &config) {
                 let reachable = self.is_reachable(requester);
                 refuse(refused, &error).still_reachable |= reachable;
             }

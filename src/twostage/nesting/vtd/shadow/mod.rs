@@ -14,6 +14,8 @@
 //!
 //! Nothing that the guest has taken back stays mapped where a device can reach it: if the host
 //! fails in the middle, the users of the mirror are blocked, and it goes with the last of them.
+//! Those are *lost* until they are served again, or the guest is told: by the failure of what it
+//! waits for, or by a fault if it waits for something else.
 
 mod calls;
 mod follow;
@@ -52,10 +54,21 @@ pub(super) struct Shadow {
     last: ObjectId,
     /// The pieces of all mirrors, those in the making included.
     pieces: u64,
-    /// Requesters that are blocked because their table cannot be mirrored.
+    /// Requesters that are blocked because their table cannot be mirrored, or was not.
     starved: BTreeMap<Requester, RequesterConfig>,
+    /// Not served again yet.
+    lost: Vec<Lost>,
     /// Not delivered yet.
     faults: Vec<DmaFault>,
+}
+
+/// A requester that was blocked, while the virtual IOMMU did something else, because it could not
+/// use its mirror any more.
+#[derive(Debug)]
+struct Lost {
+    requester: Requester,
+    config: RequesterConfig,
+    error: NestingError,
 }
 
 /// One mirror.
@@ -82,6 +95,7 @@ impl Shadow {
             last: ObjectId(0),
             pieces: 0,
             starved: BTreeMap::new(),
+            lost: Vec::new(),
             faults: Vec::new(),
         }
     }
@@ -109,6 +123,7 @@ impl Shadow {
     /// Forgets the requesters of `rid`.
     pub fn forget(&mut self, rid: Bdf) {
         self.starved.retain(|requester, _| requester.rid != rid);
+        self.lost.retain(|lost| lost.requester.rid != rid);
     }
 
     fn add(&mut self, mirrored: Mirrored) -> ObjectId {
