@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::mirror::{Mirror, Piece, Steps};
-use super::{is_reserved, refused_attach, reserved, too_many, Lost, Mirrored, MAX_STARVED};
+use super::{is_reserved, refused_attach, reserved, too_many, Mirrored};
 use crate::iommufd::{Errno, HwInfo, HwptFlags, MapTarget, ObjectId};
 use crate::nesting::objects::Objects;
 use crate::nesting::vtd::nested::Slot;
@@ -12,9 +12,8 @@ use crate::nesting::vtd::state::{Device, Parent, State};
 use crate::nesting::{Context, NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::vtd::walk::Tables;
-use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1};
+use crate::viommu::vtd::{RequesterConfig, Stage1};
 use crate::viommu::Requester;
-use crate::warn_limited;
 
 impl State {
     /// What `dev`, the guest's `rid`, is attached to when it bypasses tables. Where the host has no
@@ -124,32 +123,6 @@ impl State {
         Ok(hwpt)
     }
 
-    /// Blocks `requester`, whose table is not mirrored because of `error`; the guest gets a fault.
-    /// `config` is tried again when the guest invalidates.
-    pub fn starve(&mut self, requester: Requester, config: &RequesterConfig, error: &NestingError) {
-        self.block(requester);
-        warn_limited!("{requester} is blocked: {error}");
-        let address = match error {
-            NestingError::NotMirrored { iova, .. } => *iova,
-            _ => 0,
-        };
-        let reachable = self.is_reachable(requester);
-        let Some(shadow) = self.shadow.as_mut() else { return };
-        // One that could not be blocked must be, before an invalidation that names it completes.
-        if shadow.starved.len() < MAX_STARVED || reachable {
-            shadow.starved.insert(requester, *config);
-        }
-        shadow.faults.push(DmaFault {
-            requester,
-            address,
-            write: false,
-            execute: false,
-            privileged: false,
-            reason: None,
-            stage2: false,
-        });
-    }
-
     /// Does `steps` in the host: first what goes, then what comes.
     pub(super) fn change(&mut self, mirrored: &mut Mirrored, steps: &Steps) -> Result<()> {
         mirrored.unsettled = true;
@@ -216,19 +189,6 @@ impl State {
             }
         }
         self.destroy_mirror(old);
-    }
-
-    /// Blocks `requester`, which cannot use its mirror any more because of `error`.
-    pub(super) fn lose(
-        &mut self,
-        requester: Requester,
-        config: RequesterConfig,
-        error: &NestingError,
-    ) {
-        self.block(requester);
-        if let Some(shadow) = self.shadow.as_mut() {
-            shadow.lost.push(Lost { requester, config, error: error.clone() });
-        }
     }
 
     /// The users of the mirror `id`, as they were configured.

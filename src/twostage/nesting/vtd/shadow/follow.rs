@@ -11,20 +11,19 @@ use crate::nesting::vtd::state::State;
 use crate::nesting::{NestingError, Result};
 use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 use crate::spec::vtd::PAGE_SIZE;
-use crate::viommu::vtd::walk::{TooManyTables, Walk};
-use crate::viommu::vtd::{Invalidation, Progress, RequesterConfig};
-use crate::viommu::Requester;
+use crate::viommu::vtd::walk::{Leaf, TooManyTables, Walk};
+use crate::viommu::vtd::{Invalidation, Progress};
 
 /// All IOVAs.
 const EVERYTHING: Range<u64> = 0..u64::MAX;
 /// Tables read at once where nobody waits.
-const AT_ONCE: u64 = 512;
+pub(super) const AT_ONCE: u64 = 512;
 
 /// How much of a comparison may still be done in one piece.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Quota {
     /// Tables to read.
-    tables: u64,
+    pub tables: u64,
     /// Mappings to change.
     steps: usize,
 }
@@ -35,15 +34,21 @@ impl Quota {
     /// All of it.
     const ALL: Self = Self { tables: u64::MAX, steps: usize::MAX };
 
-    fn is_used(&self) -> bool {
+    /// Whether the rest is for another slice.
+    pub fn is_used(&self) -> bool {
         self.tables == 0 || self.steps == 0
+    }
+
+    /// There was something long. All of it stays so.
+    pub fn use_up(&mut self) {
+        self.steps = if self.steps == usize::MAX { usize::MAX } else { 0 };
     }
 }
 
 impl State {
     /// The tables that one comparison may read, whatever they hold: each piece is in one of its
     /// own, below another, and they may be read twice.
-    fn budget(&self) -> u64 {
+    pub(super) fn budget(&self) -> u64 {
         self.shadow.as_ref().map_or(0, |shadow| shadow.limit.saturating_mul(4).saturating_add(4096))
     }
 
@@ -95,9 +100,16 @@ impl State {
             pause = u64::MAX;
         };
         *budget = walk.budget();
+        let mut wanted = Wanted::default();
+        self.add_leaves(&leaves, &mut wanted)?;
+        let change = mirror.compare(&range, wanted.pieces());
+        Ok((range, change))
+    }
+
+    /// Adds `leaves`, as far as they are guest memory, to `wanted`.
+    pub(super) fn add_leaves(&self, leaves: &[Leaf], wanted: &mut Wanted) -> Result<()> {
         let ioas = self.objects.ioas()?;
         let memory = ioas.users();
-        let mut wanted = Wanted::default();
         for leaf in leaves {
             memory.mapped_parts(leaf.gpa, leaf.length, |gpa, length, writable| {
                 let (read, write) = (leaf.allowed.read, leaf.allowed.write && writable);
@@ -109,8 +121,7 @@ impl State {
                 }
             });
         }
-        let change = mirror.compare(&range, wanted.pieces());
-        Ok((range, change))
+        Ok(())
     }
 
     /// Makes the mirror `id` as its table is now in `ranges`, which ascend, or in a part of them:
@@ -172,8 +183,7 @@ impl State {
                     }
                     Change::Replace(pieces) => {
                         self.rebuild(id, mirrored, &compared, &pieces)?;
-                        // A long one; ALL stays so.
-                        quota.steps = if quota.steps == usize::MAX { usize::MAX } else { 0 };
+                        quota.use_up();
                     }
                 }
             }
@@ -273,58 +283,26 @@ impl State {
         }
     }
 
-    /// Serves those who lost their mirror again. Returns who is blocked still.
-    fn find_lost(&mut self) -> Vec<Lost> {
-        let mut left = Vec::new();
-        for lost in self.take_lost() {
-            if let Err(error) = self.configure_one(lost.requester, &lost.config) {
-                left.push(Lost { error, ..lost });
-            }
-        }
-        // That is done once: a host that fails all the time does not hold anybody up.
-        left.extend(self.take_lost());
-        left
-    }
-
-    /// The same, where nobody but them is told: those who are blocked still get a fault. `but` has
-    /// been told.
-    ///
-    /// # Errors
-    /// Somebody could not be blocked.
-    pub fn starve_lost(&mut self, but: Option<Requester>) -> Result<()> {
-        if let Some(shadow) = self.shadow.as_mut() {
-            shadow.lost.retain(|lost| Some(lost.requester) != but);
-        }
-        let mut result = Ok(());
-        for Lost { requester, config, error } in self.find_lost() {
-            self.starve(requester, &config, &error);
-            if self.is_reachable(requester) {
-                result = result.and(Err(error));
-            }
-        }
-        result
-    }
-
-    fn take_lost(&mut self) -> Vec<Lost> {
-        self.shadow.as_mut().map(|shadow| std::mem::take(&mut shadow.lost)).unwrap_or_default()
-    }
-
     fn follow_slice(
         &mut self,
         batch: &[Invalidation],
         progress: &mut Progress,
         refused: &mut Option<Refused>,
     ) {
+        let (begins, mut quota) = (progress.next().is_none(), Quota::SLICE);
+        if begins {
+            self.counters.invalidations_in += batch.len() as u64;
+            progress.go_on_at(Some(0));
+        }
+        if !self.feed_some(batch, begins, &mut quota, refused) {
+            return;
+        }
         let (mut from, mut resume) = match progress.next() {
-            None => {
-                self.counters.invalidations_in += batch.len() as u64;
-                self.feed_named(batch, refused);
-                (ObjectId(0), None)
-            }
+            None => (ObjectId(0), None),
             // It was an id when it was stored.
             Some(next) => (ObjectId(next as u32), progress.inside()),
         };
-        let (by_name, mut quota) = (by_name(batch), Quota::SLICE);
+        let by_name = by_name(batch);
         loop {
             let first = |&(domain, pasid): &_| self.nested.named(domain, pasid, from).next();
             let Some(id) = by_name.keys().filter_map(first).min() else {
@@ -385,24 +363,12 @@ impl State {
             refuse(refused, error);
         }
     }
-
-    /// Tries those again that `batch` names and whose table could not be mirrored.
-    fn feed_named(&mut self, batch: &[Invalidation], refused: &mut Option<Refused>) {
-        let starved = self.shadow.iter().flat_map(|shadow| &shadow.starved);
-        let named = |config: &RequesterConfig| {
-            batch.iter().any(|invalidation| invalidation.names(config.tag))
-        };
-        let named: Vec<_> = starved.filter(|(_, config)| named(config)).collect();
-        let named: Vec<_> = named.into_iter().map(|(who, config)| (*who, *config)).collect();
-        for (requester, config) in named {
-            if let Err(error) = self.configure_one(requester, &config) {
-                let reachable = self.is_reachable(requester);
-                refuse(refused, &error).still_reachable |= reachable;
-            }
-        }
-    }
 }
 
-fn refuse<'a>(refused: &'a mut Option<Refused>, error: &NestingError) -> &'a mut Refused {
+/// There was `error`.
+pub(super) fn refuse<'a>(
+    refused: &'a mut Option<Refused>,
+    error: &NestingError,
+) -> &'a mut Refused {
     refused.get_or_insert_with(|| Refused { error: error.clone(), still_reachable: false })
 }

@@ -91,6 +91,13 @@ impl Wanted {
         }
     }
 
+    /// Leaves the last piece, which may still grow. Returns how many it drops.
+    pub fn drop_all_but_the_last(&mut self) -> usize {
+        let dropped = self.0.len().saturating_sub(1);
+        self.0.drain(..dropped);
+        dropped
+    }
+
     /// All of it.
     pub fn pieces(&self) -> &[Piece] {
         &self.0

@@ -9,8 +9,8 @@
 //!
 //! A guest can name 2^36 pages with two tables, so the pieces of all mirrors together are limited,
 //! and so are the tables that one comparison reads. Where a table has more, or IOVAs that the host
-//! reserves, its users are blocked and the guest gets a fault; the next invalidation that names
-//! them tries again.
+//! reserves, its users are blocked and the guest gets a fault; invalidations that name them try
+//! again ([`starved`]).
 //!
 //! Nothing that the guest has taken back stays mapped where a device can reach it: if the host
 //! fails in the middle, the users of the mirror are blocked, and it goes with the last of them.
@@ -21,6 +21,7 @@ mod calls;
 mod follow;
 mod mirror;
 pub(super) mod serving;
+mod starved;
 #[cfg(test)]
 mod tests;
 
@@ -32,9 +33,9 @@ use crate::iommufd::{Errno, HostError, ObjectId};
 use crate::nesting::NestingError;
 use crate::spec::pci::Bdf;
 use crate::viommu::vtd::walk::Tables;
-use crate::viommu::vtd::{DmaFault, RequesterConfig};
+use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1};
 use crate::viommu::{Requester, TableMemory};
-use mirror::Mirror;
+use mirror::{Mirror, Wanted};
 use serving::Serving;
 
 /// At most this many blocked requesters are tried again when the guest invalidates; others are when
@@ -55,7 +56,9 @@ pub(super) struct Shadow {
     /// The pieces of all mirrors, those in the making included.
     pieces: u64,
     /// Requesters that are blocked because their table cannot be mirrored, or was not.
-    starved: BTreeMap<Requester, RequesterConfig>,
+    starved: BTreeMap<Requester, Starved>,
+    /// Whose table is read, to try it again.
+    trial: Option<Trial>,
     /// Not served again yet.
     lost: Vec<Lost>,
     /// Not delivered yet.
@@ -69,6 +72,31 @@ struct Lost {
     requester: Requester,
     config: RequesterConfig,
     error: NestingError,
+}
+
+/// A requester that is blocked because its table is not mirrored.
+#[derive(Debug)]
+struct Starved {
+    config: RequesterConfig,
+    /// A batch has named it, and it was not tried since.
+    due: bool,
+    /// Batches that it is left out of.
+    skip: u32,
+    /// The same after another failure.
+    patience: u32,
+}
+
+/// The pieces of one table are being counted.
+#[derive(Debug)]
+struct Trial {
+    stage1: Stage1,
+    /// Where to go on, in bytes.
+    iova: u64,
+    /// Tables that may still be read.
+    budget: u64,
+    /// The pieces so far, without those in `last`.
+    pieces: u64,
+    last: Wanted,
 }
 
 /// One mirror.
@@ -95,6 +123,7 @@ impl Shadow {
             last: ObjectId(0),
             pieces: 0,
             starved: BTreeMap::new(),
+            trial: None,
             lost: Vec::new(),
             faults: Vec::new(),
         }
