@@ -386,6 +386,7 @@ impl State {
         files.ending = !ended.is_empty();
         drop(files);
         drop(ended);
+        self.pins.sweep();
         self.files().ending = false;
     }
 

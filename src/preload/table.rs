@@ -5,8 +5,10 @@
 //! Hooks look up every descriptor of the program, also in signal handlers: no lock, one load.
 
 use std::cell::Cell;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
 
 use crate::sys;
 
@@ -92,12 +94,46 @@ pub fn ours(first: u32, last: u32) -> impl Iterator<Item = (RawFd, Entry)> {
 
 /// A descriptor that the program must not touch.
 #[derive(Debug)]
-pub struct Internal(OwnedFd);
+pub struct Internal<T: AsRawFd = OwnedFd>(T);
 
 impl Internal {
     /// Moves `fd` to a number that programs do not expect.
     pub fn new(fd: OwnedFd) -> Self {
-        let fd = sys::duplicate(fd.as_raw_fd()).unwrap_or(fd);
+        Self::marked(moved(fd))
+    }
+}
+
+impl AsFd for Internal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Internal<Arc<File>> {
+    /// The same for a file that others share. It must be kept until nobody does
+    /// ([`Self::is_shared`]): whoever drops the last share closes the number.
+    pub fn shared(file: File) -> Self {
+        Self::marked(Arc::new(moved(file.into()).into()))
+    }
+
+    /// One more share.
+    pub fn share(&self) -> Arc<File> {
+        self.0.clone()
+    }
+
+    /// Whether anybody else has a share.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+}
+
+/// `fd` with a number that programs do not expect.
+fn moved(fd: OwnedFd) -> OwnedFd {
+    sys::duplicate(fd.as_raw_fd()).unwrap_or(fd)
+}
+
+impl<T: AsRawFd> Internal<T> {
+    fn marked(fd: T) -> Self {
         // A number beyond the table is unlikely to be closed by accident.
         set(fd.as_raw_fd(), Entry::Internal);
         Self(fd)
@@ -109,7 +145,7 @@ impl Internal {
     }
 }
 
-impl Drop for Internal {
+impl<T: AsRawFd> Drop for Internal<T> {
     fn drop(&mut self) {
         set(self.raw(), Entry::NotOurs);
     }

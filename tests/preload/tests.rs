@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Programs under `libtwostage_iommufd.so`.
 
+mod express;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -203,6 +205,8 @@ fn files_that_are_memory_and_accesses_of_any_length() {
             "memory: ok (true, true)",
             "opened read-only: ok (true, true)",
             "on disk: errno 22 (false, false)",
+            "closed before it is used: fetch true, store true",
+            "another's descriptor: true",
             "configuration space: Ok(256)",
             "past its end: Err(14)",
             "an odd piece: Ok(7)",
@@ -211,93 +215,6 @@ fn files_that_are_memory_and_accesses_of_any_length() {
             "past it: Err(22)",
             "written: 24, [1, 2, 3]",
         ],
-    );
-}
-
-#[test]
-fn a_pci_express_device_has_messages_errors_and_memory() {
-    expect(
-        &["express", "/dev/vfio/devices/vfio0"],
-        &[
-            "unbound: errno 22",
-            "region 0: flags 3, 0x100000",
-            "region 1: flags 3, 0x1000",
-            "region 2: flags 7, 0x4000",
-            "region 3: flags 0, 0x0",
-            "region 7: flags 3, 0x1000",
-            "interrupts 0: ok, flags 7, 1",
-            "interrupts 1: ok, flags 9, 1",
-            "interrupts 2: ok, flags 1, 4",
-            "interrupts 3: ok, flags 9, 1",
-            "interrupts 4: ok, flags 9, 1",
-            "interrupts 5: errno 22, flags 9, 1",
-            "map registers: errno 22",
-            "map the table: errno 22",
-            "map a copy: errno 22",
-            "map past the end: errno 22",
-            "map too much: errno 22",
-            "map all: ok",
-            "written to the page: 0x1234",
-            "the page has: 0x5678",
-            "the table: 0xffffffffffffffff",
-            "more than there are: errno 22",
-            "MSI-X: ok",
-            "raised: [1, 0, 0], [0, 1, 1]",
-            "by the program: ok",
-            "MSI beside: errno 22",
-            "raised: [1, 1, 0]",
-            "off: ok",
-            "raised: [0, 0, 0]",
-            "index 3: ok, ok, 1",
-            "index 4: ok, ok, 1",
-            "no migration: errno 25",
-            "is it there: ok",
-            "of what is no memory: errno 95",
-            "of no BAR: errno 19",
-            "half a page: errno 22",
-            "too much: errno 22",
-            "memory space is off: errno 19",
-            "on: ok",
-            "fetch true, store true",
-            "moved: 7",
-            "off: fetch false",
-            "it stays lost: fetch false",
-            "unmap: ok",
-            "again: ok",
-            "reset: 0, the page has 0x0",
-            "hot reset: errno 19",
-            "bind again: errno 22",
-            "unmapped: ok",
-        ],
-    );
-}
-
-/// In Linux a port above the device resets the bus.
-#[test]
-fn the_bus_of_a_device_is_reset() {
-    let file = tempfile::NamedTempFile::new().expect("a file");
-    let text = "[[iommu]]\nname = 'a'\nmodel = 'vtd'\n[[device]]\nvfio = 5\niommu = 'a'\n\
-                address = '01:00.1'\ngroup = 3\nexpress = true\n";
-    std::fs::write(file.path(), text).expect("written");
-    let arguments = ["hot-reset", "/dev/vfio/devices/vfio5", "/dev/vfio/3", "0000:01:00.1"];
-    let lines = log(preloaded(PROGRAM, &arguments).env("TWOSTAGE_IOMMUFD", file.path()));
-    assert_eq!(
-        lines,
-        [
-            "info: errno 22, flags 7, 7 devices, at 0x0",
-            "info: errno 28, flags 0, 1 devices, at 0x0",
-            "info: ok, flags 3, 1 devices, at 0x1010000",
-            "its own: true",
-            "by a group: errno 22",
-            "reset: ok, 0x0",
-            "info: ok, flags 0, 1 devices, at 0x1010000",
-            "in group 3",
-            "by 0 others: errno 22",
-            "by 1 others: errno 9",
-            "by 1 others: errno 22",
-            "by 2 others: errno 22",
-            "reset: ok, 0x0",
-        ]
     );
 }
 

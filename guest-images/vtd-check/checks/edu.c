@@ -167,7 +167,10 @@ static void function_level_reset(void)
     pci_write(DEVICE->place, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
     if (DEVICE->has_pasid)
         edu_pasid_enable(DEVICE, true);
-    EXPECT(!(command & (PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER)), "command 0x%04x", (u16)command);
+    // vfio-pci restores the register after the reset, and a VMM may show the guest that (QEMU does).
+    if (!devices_assigned())
+        EXPECT(!(command & (PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER)), "command 0x%04x",
+               (u16)command);
     EXPECT(reg(EDU_LIVENESS) == 0 && reg(EDU_IRQ_STATUS) == 0, "liveness 0x%x, interrupt status 0x%x",
            reg(EDU_LIVENESS), reg(EDU_IRQ_STATUS));
     EXPECT(edu_write_to(DEVICE, NO_PASID, gpa_of(page), 512, 8), "the write does not end");

@@ -272,14 +272,10 @@ impl UserSpace for Process {
 
     fn file(&self, fd: i32) -> Option<Arc<fs::File>> {
         let same = self.same_file(fd)?;
-        if !sys::is_memory(&same) {
-            return Some(Arc::new(same));
-        }
-        let file = Arc::new(process::anew(same));
-        if let Ok(status) = sys::status(file.as_raw_fd()) {
-            state::current().pins.mapped_file(taken::key(&status), &file);
-        }
-        Some(file)
+        let is_memory = sys::is_memory(&same);
+        let file = if is_memory { process::anew(same) } else { same };
+        let status = sys::status(file.as_raw_fd()).ok().filter(|_| is_memory);
+        Some(state::current().pins.mapped_file(status.as_ref().map(taken::key), file))
     }
 
     fn is_memory(&self, file: &fs::File) -> bool {

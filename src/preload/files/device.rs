@@ -125,7 +125,10 @@ impl Device {
                 return Ok(0);
             }
             (FEATURE, _) => {
-                let Some(export) = feature(process, address)? else { return Ok(0) };
+                let has_bar = |index| {
+                    self.state().function.region(index).is_some_and(|region| region.size > 0)
+                };
+                let Some(export) = feature(process, address, has_bar)? else { return Ok(0) };
                 let buf = self.state().function.export(&export)?;
                 return caller.open(Arc::new(OpenTestFile(Arc::new(BarFile(buf))))).map(i64::from);
             }

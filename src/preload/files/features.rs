@@ -35,11 +35,15 @@ pub struct Export {
 }
 
 /// What the `VFIO_DEVICE_FEATURE` at `address` of `process` asks for; none if it only asks whether
-/// that is possible.
+/// that is possible. `has_bar` knows which BARs there are.
 ///
 /// # Errors
 /// As vfio-pci, for a device without migration; `EOPNOTSUPP` for a dma-buf of several ranges.
-pub fn feature(process: &Process, address: u64) -> Result<Option<Export>, Errno> {
+pub fn feature(
+    process: &Process,
+    address: u64,
+    has_bar: impl Fn(u32) -> bool,
+) -> Result<Option<Export>, Errno> {
     let mut head = [0; HEAD_SIZE];
     let length = copy_in(process, address, &mut head)?;
     let flags = u32_at(&head, 4);
@@ -55,7 +59,7 @@ pub fn feature(process: &Process, address: u64) -> Result<Option<Export>, Errno>
     if flags & PROBE != 0 {
         return Ok(None);
     }
-    if length < HEAD_SIZE + DMA_BUF_SIZE {
+    if flags & GET == 0 || length < HEAD_SIZE + DMA_BUF_SIZE {
         return Err(Errno::EINVAL);
     }
     let mut bytes = [0; DMA_BUF_SIZE];
@@ -63,13 +67,14 @@ pub fn feature(process: &Process, address: u64) -> Result<Option<Export>, Errno>
     process.read(address, &mut bytes).map_err(|_| Errno::EFAULT)?;
     // region_index, open_flags (the descriptor is closed on exec in any case), flags, nr_ranges
     let [index, _, flags, count] = [0, 4, 8, 12].map(|at| u32_at(&bytes, at));
-    match (flags, count) {
-        (0, 1) => {}
-        (0, 2..) => return Err(Errno::EOPNOTSUPP),
-        _ => return Err(Errno::EINVAL),
+    if flags != 0 || count == 0 {
+        return Err(Errno::EINVAL);
     }
-    if index >= ROM {
+    if index >= ROM || !has_bar(index) {
         return Err(Errno::ENODEV);
+    }
+    if count > 1 {
+        return Err(Errno::EOPNOTSUPP);
     }
     let mut range = [0; RANGE_SIZE];
     process
@@ -77,10 +82,10 @@ pub fn feature(process: &Process, address: u64) -> Result<Option<Export>, Errno>
         .map_err(|_| Errno::EFAULT)?;
     let word = |at: usize| u64::from(u32_at(&range, at)) | u64::from(u32_at(&range, at + 4)) << 32;
     let (offset, length) = (word(0), word(8));
-    let end = offset.checked_add(length).ok_or(Errno::EINVAL)?;
     if length == 0 || !offset.is_multiple_of(PAGE_SIZE) || !length.is_multiple_of(PAGE_SIZE) {
         return Err(Errno::EINVAL);
     }
+    let end = offset.checked_add(length).ok_or(Errno::EOVERFLOW)?;
     Ok(Some(Export { index, range: offset..end }))
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The PCI function behind a VFIO device: its configuration space, BARs and interrupts.
 
-use std::fs::File;
 use std::mem::size_of;
 use std::sync::{Arc, Weak};
 
@@ -16,9 +15,9 @@ use crate::files::config_space::{self as config, Kind, BARS, COMMAND};
 use crate::files::edu::Edu;
 use crate::files::features::Export;
 use crate::files::irqs::Irqs;
+use crate::memory::pins;
 use crate::sys;
 use crate::table::Internal;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 /// The function.
 #[derive(Debug)]
@@ -67,7 +66,8 @@ impl Region {
 }
 
 impl Function {
-    /// A function after reset, with or without an engine.
+    /// A function that was just opened, with or without an engine: as in vfio-pci, its memory is
+    /// enabled.
     ///
     /// # Errors
     /// There are no more descriptors, or no memory.
@@ -78,7 +78,10 @@ impl Function {
             false => None,
         };
         let irqs = Irqs::new(kind.is_express());
-        let (config, exports) = (kind.config_space(), Vec::new());
+        let (mut config, exports) = (kind.config_space(), Vec::new());
+        if let Some(command) = config.get_mut(COMMAND).filter(|_| bars != [0; BARS]) {
+            *command = config::MEMORY_SPACE;
+        }
         Ok(Self { kind, config, bars, edu, memory, exports, irqs })
     }
 
@@ -110,12 +113,9 @@ impl Function {
             return Err(Errno::EINVAL);
         }
         let memory = self.memory.as_ref().filter(|_| region.is_memory());
-        let file = sys::duplicate(memory.ok_or(Errno::EOPNOTSUPP)?.raw())?;
-        let file = FileOffset::new(File::from(file), export.range.start);
-        let length = (export.range.end - export.range.start) as usize;
-        let mapped = GuestRegionMmap::<()>::from_range(GuestAddress(0), length, Some(file));
-        let mapped = mapped.map_err(|_| Errno::from_raw(libc::ENOMEM))?;
-        let buf = DmaBuf::new(UserMemory::whole(Arc::new(mapped)));
+        let (memory, start) = (memory.ok_or(Errno::EOPNOTSUPP)?, export.range.start);
+        let mapped = pins::map_file(&**memory, start, export.range.end - start)?;
+        let buf = DmaBuf::new(UserMemory::whole(mapped));
         if !self.memory_enabled() {
             buf.revoke();
         }
@@ -128,7 +128,7 @@ impl Function {
         self.config.get(COMMAND).is_some_and(|byte| byte & config::MEMORY_SPACE != 0)
     }
 
-    /// Revokes or restores its dma-bufs: memory space was enabled or not `before`.
+    /// Revokes or restores its dma-bufs, whose memory space was enabled or not `before`.
     fn move_exports(&self, before: bool) {
         let exports = self.exports.iter().filter_map(Weak::upgrade);
         match (before, self.memory_enabled()) {
@@ -138,11 +138,11 @@ impl Function {
         }
     }
 
-    /// Puts it in the state in which it was opened, except for what VFIO has set up: eventfds.
+    /// Resets its registers and its memory. Linux saves and restores configuration space
+    /// (`pci_try_reset_function`), so the command register stays, as do VFIO's eventfds; dma-bufs
+    /// must be mapped again.
     pub fn reset(&mut self) {
-        let before = self.memory_enabled();
-        self.config = self.kind.config_space();
-        self.move_exports(before);
+        self.exports.iter().filter_map(Weak::upgrade).for_each(|buf| buf.revoke());
         if let Some(edu) = &mut self.edu {
             edu.reset();
         }
@@ -150,13 +150,14 @@ impl Function {
             // It is as long.
             let _ = sys::write_at(memory.raw(), 0, &[0; edu::MEMORY_SIZE]);
         }
+        self.move_exports(false);
         self.interrupt(None);
     }
 
     /// Reads or writes `bytes`, an aligned piece of at most eight bytes of `region`, at `at`.
     ///
     /// # Errors
-    /// `EINVAL` there is nothing.
+    /// `EINVAL` there is nothing; `EIO` memory space is disabled.
     pub fn access(
         &mut self,
         region: Region,
@@ -166,12 +167,19 @@ impl Function {
     ) -> Result<(), Errno> {
         match region.index {
             CONFIG_REGION => self.access_config(at, bytes, write),
+            // The table is the host's, as in vfio-pci.
+            config::MESSAGES if at < config::TABLE_SIZE => {
+                if !write {
+                    bytes.fill(0xff);
+                }
+                Ok(())
+            }
+            _ if !self.memory_enabled() => Err(Errno::EIO),
             config::REGISTERS => self.access_registers(at, bytes, write),
             config::MESSAGES => {
-                // The table is the host's, as in vfio-pci. No bit is pending.
-                let is_table = at < config::TABLE_SIZE;
+                // No bit is pending.
                 if !write {
-                    bytes.fill(if is_table { 0xff } else { 0 });
+                    bytes.fill(0);
                 }
                 Ok(())
             }
@@ -306,10 +314,11 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_leaves_nothing() {
+    fn a_reset_leaves_the_command_register_only() {
         for by_config in [false, true] {
             let mut function = function(Kind::Integrated);
-            write(&mut function, CONFIG_REGION, COMMAND as u64, &[6]);
+            assert_eq!(read(&mut function, CONFIG_REGION, COMMAND as u64) & 0xffff, 2, "as opened");
+            write(&mut function, CONFIG_REGION, COMMAND as u64, &[6, 4]);
             write(&mut function, config::MEMORY, 0x1ff8, b"a secret");
             let before = read(&mut function, config::MEMORY, 0x1ff8);
             assert_eq!(before.to_le_bytes(), *b"a secret");
@@ -322,7 +331,24 @@ mod tests {
                 function.reset();
             }
             assert_eq!(read(&mut function, config::MEMORY, 0x1ff8), 0);
-            assert_eq!(function.config, Kind::Integrated.config_space());
+            let mut expected = Kind::Integrated.config_space();
+            expected[COMMAND..COMMAND + 2].copy_from_slice(&[6, 4]);
+            assert_eq!(function.config, expected);
+        }
+    }
+
+    #[test]
+    fn nothing_answers_while_memory_space_is_disabled() {
+        let mut function = function(Kind::Integrated);
+        write(&mut function, CONFIG_REGION, COMMAND as u64, &[4]);
+        let mut outcome = |index, at, write| {
+            let region = function.region(index).unwrap();
+            function.access(region, at, &mut [0; 8], write).map_err(Errno::raw)
+        };
+        for write in [false, true] {
+            assert_eq!(outcome(config::MEMORY, 0, write), Err(libc::EIO));
+            assert_eq!(outcome(config::MESSAGES, config::TABLE_SIZE, write), Err(libc::EIO));
+            assert_eq!(outcome(config::MESSAGES, 0, write), Ok(()), "the table is the host's");
         }
     }
 

@@ -12,8 +12,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, MutexGuard, Weak};
+use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
 use libc::{PROT_READ, PROT_WRITE};
@@ -23,6 +24,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::sys;
+use crate::table::Internal;
 
 const PAGE_SIZE: u64 = 4096;
 
@@ -32,9 +34,12 @@ pub struct Pins {
     /// Number of private pieces held: hooks check nothing else while it is 0.
     held: AtomicUsize,
     list: Mutex<List>,
-    /// Files that were mapped directly, by device and inode.
-    files: Mutex<Vec<(FileKey, Weak<File>)>>,
+    /// Files that are mapped directly.
+    files: Mutex<Vec<MappedFile>>,
 }
+
+/// A file, with device and inode if it is memory.
+type MappedFile = (Option<FileKey>, Internal<Arc<File>>);
 
 #[derive(Debug, Default)]
 struct List {
@@ -154,17 +159,19 @@ impl Pins {
         self.holds() && self.list.try_lock().is_some_and(|list| list.has(address, end))
     }
 
-    /// `file`, with the key `key`, is mapped directly while anybody has it.
-    pub fn mapped_file(&self, key: FileKey, file: &Arc<File>) {
-        let mut files = self.files.lock();
-        files.retain(|(_, file)| file.strong_count() > 0);
-        files.push((key, Arc::downgrade(file)));
+    /// `file`, which is mapped directly, with a key if it is memory: it is open, out of the
+    /// program's reach, while anybody has the result.
+    pub fn mapped_file(&self, key: Option<FileKey>, file: File) -> Arc<File> {
+        let file = Internal::shared(file);
+        let share = file.share();
+        self.files.lock().push((key, file));
+        share
     }
 
     /// Whether pages of the file `key` are pinned.
     pub fn has_file(&self, key: &FileKey) -> bool {
         let files = self.files.lock();
-        if files.iter().any(|(of, file)| of == key && file.strong_count() > 0) {
+        if files.iter().any(|(of, file)| of.as_ref() == Some(key) && file.is_shared()) {
             return true;
         }
         drop(files);
@@ -175,6 +182,7 @@ impl Pins {
 
     /// Releases what is no longer used.
     pub fn sweep(&self) {
+        self.files.lock().retain(|(_, file)| file.is_shared());
         let mut list = self.list();
         list.second.retain(|_, mappings| {
             mappings.retain(|mapping| in_use(&mapping.region));
@@ -311,6 +319,19 @@ fn map_again(pid: i32, own: bool, mapping: &Mapping) -> Result<SecondMapping, Er
     // SAFETY: as above.
     unsafe { sys::map_file(&file, mapping.offset, length, mapping.writable, to) }?;
     Ok(second)
+}
+
+/// `length` bytes of `file` from `offset` on, which stay mapped when it is closed.
+///
+/// # Errors
+/// `ENOMEM` there is no room.
+pub fn map_file(file: &impl AsFd, offset: u64, length: u64) -> Result<Arc<GuestRegionMmap>, Errno> {
+    let size = usize::try_from(length).map_err(|_| Errno::ENOMEM)?;
+    let region = GuestRegionMmap::<()>::from_range(GuestAddress(0), size, None);
+    let region = region.map_err(|_| Errno::ENOMEM)?;
+    // SAFETY: it was just mapped for this, and nobody else has it yet.
+    unsafe { sys::map_file(file, offset, length, true, region.as_ptr() as u64) }?;
+    Ok(Arc::new(region))
 }
 
 /// The memory from `address` on, not owned by the region.

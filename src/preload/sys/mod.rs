@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::Read;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::{null_mut, without_provenance_mut};
@@ -415,7 +415,7 @@ pub unsafe fn map_again(from: u64, length: u64, to: u64) -> Result<(), Errno> {
 /// # Safety
 /// As [`map_again`].
 pub unsafe fn map_file(
-    file: &File,
+    file: &impl AsFd,
     offset: u64,
     length: u64,
     writable: bool,

@@ -2,6 +2,7 @@
 //! A PCI Express device: memory that can be mapped, MSI-X, errors, and resets of its bus.
 #![allow(unsafe_code)]
 
+use crate::memory::close_from;
 use crate::uapi::*;
 use std::ffi::CString;
 use std::fs::File;
@@ -127,15 +128,20 @@ pub fn run(path: &str) {
     }
 
     exported(iommufd, &device, &page);
-    // SAFETY: this ioctl takes no argument.
-    let reset = unsafe { libc::ioctl(device.fd(), request(vfio(11))) };
-    println!("reset: {reset}, the page has {:#x}", page.word(8).load(Ordering::SeqCst));
+    page.word(8).store(7, Ordering::SeqCst);
+    println!("reset: {}, the page has {:#x}", reset(&device), page.word(8).load(Ordering::SeqCst));
     println!("hot reset: {}", outcome(ioctl(device.fd(), vfio(12), &mut [20u32, 0, 0, 0, 0])));
     drop(device);
     // As the mapping keeps the device open.
     println!("bind again: {}", outcome(Device::open(path).bind(iommufd)));
     drop(page);
     println!("unmapped: {}", outcome(Device::open(path).bind(iommufd)));
+}
+
+/// `VFIO_DEVICE_RESET`.
+fn reset(device: &Device) -> i32 {
+    // SAFETY: it takes no argument.
+    unsafe { libc::ioctl(device.fd(), request(vfio(11))) }
 }
 
 /// Maps the device's second page, which is mapped as `page`, for the device itself.
@@ -155,8 +161,11 @@ fn exported(iommufd: RawFd, device: &Device, page: &Page) {
     println!("is it there: {}", outcome(export(1 << 18 | GET, 2, 0, PAGE)));
     println!("of what is no memory: {}", outcome(export(GET, 0, 0, PAGE)));
     println!("of no BAR: {}", outcome(export(GET, 3, 0, PAGE)));
+    println!("half a page of it: {}", outcome(export(GET, 3, 0, PAGE / 2)));
     println!("half a page: {}", outcome(export(GET, 2, 0, PAGE / 2)));
     println!("too much: {}", outcome(export(GET, 2, 0x3000, 2 * PAGE)));
+    println!("past 2^64: {}", outcome(export(GET, 2, !(PAGE - 1), 2 * PAGE)));
+    println!("neither read nor set: {}", outcome(export(11, 2, 0, PAGE)));
     let command = |command: u8| device.region_write8(7, 4, command);
     command(4);
     let buf = export(GET, 2, 0x1000, PAGE).expect("a dma-buf");
@@ -164,19 +173,34 @@ fn exported(iommufd: RawFd, device: &Device, page: &Page) {
     println!("memory space is off: {}", outcome(ioas_map_file(iommufd, ioas, buf, PAGE, IOVA)));
     command(6);
     println!("on: {}", outcome(ioas_map_file(iommufd, ioas, buf, PAGE, IOVA)));
+    // No number here is as high.
+    let other = close_from(512);
     device.attach(ioas).expect("attach");
     page.word(0).store(7, Ordering::SeqCst);
     println!("fetch {}, store {}", device.fetch(IOVA, 8), device.store(IOVA + 8, 8));
     println!("moved: {}", page.word(8).load(Ordering::SeqCst));
     command(4);
-    println!("off: fetch {}", device.fetch(IOVA, 8));
+    println!("off: read {}", outcome(device.region_try(MEMORY_BAR, 0)));
     command(6);
     println!("it stays lost: fetch {}", device.fetch(IOVA, 8));
     device.detach().expect("detach");
     println!("unmap: {}", outcome(ioas_unmap(iommufd, ioas, IOVA, PAGE)));
     println!("again: {}", outcome(ioas_map_file(iommufd, ioas, buf, PAGE, IOVA)));
+    device.attach(ioas).expect("attach");
+    // INTx disable.
+    device.region_write8(7, 5, 4);
+    let reached = || device.fetch(IOVA, 8);
+    println!("fetch {}, reset {}, fetch {}", reached(), reset(device), reached());
+    println!("command: {:#x}", device.region_read(7, 4) & 0xffff);
+    println!("unmap: {}", outcome(ioas_unmap(iommufd, ioas, IOVA, PAGE)));
+    let mapped = outcome(ioas_map_file(iommufd, ioas, buf, PAGE, IOVA));
+    println!("after the reset: {mapped}, fetch {}", reached());
+    device.region_write8(7, 5, 0);
+    device.detach().expect("detach");
     // SAFETY: the descriptor is this function's.
     unsafe { libc::close(buf) };
+    println!("unmap: {}", outcome(ioas_unmap(iommufd, ioas, IOVA, PAGE)));
+    println!("another's descriptor: {}", other.metadata().is_ok());
 }
 
 /// Resets the bus of the device at `path`, which is `name` in the group at `group`.
@@ -219,6 +243,9 @@ pub fn hot_reset(path: &str, group: &str, name: &str) {
     for groups in [[].as_slice(), &[-1], &[container], &[group_file, group_file]] {
         println!("by {} others: {}", groups.len(), reset(&device, groups));
     }
+    let command = || println!("command: {:#x}", device.region_read(7, 4) & 0xffff);
+    command();
     device.region_write(MEMORY_BAR, 0, 0x1234);
     println!("reset: {}, {:#x}", reset(&device, &[group_file]), device.region_read(MEMORY_BAR, 0));
+    command();
 }

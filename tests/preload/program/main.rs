@@ -33,6 +33,7 @@ fn main() {
         ["files", device] => memory::files(device),
         ["closing"] => descriptors::closing(),
         ["page-requests", device] => vtd::page_requests(device),
+        ["addresses", device] => vtd::addresses(device),
         ["express", device] => express::run(device),
         ["hot-reset", device, group, name] => express::hot_reset(device, group, name),
         ["sysfs"] => sysfs::run(),

@@ -89,6 +89,16 @@ pub fn run(path: &str) {
     println!("pinned: {}", pinned());
 }
 
+/// Closes the numbers from `first` on, none of which this program has, and takes one of them.
+pub fn close_from(first: RawFd) -> File {
+    // SAFETY: nothing here has such a number; the new one is nobody's.
+    unsafe {
+        assert_eq!(libc::close_range(first as u32, u32::MAX, 0), 0);
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+        File::from_raw_fd(libc::fcntl(null, libc::F_DUPFD, first))
+    }
+}
+
 const IOVA: u64 = 0x10_0000;
 
 fn memfd() -> File {
@@ -161,5 +171,16 @@ pub fn files(path: &str) {
     println!("opened read-only: {}", map(&read_only));
     let program = File::open(std::env::current_exe().expect("this program")).expect("a file");
     println!("on disk: {}", map(&program));
+    // It is used when a device is attached, however long it has been closed.
+    let later = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    map_file(iommufd, later, memory.as_raw_fd(), IOVA).expect("IOAS_MAP_FILE");
+    drop((memory, read_only));
+    // The last one that was opened.
+    let other = close_from(program.as_raw_fd() + 1);
+    device.attach(later).expect("attach");
+    let reached = (device.fetch(IOVA, 8), device.store(IOVA, 8));
+    println!("closed before it is used: fetch {}, store {}", reached.0, reached.1);
+    ioas_unmap(iommufd, later, 0, u64::MAX).expect("IOAS_UNMAP");
+    println!("another's descriptor: {}", other.metadata().is_ok());
     device.print_whole_accesses();
 }

@@ -350,10 +350,14 @@ impl Device {
     }
 
     /// The eight bytes at `offset` of it.
-    pub fn region_read(&self, index: u32, offset: u64) -> u64 {
+    pub fn region_try(&self, index: u32, offset: u64) -> Result<u64> {
         let mut value = [0; 8];
-        self.file.read_exact_at(&mut value, self.region(index) + offset).expect("a region");
-        u64::from_le_bytes(value)
+        self.file.read_exact_at(&mut value, self.region(index) + offset)?;
+        Ok(u64::from_le_bytes(value))
+    }
+
+    pub fn region_read(&self, index: u32, offset: u64) -> u64 {
+        self.region_try(index, offset).expect("a region")
     }
 
     pub fn region_write(&self, index: u32, offset: u64, value: u64) {

@@ -91,6 +91,46 @@ fn not_dirty(iommufd: i32, dev: u32, ioas: u32, nested: u32) {
     println!("destroy the one without dirty pages: {}", outcome(destroy(iommufd, plain)));
 }
 
+/// The addresses that the unit of the device at `path` translates, and those past them.
+pub fn addresses(path: &str) {
+    let guest = Guest::new();
+    let iommufd = open("/dev/iommu");
+    let mut device = Device::open(path);
+    let dev = device.bind(iommufd).expect("bind");
+    let (vtd, _) = hw_info_vtd(iommufd, dev).expect("GET_HW_INFO");
+    let cap = vtd.expect("a VT-d").cap_reg;
+    println!("CAP.MGAW {}, CAP.SAGAW {:#x}", (cap >> 16 & 0x3f) + 1, cap >> 8 & 0x1f);
+    let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    device.attach(ioas).expect("attach");
+    let ranges = ioas_iova_ranges(iommufd, ioas).expect("IOAS_IOVA_RANGES");
+    for (first, last) in &ranges {
+        println!("from {first:#x} to {last:#x}");
+    }
+    let end = ranges.last().expect("a range").1 + 1;
+    let map_at = |iova| outcome(ioas_map(iommufd, ioas, guest.address() + FIRST, PAGE, iova));
+    println!("map the last page: {}", map_at(end - PAGE));
+    println!("past it: {}", map_at(end));
+    guest.set(FIRST, 0x1111);
+    println!("fetch {}, past it {}", device.fetch(end - PAGE, 8), device.fetch(end, 8));
+    println!("store {}", device.store(end - PAGE + 8, 8));
+    println!("moved {:#x}", guest.get(FIRST + 8));
+
+    // What the guest's tables lead to, the second stage translates.
+    let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    ioas_map(iommufd, ioas, guest.address(), MEMORY, 0).expect("IOAS_MAP");
+    let parent = plain_nesting_parent(iommufd, dev, ioas).expect("a nesting parent");
+    let ranges = ioas_iova_ranges(iommufd, ioas).expect("IOAS_IOVA_RANGES");
+    let end = ranges.last().expect("a range").1 + 1;
+    let past = outcome(ioas_map(iommufd, ioas, guest.address(), PAGE, end));
+    println!("second stage: to {:#x}, past it: {past}", end - 1);
+    let nested = nested(iommufd, dev, parent, TABLES, None).expect("nested tables");
+    device.attach(nested).expect("attach");
+    map(&guest, IOVA, Some(end | FIRST));
+    println!("tables that lead past it: fetch {}", device.fetch(IOVA, 8));
+    map(&guest, IOVA + PAGE, Some(FIRST));
+    println!("within: fetch {}", device.fetch(IOVA + PAGE, 8));
+}
+
 /// The flow on the device at `path`, with dirty tracking if `track`.
 pub fn flow(path: &str, track: bool) {
     let guest = Guest::new();
