@@ -73,9 +73,9 @@ pub enum Effect {
     None,
     /// The interrupt may have changed.
     Interrupt {
-        /// Some were pending when causes were added: an MSI is to be sent.
+        /// Some were pending when causes were written: an MSI is to be sent.
         raised: bool,
-        /// Those that were added: with MSI-X, the messages of their [`vectors`](super::vectors).
+        /// Those written: with MSI-X, the messages of their [`vectors`](super::vectors).
         causes: u32,
     },
     /// A transfer starts.
