@@ -103,9 +103,11 @@ impl VfioPci {
         let image = ConfigImage::new(&device, intx, host.can_reset())
             .map_err(|error| problem(VfioProblem::Config(error)))?;
         let ConfigImage { mut config, live, msi, msix, express, device_control } = image;
-        if let (Some(way), Some(express)) = (&around.way, express) {
-            // It is not on the root bus, for which the image is made: it has a link.
-            make_endpoint(&mut config, express);
+        if let Some(way) = &around.way {
+            if let Some(express) = express {
+                // It is not on the root bus, for which the image is made: it has a link.
+                make_endpoint(&mut config, express);
+            }
             config.behind(Some(way.clone()));
         }
 

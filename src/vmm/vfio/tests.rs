@@ -273,6 +273,19 @@ fn behind_a_root_port_the_device_does_what_the_port_lets_through() {
 }
 
 #[test]
+fn behind_a_port_a_device_without_pci_express_does_what_that_lets_through_too() {
+    let numbers = BusNumbers { primary: 0, secondary: 1, subordinate: 1 };
+    let port = Arc::new(Bridge::new("rp0", BridgeKind::Port, numbers, None));
+    let device = nvme();
+    device.put(CONFIG, 0x71, &[MSIX as u8]);
+    let machine = machine_behind(device, Some(&port));
+    assert_eq!(machine.lender.lent(), [], "the port's window is closed");
+    port.open(&(0xe000_0000..=0xe00f_ffff));
+    machine.bus.reprogrammed(&port);
+    assert_eq!(machine.lender.lent(), [(0xe000_0000, 0x2000)]);
+}
+
+#[test]
 fn what_is_not_lent_is_trapped() {
     let machine = machine(nvme());
     let function = machine.function();

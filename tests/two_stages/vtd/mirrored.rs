@@ -95,6 +95,24 @@ fn second_stage_tables_are_mirrored_with_their_rights_and_reasons() {
     assert_eq!(machine.end(), 0);
 }
 
+/// The reason is not that of what was before, which blocked it.
+#[test]
+fn a_table_with_too_much_is_told_as_a_fault_of_that_table() {
+    let machine = Machine::with(VtdUnitConfig::default(), vtd_config().with_second_stage(true));
+    let guest = &machine.guest;
+    guest.enable();
+    // A table that points to itself names 2^36 pages.
+    let table = guest.page();
+    (0..512).for_each(|number| guest.store(table + number * 8, table | 3));
+    guest.set_entry(A, 0, Entry::SecondStage { table, domain: NAME });
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    let (record, told) = guest.take_fault().expect("the guest is told");
+    assert_eq!(told, Some(FaultReason::SecondStageDenied), "{:#x}", record.address());
+    assert!(machine.read(A, None, 0).is_err());
+    while guest.take_fault().is_some() {}
+    assert_eq!(machine.end(), 0);
+}
+
 #[test]
 fn what_is_left_of_a_torn_page_is_reached_all_along() {
     let machine = Machine::new();

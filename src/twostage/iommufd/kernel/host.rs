@@ -157,9 +157,12 @@ impl HostIommu for KernelHost {
     }
 
     fn destroy(&self, id: ObjectId) -> Result<()> {
+        // Another thread may be given the same id again as soon as the object is gone: what that
+        // maps waits.
+        let mut memory = self.memory();
         let outcome = self.iommufd.destroy_iommu_object(id.0).map_err(errno_of);
         outcome.map_err(|errno| error(Verb::Destroy, id, errno))?;
-        self.memory().destroyed(id);
+        memory.destroyed(id);
         Ok(())
     }
 

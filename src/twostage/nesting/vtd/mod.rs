@@ -176,11 +176,14 @@ impl VtdHostSide for VtdNesting {
         requester: Requester,
         config: &RequesterConfig,
     ) -> Result<(), HostSideError> {
-        self.0.with(|state| {
-            state.configure(requester, config).map_err(|error| {
-                error.for_viommu(format!("configuring {requester}"), state.is_reachable(requester))
-            })
+        let mut state = self.state();
+        state.configure(requester, config).map_err(|error| {
+            error.for_viommu(format!("configuring {requester}"), state.is_reachable(requester))
         })
+    }
+
+    fn configured(&self) {
+        self.0.with(|_| ());
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {

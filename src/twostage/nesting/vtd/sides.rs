@@ -55,6 +55,10 @@ impl VtdHostSide for Sides<VtdNesting> {
         self.of(requester.rid).configure(requester, config)
     }
 
+    fn configured(&self) {
+        self.iter().for_each(|side| side.configured());
+    }
+
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
         let mut result = Ok(());
         for side in self.iter() {

@@ -188,6 +188,7 @@ impl VtdIommu {
         let configure = || self.host.configure(requester, &config);
         let given = self.requesters.give(requester, config, refused, configure);
         let Some(result) = given else { return Ok(()) };
+        self.host.configured();
         self.policy_given(requester, &config, &result);
         result
     }

@@ -198,6 +198,10 @@ pub trait VtdHostSide: Debug + Send + Sync {
         config: &RequesterConfig,
     ) -> Result<(), HostSideError>;
 
+    /// What was configured is published, by which faults are explained: those that it led to may be
+    /// delivered.
+    fn configured(&self) {}
+
     /// Does a batch of invalidations, in any order: everything between two ordering points of the
     /// guest's queue.
     ///

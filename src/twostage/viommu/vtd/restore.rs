@@ -105,6 +105,7 @@ impl VtdIommu {
                 // One that was not applied is given once more when its tables are read again.
                 self.requesters.write().set(requester, given);
             }
+            self.host.configured();
             result
         };
         give_all(|| decisions(functions), give, |requester| self.take_away(requester)).map_err(

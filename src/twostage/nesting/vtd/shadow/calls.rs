@@ -57,6 +57,10 @@ impl State {
         let shadow = self.shadow.as_ref().ok_or(NestingError::GuestSecondStage(requester))?;
         let tables = Tables::new(stage1, shadow.huge);
         let tables = tables.ok_or(NestingError::GuestSecondStage(requester))?;
+        // Tables that translate nothing cost objects of the host, too.
+        if shadow.mirrors.len() as u64 >= shadow.limit {
+            return Err(too_many(0, shadow.limit));
+        }
         let mut mirrored = self.new_mirror(tables)?;
         if let Err(error) = self.fill(&mut mirrored) {
             self.destroy_mirror(mirrored);

@@ -98,7 +98,9 @@ impl Rig {
     fn configure_in(&self, domain: u16, rid: Bdf, policy: Policy) -> Result<(), HostSideError> {
         let config =
             RequesterConfig { policy, tag: DomainTag { domain, ..TAG }, fault_disabled: false };
-        self.nesting.configure(Requester::rid(rid), &config)
+        let configured = self.nesting.configure(Requester::rid(rid), &config);
+        self.nesting.configured();
+        configured
     }
 
     fn invalidate(&self, range: Option<(u64, u64)>) -> Result<(), HostSideError> {
@@ -276,6 +278,18 @@ fn two_tables_that_name_everything_end() {
     (0..512).for_each(|number| rig.put(0x1000, number, 0x1003));
     rig.configure(A, Policy::Stage1(second_stage(0x1000, AddressWidth::Bits57))).unwrap();
     assert_eq!((rig.faults().len(), rig.host.reaches(DEV_A, None)), (1, None));
+    rig.ends_clean();
+}
+
+#[test]
+fn tables_that_translate_nothing_are_limited_too() {
+    let rig = Rig::with(1, 0);
+    rig.put(0x2000, 0, 0);
+    rig.put(0x2000, 1, 0);
+    rig.configure(A, tables()).unwrap();
+    let other = Policy::Stage1(second_stage(0x5000, AddressWidth::Bits39));
+    rig.configure(B, other).unwrap();
+    assert_eq!((rig.faults(), rig.host.reaches(DEV_B, None)), (vec![(B, 0)], None));
     rig.ends_clean();
 }
 
