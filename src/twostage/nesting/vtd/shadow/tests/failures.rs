@@ -292,3 +292,36 @@ fn a_table_that_fits_and_fails_is_tried_by_fewer_and_fewer_batches() {
     assert_eq!(reached(&rig, DEV_B), translated(&rig));
     rig.ends_clean();
 }
+
+/// Between two slices of a batch, the mirror is replaced, or goes with its user and comes back.
+#[test]
+fn a_batch_goes_on_with_whatever_has_become_of_its_mirror() {
+    for (gone, back) in [(false, false), (true, false), (true, true)] {
+        let rig = Rig::new();
+        rig.configure(A, tables()).unwrap();
+        (0..512).step_by(2).for_each(|page| rig.put(0x3000, page, 0x9003));
+        (0..512).step_by(2).for_each(|page| rig.put(0x4000, page, 0xa003));
+        let mut progress = Progress::default();
+        let slice = |progress: &mut Progress| {
+            rig.nesting.invalidate_some(&[Invalidation::ALL], progress).unwrap();
+        };
+        (0..2).for_each(|_| slice(&mut progress));
+        if gone {
+            rig.configure(A, Policy::Bypass).unwrap();
+            if back {
+                rig.configure(A, tables()).unwrap();
+            }
+        } else {
+            rig.put(0x3000, 0, 0xb003);
+            rig.invalidate(Some((0, 1))).unwrap();
+            assert_eq!(rig.nesting.counters().mirror_rebuilds, 1);
+        }
+        assert!(!progress.is_done());
+        while !progress.is_done() {
+            slice(&mut progress);
+        }
+        let expected = if gone && !back { vec![] } else { translated(&rig) };
+        assert_eq!(reached(&rig, DEV_A), expected);
+        rig.ends_clean();
+    }
+}
