@@ -17,22 +17,7 @@ use crate::conformance::{IOVA, NAME};
 
 type Machine = MachineOf<true>;
 
-// Without those that count calls of nesting, or use its objects themselves.
-crate::conformance::conformance! { Machine:
-    large_pages_and_memory_above_4_gib
-    before_translation_a_device_passes
-    without_tables_a_device_is_blocked_from_the_moment_of_enabling
-    bypass_is_a_decision
-    a_changed_leaf_is_stale_before_the_invalidation_and_new_after
-    faults_reach_the_guest
-    changed_tables_count_from_their_flush_on
-    an_invalidation_that_fails_once_is_made_good
-    an_invalidation_that_cannot_be_done_stops_the_queue_and_leaves_nothing_stale
-    a_device_that_comes_while_translation_is_enabled_is_blocked_all_along
-    memory_that_is_taken_away_is_not_reached_any_more
-    faults_and_invalidations_do_not_wait_for_each_other
-    every_host_call_fails_in_turn
-}
+crate::conformance::conformance! { Machine, mirrored }
 
 #[test]
 fn devices_with_the_same_tables_share_one_mirror_whose_memory_is_pinned_once() {
