@@ -11,6 +11,8 @@ struct iommu {
     const char *const *of_interest;  // parts of lines of the log to show
     const char *const *faults;       // parts of lines that say that a unit refused something
     const char *domain;              // Linux's default type of one: DMA is strict, DMA-FQ lazy
+    // Whether Linux is strict whatever its command line says. NULL: never.
+    bool (*is_always_strict)(void);
     void (*check_unit)(const char *name);
     void (*check_interrupts)(void);
     // Whether the log has a refused access of this function to this address.

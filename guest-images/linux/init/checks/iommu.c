@@ -26,12 +26,12 @@ static bool take_unit(const char *name, void *context)
     return true;
 }
 
-// The domain type that the kernel's command line selects.
+// The domain type that the kernel's command line selects, as far as the units let it.
 static const char *wanted_domain(void)
 {
     if (on_command_line("iommu=pt"))
         return "identity";
-    if (on_command_line("iommu.strict=1"))
+    if (on_command_line("iommu.strict=1") || (iommu.is_always_strict && iommu.is_always_strict()))
         return "DMA";
     return on_command_line("iommu.strict=0") ? "DMA-FQ" : iommu.domain;
 }
