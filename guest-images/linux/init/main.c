@@ -45,6 +45,7 @@ static const struct {
     {"intx", check_intx},
     {"isolation", check_isolation},
     {"bypass", check_bypass},
+    {"sva", check_sva},
     {"figures", take_figures},
 };
 

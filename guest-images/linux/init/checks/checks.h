@@ -17,6 +17,7 @@ void check_kexec(void);     // another kernel starts without a reset; does not r
 void check_isolation(void); // a device without driver is refused its DMA
 void check_intx(void);      // the pin of a device without driver
 void check_bypass(void);    // its DMA goes to physical addresses when its domain is an identity
+void check_sva(void);       // a device uses processes' own addresses, and asks for their pages
 void check_clean(void);     // the IOMMU has refused nothing
 
 // The requests to each disk.

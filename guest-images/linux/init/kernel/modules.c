@@ -10,7 +10,7 @@
 
 #include "../report.h"
 
-static int load(const char *path)
+int load_module(const char *path)
 {
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0)
@@ -29,7 +29,7 @@ void load_modules(void)
         return;
     while (fscanf(order, "%127s", name) == 1) {
         snprintf(path, sizeof(path), "/modules/%s", name);
-        int error = load(path);
+        int error = load_module(path);
         if (error && error != EEXIST)
             failed("modules", "%s: %s", name, strerror(error));
     }

@@ -3,3 +3,6 @@
 
 // Loads the modules of /modules in the order that /modules/order says.
 void load_modules(void);
+
+// Loads the one in this file. 0, or errno.
+int load_module(const char *path);
