@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! VT-d: architecture-specific tests.
 
+mod at_once;
 mod contexts;
 mod fail_nth;
 mod granularity;
@@ -8,6 +9,7 @@ mod late;
 mod machine;
 mod mirrored;
 mod mixed;
+mod naive;
 mod nested;
 mod restore;
 mod stack;
