@@ -45,6 +45,23 @@ pub enum DmaAccess {
     Write,
 }
 
+/// What software has enabled of a device, as its port is to use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DmaServices {
+    /// A page that is not present is requested (PCI PRI), if somebody serves that; otherwise the
+    /// DMA faults.
+    pub page_requests: bool,
+    /// [`DmaPort::read`] and [`DmaPort::write`] wait for the responses; otherwise they end with
+    /// [`DmaError::PageRequested`].
+    pub wait_for_pages: bool,
+}
+
+impl Default for DmaServices {
+    fn default() -> Self {
+        Self { page_requests: true, wait_for_pages: true }
+    }
+}
+
 /// A device's access point to its IOMMU. Each thread of a device uses its own clone.
 ///
 /// ```
@@ -90,7 +107,8 @@ pub struct DmaPort {
     interrupts: Interrupts,
     /// Those of the unit, for a share of them per port.
     all_counters: Arc<Counters>,
-    page_requests: Arc<PageRequests>,
+    page_requests: PageRequester,
+    services: DmaServices,
 }
 
 impl Clone for DmaPort {
@@ -102,7 +120,8 @@ impl Clone for DmaPort {
             counters: self.all_counters.share(),
             interrupts: self.interrupts.clone(),
             all_counters: Arc::clone(&self.all_counters),
-            page_requests: Arc::clone(&self.page_requests),
+            page_requests: self.page_requests.clone(),
+            services: self.services,
         }
     }
 }
@@ -125,15 +144,26 @@ impl DmaPort {
             counters: counters.share(),
             interrupts: Interrupts(interrupts),
             all_counters: counters,
-            page_requests,
+            page_requests: PageRequester { rid, requests: page_requests },
+            services: DmaServices::default(),
         }
+    }
+
+    /// From now on requests use `services`.
+    pub fn set_services(&mut self, services: DmaServices) {
+        self.services = services;
+    }
+
+    /// The page requests of the device: of all its ports.
+    pub fn page_requester(&self) -> PageRequester {
+        self.page_requests.clone()
     }
 
     /// Reads memory at `iova` (bytes) into `bytes`.
     ///
     /// A device that sends page requests ([`DeviceConfig::pri`](crate::DeviceConfig::pri)) waits
     /// here for the responses, so the fault queue must be served on another thread. No lock is held
-    /// meanwhile.
+    /// meanwhile. See [`DmaServices`] for other ways.
     ///
     /// # Errors
     /// [`DmaError`]; bytes before the failing address may have been read. When this returns, a
@@ -253,7 +283,8 @@ impl DmaPort {
             Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
             Err(Blocked::Fault(fault)) => {
                 drop(engine);
-                Err(stopped(&self.page_requests, &self.counters, &request, &fault))
+                let requests = self.services.page_requests.then_some(&*self.page_requests.requests);
+                Err(stopped(requests, &self.counters, &request, &fault))
             }
         }
     }
@@ -261,12 +292,12 @@ impl DmaPort {
     /// Takes the response to the page requests of `group` ([`DmaError::PageRequested`]), once;
     /// `None` until there is one, which is when the attachment ends at the latest.
     pub fn page_response(&self, group: u16) -> Option<PageResponseCode> {
-        self.page_requests.take_answer(self.rid, group)
+        self.page_requests.requests.take_answer(self.rid, group)
     }
 
     /// The same, but blocks until there is one.
     pub fn wait_for_page(&self, group: u16) -> PageResponseCode {
-        self.page_requests.wait_for_answer(self.rid, group)
+        self.page_requests.wait(group)
     }
 
     /// Waits if `error` says that a page was requested.
@@ -276,7 +307,7 @@ impl DmaPort {
     #[cold]
     fn wait_or_fail(&self, error: DmaError, tries: &mut PageTries) -> Result<(), DmaError> {
         match error {
-            DmaError::PageRequested { address, group } => {
+            DmaError::PageRequested { address, group } if self.services.wait_for_pages => {
                 tries.answered(address, self.wait_for_page(group))
             }
             error => Err(error),
@@ -295,6 +326,31 @@ impl DmaPort {
             translated: false,
             faults: Unreported { counters, list: Vec::new() },
         }
+    }
+}
+
+/// The page requests of one device, for whoever waits for a response, or gives up to.
+#[derive(Debug, Clone)]
+pub struct PageRequester {
+    rid: u16,
+    requests: Arc<PageRequests>,
+}
+
+impl PageRequester {
+    /// Waits for the response to `group` ([`DmaError::PageRequested`]), and takes it.
+    pub fn wait(&self, group: u16) -> PageResponseCode {
+        self.requests.wait_for_answer(self.rid, group)
+    }
+
+    /// How many groups the device has not taken a response to.
+    pub fn outstanding(&self) -> usize {
+        self.requests.outstanding(self.rid)
+    }
+
+    /// Forgets the requests so far: who waits is told that the page was refused; responses that
+    /// come later are ignored.
+    pub fn reset(&self) {
+        self.requests.reset(self.rid);
     }
 }
 
@@ -323,12 +379,13 @@ impl Translated<'_> {
 #[cold]
 #[inline(never)]
 fn stopped(
-    page_requests: &PageRequests,
+    page_requests: Option<&PageRequests>,
     counters: &LocalCounters,
     request: &Request,
     fault: &Fault,
 ) -> DmaError {
-    match fault.asks_for_page.then(|| page_requests.ask(request)).flatten() {
+    let page_requests = page_requests.filter(|_| fault.asks_for_page);
+    match page_requests.and_then(|page_requests| page_requests.ask(request)) {
         Some(group) => DmaError::PageRequested { address: request.address, group },
         None => {
             report(counters, fault);

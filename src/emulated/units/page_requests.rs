@@ -103,6 +103,20 @@ impl PageRequests {
         }
     }
 
+    /// Forgets the requests of `rid`: whoever waits for a response is told that the page was
+    /// refused, and what comes for them later is ignored (PCIe 6.0 §10.5.2.2, Reset).
+    pub fn reset(&self, rid: u16) {
+        if let Some(interface) = self.devices().get_mut(&rid) {
+            interface.groups.clear();
+            self.answered.notify_all();
+        }
+    }
+
+    /// How many groups of `rid` the device has not taken a response to.
+    pub fn outstanding(&self, rid: u16) -> usize {
+        self.devices().get(&rid).map_or(0, |interface| interface.groups.len())
+    }
+
     /// Opens a group of `rid`, if somebody serves its requests.
     fn open(&self, rid: u16) -> Option<(u16, Arc<dyn PageRequestSink>)> {
         let mut devices = self.devices();

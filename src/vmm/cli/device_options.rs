@@ -78,9 +78,14 @@ impl FromStr for DeviceConfig {
             iommu: iommu(&mut pairs)?,
             bus: bus(&mut pairs)?,
             pasid_bits: pairs.take("pasid", default.pasid_bits, device_pasid_bits)?,
+            ats: pairs.take("ats", default.ats, on_off)?,
+            pri: pairs.take("pri", default.pri, on_off)?,
             dma_mask: pairs.take("dma-mask", default.dma_mask, parse_number)?,
         };
         pairs.finish()?;
+        if config.pri && !config.ats {
+            return Err("pri=on needs ats=on: page requests are for a device TLB".into());
+        }
         Ok(Self::Edu(config))
     }
 }
@@ -189,15 +194,16 @@ mod tests {
             "edu,iommu=off,dma-mask=0xffffffff".parse(),
             Ok(DeviceConfig::Edu(EduConfig {
                 iommu: IommuChoice::Off,
-                bus: None,
-                pasid_bits: 0,
-                dma_mask: 0xffff_ffff
+                dma_mask: 0xffff_ffff,
+                ..EduConfig::default()
             }))
         );
         for (pasid, pasid_bits) in [("on", 20), ("off", 0), ("6", 6), ("0", 0)] {
             let edu = EduConfig { pasid_bits, ..EduConfig::default() };
             assert_eq!(format!("edu,pasid={pasid}").parse(), Ok(DeviceConfig::Edu(edu)));
         }
+        let edu = EduConfig { ats: true, pri: true, ..EduConfig::default() };
+        assert_eq!("edu,pri=on,ats=on".parse(), Ok(DeviceConfig::Edu(edu)));
         assert_eq!(
             "path=/sys/bus/pci/devices/0000:01:00.0,id=nvme,iommu=b,bus=rp0".parse(),
             Ok(VfioConfig {
@@ -252,6 +258,7 @@ mod tests {
         refused::<DeviceConfig>("edu,pasid=21", "pasid: 21 is more than the 20 bits a PASID has");
         refused::<DeviceConfig>("edu,pasid=yes", "or on, or off");
         refused::<DeviceConfig>("edu,mask=1", "unknown key 'mask'");
+        refused::<DeviceConfig>("edu,pri=on", "pri=on needs ats=on");
         refused::<DiskConfig>("disk.img", "'disk.img'");
         refused::<DiskConfig>("readonly=on", "path=FILE is missing");
         refused::<DiskConfig>("path=a,readonly=yes", "readonly: 'yes'");

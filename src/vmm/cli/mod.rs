@@ -133,10 +133,11 @@ struct RunArgs {
     /// function-level reset, MSI-X (a vector for each byte of its interrupt status, in BAR 1) and
     /// 16 KiB of memory (BAR 2). With `pasid=on`, or a width, it has the PASID capability; once
     /// software has enabled that, register 0xA0 selects the PASID of its DMA (bits 19:0; bit 31: it
-    /// has one).
+    /// has one). `ats=on` and `pri=on` are the capabilities of a device TLB and of page requests,
+    /// which its IOMMU must have, too (--iommu).
     #[arg(
         long = "device",
-        value_name = "edu[,iommu=on|off|ID,bus=ID,pasid=on|off|BITS,dma-mask=MASK]"
+        value_name = "edu[,iommu=on|off|ID,bus=ID,pasid=on|off|BITS,ats=on|off,pri=on|off,dma-mask=MASK]"
     )]
     devices: Vec<DeviceConfig>,
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::error::ConfigError;
-use super::{DeviceConfig, HostChoice, IommuChoice, MachineConfig, Place, DEV_IOMMU};
+use super::{DeviceConfig, HostChoice, IommuChoice, IommuModel, MachineConfig, Place, DEV_IOMMU};
 use crate::arch;
 use crate::memory;
 use twostage::viommu::bridges::conventional;
@@ -78,6 +78,13 @@ impl MachineConfig {
                 }
                 _ => {}
             }
+            let offers = |has: fn(&IommuModel) -> bool| iommu.is_some_and(|it| has(&it.model));
+            if device.ats() && !offers(IommuModel::ats) {
+                return Err(ConfigError::NotOffered(number, "ats"));
+            }
+            if device.pri() && !offers(IommuModel::page_requests) {
+                return Err(ConfigError::NotOffered(number, "pri"));
+            }
         }
         Ok(())
     }
@@ -93,8 +100,9 @@ impl MachineConfig {
             if matches!(device, DeviceConfig::Vfio(_)) {
                 return Err(ConfigError::NotConventional(option, number, bus, "assigned devices"));
             }
-            if device.pasid() {
-                return Err(ConfigError::NotConventional(option, number, bus, "PASIDs"));
+            let conventional_has_none = [(device.pasid(), "PASIDs"), (device.ats(), "ATS")];
+            if let Some((_, what)) = conventional_has_none.into_iter().find(|(has, _)| *has) {
+                return Err(ConfigError::NotConventional(option, number, bus, what));
             }
             let iommu = self.iommu_of(device.iommu());
             if *iommus.entry(place.rid()).or_insert(iommu) != iommu {
@@ -150,6 +158,19 @@ mod tests {
     fn machine(iommus: &[IommuConfig], edu: EduConfig) -> MachineConfig {
         let devices = vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)];
         MachineConfig { iommus: iommus.to_vec(), devices, ..testing::machine() }
+    }
+
+    #[test]
+    fn ats_and_page_requests_need_an_iommu_that_offers_them() {
+        let with = |iommu_ats, ats, pri| {
+            let vtd = VtdOptions { ats: iommu_ats, ..VtdOptions::default() };
+            machine(&[vtd.into()], EduConfig { ats, pri, ..EduConfig::default() }).validate()
+        };
+        assert_eq!(with(true, true, false), Ok(()));
+        assert_eq!(with(false, true, false), Err(ConfigError::NotOffered(2, "ats")));
+        assert_eq!(with(true, true, true), Err(ConfigError::NotOffered(2, "pri")));
+        let bare = machine(&[], EduConfig { ats: true, ..EduConfig::default() });
+        assert_eq!(bare.validate(), Err(ConfigError::NotOffered(2, "ats")));
     }
 
     fn edu(iommu: IommuChoice, pasid: bool) -> EduConfig {

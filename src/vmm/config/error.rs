@@ -52,6 +52,9 @@ pub enum ConfigError {
     /// PASIDs that the IOMMU does not support.
     #[error("--device {0}: pasid=on, but --iommu has pasid-bits=0")]
     NoPasidBits(usize),
+    /// A capability that the device's IOMMU has no use for.
+    #[error("--device {0}: {1}=on needs {1}=on at the --iommu that the device is behind")]
+    NotOffered(usize, &'static str),
     /// More devices than fit on bus 0.
     #[error("{0} devices and root ports on bus 0, which has room for {max}", max = MAX_DEVICES)]
     TooManyDevices(usize),

@@ -6,4 +6,7 @@ pub mod edu;
 mod requests;
 pub mod virtio;
 
-pub use requests::{DirectMemory, DmaError, DmaMaster, MessageWrites, NotNow, Permit, RequestGate};
+pub use requests::{
+    DirectMemory, DmaError, DmaMaster, MessageWrites, NotNow, PageWaits, Permit, RequestGate,
+    Services,
+};

@@ -13,6 +13,7 @@ use crate::arch::layout::MESSAGE_RANGE;
 use crate::memory::MachineMemory;
 use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
+use twostage_emulated::{PageRequester, PageTries};
 
 /// A refused request: the IOMMU blocked and reported it, or nothing answers at the address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +21,57 @@ use twostage::viommu::InterruptSink;
 pub struct DmaError {
     /// The IOVA of the request, in bytes.
     pub address: u64,
+    /// The page request group that the function has made for it: after the response
+    /// ([`PageWaits::wait`]) it may try again.
+    pub group: Option<u16>,
+}
+
+impl DmaError {
+    /// The refusal of a request to `address`, for good.
+    pub fn at(address: u64) -> Self {
+        Self { address, group: None }
+    }
+}
+
+/// What software has enabled of a function, besides bus mastering.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Services {
+    /// Requests may carry a PASID.
+    pub pasid: bool,
+    /// It may cache translations (ATS).
+    pub ats: bool,
+    /// It requests pages that are not present (PRI).
+    pub pri: bool,
+}
+
+/// The page requests of one function that have no response yet.
+pub trait PageWaits: Send + Sync {
+    /// Waits for the response to `group`.
+    ///
+    /// # Errors
+    /// The page at `address` cannot be had, or there was a reset.
+    fn wait(&self, group: u16, address: u64, tries: &mut PageTries) -> Result<(), DmaError>;
+
+    /// How many groups have no response.
+    fn outstanding(&self) -> usize;
+
+    /// Forgets them: waits end, and responses that come later are ignored.
+    fn reset(&self);
+}
+
+impl PageWaits for PageRequester {
+    fn wait(&self, group: u16, address: u64, tries: &mut PageTries) -> Result<(), DmaError> {
+        let response = PageRequester::wait(self, group);
+        tries.answered(address, response).map_err(|_| DmaError::at(address))
+    }
+
+    fn outstanding(&self) -> usize {
+        PageRequester::outstanding(self)
+    }
+
+    fn reset(&self) {
+        PageRequester::reset(self);
+    }
 }
 
 /// Makes memory requests on behalf of one function.
@@ -38,6 +90,14 @@ pub trait DmaMaster: Send {
     /// # Errors
     /// The request was refused; memory is unchanged.
     fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError>;
+
+    /// From now on requests use `services`. By default there are none.
+    fn set_services(&mut self, _services: Services) {}
+
+    /// The page requests of the function; `None` if it can make none.
+    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
+        None
+    }
 }
 
 /// Guest memory without an IOMMU in between: the IOVA is the GPA.
@@ -48,7 +108,7 @@ impl DirectMemory {
     fn check(&self, pasid: Option<Pasid>, iova: u64, length: usize) -> Result<(), DmaError> {
         // Without an IOMMU, a PASID has no meaning.
         if pasid.is_some() || !self.0.contains(iova, length as u64) {
-            return Err(DmaError { address: iova });
+            return Err(DmaError::at(iova));
         }
         Ok(())
     }
@@ -57,12 +117,12 @@ impl DirectMemory {
 impl DmaMaster for DirectMemory {
     fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
         self.check(pasid, iova, data.len())?;
-        self.0.map().read_slice(data, GuestAddress(iova)).map_err(|_| DmaError { address: iova })
+        self.0.map().read_slice(data, GuestAddress(iova)).map_err(|_| DmaError::at(iova))
     }
 
     fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
         self.check(pasid, iova, data.len())?;
-        self.0.map().write_slice(data, GuestAddress(iova)).map_err(|_| DmaError { address: iova })
+        self.0.map().write_slice(data, GuestAddress(iova)).map_err(|_| DmaError::at(iova))
     }
 }
 
@@ -93,7 +153,7 @@ fn is_interrupt(pasid: Option<Pasid>, iova: u64) -> bool {
 impl DmaMaster for MessageWrites {
     fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
         if is_interrupt(pasid, iova) {
-            return Err(DmaError { address: iova });
+            return Err(DmaError::at(iova));
         }
         self.memory.read(pasid, iova, data)
     }
@@ -107,8 +167,16 @@ impl DmaMaster for MessageWrites {
                 self.messages.send_msi(iova, u32::from_le_bytes(message));
                 Ok(())
             }
-            _ => Err(DmaError { address: iova }),
+            _ => Err(DmaError::at(iova)),
         }
+    }
+
+    fn set_services(&mut self, services: Services) {
+        self.memory.set_services(services);
+    }
+
+    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
+        self.memory.page_waits()
     }
 }
 
@@ -206,7 +274,7 @@ mod tests {
         memory.read(None, 0x1000, &mut data).unwrap();
         assert_eq!(data, [1, 2, 3, 4]);
         let error = memory.write(None, 0x1ffe, &[9; 4]).unwrap_err();
-        assert_eq!(error, DmaError { address: 0x1ffe });
+        assert_eq!(error, DmaError::at(0x1ffe));
         memory.read(None, 0x1ffc, &mut data).unwrap();
         assert_eq!(data, [0; 4]);
         assert!(memory.read(Pasid::new(1), 0x1000, &mut data).is_err());

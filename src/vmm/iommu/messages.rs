@@ -14,7 +14,7 @@ use twostage::sync::Mutex;
 
 use super::plan::attributes;
 use crate::arch::layout::MESSAGE_RANGE;
-use crate::devices::{DmaError, DmaMaster};
+use crate::devices::{DmaError, DmaMaster, PageWaits, Services};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
 use twostage_emulated::{DmaError as Refusal, DmaPort};
@@ -98,10 +98,18 @@ impl DmaMaster for SmmuDma {
                 .write_message(attributes(pasid), iova, word, |address| {
                     deliver(address, word, &**messages);
                 })
-                .map_err(|_: Refusal| DmaError { address: iova }),
+                .map_err(|_: Refusal| DmaError::at(iova)),
             // Only aligned writes of four bytes interrupt.
             _ => DmaMaster::write(port, pasid, iova, data),
         }
+    }
+
+    fn set_services(&mut self, services: Services) {
+        DmaMaster::set_services(&mut self.port, services);
+    }
+
+    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
+        DmaMaster::page_waits(&self.port)
     }
 }
 

@@ -39,6 +39,8 @@ pub(super) struct AssignedFunction {
     pub bdf: Bdf,
     /// It has the PASID capability.
     pub pasid: bool,
+    /// It makes page requests.
+    pub pri: bool,
     /// The number of the virtual IOMMU.
     pub iommu: usize,
     /// The path of the physical device that it is, if it is one.

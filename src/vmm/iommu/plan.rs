@@ -9,7 +9,7 @@ use super::{AssignedFunction, Surroundings};
 use crate::arch::EdgeLine;
 use crate::bus::BusDevice;
 use crate::config::IommuConfig;
-use crate::devices::{DmaError, DmaMaster};
+use crate::devices::{DmaError, DmaMaster, PageWaits, Services};
 use crate::report::ModelReport;
 use crate::{Error, Result};
 use twostage::iommufd::Errno;
@@ -17,7 +17,7 @@ use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::unit::{AddError, BuildError};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
-use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, UnitId};
+use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, DmaServices, EmulatedHost, UnitId};
 
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
@@ -99,7 +99,7 @@ pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
 }
 
 /// Binds the functions of `plan`, each to its host. Functions in this process are put behind
-/// `unit`; `ats` says whether they have ATS.
+/// `unit`; `ats` says whether those can have ATS.
 pub(super) fn bind_devices(
     plan: &Plan<'_>,
     unit: Option<UnitId>,
@@ -119,7 +119,10 @@ pub(super) fn bind_devices(
         let emulated = host.emulated.as_ref().ok_or_else(none)?;
         let name = format!("{}/{bdf}", plan.id);
         let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
-        let device = DeviceConfig::default().with_pasid_bits(pasid_bits).with_ats(ats);
+        let device = DeviceConfig::default()
+            .with_pasid_bits(pasid_bits)
+            .with_ats(ats)
+            .with_pri(function.pri);
         emulated.add_device(&name, unit, bdf, device).map_err(failed("adding a device"))?;
         let dev = host.verbs.device_bind(&name).map_err(failed("binding a device"))?;
         devices.push(BoundDevice { bdf, dev, host: host.clone() });
@@ -177,7 +180,7 @@ impl DmaMaster for DmaPort {
         iova: u64,
         data: &mut [u8],
     ) -> std::result::Result<(), DmaError> {
-        DmaPort::read(self, attributes(pasid), iova, data).map_err(|_| DmaError { address: iova })
+        DmaPort::read(self, attributes(pasid), iova, data).map_err(|error| refusal(iova, &error))
     }
 
     fn write(
@@ -186,8 +189,29 @@ impl DmaMaster for DmaPort {
         iova: u64,
         data: &[u8],
     ) -> std::result::Result<(), DmaError> {
-        DmaPort::write(self, attributes(pasid), iova, data).map_err(|_| DmaError { address: iova })
+        DmaPort::write(self, attributes(pasid), iova, data).map_err(|error| refusal(iova, &error))
     }
+
+    fn set_services(&mut self, services: Services) {
+        // The device waits where nobody has to wait for it.
+        DmaPort::set_services(
+            self,
+            DmaServices { page_requests: services.pri, wait_for_pages: false },
+        );
+    }
+
+    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
+        Some(Arc::new(self.page_requester()))
+    }
+}
+
+/// `error` of a request to `iova`, as its device sees it.
+fn refusal(iova: u64, error: &twostage_emulated::DmaError) -> DmaError {
+    let group = match error {
+        twostage_emulated::DmaError::PageRequested { group, .. } => Some(*group),
+        _ => None,
+    };
+    DmaError { address: iova, group }
 }
 
 /// The attributes of a request with `pasid`.

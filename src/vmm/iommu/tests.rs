@@ -26,9 +26,9 @@ fn no_interrupts(_: Bdf) -> Arc<dyn InterruptSink> {
 }
 
 pub(super) const FUNCTION: AssignedFunction =
-    AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, iommu: 0, vfio: None };
+    AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, pri: false, iommu: 0, vfio: None };
 const OTHER: AssignedFunction =
-    AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, iommu: 1, vfio: None };
+    AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, pri: false, iommu: 1, vfio: None };
 
 fn iommus(
     configs: &[IommuConfig],
@@ -272,8 +272,10 @@ fn mixed(model: IommuModel, memory: &MachineMemory, kernel: &Host) -> Iommus {
         IommuConfig { host: HostChoice::Kernel(DEV_IOMMU.into()), model, ..IommuConfig::default() };
     let config = MachineConfig { iommus: vec![config], ..testing::machine() };
     let path = Some(PathBuf::from("/physical"));
-    let functions =
-        [FUNCTION, AssignedFunction { bdf: PHYSICAL, pasid: false, iommu: 0, vfio: path }];
+    let functions = [
+        FUNCTION,
+        AssignedFunction { bdf: PHYSICAL, pasid: false, pri: false, iommu: 0, vfio: path },
+    ];
     let iommus =
         Iommus::new(&config, false, memory, Some(kernel), &functions, &no_interrupts, None);
     iommus.unwrap().unwrap()

@@ -46,7 +46,7 @@ pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
                 DeviceConfig::Vfio(vfio) => Some(vfio.path.clone()),
                 _ => None,
             };
-            functions.push(AssignedFunction { bdf, pasid, iommu, vfio });
+            functions.push(AssignedFunction { bdf, pasid, pri: device.pri(), iommu, vfio });
         }
     }
     Ok(functions)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The capabilities of emulated functions and ports: MSI, PCI Express, ACS, PASID.
+//! The capabilities of emulated functions and ports: MSI, PCI Express, ACS, PASID, ATS, PRI.
 
 use super::layout::*;
 use super::ConfigSpace;
@@ -146,6 +146,107 @@ impl PasidCapability {
     pub fn enabled(&self, config: &ConfigSpace) -> bool {
         PasidControl::from_bits(config.u16(self.offset + 6)).enable()
     }
+
+    /// Whether software may change that: the result is undefined while ATS is enabled (§7.8.9.3);
+    /// here it is ignored.
+    pub fn lock(&self, config: &mut ConfigSpace, locked: bool) {
+        let control = PasidControl::new().with_enable(!locked).into_bits();
+        config.allow(self.offset + 6, &control.to_le_bytes());
+    }
+}
+
+/// An ATS extended capability: a device TLB that takes 32 invalidations at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct AtsCapability {
+    offset: u16,
+}
+
+impl AtsCapability {
+    /// Adds the capability to `config`.
+    pub fn add(config: &mut ConfigSpace) -> Self {
+        let [c0, c1] = AtsCapabilities::new().with_page_aligned(true).into_bits().to_le_bytes();
+        let body = [c0, c1, 0, 0];
+        let offset = config.add_extended_capability(EXTENDED_CAPABILITY_ATS, 1, &body, &[0; 4]);
+        let capability = Self { offset };
+        capability.lock(config, false);
+        capability
+    }
+
+    /// Whether the device may cache translations.
+    pub fn enabled(&self, config: &ConfigSpace) -> bool {
+        AtsControl::from_bits(config.u16(self.offset + 6)).enable()
+    }
+
+    /// Whether software can change the smallest translation unit: not while ATS is enabled. Its
+    /// value does not matter, as every translation is of at least 4096 bytes.
+    pub fn lock(&self, config: &mut ConfigSpace, locked: bool) {
+        let unit = if locked { 0 } else { 0b1_1111 };
+        let control = AtsControl::new().with_smallest_unit(unit).with_enable(true).into_bits();
+        config.allow(self.offset + 6, &control.to_le_bytes());
+    }
+}
+
+/// A PRI extended capability. Response failures and unexpected responses never get to the device:
+/// IOMMUs answer it, and only what it has requested.
+#[derive(Debug, Clone, Copy)]
+pub struct PriCapability {
+    offset: u16,
+}
+
+/// From the start of the PRI capability.
+const PRI_CONTROL: u16 = 4;
+const PRI_STATUS: u16 = 6;
+const PRI_CAPACITY: u16 = 8;
+const PRI_ALLOCATION: u16 = 12;
+
+impl PriCapability {
+    /// Adds the capability to `config`, for a device that has at most `capacity` page requests
+    /// without a response; `pasid`: it has the PASID capability.
+    pub fn add(config: &mut ConfigSpace, capacity: u32, pasid: bool) -> Self {
+        let offset = config.add_extended_capability(EXTENDED_CAPABILITY_PRI, 1, &[0; 12], &[0; 12]);
+        config.set_u32(offset + PRI_CAPACITY, capacity);
+        let (capability, control) = (Self { offset }, PageRequestControl::new());
+        let control = control.with_enable(true).with_reset(true).into_bits();
+        config.allow(offset + PRI_CONTROL, &control.to_le_bytes());
+        capability.lock(config, false);
+        let status = PageRequestStatus::new().with_response_pasid_required(pasid);
+        config.set_u16(offset + PRI_STATUS, status.with_stopped(true).into_bits());
+        capability
+    }
+
+    /// Whether the device may make page requests.
+    pub fn enabled(&self, config: &ConfigSpace) -> bool {
+        self.control(config).enable()
+    }
+
+    /// How many page requests may be without a response.
+    pub fn allocation(&self, config: &ConfigSpace) -> u32 {
+        config.u32(self.offset + PRI_ALLOCATION)
+    }
+
+    /// Whether software can change how many: not while the interface is enabled (§10.5.2.5 leaves
+    /// that undefined).
+    pub fn lock(&self, config: &mut ConfigSpace, locked: bool) {
+        let mask = if locked { 0 } else { u32::MAX };
+        config.allow(self.offset + PRI_ALLOCATION, &mask.to_le_bytes());
+    }
+
+    /// Takes a reset by software, which only counts while the interface is not enabled.
+    pub fn take_reset(&self, config: &mut ConfigSpace) -> bool {
+        let control = self.control(config);
+        config.set_u16(self.offset + PRI_CONTROL, control.with_reset(false).into_bits());
+        control.reset() && !control.enable()
+    }
+
+    /// Shows whether the interface has stopped.
+    pub fn set_stopped(&self, config: &mut ConfigSpace, stopped: bool) {
+        let status = PageRequestStatus::from_bits(config.u16(self.offset + PRI_STATUS));
+        config.set_u16(self.offset + PRI_STATUS, status.with_stopped(stopped).into_bits());
+    }
+
+    fn control(&self, config: &ConfigSpace) -> PageRequestControl {
+        PageRequestControl::from_bits(config.u16(self.offset + PRI_CONTROL))
+    }
 }
 
 #[cfg(test)]
@@ -225,5 +326,45 @@ mod tests {
         config.write(0x104, &[0xff; 4]);
         assert_eq!(config.u32(0x104), 1 << 16 | 20 << 8);
         assert!(pasid.enabled(&config));
+    }
+
+    #[test]
+    fn what_matters_while_ats_is_enabled_is_locked_meanwhile() {
+        let mut config = config();
+        let (pasid, ats) = (PasidCapability::add(&mut config, 20), AtsCapability::add(&mut config));
+        assert_eq!((config.u32(0x100), config.u32(0x108)), (0x1081_001b, 0x0001_000f));
+        assert_eq!(config.u32(0x10c), 0x20, "page-aligned, of 32 invalidations");
+        config.write(0x106, &[1, 0]);
+        config.write(0x10e, &[0xff, 0xff]);
+        assert_eq!(config.u32(0x10c), 0x801f_0020);
+        for (locked, control, unit) in [(true, 1, 0x801f), (false, 0, 0)] {
+            pasid.lock(&mut config, locked);
+            ats.lock(&mut config, locked);
+            config.write(0x106, &[0, 0]);
+            config.write(0x10e, &[0, 0x80]);
+            let left = if locked { unit } else { 0x8000 };
+            assert_eq!((config.u16(0x106), config.u16(0x10e)), (control, left), "{locked}");
+        }
+        assert!(ats.enabled(&config) && !pasid.enabled(&config));
+    }
+
+    #[test]
+    fn page_requests_are_off_and_stopped_until_enabled() {
+        let mut config = config();
+        let pri = PriCapability::add(&mut config, 1, true);
+        assert_eq!(config.u32(0x100), 0x0001_0013);
+        assert_eq!((config.u32(0x104), config.u32(0x108)), (0x8100_0000, 1));
+        config.write(0x10c, &[5, 0, 0, 0]);
+        // Reset together with enable does nothing, and reads as zero.
+        config.write(0x104, &[3, 0, 0xff, 0xff]);
+        assert!(!pri.take_reset(&mut config) && pri.enabled(&config));
+        pri.lock(&mut config, true);
+        config.write(0x10c, &[6, 0, 0, 0]);
+        assert_eq!((pri.allocation(&config), config.u16(0x104)), (5, 1));
+        config.write(0x104, &[2, 0]);
+        assert!(pri.take_reset(&mut config) && !pri.enabled(&config));
+        assert_eq!(config.u16(0x104), 0);
+        pri.set_stopped(&mut config, false);
+        assert_eq!(config.u16(0x106), 0x8000);
     }
 }

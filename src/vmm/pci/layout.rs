@@ -77,6 +77,10 @@ pub const CAPABILITY_MSIX: u8 = 0x11;
 pub const CAPABILITY_EXPRESS: u8 = 0x10;
 /// Extended capability ID of access control services (§7.7.11).
 pub const EXTENDED_CAPABILITY_ACS: u16 = 0x0d;
+/// Extended capability ID of address translation services (§10.5.1).
+pub const EXTENDED_CAPABILITY_ATS: u16 = 0x0f;
+/// Extended capability ID of the page request interface (§10.5.2).
+pub const EXTENDED_CAPABILITY_PRI: u16 = 0x13;
 /// Extended capability ID of PASID.
 pub const EXTENDED_CAPABILITY_PASID: u16 = 0x1b;
 
@@ -194,4 +198,62 @@ pub struct PasidControl {
     pub privileged_mode: bool,
     #[bits(13)]
     __: u16,
+}
+
+/// ATS capability register (§10.5.1.2).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct AtsCapabilities {
+    /// Invalidations that it can take before it has answered one; 0 for 32.
+    #[bits(5)]
+    pub queue_depth: u8,
+    /// Untranslated addresses are multiples of 4096.
+    pub page_aligned: bool,
+    /// It honours the Global Invalidate bit.
+    pub global_invalidate: bool,
+    #[bits(9)]
+    __: u16,
+}
+
+/// ATS control register (§10.5.1.3).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct AtsControl {
+    /// The smallest translation unit: 4096 bytes times this power of two.
+    #[bits(5)]
+    pub smallest_unit: u8,
+    #[bits(10)]
+    __: u16,
+    /// May cache translations.
+    pub enable: bool,
+}
+
+/// Page request control register (§10.5.2.2).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct PageRequestControl {
+    /// May make page requests.
+    pub enable: bool,
+    /// Forget those that have no response; only while it is not enabled. Reads as zero.
+    pub reset: bool,
+    #[bits(14)]
+    __: u16,
+}
+
+/// Page request status register (§10.5.2.3).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct PageRequestStatus {
+    /// There was a response failure.
+    pub response_failure: bool,
+    /// There was a response to no group.
+    pub unexpected_group: bool,
+    #[bits(6)]
+    __: u8,
+    /// It has stopped: no page request is without a response. Means nothing while it is enabled.
+    pub stopped: bool,
+    #[bits(6)]
+    __: u8,
+    /// Responses to requests with a PASID have it, too.
+    pub response_pasid_required: bool,
 }

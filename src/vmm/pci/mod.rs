@@ -3,7 +3,7 @@
 //!
 //! Sources: PCI Local Bus Specification 3.0 (chapter 6), PCI Express Base Specification 6.0
 //! (§6.6.2 function-level reset, §7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.7.2 MSI-X, §7.8.9
-//! PASID).
+//! PASID, §10.5 ATS and PRI).
 
 mod bridge;
 mod bus;
@@ -17,7 +17,9 @@ mod way;
 
 pub use bridge::{Bridge, BusNumbers, WINDOW_ALIGNMENT};
 pub use bus::{Ecam, HostBridge, PciBus, PciMemory};
-pub use capabilities::{make_endpoint, ExpressCapability, MsiCapability, PasidCapability};
+pub use capabilities::{
+    make_endpoint, AtsCapability, ExpressCapability, MsiCapability, PasidCapability, PriCapability,
+};
 pub use config_space::{BarPlacement, ConfigSpace, Identity, MemoryBar};
 pub use function::{Location, PciFunction};
 #[cfg(target_arch = "x86_64")]

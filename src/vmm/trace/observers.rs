@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 use super::{decoded, Trace};
-use crate::devices::{DmaError, DmaMaster};
+use crate::devices::{DmaError, DmaMaster, PageWaits, Services};
 use twostage::iommufd::{ObjectId, Verb, VerbObserver};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
@@ -206,6 +206,14 @@ impl DmaMaster for TracedDma {
         let result = self.inner.write(pasid, iova, data);
         self.done("DMA write", started, (pasid, iova, data.len()), &result);
         result
+    }
+
+    fn set_services(&mut self, services: Services) {
+        self.inner.set_services(services);
+    }
+
+    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
+        self.inner.page_waits()
     }
 }
 

@@ -3,30 +3,33 @@
 //!
 //! It has INTx, MSI and MSI-X, with the table and the pending bits in a BAR of their own, a BAR of
 //! memory, and a PCI Express capability with function-level reset, as vfio-pci needs to hand it on.
-//! DMA is done by a worker thread, with no artificial delay. With `pasid=` the
-//! function has a PASID capability; only while software has that enabled is there a register for
-//! the PASID of DMA, and do requests carry one.
+//! DMA is done by a worker thread, with no artificial delay. With `pasid=` the function has a PASID
+//! capability; only while software has that enabled is there a register for the PASID of DMA, and
+//! do requests carry one. With `ats=on` and `pri=on` it has those capabilities, and requests pages
+//! that are not present while both are enabled.
+
+mod services;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use twostage::sync::Mutex;
 
-use super::{DmaError, DmaMaster, NotNow, Permit, RequestGate};
+use self::services::{GatedMemory, Rights, ServiceCapabilities};
+use super::DmaMaster;
 use crate::config::EduConfig;
 use crate::pci::{
     ConfigSpace, ExpressCapability, Identity, InterruptVector, IntxPin, Location, MsiCapability,
-    Msix, MsixCapability, MsixPlace, PasidCapability, PciFunction,
+    Msix, MsixCapability, MsixPlace, PciFunction,
 };
 use crate::{Error, Result};
-use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
 use twostage::warn_limited;
 use twostage_emulated::edu::registers::{DMA_PASID, PASID_VALID};
 use twostage_emulated::edu::{
-    vectors, Effect, Engine, Registers, Requests, Transfer, BAR_SIZE, MEMORY_SIZE, VECTORS,
+    vectors, Effect, Engine, Registers, Transfer, BAR_SIZE, MEMORY_SIZE, VECTORS,
 };
 
 const IDENTITY: Identity =
@@ -76,56 +79,13 @@ struct Shared {
     msix_capability: MsixCapability,
     msix: Msix,
     memory: Mutex<Box<[u8; MEMORY_SIZE]>>,
-    pasid: Option<PasidCapability>,
+    services: ServiceCapabilities,
     /// What register 0xA0 can hold.
     pasid_mask: u64,
     intx: IntxPin,
     messages: Arc<dyn InterruptSink>,
     rights: Arc<Rights>,
     counters: DmaCounters,
-}
-
-/// What a request needs.
-#[derive(Debug, Default)]
-struct Rights {
-    gate: RequestGate,
-    /// Requests may carry a PASID.
-    pasid: AtomicBool,
-    /// How many function-level resets there were. What began in an earlier life is over.
-    life: AtomicU64,
-}
-
-impl Rights {
-    /// Permission for a request of `life` with or without a PASID.
-    fn enter(&self, life: u64, pasid: bool) -> std::result::Result<Permit<'_>, NotNow> {
-        let permit = self.gate.enter()?;
-        // Looked at with the permit in hand: who changes them waits for it.
-        let allowed = self.life() == life && (!pasid || self.pasid());
-        allowed.then_some(permit).ok_or(NotNow)
-    }
-
-    fn life(&self) -> u64 {
-        self.life.load(Ordering::SeqCst)
-    }
-
-    fn pasid(&self) -> bool {
-        self.pasid.load(Ordering::SeqCst)
-    }
-
-    /// Software allows these requests. When this returns, none that it does not allow is being
-    /// made.
-    fn set(&self, bus_master: bool, pasid: bool) {
-        if self.pasid.swap(pasid, Ordering::SeqCst) && !pasid {
-            self.gate.wait_for_request();
-        }
-        self.gate.set_bus_master(bus_master);
-    }
-
-    /// Ends the life: when this returns, none of its requests is being made.
-    fn reset(&self) {
-        self.life.fetch_add(1, Ordering::SeqCst);
-        self.set(false, false);
-    }
 }
 
 impl Edu {
@@ -158,8 +118,8 @@ impl Edu {
             MsixCapability::add(&mut space, VECTORS as u16, place(0), place(PENDING_BITS));
         let msix = Msix::new((0..VECTORS).map(|_| vector()).collect::<Result<_>>()?);
         msix.set_bus_master(false);
-        let bits = config.pasid_bits;
-        let pasid = (bits > 0).then(|| PasidCapability::add(&mut space, bits));
+        let waits = memory.page_waits();
+        let services = ServiceCapabilities::add(&mut space, config, waits.clone());
         let rights = Arc::<Rights>::default();
         rights.gate.start();
         let shared = Arc::new(Shared {
@@ -170,8 +130,8 @@ impl Edu {
             msix_capability,
             msix,
             memory: Mutex::new(Box::new([0; MEMORY_SIZE])),
-            pasid,
-            pasid_mask: u64::from(PASID_VALID) | ((1 << bits) - 1),
+            services,
+            pasid_mask: u64::from(PASID_VALID) | ((1 << config.pasid_bits) - 1),
             intx,
             messages,
             rights: rights.clone(),
@@ -180,7 +140,7 @@ impl Edu {
         let (transfers, work) = channel();
         let mask = config.dma_mask;
         let mut engine = Engine::new(mask);
-        let mut memory = GatedMemory { memory, rights, life: 0 };
+        let mut memory = GatedMemory { memory, rights, waits, life: 0 };
         let worker = thread::Builder::new()
             .name("edu-dma".to_owned())
             .spawn({
@@ -273,8 +233,14 @@ impl Shared {
     /// Function-level reset: no request or message is outstanding when this returns, and none of
     /// what was requested before is made later.
     fn reset(&self, registers: &mut Registers) {
-        self.config().reset();
+        {
+            let mut config = self.config();
+            self.services.unlock(&mut config);
+            config.reset();
+        }
         self.rights.reset();
+        self.services.reset();
+        self.services.update(&mut self.config());
         self.msix.set_bus_master(false);
         self.msix.reset();
         self.memory.lock().fill(0);
@@ -288,22 +254,27 @@ impl PciFunction for Edu {
         &self.shared.config
     }
 
+    fn config_reading(&self, _offset: u16, _length: usize) {
+        self.shared.services.update(&mut self.shared.config());
+    }
+
     fn config_written(&self, _offset: u16, _length: usize) -> bool {
         // MSI may have been switched, INTx disabled, or the permission to make requests revoked:
         // when this returns, no request or message under the old settings is outstanding. The lock
         // serializes writers.
         let shared = &self.shared;
         let mut registers = shared.registers();
-        let (reset, may_request, pasid, control) = {
-            let config = shared.config();
-            let pasid = shared.pasid.is_some_and(|capability| capability.enabled(&config));
+        let (reset, may_request, enabled, control) = {
+            let mut config = shared.config();
+            shared.services.written(&mut config);
+            let enabled = shared.services.enabled(&config);
             let reset = shared.express.reset_initiated(&config);
-            (reset, config.may_request(), pasid, shared.msix_capability.control(&config))
+            (reset, config.may_request(), enabled, shared.msix_capability.control(&config))
         };
         if reset {
             shared.reset(&mut registers);
         } else {
-            shared.rights.set(may_request, pasid);
+            shared.rights.set(may_request, enabled);
             shared.msix.set_control(control);
             shared.msix.set_bus_master(may_request);
             shared.interrupt(&registers, None);
@@ -329,7 +300,7 @@ impl PciFunction for Edu {
             return data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
         }
         // Register 0xA0 exists only while software has the PASID capability enabled.
-        let pasid = self.shared.rights.pasid();
+        let pasid = self.shared.rights.services().pasid;
         let value = self.shared.registers().read(offset, data.len(), pasid);
         let bytes = value.to_le_bytes();
         // A register access is at most eight bytes.
@@ -353,7 +324,7 @@ impl PciFunction for Edu {
             value &= self.shared.pasid_mask;
         }
         let mut registers = self.shared.registers();
-        let pasid = self.shared.rights.pasid();
+        let pasid = self.shared.rights.services().pasid;
         match registers.write(offset, data.len(), value, pasid) {
             Effect::None => {}
             Effect::Interrupt { raised, causes } => {
@@ -371,6 +342,7 @@ impl PciFunction for Edu {
 impl Drop for Edu {
     fn drop(&mut self) {
         self.shared.rights.gate.stop();
+        self.shared.services.reset();
         self.transfers = None;
         if let Some(worker) = self.worker.take() {
             if worker.join().is_err() {
@@ -386,51 +358,6 @@ impl fmt::Debug for Edu {
             .field("registers", &self.shared.registers)
             .field("counters", &self.shared.counters)
             .finish_non_exhaustive()
-    }
-}
-
-/// Memory behind a gate: each request of a transfer needs the right to it.
-struct GatedMemory {
-    memory: Box<dyn DmaMaster>,
-    rights: Arc<Rights>,
-    /// The transfer's.
-    life: u64,
-}
-
-/// Why a request failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-enum Stop {
-    /// The function may not make requests.
-    #[error(transparent)]
-    NotNow(#[from] NotNow),
-    /// The IOMMU blocked it, or there is no memory.
-    #[error(transparent)]
-    Refused(#[from] DmaError),
-}
-
-impl Requests for GatedMemory {
-    type Stop = Stop;
-
-    fn read(
-        &mut self,
-        pasid: Option<Pasid>,
-        iova: u64,
-        data: &mut [u8],
-    ) -> std::result::Result<usize, Stop> {
-        let _permit = self.rights.enter(self.life, pasid.is_some())?;
-        self.memory.read(pasid, iova, data)?;
-        Ok(data.len())
-    }
-
-    fn write(
-        &mut self,
-        pasid: Option<Pasid>,
-        iova: u64,
-        data: &[u8],
-    ) -> std::result::Result<usize, Stop> {
-        let _permit = self.rights.enter(self.life, pasid.is_some())?;
-        self.memory.write(pasid, iova, data)?;
-        Ok(data.len())
     }
 }
 

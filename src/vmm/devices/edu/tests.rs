@@ -6,12 +6,16 @@ use std::sync::mpsc::{channel, Receiver};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::devices::DirectMemory;
+use crate::devices::{DirectMemory, DmaError, NotNow, Services};
 use crate::memory::MachineMemory;
 use crate::pci::{IntxRouter, Location, MsiMessage};
 use twostage::patience::wait_until;
-use twostage::spec::pci::Bdf;
+use twostage::spec::pci::{Bdf, Pasid};
 use twostage_emulated::edu::{Failure, BUFFER_START};
+
+mod services;
+
+const WITH_PASIDS: Services = Services { pasid: true, ats: false, pri: false };
 
 struct Messages(Mutex<Sender<(u64, u32)>>);
 
@@ -63,6 +67,10 @@ impl Fixture {
 
     /// With the way to memory that `dma` makes.
     fn with(dma: impl FnOnce(MachineMemory) -> Box<dyn DmaMaster>) -> Self {
+        Self::of(&EduConfig { pasid_bits: 6, ..EduConfig::default() }, dma)
+    }
+
+    fn of(config: &EduConfig, dma: impl FnOnce(MachineMemory) -> Box<dyn DmaMaster>) -> Self {
         let (send_message, messages) = channel();
         let (send_level, levels) = channel();
         let send_level = Mutex::new(send_level);
@@ -75,7 +83,7 @@ impl Fixture {
         let memory = MachineMemory::new(0x10000).unwrap();
         let messages_sent = Arc::new(Messages(Mutex::new(send_message)));
         let edu = Edu::new(
-            &EduConfig { pasid_bits: 6, ..EduConfig::default() },
+            config,
             Location { way: None, bar: 0xe000_0000 },
             [0xe010_0000, 0xe010_4000],
             router.pin(Bdf::new(0, 1, 0).unwrap(), []),
@@ -421,7 +429,9 @@ impl DmaMaster for Revoked {
         // What revokes it waits for this request.
         let (rights, pasid) = (&self.rights, self.pasid);
         wait_until("the loss of the right", || {
-            !rights.gate.is_open() || rights.life() != 0 || pasid.is_some() && !rights.pasid()
+            !rights.gate.is_open()
+                || rights.life() != 0
+                || pasid.is_some() && !rights.services().pasid
         });
         Ok(())
     }
@@ -431,14 +441,14 @@ impl DmaMaster for Revoked {
 fn the_right_is_asked_for_each_request() {
     type Revoke = fn(&Rights);
     let ways: [(Revoke, Option<Pasid>); 3] = [
-        (|rights| rights.set(false, true), None),
-        (|rights| rights.set(true, false), Pasid::new(5)),
+        (|rights| rights.set(false, WITH_PASIDS), None),
+        (|rights| rights.set(true, Services::default()), Pasid::new(5)),
         // Software may use the device again before the transfer notices.
-        (|rights| (rights.reset(), rights.set(true, true)).1, None),
+        (|rights| (rights.reset(), rights.set(true, WITH_PASIDS)).1, None),
     ];
     for (way, to_memory) in ways.iter().flat_map(|way| [(way, false), (way, true)]) {
         let ((how, pasid), rights) = (*way, Arc::new(Rights::default()));
-        rights.set(true, true);
+        rights.set(true, WITH_PASIDS);
         rights.gate.start();
         let (revoke, revoked) = channel();
         let revoker = thread::spawn({
@@ -452,7 +462,7 @@ fn the_right_is_asked_for_each_request() {
         let requests = Arc::<Mutex<Vec<u64>>>::default();
         let (seen, revoke) = (requests.clone(), Some(revoke));
         let memory = Revoked { requests, rights: rights.clone(), pasid, revoke };
-        let mut memory = GatedMemory { memory: Box::new(memory), rights, life: 0 };
+        let mut memory = GatedMemory { memory: Box::new(memory), rights, waits: None, life: 0 };
         let (source, destination) =
             if to_memory { (BUFFER_START, 0x1ff0) } else { (0x1ff0, BUFFER_START) };
         let (count, done) = (0x20, 0);

@@ -9,8 +9,8 @@ use twostage::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::{
-    DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost, EmulatedUnit,
-    MachineError, SmmuV3Unit, SmmuV3UnitConfig, UnitId, VtdUnit, VtdUnitConfig,
+    DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, DmaServices, EmulatedHost,
+    EmulatedUnit, MachineError, SmmuV3Unit, SmmuV3UnitConfig, UnitId, VtdUnit, VtdUnitConfig,
 };
 use twostage::iommufd::{
     iommu_hwpt_arm_smmuv3, iommu_hwpt_vtd_s1, Errno, FaultQueue, FaultSink, HostFault, HostIommu,
@@ -300,6 +300,31 @@ fn nobody_needs_to_wait_for_an_answer() {
         assert_eq!(port.page_response(1), Some(PageResponseCode::Invalid), "taken already");
         rig.queue.respond(groups[0].cookie, PageResponseCode::Invalid).unwrap();
         assert_eq!(port.wait_for_page(0), PageResponseCode::Invalid);
+    }
+}
+
+#[test]
+fn what_software_has_not_enabled_is_not_asked_for_and_a_reset_ends_a_wait() {
+    for rig in Rig::paging() {
+        let mut port = rig.port();
+        let off = DmaServices { page_requests: false, ..DmaServices::default() };
+        port.set_services(off);
+        assert!(matches!(port.write(PLAIN, MEMORY, &[1]), Err(DmaError::Fault { .. })));
+        assert_eq!(rig.queue.next_group().unwrap(), None);
+        port.set_services(DmaServices { wait_for_pages: false, ..DmaServices::default() });
+        let error = port.clone().write(PLAIN, MEMORY, &[1]);
+        assert_eq!(error, Err(DmaError::PageRequested { address: MEMORY, group: 0 }));
+        let requester = port.page_requester();
+        assert_eq!(requester.outstanding(), 1);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| requester.wait(0));
+            requester.reset();
+            assert_eq!(waiting.join().unwrap(), PageResponseCode::Invalid);
+        });
+        assert_eq!(requester.outstanding(), 0);
+        // A response that comes later is for nobody.
+        rig.answer(PageResponseCode::Success);
+        assert_eq!(requester.outstanding(), 0);
     }
 }
 

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What requests need: the right to be made, and the services that software has enabled: PASIDs, a
+//! device TLB (ATS) and page requests (PRI).
+
+use std::result::Result;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use twostage::sync::Mutex;
+
+use crate::config::EduConfig;
+use crate::devices::{DmaError, DmaMaster, NotNow, PageWaits, Permit, RequestGate, Services};
+use crate::pci::{AtsCapability, ConfigSpace, PasidCapability, PriCapability};
+use twostage::spec::pci::Pasid;
+use twostage_emulated::edu::Requests;
+use twostage_emulated::PageTries;
+
+/// Page requests that the device has without a response: its DMA waits for each.
+const PAGE_REQUESTS: u32 = 1;
+
+/// The capabilities of the services.
+pub(super) struct ServiceCapabilities {
+    pasid: Option<PasidCapability>,
+    ats: Option<AtsCapability>,
+    pri: Option<PriCapability>,
+    /// The page requests that have no response.
+    waits: Option<Arc<dyn PageWaits>>,
+}
+
+impl ServiceCapabilities {
+    /// Adds the capabilities that `device` has to `config`.
+    pub fn add(
+        config: &mut ConfigSpace,
+        device: &EduConfig,
+        waits: Option<Arc<dyn PageWaits>>,
+    ) -> Self {
+        let (bits, with_pasid) = (device.pasid_bits, device.pasid_bits > 0);
+        let pasid = with_pasid.then(|| PasidCapability::add(config, bits));
+        let ats = device.ats.then(|| AtsCapability::add(config));
+        let pri = device.pri.then(|| PriCapability::add(config, PAGE_REQUESTS, with_pasid));
+        Self { pasid, ats, pri, waits }
+    }
+
+    /// What software has enabled.
+    pub fn enabled(&self, config: &ConfigSpace) -> Services {
+        let ats = self.ats.is_some_and(|ats| ats.enabled(config));
+        let may_ask = |pri: PriCapability| pri.enabled(config) && pri.allocation(config) > 0;
+        Services {
+            pasid: self.pasid.is_some_and(|pasid| pasid.enabled(config)),
+            ats,
+            // A device that has no translations to ask for cannot know that one is missing.
+            pri: ats && self.pri.is_some_and(may_ask),
+        }
+    }
+
+    /// Software wrote to `config`: what must stay while a service is enabled is locked.
+    pub fn written(&self, config: &mut ConfigSpace) {
+        let ats = self.ats.is_some_and(|ats| ats.enabled(config));
+        self.lock(config, ats, self.pri.is_some_and(|pri| pri.enabled(config)));
+        let reset = self.pri.is_some_and(|pri| pri.take_reset(config));
+        if let Some(waits) = self.waits.as_ref().filter(|_| reset) {
+            waits.reset();
+        }
+        self.update(config);
+    }
+
+    /// Shows in `config` whether the page request interface has stopped.
+    pub fn update(&self, config: &mut ConfigSpace) {
+        if let Some(pri) = self.pri {
+            let outstanding = self.waits.as_ref().is_some_and(|waits| waits.outstanding() > 0);
+            pri.set_stopped(config, !pri.enabled(config) && !outstanding);
+        }
+    }
+
+    /// Before a reset of the function's configuration space: no bit is locked.
+    pub fn unlock(&self, config: &mut ConfigSpace) {
+        self.lock(config, false, false);
+    }
+
+    /// After it, when no request is being made: none waits for a page.
+    pub fn reset(&self) {
+        if let Some(waits) = &self.waits {
+            waits.reset();
+        }
+    }
+
+    fn lock(&self, config: &mut ConfigSpace, ats: bool, pri: bool) {
+        // (Option is an iterator of at most one.)
+        self.pasid.iter().for_each(|capability| capability.lock(config, ats));
+        self.ats.iter().for_each(|capability| capability.lock(config, ats));
+        self.pri.iter().for_each(|capability| capability.lock(config, pri));
+    }
+}
+
+/// The right to make requests.
+#[derive(Debug, Default)]
+pub(super) struct Rights {
+    pub gate: RequestGate,
+    services: Mutex<Services>,
+    /// How many function-level resets there were. What began in an earlier life is over.
+    life: AtomicU64,
+}
+
+impl Rights {
+    /// Permission for a request of `life` with or without a PASID, and what it may use.
+    pub fn enter(&self, life: u64, pasid: bool) -> Result<(Permit<'_>, Services), NotNow> {
+        let permit = self.gate.enter()?;
+        // Looked at with the permit in hand: who changes them waits for it.
+        let services = self.services();
+        let allowed = self.life() == life && (!pasid || services.pasid);
+        allowed.then_some((permit, services)).ok_or(NotNow)
+    }
+
+    pub fn life(&self) -> u64 {
+        self.life.load(Ordering::SeqCst)
+    }
+
+    pub fn services(&self) -> Services {
+        *self.services.lock()
+    }
+
+    /// Software allows these requests. When this returns, none that it does not allow is being
+    /// made.
+    pub fn set(&self, bus_master: bool, services: Services) {
+        let before = std::mem::replace(&mut *self.services.lock(), services);
+        let lost = |had: bool, has: bool| had && !has;
+        if lost(before.pasid, services.pasid)
+            || lost(before.ats, services.ats)
+            || lost(before.pri, services.pri)
+        {
+            self.gate.wait_for_request();
+        }
+        self.gate.set_bus_master(bus_master);
+    }
+
+    /// Ends the life: when this returns, none of its requests is being made.
+    pub fn reset(&self) {
+        self.life.fetch_add(1, Ordering::SeqCst);
+        self.set(false, Services::default());
+    }
+}
+
+/// Memory behind a gate: each request of a transfer needs the right to it. While one waits for its
+/// page, it is not being made: it needs the right once more afterwards.
+pub(super) struct GatedMemory {
+    pub memory: Box<dyn DmaMaster>,
+    pub rights: Arc<Rights>,
+    /// Those of the memory.
+    pub waits: Option<Arc<dyn PageWaits>>,
+    /// The transfer's.
+    pub life: u64,
+}
+
+impl GatedMemory {
+    /// Makes a request for `length` bytes.
+    fn request(
+        &mut self,
+        pasid: Option<Pasid>,
+        length: usize,
+        mut make: impl FnMut(&mut dyn DmaMaster) -> Result<(), DmaError>,
+    ) -> Result<usize, Stop> {
+        let mut tries = PageTries::default();
+        loop {
+            let (permit, services) = self.rights.enter(self.life, pasid.is_some())?;
+            self.memory.set_services(services);
+            let Err(error) = make(&mut *self.memory) else { return Ok(length) };
+            drop(permit);
+            let (Some(waits), Some(group)) = (&self.waits, error.group) else {
+                return Err(error.into());
+            };
+            waits.wait(group, error.address, &mut tries)?;
+        }
+    }
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Stop {
+    /// The function may not make requests.
+    #[error(transparent)]
+    NotNow(#[from] NotNow),
+    /// The IOMMU blocked it, or there is no memory.
+    #[error(transparent)]
+    Refused(#[from] DmaError),
+}
+
+impl Requests for GatedMemory {
+    type Stop = Stop;
+
+    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<usize, Stop> {
+        self.request(pasid, data.len(), |memory| memory.read(pasid, iova, data))
+    }
+
+    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<usize, Stop> {
+        self.request(pasid, data.len(), |memory| memory.write(pasid, iova, data))
+    }
+}
