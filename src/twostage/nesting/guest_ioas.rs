@@ -10,7 +10,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::GuestMemoryMmap;
 
 use super::{hw_info, Context, NestingError, Result};
-use crate::iommufd::{HostIommu, HwInfo, MapTarget, ObjectId, Protection, UserMemory};
+use crate::iommufd::{Errno, HostIommu, HwInfo, MapTarget, ObjectId, Protection, UserMemory};
 use crate::spec::pci::Bdf;
 
 /// The guest's memory map (GPA → host memory) as one IOAS of the host, shared by every virtual
@@ -189,26 +189,52 @@ impl GuestIoas {
     /// Unmaps `length` bytes at `gpa`, which must be whole mappings.
     ///
     /// # Errors
-    /// The host refuses: nothing is mapped there, or a mapping would be split.
+    /// The host refuses: nothing is mapped there, or a mapping would be split. Where it fails in
+    /// the middle, each mapping is tried by itself: those that it keeps are as before.
     pub fn unmap(&self, gpa: u64, length: u64) -> Result<()> {
+        if self.users().splits(gpa, length) {
+            // The host says so: nothing is to go before.
+            return self.unmap_host(gpa, length);
+        }
         // First where it is mapped because it is mapped here.
-        let removed = self.users().unmapped(gpa, length);
-        let unmap = || {
-            self.host
-                .ioas_unmap(self.id, gpa, length)
-                .context(|| format!("unmapping guest memory at {gpa:#x}"))
-        };
-        let result = self.tell_mirrors().and_then(|()| unmap().map(drop));
+        let mut left = self.users().unmapped(gpa, length);
+        let result = self.tell_mirrors().and_then(|()| {
+            let Err(error) = self.unmap_host(gpa, length) else {
+                left = Users::default();
+                return Ok(());
+            };
+            let known = !left.unknown && !left.map.is_empty();
+            let mappings: Vec<_> =
+                left.map.iter().map(|(gpa, (length, _))| (*gpa, *length)).collect();
+            for (gpa, length) in mappings {
+                if self.has_unmapped(gpa, length) {
+                    left.map.remove(&gpa);
+                    left.read_only.remove(&gpa);
+                }
+            }
+            if known && left.map.is_empty() {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        });
         if result.is_err() {
-            let Users { map, read_only, .. } = removed;
-            let mut users = self.users();
-            users.map.extend(map);
-            users.read_only.extend(read_only);
-            drop(users);
+            self.users().keep(left);
             // What is not mirrored again now is when the guest invalidates it.
             let _ = self.tell_mirrors();
         }
         result
+    }
+
+    fn unmap_host(&self, gpa: u64, length: u64) -> Result<()> {
+        let unmapped = self.host.ioas_unmap(self.id, gpa, length);
+        unmapped.context(|| format!("unmapping guest memory at {gpa:#x}")).map(drop)
+    }
+
+    /// Unmaps one mapping, which may be gone already.
+    fn has_unmapped(&self, gpa: u64, length: u64) -> bool {
+        let unmapped = self.host.ioas_unmap(self.id, gpa, length);
+        unmapped.map_or_else(|error| error.errno == Errno::ENOENT, |_| true)
     }
 
     /// From now on `mirrors` follow changes of the map, while they live.
@@ -217,7 +243,7 @@ impl GuestIoas {
             return Err(NestingError::UnknownMap(self.id));
         }
         let mut all = self.mirrors.lock();
-        all.retain(|mirrors| mirrors.strong_count() > 0);
+        all.retain(|other| other.strong_count() > 0 && !other.ptr_eq(&mirrors));
         all.push(mirrors);
         Ok(())
     }
@@ -275,13 +301,29 @@ impl Users {
     /// `length` bytes at `gpa` are unmapped. Returns what was mapped there.
     fn unmapped(&mut self, gpa: u64, length: u64) -> Self {
         let last = gpa.saturating_add(length.saturating_sub(1));
-        let mut removed = Self::default();
+        let mut removed = Self { unknown: self.unknown, ..Self::default() };
         let gone = |start: &u64| (gpa..=last).contains(start);
         removed.read_only = self.read_only.iter().copied().filter(gone).collect();
         removed.map = self.map.range(gpa..=last).map(|(gpa, mapping)| (*gpa, *mapping)).collect();
         self.read_only.retain(|start| !gone(start));
         self.map.retain(|start, _| !gone(start));
         removed
+    }
+
+    /// What was removed is mapped after all.
+    fn keep(&mut self, removed: Self) {
+        self.map.extend(removed.map);
+        self.read_only.extend(removed.read_only);
+    }
+
+    /// Whether a mapping is partly in `length` bytes at `gpa`.
+    fn splits(&self, gpa: u64, length: u64) -> bool {
+        let end = gpa.saturating_add(length);
+        let crosses = |at: u64| {
+            let before = self.map.range(..at).next_back();
+            before.is_some_and(|(start, (length, _))| start.saturating_add(*length) > at)
+        };
+        crosses(gpa) || crosses(end)
     }
 
     /// Calls `each` with the parts of `length` bytes at `gpa` that are mapped, ascending: GPA,
@@ -323,7 +365,7 @@ mod tests {
 
     use super::*;
     use crate::iommufd::fake::RecordingHost;
-    use crate::iommufd::{iommu_hw_info_vtd, Errno, Extensions, HwCapabilities, HwInfoData, Verb};
+    use crate::iommufd::{iommu_hw_info_vtd, Extensions, HwCapabilities, HwInfoData, Verb};
     use crate::nesting::vtd::VtdNesting;
 
     #[test]
@@ -397,5 +439,38 @@ mod tests {
         let error = ioas.map_all(&memory).unwrap_err();
         assert!(error.to_string().starts_with("mapping guest memory at 0x100000"), "{error}");
         assert_eq!(host.take_log()[2..], [format!("IOAS_UNMAP {low}")]);
+    }
+    /// Of three mappings one is gone already, one goes, and one stays.
+    #[test]
+    fn a_host_that_fails_in_the_middle_keeps_what_it_does_not_unmap() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(
+            &[0, 0x1000, 0x2000].map(|start| (GuestAddress(start), 0x1000)),
+        )
+        .unwrap();
+        let mapped = |ioas: &GuestIoas| {
+            let mut parts = Vec::new();
+            ioas.users().mapped_parts(0, 0x3000, |gpa, length, _| parts.push((gpa, length)));
+            parts
+        };
+        for (errnos, left) in [
+            (&[Errno::EIO, Errno::ENOENT, Errno::EBUSY][..], vec![(0x1000, 0x1000)]),
+            (&[Errno::EIO][..], vec![]),
+        ] {
+            let host = RecordingHost::new(Extensions::default());
+            let ioas = GuestIoas::new(host.clone()).unwrap();
+            ioas.map_all(&memory).unwrap();
+            errnos.iter().for_each(|errno| host.fail_next(Verb::IoasUnmap, *errno));
+            assert_eq!(ioas.unmap(0, 0x3000).is_err(), !left.is_empty());
+            assert_eq!(mapped(&ioas), left);
+        }
+        // A mapping would be split: nothing is tried by itself.
+        let host = RecordingHost::new(Extensions::default());
+        let ioas = GuestIoas::new(host.clone()).unwrap();
+        ioas.map_all(&memory).unwrap();
+        for part in [(0x800, 0x1000), (0x1000, 0x800)] {
+            host.fail_next(Verb::IoasUnmap, Errno::EINVAL);
+            ioas.unmap(part.0, part.1).unwrap_err();
+            assert_eq!(mapped(&ioas).len(), 3);
+        }
     }
 }

@@ -158,9 +158,9 @@ impl State {
         }
         let slot = Slot::on(Attached::Nested(hwpt), tag.domain);
         if self.slot(requester).attached != slot.attached {
-            let attached = self.attachable(hwpt, device);
+            let attached = self.attachable(hwpt, requester.rid, device);
             let attached = attached.and_then(|pt| self.attach(requester, device, pt, slot));
-            attached.inspect_err(|_| self.destroy_unused(slot.attached))?;
+            attached.inspect_err(|_| self.destroy_unused(requester.rid, slot.attached))?;
             self.counters.nested_shares += u64::from(found.is_some());
         } else {
             self.nested.set(requester, slot);
@@ -242,7 +242,7 @@ impl State {
             // page table, and would ignore an attach of that one.
             self.nested.set(requester, Slot { unsettled: true, ..before });
             self.block(requester);
-            self.destroy_unused(slot.attached);
+            self.destroy_unused(requester.rid, slot.attached);
             return Err(match (&self.shadow, slot.attached) {
                 (Some(_), Attached::Nested(_)) => refused_attach(requester, source),
                 _ => NestingError::Host { what: format!("attaching {requester}"), source },
@@ -250,7 +250,7 @@ impl State {
         }
         self.nested.set(requester, slot);
         self.counters.replaces += u64::from(before.attached != Attached::Nothing);
-        self.destroy_unused(before.attached);
+        self.destroy_unused(requester.rid, before.attached);
         Ok(())
     }
 
@@ -275,19 +275,18 @@ impl State {
             return Err(NestingError::Host { what: format!("detaching {requester}"), source });
         }
         self.nested.set(requester, Slot::default());
-        self.destroy_unused(slot.attached);
+        self.destroy_unused(requester.rid, slot.attached);
         Ok(())
     }
 
-    /// Destroys the `HWPT_NESTED` if unused.
-    fn destroy_unused(&mut self, attached: Attached) {
-        if let Attached::Nested(hwpt) = attached {
-            if self.nested.hwpts.remove_unused(hwpt) {
-                match self.shadow {
-                    Some(_) => self.end_mirror(hwpt),
-                    None => self.objects.destroy(hwpt),
-                }
-            }
+    /// Destroys the `HWPT_NESTED` if unused; or of a mirror what only `rid` has used.
+    fn destroy_unused(&mut self, rid: Bdf, attached: Attached) {
+        let Attached::Nested(hwpt) = attached else { return };
+        match (self.nested.hwpts.remove_unused(hwpt), &self.shadow) {
+            (true, Some(_)) => self.end_mirror(hwpt),
+            (true, None) => self.objects.destroy(hwpt),
+            (false, Some(_)) => self.end_unused_of(hwpt, rid),
+            (false, None) => {}
         }
     }
 

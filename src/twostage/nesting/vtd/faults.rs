@@ -28,9 +28,9 @@ pub(super) struct FaultRouter {
 }
 
 impl FaultRouter {
-    /// The host walks mirrors of the guest's tables, and never these.
-    pub fn set_mirrored(&self) {
-        self.mirrored.store(true, Ordering::Relaxed);
+    /// Whether the host walks mirrors of the guest's tables, and never these.
+    pub fn set_mirrored(&self, mirrored: bool) {
+        self.mirrored.store(mirrored, Ordering::Relaxed);
     }
 
     /// From now on faults go to `target`, while it lives.

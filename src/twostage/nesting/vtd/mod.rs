@@ -31,7 +31,7 @@ use crate::nesting::objects::Objects;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::viommu::vtd::{
-    FaultTarget, HostVtd, Invalidation, Progress, RequesterConfig, VtdHostSide,
+    FaultTarget, HostVtd, Invalidation, Progress, RequesterConfig, VtdConfig, VtdHostSide,
 };
 use crate::viommu::{HostSideError, Requester};
 use faults::FaultRouter;
@@ -74,7 +74,7 @@ impl VtdNesting {
     }
 
     /// Why the guest's tables are mirrored, if they are: the bit and the device that do not nest
-    /// them, or that it was requested. Known from the first device on.
+    /// them, or that it was requested. Known while there are devices.
     pub fn mirrors_because(&self) -> Option<String> {
         self.state().mirrors_because().map(str::to_owned)
     }
@@ -171,6 +171,10 @@ impl Mirrors for Inner {
 }
 
 impl VtdHostSide for VtdNesting {
+    fn offers(&self, config: &VtdConfig) {
+        self.state().set_offered(config);
+    }
+
     fn configure(
         &self,
         requester: Requester,

@@ -23,6 +23,8 @@ pub(super) struct Nested {
     /// The number of users of a HWPT in a domain. Ordered by domain first, so that an invalidation
     /// finds its HWPTs without a look at the others.
     by_domain: BTreeMap<(u16, ObjectId), u32>,
+    /// The number of users of a HWPT in a function.
+    by_function: BTreeMap<(ObjectId, Bdf), u32>,
 }
 
 impl Nested {
@@ -52,11 +54,17 @@ impl Nested {
         self.slots.set(requester, slot);
         if let Attached::Nested(hwpt) = slot.attached {
             *self.by_domain.entry((slot.domain, hwpt)).or_default() += 1;
+            *self.by_function.entry((hwpt, requester.rid)).or_default() += 1;
             self.hwpts.join(hwpt);
         }
         if let Attached::Nested(hwpt) = before.attached {
-            self.leave(hwpt, before.domain);
+            self.leave(hwpt, before.domain, requester.rid);
         }
+    }
+
+    /// Whether `rid` or one of its PASIDs is attached to `hwpt`.
+    pub fn uses(&self, rid: Bdf, hwpt: ObjectId) -> bool {
+        self.by_function.contains_key(&(hwpt, rid))
     }
 
     /// Sets the tag by which the guest names what `requester` caches; its slot has the domain.
@@ -78,15 +86,10 @@ impl Nested {
         RequesterConfig { policy, tag: DomainTag { domain, pasid }, fault_disabled: false }
     }
 
-    fn leave(&mut self, hwpt: ObjectId, domain: u16) {
+    fn leave(&mut self, hwpt: ObjectId, domain: u16, rid: Bdf) {
         self.hwpts.leave(hwpt);
-        // Counts are at least 1: an entry of 0 is removed at once.
-        if let Some(count) = self.by_domain.get_mut(&(domain, hwpt)) {
-            *count -= 1;
-            if *count == 0 {
-                self.by_domain.remove(&(domain, hwpt));
-            }
-        }
+        one_less(&mut self.by_domain, (domain, hwpt));
+        one_less(&mut self.by_function, (hwpt, rid));
     }
 
     /// Every HWPT from `from` with a user that an invalidation of `domain` and `pasid` names
@@ -115,6 +118,16 @@ impl Nested {
                 hwpts.dedup();
                 Box::new(hwpts.into_iter())
             }
+        }
+    }
+}
+
+/// Counts are at least 1: an entry of 0 is removed at once.
+fn one_less<K: Ord + Copy>(counts: &mut BTreeMap<K, u32>, key: K) {
+    if let Some(count) = counts.get_mut(&key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(&key);
         }
     }
 }
@@ -319,6 +332,10 @@ mod tests {
                 let hwpt = ObjectId(id);
                 let users = naive.iter().filter(|(_, (of, _))| *of == hwpt).map(|(user, _)| *user);
                 prop_assert_eq!(books.users(hwpt), users.collect::<Vec<_>>());
+                for rid in (0..4).map(Bdf::from_raw) {
+                    let uses = naive.iter().any(|(user, (of, _))| *of == hwpt && user.rid == rid);
+                    prop_assert_eq!(books.uses(rid, hwpt), uses);
+                }
                 for (domain, pasid) in [(0, 0), (1, 1), (2, 0), (0, 2)] {
                     let tag = DomainTag { domain, pasid };
                     let known = naive.values().any(|named| *named == (hwpt, tag));

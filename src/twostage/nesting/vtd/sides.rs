@@ -8,7 +8,9 @@ use crate::iommufd::ObjectId;
 use crate::nesting::sides::{both, Side, Sides};
 use crate::nesting::{DeviceInfo, GuestIoas, Result};
 use crate::spec::pci::Bdf;
-use crate::viommu::vtd::{FaultTarget, Invalidation, Progress, RequesterConfig, VtdHostSide};
+use crate::viommu::vtd::{
+    FaultTarget, Invalidation, Progress, RequesterConfig, VtdConfig, VtdHostSide,
+};
 use crate::viommu::{HostSideError, Requester};
 
 impl Side for VtdNesting {
@@ -47,6 +49,11 @@ impl Side for VtdNesting {
 }
 
 impl VtdHostSide for Sides<VtdNesting> {
+    /// One that comes later has it from the first.
+    fn offers(&self, config: &VtdConfig) {
+        self.iter().for_each(|side| side.offers(config));
+    }
+
     fn configure(
         &self,
         requester: Requester,

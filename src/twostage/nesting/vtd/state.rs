@@ -14,7 +14,7 @@ use crate::nesting::guest_ioas::{GuestIoas, Mirrors};
 use crate::nesting::objects::Objects;
 use crate::nesting::{host_vtd, hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
-use crate::viommu::vtd::HostVtd;
+use crate::viommu::vtd::{HostVtd, VtdConfig};
 use crate::viommu::Requester;
 
 /// A device of the guest.
@@ -91,7 +91,19 @@ impl State {
             .host()
             .get_hw_info(dev)
             .context(|| format!("querying the IOMMU of {rid}"))?;
-        self.decide(rid, &info, &ioas)?;
+        let added = self.decide(rid, &info, &ioas);
+        let added = added.and_then(|()| self.add_as_decided(rid, dev, info, &ioas));
+        self.undecide_without_devices();
+        added
+    }
+
+    fn add_as_decided(
+        &mut self,
+        rid: Bdf,
+        dev: ObjectId,
+        info: HwInfo,
+        ioas: &GuestIoas,
+    ) -> Result<()> {
         if self.shadow.is_some() {
             // Any IOMMU maps an IOAS.
             return self.take_in(rid, dev, info);
@@ -115,9 +127,26 @@ impl State {
             ioas.add_mirrors(self.mirrors.clone())?;
             log::info!("the guest's tables are mirrored: {why}");
             self.shadow = Some(Shadow::new(serving, why));
-            self.faults.set_mirrored();
+            self.faults.set_mirrored(true);
         }
         Ok(())
+    }
+
+    /// The next device is the first one, if this was the last.
+    fn undecide_without_devices(&mut self) {
+        if self.devices.is_empty() && self.shadow.take().is_some() {
+            self.faults.set_mirrored(false);
+        }
+    }
+
+    /// See [`crate::viommu::vtd::VtdHostSide::offers`].
+    pub fn set_offered(&mut self, config: &VtdConfig) {
+        if let Some(serving) = &mut self.serving {
+            serving.config = config.clone();
+        }
+        if let Some(shadow) = &mut self.shadow {
+            shadow.set_offered(config);
+        }
     }
 
     /// See [`super::VtdNesting::mirrors_because`].
@@ -179,7 +208,6 @@ impl State {
         if let Ok(ioas) = self.objects.ioas() {
             ioas.users().remove_device(device.dev);
         }
-        self.end_mirrors_of(device.dev);
         if let Some(shadow) = self.shadow.as_mut() {
             shadow.forget(rid);
         }
@@ -188,6 +216,7 @@ impl State {
                 self.parents.end(parent, &mut self.objects);
             }
         }
+        self.undecide_without_devices();
         Ok(())
     }
 

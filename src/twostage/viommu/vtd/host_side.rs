@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 
+use super::config::VtdConfig;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
@@ -184,6 +185,11 @@ impl Invalidation {
 /// Calls come one at a time (the virtual VT-d's lock is held). A call returns only when the host is
 /// done: the virtual VT-d acknowledges to the guest right after.
 pub trait VtdHostSide: Debug + Send + Sync {
+    /// The guest is offered `config`; before any other call.
+    fn offers(&self, config: &VtdConfig) {
+        let _ = config;
+    }
+
     /// Applies `config` to `requester`'s DMA. An unchanged configuration costs nothing, and a
     /// blocked PASID takes no memory.
     ///

@@ -151,9 +151,11 @@ impl VtdIommu {
         interrupts: Arc<dyn InterruptSink>,
         observer: Option<Arc<dyn Observer>>,
     ) -> Result<Self, VtdConfigError> {
+        let caps = config.capabilities()?;
+        host.offers(config);
         Ok(Self {
             config: config.clone(),
-            caps: config.capabilities()?,
+            caps,
             memory,
             host,
             interrupts,

@@ -93,37 +93,39 @@ impl State {
         self.objects.destroy(mirrored.ioas);
     }
 
-    /// Forgets what mirrors have for a device that is gone.
-    pub fn end_mirrors_of(&mut self, dev: ObjectId) {
-        let Some(shadow) = self.shadow.as_mut() else { return };
-        let of_device = |mirrored: &mut Mirrored| mirrored.hwpts.remove(&dev);
-        let hwpts: Vec<_> = shadow.mirrors.values_mut().filter_map(of_device).collect();
-        hwpts.into_iter().for_each(|hwpt| self.objects.destroy(hwpt));
+    /// Destroys the page table that the mirror `id` has for `rid` alone, if it uses that no more.
+    pub fn end_unused_of(&mut self, id: ObjectId, rid: Bdf) {
+        let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.get_mut(&id));
+        let Some(mirrored) = mirrored.filter(|_| !self.nested.uses(rid, id)) else { return };
+        if let Some(hwpt) = mirrored.hwpts.remove(&rid) {
+            self.objects.destroy(hwpt);
+        }
     }
 
-    /// The object that `device` is attached to so that it uses the mirror `id`.
-    pub fn attachable(&mut self, id: ObjectId, device: &Device) -> Result<ObjectId> {
+    /// The object that `device`, the guest's `rid`, is attached to so that it uses the mirror `id`.
+    pub fn attachable(&mut self, id: ObjectId, rid: Bdf, device: &Device) -> Result<ObjectId> {
         let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.get_mut(&id));
         // Numbers in use are those of mirrors; without mirrors they are the objects themselves.
         let Some(mirrored) = mirrored else { return Ok(id) };
-        Self::attachable_of(&mut self.objects, mirrored, device)
+        Self::attachable_of(&mut self.objects, mirrored, rid, device)
     }
 
     fn attachable_of(
         objects: &mut Objects,
         mirrored: &mut Mirrored,
+        rid: Bdf,
         device: &Device,
     ) -> Result<ObjectId> {
         if device.info.max_pasid_log2 == 0 {
             return Ok(mirrored.ioas);
         }
-        if let Some(hwpt) = mirrored.hwpts.get(&device.dev) {
+        if let Some(hwpt) = mirrored.hwpts.get(&rid) {
             return Ok(*hwpt);
         }
         let flags = HwptFlags::new().with_pasid(true);
         let what = || "allocating the page table of a mirror".into();
         let hwpt = objects.alloc_paging(flags, device.dev, mirrored.ioas, what)?;
-        mirrored.hwpts.insert(device.dev, hwpt);
+        mirrored.hwpts.insert(rid, hwpt);
         Ok(hwpt)
     }
 
@@ -178,7 +180,7 @@ impl State {
     pub(super) fn replace_mirror(&mut self, id: ObjectId, old: Mirrored, new: &mut Mirrored) {
         for (requester, config) in self.configs(id) {
             let Some(device) = self.devices.get(&requester.rid).copied() else { continue };
-            let attached = Self::attachable_of(&mut self.objects, new, &device);
+            let attached = Self::attachable_of(&mut self.objects, new, requester.rid, &device);
             let attached = attached.and_then(|pt| {
                 let pasid = requester.pasid.map(Pasid::raw);
                 let attached = self.objects.host().device_attach(device.dev, pasid, pt);

@@ -144,7 +144,10 @@ impl State {
         // Its last user may have been blocked.
         match self.shadow.as_mut() {
             Some(shadow) if self.nested.stage1(id).is_some() => {
+                let rids: Vec<_> = mirrored.hwpts.keys().copied().collect();
                 shadow.mirrors.insert(id, mirrored);
+                // Of those who were not attached to a new one.
+                rids.into_iter().for_each(|rid| self.end_unused_of(id, rid));
             }
             _ => self.destroy_mirror(mirrored),
         }

@@ -33,7 +33,7 @@ use crate::iommufd::{Errno, HostError, ObjectId};
 use crate::nesting::NestingError;
 use crate::spec::pci::Bdf;
 use crate::viommu::vtd::walk::Tables;
-use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1};
+use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1, VtdConfig};
 use crate::viommu::{Requester, TableMemory};
 use mirror::{Mirror, Wanted};
 use serving::Serving;
@@ -105,7 +105,7 @@ struct Mirrored {
     tables: Tables,
     ioas: ObjectId,
     /// For devices with PASIDs, which need a HWPT with that flag.
-    hwpts: BTreeMap<ObjectId, ObjectId>,
+    hwpts: BTreeMap<Bdf, ObjectId>,
     mirror: Mirror,
     /// The host has failed in the middle of a change.
     unsettled: bool,
@@ -127,6 +127,11 @@ impl Shadow {
             lost: Vec::new(),
             faults: Vec::new(),
         }
+    }
+
+    /// The guest is offered `config`.
+    pub fn set_offered(&mut self, config: &VtdConfig) {
+        self.huge = config.first_stage_1g;
     }
 
     /// Why tables are mirrored.

@@ -47,7 +47,7 @@ impl Nesting {
 pub struct Serving {
     pub(super) nesting: Nesting,
     pub(super) memory: Arc<dyn TableMemory>,
-    pub(super) config: VtdConfig,
+    pub(in crate::nesting::vtd) config: VtdConfig,
 }
 
 impl Serving {

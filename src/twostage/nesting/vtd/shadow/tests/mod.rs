@@ -227,8 +227,55 @@ fn devices_with_pasids_have_page_tables_of_their_own_on_the_mirror() {
         "HWPT_ALLOC paging PASID on #6 for #2 = #8",
         "DEVICE_ATTACH #2 to #8",
     ]);
+    // What it has for one device goes when that uses it no more.
+    rig.configure(A, Policy::Bypass).unwrap();
+    rig.expect(&["DEVICE_ATTACH #1 to #4", "DESTROY #7"]);
+    rig.host.fail_next(Verb::DeviceAttach, Errno::ENOMEM);
+    rig.configure(A, tables()).unwrap_err();
+    rig.expect(&[
+        "HWPT_ALLOC paging PASID on #6 for #1 = #7",
+        "DEVICE_ATTACH #1 to #7 ! ENOMEM",
+        "DEVICE_DETACH #1",
+        "DESTROY #7",
+    ]);
     rig.nesting.remove_device(B).unwrap();
-    rig.expect(&["DEVICE_DETACH #2", "DESTROY #8", "DESTROY #5"]);
+    rig.expect(&["DEVICE_DETACH #2", "DESTROY #8", "DESTROY #6", "DESTROY #5"]);
+    rig.ends_clean();
+}
+
+/// A function's PASID still uses what the function itself has left.
+#[test]
+fn what_a_mirror_has_for_a_device_stays_with_its_last_user() {
+    let rig = Rig::with(1 << 20, 8);
+    rig.configure(B, tables()).unwrap();
+    let configure = |policy, pasid| {
+        let requester = Requester { rid: A, pasid: crate::spec::pci::Pasid::new(pasid) };
+        let tag = DomainTag { pasid, ..TAG };
+        let config = RequesterConfig { policy, tag, fault_disabled: false };
+        rig.nesting.configure(requester, &config).unwrap();
+    };
+    configure(tables(), 5);
+    rig.configure(A, tables()).unwrap();
+    let before = rig.host.live_objects().len();
+    rig.configure(A, Policy::Bypass).unwrap();
+    assert_eq!(rig.host.live_objects().len(), before);
+    configure(Policy::Blocked(FaultReason::PasidEntryNotPresent), 5);
+    assert_eq!(rig.host.live_objects().len(), before - 1);
+    rig.ends_clean();
+}
+
+/// The page table for a device that the host does not attach to a new mirror goes, too.
+#[test]
+fn what_a_new_mirror_has_for_a_lost_device_goes() {
+    let rig = Rig::with(1 << 20, 8);
+    rig.put(0x3000, 0, 0x9003);
+    rig.configure(A, tables()).unwrap();
+    rig.configure(B, tables()).unwrap();
+    let before = rig.host.live_objects().len();
+    rig.put(0x3000, 0, 0xa003);
+    (0..2).for_each(|_| rig.host.fail_next(Verb::DeviceAttach, Errno::ENOMEM));
+    rig.invalidate(None).unwrap();
+    assert_eq!(rig.host.live_objects().len(), before);
     rig.ends_clean();
 }
 
@@ -307,7 +354,7 @@ fn memory_that_goes_is_mirrored_no_more_before_it_is_gone() {
     let rig = Rig::new();
     rig.put(0x3000, 1, ROM | 1);
     rig.configure(A, tables()).unwrap();
-    rig.host.fail_nth(1, Errno::EBUSY);
+    rig.host.fail_calls(1, 2, Errno::EBUSY);
     rig.nesting.ioas().unwrap().unmap(ROM, SIZE - ROM).unwrap_err();
     assert_eq!(rig.host.reaches_copies(DEV_A), [(0x1000, 0x1000, ROM, R)]);
     rig.ends_clean();
@@ -362,6 +409,44 @@ fn a_device_that_is_not_added_leaves_nothing() {
             rig.configure(A, Policy::Bypass).unwrap();
             assert_eq!((rig.host.live_objects(), rig.host.reaches(DEV_B, None)), (before, None));
         }
+    }
+}
+
+/// Without devices nothing is decided: a device whose IOMMU nests comes after one that had mirrors,
+/// and was refused or removed.
+#[test]
+fn the_first_device_of_any_time_decides() {
+    let (host, intel) = RecordingHost::with_vtd();
+    let amd = host.add_device(1, HwInfo::new(HwInfoData::Other(3)));
+    let memory = Arc::new(crate::viommu::vtd::walk::tests::memory());
+    let serving = Serving::new(Nesting::Auto { pieces: 1 }, memory, VtdConfig::default());
+    let nesting = VtdNesting::serving(GuestIoas::new(host.clone()).unwrap(), serving);
+    for mirrored in [false, true, false, true] {
+        nesting.add_device(A, if mirrored { amd } else { intel }).unwrap();
+        assert_eq!(nesting.mirrors_because().is_some(), mirrored);
+        assert_eq!(nesting.host_unit(A, String::new()).unwrap().mirrored, mirrored);
+        nesting.remove_device(A).unwrap();
+        assert_eq!(nesting.mirrors_because(), None);
+    }
+    host.fail_next(Verb::DeviceAttach, Errno::ENOMEM);
+    nesting.add_device(A, amd).unwrap_err();
+    nesting.add_device(A, intel).unwrap();
+    assert_eq!(nesting.mirrors_because(), None);
+    drop(nesting);
+    assert_eq!(host.live_objects(), []);
+}
+
+/// The walk goes by what the guest is offered, not by what was wanted.
+#[test]
+fn pages_of_a_gigabyte_are_those_that_the_guest_is_offered() {
+    for huge in [true, false] {
+        let rig = Rig::new();
+        rig.nesting.offers(&VtdConfig::default().with_first_stage_1g(huge));
+        rig.put(0x1000, 0, 0x2007);
+        rig.put(0x2000, 0, 0x87);
+        rig.configure(A, Policy::Stage1(first_stage(0x1000))).unwrap();
+        assert_eq!(!rig.host.reaches_copies(DEV_A).is_empty(), huge);
+        rig.ends_clean();
     }
 }
 
