@@ -73,6 +73,31 @@ take_option() {
     esac
 }
 
+# take_device_option: the same for machines with devices to assign: an NVMe controller, whose file is
+# $nvme, and an edu. $bound lists them, $devices has words for QEMU.
+take_device_option() {
+    case $option in
+        --unbound) bound='' ;;
+        --nvme) nvme=$value ;;
+        --device) devices="$devices -device $value" ;;
+        --vfio) on_start vfio "$value" ;;
+        *) take_option ;;
+    esac
+}
+
+# add_devices: sets $devices to those of the machine, which are bound to vfio-pci, and to more.
+add_devices() {
+    devices="-device nvme,bus=pcie.0,addr=2,serial=twostage,drive=nvme
+        -device edu,bus=pcie.0,addr=3,dma_mask=0xffffffffffffffff $devices"
+    for function in $bound; do
+        on_start vfio "$function"
+    done
+    if [ -z "$nvme" ]; then
+        nvme=$work/nvme
+        truncate -s 64M "$nvme"
+    fi
+}
+
 # needs_command WORD...: fails without a command line, which only a shell does not need.
 needs_command() {
     [ $# -gt 0 ] || [ -n "$shell" ] || fail "twostage's command line comes after --"
