@@ -110,6 +110,18 @@ fn file_of(memory: &UserMemory) -> Option<(&File, u64)> {
     memory.file().filter(|(file, _)| ioctls::is_memory_file(file))
 }
 
+/// The outcome of mapping by file; where there is no file, or the kernel has no such call (before
+/// Linux 6.13), that of mapping by address.
+fn or_by_address(
+    by_file: Option<Result<u64, Errno>>,
+    by_address: impl FnOnce() -> Result<u64, Errno>,
+) -> Result<u64, Errno> {
+    match by_file {
+        None | Some(Err(Errno::ENOTTY)) => by_address(),
+        Some(outcome) => outcome,
+    }
+}
+
 impl HostIommu for KernelHost {
     fn device_bind(&self, name: &str) -> Result<ObjectId> {
         self.bind_name(name)
@@ -209,12 +221,11 @@ impl HostIommu for KernelHost {
     ) -> Result<u64> {
         let (flags, iova) = map_flags(target, protection);
         let mut kept = self.memory();
-        let outcome = match file_of(memory) {
-            Some((file, start)) => {
-                self.iommufd.map_memory_file(ioas.0, flags, file, start, memory.length(), iova)
-            }
-            None => self.iommufd.map_user_memory(ioas.0, flags, memory, iova),
-        };
+        let by_file = file_of(memory).map(|(file, start)| {
+            self.iommufd.map_memory_file(ioas.0, flags, file, start, memory.length(), iova)
+        });
+        let outcome =
+            or_by_address(by_file, || self.iommufd.map_user_memory(ioas.0, flags, memory, iova));
         let iova = outcome.map_err(|errno| error(Verb::IoasMap, ioas, errno))?;
         kept.mapped(ioas, iova, memory.clone());
         Ok(iova)
@@ -404,5 +415,19 @@ impl HostIommu for KernelHost {
         let outcome = self.iommufd.alloc_veventq(&mut alloc).map_err(errno_of);
         let (id, file) = outcome.map_err(refused)?;
         Ok(self.queue(id, Verb::Vevent, file, parse))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_maps_no_files_maps_by_address() {
+        assert_eq!(or_by_address(Some(Err(Errno::ENOTTY)), || Ok(1)), Ok(1));
+        assert_eq!(or_by_address(None, || Ok(1)), Ok(1));
+        let refused = || panic!("mapped twice");
+        assert_eq!(or_by_address(Some(Err(Errno::EEXIST)), refused), Err(Errno::EEXIST));
+        assert_eq!(or_by_address(Some(Ok(2)), refused), Ok(2));
     }
 }
