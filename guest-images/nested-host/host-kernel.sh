@@ -6,7 +6,7 @@
 # troubles: prints the lines of the kernel's log since the last call that report trouble, except
 # those that match $expected. Fails if there are none.
 troubles() {
-    dmesg -c | grep -E 'WARNING:|BUG:|Oops|refcount|leak|hung|blocked until|vfio.*(fail|error)|DMAR: .*([Ff]ault|[Ee]rror|timed out)|arm-smmu-v3 .*(error|timeout|event|overflow)' |
+    dmesg -c | grep -E 'WARNING:|BUG:|Oops|refcount|leak|hung|blocked until|vfio.*(fail|error)|DMAR: .*([Ff]ault|[Ee]rror|timed out)|AMD-Vi: .*(Event logged|[Ee]rror|timeout)|arm-smmu-v3 .*(error|timeout|event|overflow)' |
         grep -vE "$expected"
 }
 

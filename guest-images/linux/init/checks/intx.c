@@ -54,7 +54,7 @@ void check_intx(void)
     struct edu edu;
     struct uio uio;
 
-    if (!edu_open(&edu)) {
+    if (!edu_open(&edu, 0)) {
         skipped("intx", "there is no edu device");
         return;
     }

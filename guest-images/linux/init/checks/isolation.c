@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // An `edu` device has no driver in Linux, so nothing is mapped in its domain. This process drives
 // it through sysfs, and makes it read and write a page of this process by its physical address: the
-// IOMMU must refuse both, and the kernel must log it.
+// IOMMU must refuse both, and the kernel must log it, unless the device is that of twostage.silent=:
+// Linux's intel-iommu and amd-iommu do not tell a VMM of the faults of assigned devices.
 #include <errno.h>
 #include <inttypes.h>
 #include <stdint.h>
@@ -13,6 +14,7 @@
 #include "../iommu.h"
 #include "../kernel/files.h"
 #include "../kernel/kernel_log.h"
+#include "../kernel/options.h"
 #include "../report.h"
 #include "checks.h"
 
@@ -39,6 +41,8 @@ static void check_direction(const struct edu *edu, uint64_t address, bool write)
 
     if (!edu_transfer(edu, address, BYTES, write))
         failed("isolation", "%s: %s by DMA does not end", edu->pci, what);
+    else if (strcmp(edu->pci, option("silent", "")) == 0)
+        note("%s: %s by DMA at %#" PRIx64 " of which the log need not tell", edu->pci, what, address);
     else if (wait_until(is_logged, &access))
         passed("isolation", "%s: %s by DMA at %#" PRIx64 " was refused, and the log says so", edu->pci, what, address);
     else
@@ -50,27 +54,34 @@ static void say(const char *line)
     note("%s", line);
 }
 
-void check_isolation(void)
+static void check_device(const struct edu *edu)
 {
     static char page[EDU_PAGE] __attribute__((aligned(EDU_PAGE)));
-    struct edu edu;
 
-    if (!edu_open(&edu)) {
-        skipped("isolation", "there is no edu device");
-        return;
-    }
     pattern_fill(page, EDU_PAGE, SEED, 0);
     uint64_t address = physical_address(page);
-    if (edu.registers == MAP_FAILED || !address) {
-        failed("isolation", "%s: %s", edu.pci, strerror(errno));
+    if (edu->registers == MAP_FAILED || !address) {
+        failed("isolation", "%s: %s", edu->pci, strerror(errno));
         return;
     }
-    check_direction(&edu, address, false);
-    check_direction(&edu, address, true);
-    log_lines(iommu.faults, say);
+    check_direction(edu, address, false);
+    check_direction(edu, address, true);
     if (pattern_check(page, EDU_PAGE, SEED, 0) == EDU_PAGE)
-        passed("isolation", "%s: memory is as it was", edu.pci);
+        passed("isolation", "%s: memory is as it was", edu->pci);
     else
-        failed("isolation", "%s: memory has changed", edu.pci);
-    edu_close(&edu);
+        failed("isolation", "%s: memory has changed", edu->pci);
+    edu_close(edu);
+}
+
+void check_isolation(void)
+{
+    struct edu edu;
+    unsigned number = 0;
+
+    for (; edu_open(&edu, number); number++)
+        check_device(&edu);
+    if (number)
+        log_lines(iommu.faults, say);
+    else
+        skipped("isolation", "there is no edu device");
 }

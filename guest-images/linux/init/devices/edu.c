@@ -17,12 +17,21 @@ enum { DMA_START = 1, DMA_TO_MEMORY = 2 };
 // PCI command register.
 enum { COMMAND = 4, COMMAND_MEMORY = 2, COMMAND_BUS_MASTER = 4 };
 
-static bool is_edu(const char *name, void *found)
+struct wanted {
+    char pci[32];
+    unsigned skip; // so many come before it
+};
+
+static bool is_not_wanted(const char *name, void *context)
 {
+    struct wanted *wanted = context;
+
     if (strcmp(first_line("/sys/bus/pci/devices/%s/vendor", name), "0x1234") != 0 ||
         strcmp(first_line("/sys/bus/pci/devices/%s/device", name), "0x11e8") != 0)
         return true;
-    snprintf(found, 32, "%s", name);
+    if (wanted->skip--)
+        return true;
+    snprintf(wanted->pci, sizeof(wanted->pci), "%s", name);
     return false;
 }
 
@@ -99,12 +108,14 @@ uint32_t edu_acknowledge(const struct edu *edu)
     return reasons;
 }
 
-bool edu_open(struct edu *edu)
+bool edu_open(struct edu *edu, unsigned number)
 {
-    edu->pci[0] = '\0';
-    for_each_name("/sys/bus/pci/devices", is_edu, edu->pci);
-    if (!edu->pci[0])
+    struct wanted wanted = {"", number};
+
+    for_each_name("/sys/bus/pci/devices", is_not_wanted, &wanted);
+    if (!wanted.pci[0])
         return false;
+    memcpy(edu->pci, wanted.pci, sizeof(edu->pci));
     // Everything behind twostage's or QEMU's bridge from PCI Express to PCI, 1b36:000e, is one.
     bool is_conventional = strcmp(first_line("/sys/bus/pci/devices/%s/../device", edu->pci), "0x000e") == 0;
     unsigned domain = 0, bus = 0;
@@ -116,7 +127,7 @@ bool edu_open(struct edu *edu)
     return true;
 }
 
-void edu_close(struct edu *edu)
+void edu_close(const struct edu *edu)
 {
     munmap((void *)edu->registers, SIZE);
 }

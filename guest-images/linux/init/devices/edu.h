@@ -13,9 +13,9 @@ struct edu {
     volatile char *registers; // BAR 0; MAP_FAILED, with errno, if it cannot be had
 };
 
-// The first one, with bus mastering enabled. False if there is none.
-bool edu_open(struct edu *edu);
-void edu_close(struct edu *edu);
+// The one of this number, from 0, with bus mastering enabled. False if there are not so many.
+bool edu_open(struct edu *edu, unsigned number);
+void edu_close(const struct edu *edu);
 
 // Copies up to a page between the device's buffer and memory, by DMA. Returns whether it finished.
 bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool to_memory);
