@@ -71,6 +71,7 @@ test-all: test loom
 	scripts/package
 	scripts/check/guest-under-qemu
 	@$(MAKE) --no-print-directory qemu-demo
+	@NESTED=$(NESTED) scripts/check/linux-checks --rounds 100000
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
 	@[ "$(NESTED)" = off ] || scripts/check/xen
 	@[ "$(NESTED)" = off ] || scripts/nested/x86-kernel --from-source >/dev/null

@@ -46,6 +46,7 @@ static const struct {
     {"isolation", check_isolation},
     {"bypass", check_bypass},
     {"sva", check_sva},
+    {"vfio", check_vfio},
     {"figures", take_figures},
 };
 
@@ -93,7 +94,7 @@ int main(void)
     set_up();
     uname(&kernel);
     note("Linux %s %s, init after %s s", kernel.release, kernel.version, strtok(strdup(first_line("/proc/uptime")), " "));
-    load_modules();
+    load_modules("/modules");
     watch_results();
     snprintf(list, sizeof(list), "%s", option("test", "boot,iommu,blk,net,rng,clean"));
     for (char *name = strtok(list, ","); name; name = strtok(NULL, ","))

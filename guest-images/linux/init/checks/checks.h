@@ -18,6 +18,7 @@ void check_isolation(void); // a device without driver is refused its DMA
 void check_intx(void);      // the pin of a device without driver
 void check_bypass(void);    // its DMA goes to physical addresses when its domain is an identity
 void check_sva(void);       // a device uses processes' own addresses, and asks for their pages
+void check_vfio(void);      // a program maps and unmaps for a device: its DMA sees that, and no more
 void check_clean(void);     // the IOMMU has refused nothing
 
 // The requests to each disk.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "devices.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -89,4 +90,27 @@ bool find_device(const char *driver, struct device *device)
         }
     }
     return false;
+}
+
+int give_to_driver(const char *pci, const char *driver)
+{
+    char path[96];
+
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/driver_override", pci);
+    int error = write_text(path, driver);
+    if (!error)
+        error = write_text("/sys/bus/pci/drivers_probe", pci);
+    if (!error && strcmp(link_name("/sys/bus/pci/devices/%s/driver", pci), driver) != 0)
+        error = ENODEV;
+    return error;
+}
+
+void take_from_driver(const char *pci, const char *driver)
+{
+    char path[96];
+
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/driver_override", pci);
+    write_text(path, "\n");
+    snprintf(path, sizeof(path), "/sys/bus/pci/drivers/%s/unbind", driver);
+    write_text(path, pci);
 }

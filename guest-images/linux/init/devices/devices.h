@@ -21,3 +21,9 @@ bool is_disk(const struct device *device);
 
 // The first device with this driver. False if there is none.
 bool find_device(const char *driver, struct device *device);
+
+// Binds a function without driver to this one, and no other. 0, or errno.
+int give_to_driver(const char *pci, const char *driver);
+
+// Leaves it without a driver.
+void take_from_driver(const char *pci, const char *driver);

@@ -11,7 +11,7 @@
 
 // Registers of edu's BAR 0 (QEMU's docs/specs/edu.rst), and its buffer.
 enum { INTERRUPT_STATUS = 0x24, INTERRUPT_RAISE = 0x60, INTERRUPT_ACKNOWLEDGE = 0x64 };
-enum { DMA_SOURCE = 0x80, DMA_DESTINATION = 0x88, DMA_COUNT = 0x90, DMA_COMMAND = 0x98, BUFFER = 0x40000, SIZE = 0x100000 };
+enum { DMA_SOURCE = 0x80, DMA_DESTINATION = 0x88, DMA_COUNT = 0x90, DMA_COMMAND = 0x98, BUFFER = 0x40000 };
 enum { DMA_START = 1, DMA_TO_MEMORY = 2 };
 
 // PCI command register.
@@ -55,7 +55,7 @@ static volatile char *map_registers(const char *pci)
 
     snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/resource0", pci);
     int bar = open(path, O_RDWR | O_CLOEXEC);
-    volatile char *registers = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, bar, 0);
+    volatile char *registers = mmap(NULL, EDU_REGISTERS, PROT_READ | PROT_WRITE, MAP_SHARED, bar, 0);
     close(bar);
     return registers;
 }
@@ -82,6 +82,7 @@ bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool t
 {
     volatile char *registers = edu->registers;
     double end = now() + PATIENCE_S;
+    unsigned looks = 0;
 
     write_register(registers, DMA_SOURCE, to_memory ? BUFFER : address);
     write_register(registers, DMA_DESTINATION, to_memory ? address : BUFFER);
@@ -90,7 +91,9 @@ bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool t
     while (*(volatile uint64_t *)(registers + DMA_COMMAND) & DMA_START) {
         if (now() > end)
             return false;
-        usleep(1000);
+        // A few are often enough; QEMU's device takes 100 ms.
+        if (++looks > 100)
+            usleep(1000);
     }
     return true;
 }
@@ -108,7 +111,7 @@ uint32_t edu_acknowledge(const struct edu *edu)
     return reasons;
 }
 
-bool edu_open(struct edu *edu, unsigned number)
+bool edu_find(struct edu *edu, unsigned number)
 {
     struct wanted wanted = {"", number};
 
@@ -123,11 +126,19 @@ bool edu_open(struct edu *edu, unsigned number)
         snprintf(edu->requester, sizeof(edu->requester), "%04x:%02x:00.0", domain, bus);
     else
         snprintf(edu->requester, sizeof(edu->requester), "%s", edu->pci);
+    edu->registers = MAP_FAILED;
+    return true;
+}
+
+bool edu_open(struct edu *edu, unsigned number)
+{
+    if (!edu_find(edu, number))
+        return false;
     edu->registers = map_registers(edu->pci);
     return true;
 }
 
 void edu_close(const struct edu *edu)
 {
-    munmap((void *)edu->registers, SIZE);
+    munmap((void *)edu->registers, EDU_REGISTERS);
 }

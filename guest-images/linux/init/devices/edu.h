@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// An `edu` device (QEMU's docs/specs/edu.rst), which has no driver in Linux, driven through sysfs.
+// An `edu` device (QEMU's docs/specs/edu.rst), which has no driver in Linux.
 #pragma once
 
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { EDU_PAGE = 4096 };
+enum { EDU_PAGE = 4096, EDU_REGISTERS = 0x100000 };
 
 struct edu {
     char pci[32];
@@ -13,7 +13,10 @@ struct edu {
     volatile char *registers; // BAR 0; MAP_FAILED, with errno, if it cannot be had
 };
 
-// The one of this number, from 0, with bus mastering enabled. False if there are not so many.
+// The one of this number, from 0, without its registers. False if there are not so many.
+bool edu_find(struct edu *edu, unsigned number);
+
+// The same, with its registers through sysfs, and bus mastering enabled.
 bool edu_open(struct edu *edu, unsigned number);
 void edu_close(const struct edu *edu);
 

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "../kernel/files.h"
+#include "devices.h"
 
 #define DRIVER "uio_pci_generic"
 
@@ -28,10 +29,7 @@ const char *uio_open(struct uio *uio, const char *pci)
 
     *uio = (struct uio){.file = -1};
     snprintf(uio->pci, sizeof(uio->pci), "%s", pci);
-    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/driver_override", pci);
-    int error = write_text(path, DRIVER);
-    if (!error)
-        error = write_text("/sys/bus/pci/drivers_probe", pci);
+    int error = give_to_driver(pci, DRIVER);
     if (error)
         return strerror(error);
     snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/uio", pci);
@@ -45,13 +43,9 @@ const char *uio_open(struct uio *uio, const char *pci)
 
 void uio_close(struct uio *uio)
 {
-    char path[96];
-
     if (uio->file >= 0)
         close(uio->file);
-    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/driver_override", uio->pci);
-    write_text(path, "\n");
-    write_text("/sys/bus/pci/drivers/" DRIVER "/unbind", uio->pci);
+    take_from_driver(uio->pci, DRIVER);
 }
 
 bool uio_wait(const struct uio *uio)

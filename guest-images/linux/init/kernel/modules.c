@@ -20,15 +20,17 @@ int load_module(const char *path)
     return error;
 }
 
-void load_modules(void)
+void load_modules(const char *directory)
 {
-    char name[128], path[160];
-    FILE *order = fopen("/modules/order", "re");
+    char name[128], path[192];
+
+    snprintf(path, sizeof(path), "%s/order", directory);
+    FILE *order = fopen(path, "re");
 
     if (!order)
         return;
     while (fscanf(order, "%127s", name) == 1) {
-        snprintf(path, sizeof(path), "/modules/%s", name);
+        snprintf(path, sizeof(path), "%s/%s", directory, name);
         int error = load_module(path);
         if (error && error != EEXIST)
             failed("modules", "%s: %s", name, strerror(error));
