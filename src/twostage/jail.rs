@@ -213,10 +213,12 @@ pub static GUEST: ThreadKind = ThreadKind {
         ATTACH,
         DETACH,
     ],
-    own: &[],
+    // Responses to page requests.
+    own: &[WRITE],
 };
 
-/// Brings events to a virtual SMMU: a thread of the library, `smmu-events`.
+/// Brings events to a virtual SMMU, or page requests to a virtual VT-d, and answers those that are
+/// not for the guest: threads of the library, `smmu-events` and `page-requests`.
 ///
 /// If the VMM drops the unit's parts without `shutdown` while an event is on its way, this thread
 /// releases them: it is then of the kind [`REMOVE`], too. [`Smmuv3`](crate::unit::Smmuv3) does not

@@ -4,7 +4,8 @@
 //!
 //! The threads are those of event queues, none else: [`KernelHost::with_threads`] says who starts
 //! the one that waits for a queue of the kernel, [`SmmuNesting::with_threads`] and
-//! [`Smmuv3Builder::threads`] say it of the one that brings events to the virtual SMMU.
+//! [`Smmuv3Builder::threads`] say it of the one that brings events to the virtual SMMU, and the
+//! same of a virtual VT-d say it of the one that brings page requests.
 //!
 //! [`KernelHost::with_threads`]: crate::iommufd::KernelHost
 //! [`SmmuNesting::with_threads`]: crate::nesting::smmuv3::SmmuNesting::with_threads

@@ -7,13 +7,14 @@ use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::first_stage::{index, FirstStageEntry, ENTRY_SIZE};
 use twostage::spec::vtd::interrupt::{Irte, IRTE_SIZE};
+use twostage::spec::vtd::page_request::{PageRequest, PageResponse, PAGE_REQUEST_SIZE};
 use twostage::spec::vtd::pasid::{
     PasidDirectoryEntry, PasidEntry, PasidEntry0, PasidEntry1, PasidEntry2, Pgtt,
     DIRECTORY_ENTRY_SIZE, TABLE_ENTRIES, TABLE_ENTRY_SIZE,
 };
 use twostage::spec::vtd::qi::{Descriptor, PasidCacheScope, StatusWrite};
 use twostage::spec::vtd::regs::{
-    self, Cap, FaultRecord, Fsts, Gcmd, Gsts, Iqa, Irta, QueuePointer, Rtaddr,
+    self, Cap, FaultRecord, Fsts, Gcmd, Gsts, Iqa, Irta, Pqa, QueuePointer, Rtaddr,
 };
 use twostage::spec::vtd::root::{
     ContextHigh, ContextLow, RootHalf, ScalableContextHigh, ScalableContextLow, CONTEXT_ENTRY_SIZE,
@@ -226,6 +227,37 @@ impl<M: Mmio> Driver<M> {
         self.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)])
     }
 
+    /// Starts the page request queue, of one page: the queue's address.
+    pub fn start_page_queue(&self) -> u64 {
+        let queue = self.page();
+        self.registers.write64(regs::PQH, 0);
+        self.registers.write64(regs::PQT, 0);
+        self.registers.write64(regs::PQA, Pqa::new().with_pqa(queue / PAGE).into_bits());
+        queue
+    }
+
+    /// Takes the oldest page request from the queue.
+    ///
+    /// # Panics
+    /// What is in the queue is not one.
+    pub fn take_page_request(&self) -> Option<PageRequest> {
+        let head = self.registers.read64(regs::PQH);
+        if head == self.registers.read64(regs::PQT) {
+            return None;
+        }
+        let pqa = Pqa::from_bits(self.registers.read64(regs::PQA));
+        let words = [0, 8, 16, 24].map(|word| self.load(pqa.base() + head + word));
+        self.registers.write64(regs::PQH, (head + PAGE_REQUEST_SIZE) % pqa.size());
+        Some(PageRequest::decode(words).expect("a page request"))
+    }
+
+    /// Responds to the group of `request`, its last one.
+    pub fn respond(&self, request: &PageRequest, response: PageResponse) -> Completion {
+        let PageRequest { rid: requester, pasid, group, .. } = *request;
+        let code = response.code();
+        self.submit(&[Descriptor::PageGroupResponse { requester, pasid, group, code }])
+    }
+
     /// FSTS.
     pub fn faults(&self) -> Fsts {
         Fsts::from_bits(self.registers.read32(regs::FSTS))
@@ -298,12 +330,25 @@ impl<M: Mmio> Driver<M> {
         self.store(context, low.into_bits());
     }
 
-    fn pasid_slot(&self, rid: Bdf, pasid: u32) -> u64 {
+    /// Has the context entry of `rid`, whose tables exist, say that it may have a device-TLB (DTE)
+    /// and make page requests (PRE), or not.
+    pub fn set_page_requests(&self, rid: Bdf, enabled: bool) {
+        let context = self.context_slot(rid);
+        let low = ScalableContextLow::from_bits(self.load(context));
+        self.store(context, low.with_dte(enabled).with_pre(enabled).into_bits());
+    }
+
+    /// The GPA of the context entry of `rid`.
+    fn context_slot(&self, rid: Bdf) -> u64 {
         assert!(rid.devfn() < SCALABLE_CONTEXT_ENTRIES, "the upper context table is not used");
         let root = self.root + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
         let table = self
             .table_at(root, |page| RootHalf::new().with_p(true).with_ctp(page / PAGE).into_bits());
-        let context = table + u64::from(rid.devfn()) * SCALABLE_CONTEXT_ENTRY_SIZE;
+        table + u64::from(rid.devfn()) * SCALABLE_CONTEXT_ENTRY_SIZE
+    }
+
+    fn pasid_slot(&self, rid: Bdf, pasid: u32) -> u64 {
+        let context = self.context_slot(rid);
         self.store(context + 8, ScalableContextHigh::new().with_rid_pasid(0).into_bits());
         let directory = self.table_at(context, |page| {
             let low = ScalableContextLow::new().with_p(true).with_paside(true);

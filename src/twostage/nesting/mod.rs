@@ -25,6 +25,7 @@
 mod guest_ioas;
 mod hw_info;
 mod objects;
+mod reader;
 pub(crate) mod sides;
 pub mod smmuv3;
 pub mod survey;

@@ -15,7 +15,7 @@ use crate::nesting::vtd::{Nesting, Serving, VtdNesting};
 use crate::nesting::{GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::sync::Mutex;
-use crate::threads::ThreadStart;
+use crate::threads::{StdThreads, ThreadStart};
 use crate::viommu::vtd::{FaultTarget, HostVtd, VtdConfig, VtdConfigError, VtdIommu, VtdState};
 use crate::viommu::{
     HostSideError, InterruptListener, InterruptRemapper, InterruptSink, Observer, SnapshotError,
@@ -81,6 +81,7 @@ pub struct VtdBuilder {
     without_devices: bool,
     observer: Option<Arc<dyn Observer>>,
     fault_target: Wrap,
+    threads: Arc<dyn ThreadStart>,
 }
 
 impl VtdBuilder {
@@ -101,6 +102,7 @@ impl VtdBuilder {
             without_devices: false,
             observer: None,
             fault_target: Box::new(|model| model),
+            threads: Arc::new(StdThreads),
         }
     }
 
@@ -160,10 +162,10 @@ impl VtdBuilder {
         self
     }
 
-    /// Has no effect: a virtual VT-d starts no thread, as no host has a queue of faults for it, and
-    /// `threads` is dropped. It is here so that both builders have the same verbs.
-    pub fn threads(self, threads: Arc<dyn ThreadStart>) -> Self {
-        drop(threads);
+    /// Who starts the unit's threads, one for the page requests of each host; [`StdThreads`]
+    /// without this.
+    pub fn threads(mut self, threads: Arc<dyn ThreadStart>) -> Self {
+        self.threads = threads;
         self
     }
 
@@ -178,7 +180,7 @@ impl VtdBuilder {
         let wanted = self.config.unwrap_or_default();
         wanted.check().map_err(impossible)?;
         let serving = Serving::new(self.serving, self.memory.clone(), wanted.clone());
-        let side = HostSide::new(self.ioas, serving, &self.devices)?;
+        let side = HostSide::new(self.ioas, serving, self.threads, &self.devices)?;
         let lowered = wanted.intersect(&side.hosts);
         let offered = offered(wanted, lowered)?;
         let host = side.sides.clone();
@@ -205,7 +207,7 @@ impl VtdBuilder {
         let functions: Vec<Bdf> = state.functions.iter().map(|function| function.rid).collect();
         check_devices(MODEL, &functions, &self.devices)?;
         let serving = Serving::new(self.serving, self.memory.clone(), state.config.clone());
-        let side = HostSide::new(self.ioas, serving, &self.devices)?;
+        let side = HostSide::new(self.ioas, serving, self.threads, &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }
@@ -236,6 +238,7 @@ impl HostSide {
     fn new(
         ioas: Arc<GuestIoas>,
         serving: Serving,
+        threads: Arc<dyn ThreadStart>,
         devices: &[NewDevice],
     ) -> Result<Self, AddError> {
         let names = names_of(devices)?;
@@ -247,7 +250,8 @@ impl HostSide {
                 serving.nests_for(&**host, device.dev)
             });
         }
-        let sides = Arc::new(Sides::new(VtdNesting::serving(ioas, serving)));
+        let first = VtdNesting::serving(ioas, serving).with_threads(threads);
+        let sides = Arc::new(Sides::new(first));
         let mut side = Self { sides, names, hosts: Vec::new() };
         for device in devices {
             side.hosts.push(take_in(&side.sides, device)?);

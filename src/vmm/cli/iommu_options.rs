@@ -53,11 +53,17 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
         nest: nest(pairs, emulated, second_stage != Some(false))?,
         nesting,
         ats: pairs.take("ats", default.ats, on_off)?,
+        pri: pairs.take("pri", default.pri, on_off)?,
         caching_mode: caching_mode(pairs, default.caching_mode, emulated)?,
         interrupt_remapping: pairs
             .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
         sanitize: sanitize(pairs, emulated)?,
     };
+    if options.pri && !options.ats {
+        return Err(
+            "pri=on needs ats=on: devices without a device TLB make no page requests".into()
+        );
+    }
     if options.sanitize && matches!(nesting, Nesting::Off { .. }) {
         return Err("sanitize=on needs nesting=auto or on: no cache has entries of the guest's \
                     tables when they are mirrored"
@@ -200,7 +206,7 @@ mod tests {
         assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
         assert_eq!(
             "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,first-stage=on,second-stage=off,nest=off,\
-             ats=on,nesting=on,caching-mode=off,intremap=on,sanitize=on"
+             ats=on,pri=on,nesting=on,caching-mode=off,intremap=on,sanitize=on"
                 .parse(),
             Ok(IommuConfig {
                 id: Some("a".to_owned()),
@@ -214,6 +220,7 @@ mod tests {
                     nest: false,
                     nesting: Nesting::On,
                     ats: true,
+                    pri: true,
                     caching_mode: false,
                     interrupt_remapping: Some(true),
                     sanitize: true,
@@ -278,6 +285,7 @@ mod tests {
         refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");
         refused::<IommuConfig>("vtd,addr=0x10000000000000", "more than 52 bits");
         refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
+        refused::<IommuConfig>("vtd,pri=on", "pri=on needs ats=on");
         refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
         refused::<IommuConfig>("vtd,", "key=value");
         refused::<IommuConfig>("vtd,id=on", "id: 'on'");

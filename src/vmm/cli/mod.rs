@@ -109,7 +109,7 @@ struct RunArgs {
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,first-stage=on|off,second-stage=on|off,\
-            nest=on|off,nesting=auto|on|off,shadow-pieces=N,ats=on|off,caching-mode=on|off,\
+            nest=on|off,nesting=auto|on|off,shadow-pieces=N,ats=on|off,pri=on|off,caching-mode=on|off,\
             intremap=on|off,host=emulated|PATH,\
             sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,\
             ril=on|off,host=emulated|PATH,sanitize=on|off]"

@@ -169,6 +169,9 @@ mod tests {
         assert_eq!(with(true, true, false), Ok(()));
         assert_eq!(with(false, true, false), Err(ConfigError::NotOffered(2, "ats")));
         assert_eq!(with(true, true, true), Err(ConfigError::NotOffered(2, "pri")));
+        let both = VtdOptions { ats: true, pri: true, ..VtdOptions::default() };
+        let edu = EduConfig { ats: true, pri: true, ..EduConfig::default() };
+        assert_eq!(machine(&[both.into()], edu).validate(), Ok(()));
         let bare = machine(&[], EduConfig { ats: true, ..EduConfig::default() });
         assert_eq!(bare.validate(), Err(ConfigError::NotOffered(2, "ats")));
     }

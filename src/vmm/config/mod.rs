@@ -202,7 +202,8 @@ impl IommuModel {
     /// Whether it takes page requests (PRI).
     pub fn page_requests(&self) -> bool {
         match self {
-            Self::Vtd(_) | Self::SmmuV3(_) => false,
+            Self::Vtd(vtd) => vtd.pri,
+            Self::SmmuV3(_) => false,
         }
     }
 
@@ -252,11 +253,11 @@ pub struct VtdOptions {
     pub nesting: Nesting,
     /// Offers device TLBs (ATS).
     pub ats: bool,
-    /// Caching mode: the guest must also invalidate entries that become present. Without it, tables
-    /// are read again for each request that they blocked, which needs a host that reports those.
+    /// Offers page requests (PRI), which need `ats`.
+    pub pri: bool,
+    /// Caching mode (CM), in which the guest also invalidates entries that become present.
     pub caching_mode: bool,
-    /// Interrupt remapping, which moves the IOAPIC out of the kernel. By default enabled if KVM
-    /// supports that. It applies to all units of a machine.
+    /// Interrupt remapping, of all units; moves the IOAPIC out of the kernel. Default: if KVM can.
     pub interrupt_remapping: Option<bool>,
     /// Compares every DMA with the guest's tables and reports uses of stale translations.
     pub sanitize: bool,
@@ -272,6 +273,7 @@ impl Default for VtdOptions {
             nest: false,
             nesting: Nesting::Auto { pieces: Nesting::PIECES },
             ats: false,
+            pri: false,
             caching_mode: true,
             interrupt_remapping: None,
             sanitize: false,
@@ -292,8 +294,7 @@ pub struct SmmuV3Options {
     pub substream_bits: Option<u8>,
     /// Offers device TLBs (ATS).
     pub ats: bool,
-    /// Compares every DMA with the guest's context descriptors and tables and reports uses of stale
-    /// ones.
+    /// Compares every DMA with the guest's tables and reports uses of stale ones.
     pub sanitize: bool,
 }
 

@@ -138,6 +138,7 @@ fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
         })
         .with_guest_second_stage(guest_second_stage)
         .with_device_tlb(config.ats)
+        .with_page_requests(config.pri)
         .with_sanitize(config.sanitize)
 }
 
@@ -151,6 +152,7 @@ fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
         .with_nest(config.nest)
         .with_caching_mode(config.caching_mode)
         .with_device_iotlb(config.ats)
+        .with_page_requests(config.pri)
         .with_interrupt_remapping(interrupt_remapping)
 }
 

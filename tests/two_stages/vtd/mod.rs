@@ -11,6 +11,7 @@ mod mirrored;
 mod mixed;
 mod naive;
 mod nested;
+mod page_requests;
 mod restore;
 mod stack;
 

@@ -1,23 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The way back: delivers the events of a vEVENTQ to the virtual SMMU.
 
-use crate::sync::{Condvar, Mutex, RwLock};
+use crate::sync::RwLock;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crate::counters::Counter;
-use crate::iommufd::{Errno, EventQueue, HostError, ObjectId, Readiness, Vevent};
-use crate::jail;
-use crate::threads::{Started, ThreadStart};
+use crate::iommufd::{EventQueue, HostError, Vevent};
+use crate::nesting::reader::{self, Drained, QueueThread};
+use crate::threads::ThreadStart;
 use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 use crate::warn_limited;
 
-/// The first and the longest pause after a read failed for lack of memory; each pause is twice as
-/// long as the one before.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Events are numbered modulo 2^31.
 const SEQUENCE_MASK: u32 = i32::MAX as u32;
 
@@ -85,30 +81,16 @@ impl Reader {
     /// Reads the queue until it is empty. Temporary failures are retried after a `pause`, which
     /// returns whether to continue.
     fn drain(&mut self, pause: impl Fn(Duration) -> bool) -> Drained {
-        let mut next_pause = FIRST_PAUSE;
-        loop {
-            match self.queue.next_event() {
-                Ok(Some(event)) => {
-                    self.bring(&event);
-                    next_pause = FIRST_PAUSE;
-                }
-                Ok(None) => return Drained::Empty,
-                Err(error) if passes(error.errno) => {
-                    if next_pause == FIRST_PAUSE {
-                        warn_limited!("{error}; retrying until it works");
-                    }
-                    if !pause(next_pause) {
-                        return Drained::Over;
-                    }
-                    next_pause = (next_pause * 2).min(LONGEST_PAUSE);
-                }
-                Err(error) => {
-                    log::error!("{}", Unreadable(&error));
-                    self.route.events_lost();
-                    return Drained::Over;
-                }
-            }
+        let next = || {
+            let event = self.queue.next_event()?;
+            Ok(event.inspect(|event| self.bring(event)).is_some())
+        };
+        let drained = reader::drain(next, pause);
+        if let Drained::Broken(error) = &drained {
+            log::error!("{}", Unreadable(error));
+            self.route.events_lost();
         }
+        drained
     }
 
     fn bring(&mut self, event: &Vevent) {
@@ -124,20 +106,6 @@ impl Reader {
             None => warn_limited!("an event of {} bytes is not an SMMU record", data.len()),
         }
     }
-}
-
-/// How reading a queue ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Drained {
-    /// It is empty for now.
-    Empty,
-    /// It is not to be read any more.
-    Over,
-}
-
-/// Whether a read that failed with `errno` may succeed later: the event is still there.
-fn passes(errno: Errno) -> bool {
-    errno == Errno::ENOMEM
 }
 
 /// The user's message about a queue that cannot be read.
@@ -161,137 +129,20 @@ fn record(data: &[u8]) -> Option<EventRecordWords> {
     rest.is_empty().then(|| words.map(u64::from_le_bytes))
 }
 
-/// What the thread waits for.
-#[derive(Debug, Default)]
-pub(super) struct Signal {
-    wanted: Mutex<Wanted>,
-    changed: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Wanted {
-    readable: bool,
-    stop: bool,
-    /// The thread waits.
-    idle: bool,
-    /// The thread has ended.
-    over: bool,
-}
-
-impl Signal {
-    fn wanted(&self) -> MutexGuard<'_, Wanted> {
-        self.wanted.lock()
-    }
-
-    /// Waits until there is something to read (true) or it is time to stop (false).
-    fn wait(&self) -> bool {
-        let mut wanted = self.wanted();
-        wanted.idle = true;
-        self.changed.notify_all();
-        let nothing = |wanted: &mut Wanted| !wanted.readable && !wanted.stop;
-        let mut wanted = self.changed.wait_while(wanted, nothing);
-        // Anything that arrives after the queue was found empty is signalled again.
-        (wanted.readable, wanted.idle) = (false, false);
-        !wanted.stop
-    }
-
-    /// Waits until the thread has delivered all that can be read now; false when it has not after
-    /// `time`.
-    pub fn quiesce(&self, time: Duration) -> bool {
-        let mut wanted = self.wanted();
-        // Whether or not it was noticed already.
-        wanted.readable = true;
-        self.changed.notify_all();
-        let busy = |wanted: &mut Wanted| !wanted.over && (wanted.readable || !wanted.idle);
-        !self.changed.wait_timeout_while(wanted, time, busy).1
-    }
-
-    fn end(&self) {
-        self.wanted().over = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits for `time`; false when it is time to stop.
-    fn pause(&self, time: Duration) -> bool {
-        let going = |wanted: &mut Wanted| !wanted.stop;
-        !self.changed.wait_timeout_while(self.wanted(), time, going).0.stop
-    }
-
-    fn stop(&self) {
-        self.wanted().stop = true;
-        self.changed.notify_all();
-    }
-}
-
-impl Readiness for Signal {
-    fn changed(&self, readable: bool) {
-        self.wanted().readable |= readable;
-        self.changed.notify_all();
-    }
-}
-
-/// A thread that reads one vEVENTQ. It takes no lock of nesting: the holder of one may be waiting
-/// for the virtual SMMU, which the thread calls.
-#[derive(Debug)]
-pub(super) struct EventThread {
-    object: ObjectId,
-    signal: Arc<Signal>,
-    thread: Option<Started>,
-}
-
-impl EventThread {
-    /// Has `threads` start delivering the events of `queue` along `route`.
-    ///
-    /// # Errors
-    /// There is no thread for it, or none that waits for the queue. The queue is closed.
-    pub fn start(
-        threads: &dyn ThreadStart,
-        queue: Arc<dyn EventQueue>,
-        route: Arc<EventRoute>,
-    ) -> io::Result<Self> {
-        let object = queue.object();
-        let signal = Arc::<Signal>::default();
-        let waited_for = signal.clone();
-        let watched = queue.clone();
-        let mut reader = Reader { queue, route, expected: 0 };
-        let read = move || {
-            let pause = |time| waited_for.pause(time);
-            while waited_for.wait() && reader.drain(pause) == Drained::Empty {}
-            waited_for.end();
-        };
-        let thread = Started::new(threads, "smmu-events".into(), &jail::EVENTS, read)?;
-        // Dropped, the thread ends.
-        let started = Self { object, signal, thread: Some(thread) };
-        watched.watch(started.signal.clone()).map_err(io::Error::other)?;
-        Ok(started)
-    }
-
-    /// The vEVENTQ.
-    pub fn object(&self) -> ObjectId {
-        self.object
-    }
-
-    /// For [`Signal::quiesce`], without any lock.
-    pub fn signal(&self) -> Arc<Signal> {
-        self.signal.clone()
-    }
-
-    /// Ends the thread and closes the vEVENTQ, which can then be destroyed.
-    pub fn stop(self) -> ObjectId {
-        self.object
-    }
-}
-
-impl Drop for EventThread {
-    /// Ends the thread, and closes the queue with it.
-    fn drop(&mut self) {
-        self.signal.stop();
-        // The last owner of the virtual SMMU may be the thread itself, in a call to it: then it
-        // ends by itself, right after.
-        if let Some(thread) = self.thread.take() {
-            thread.join();
-        }
-    }
+/// Has `threads` start a thread that delivers the events of `queue` along `route`.
+///
+/// # Errors
+/// There is no thread for it, or none that waits for the queue. The queue is closed.
+pub(super) fn deliver(
+    threads: &dyn ThreadStart,
+    queue: Arc<dyn EventQueue>,
+    route: Arc<EventRoute>,
+) -> io::Result<QueueThread> {
+    let object = queue.object();
+    let watched = queue.clone();
+    let mut reader = Reader { queue, route, expected: 0 };
+    let drain = move |pause: &dyn Fn(Duration) -> bool| reader.drain(pause);
+    QueueThread::start(threads, "smmu-events", object, |signal| watched.watch(signal), drain)
 }
 
 #[cfg(test)]
@@ -299,9 +150,11 @@ mod tests {
     use std::collections::VecDeque;
 
     use super::*;
-    use crate::iommufd::Verb;
+    use crate::iommufd::{Errno, ObjectId, Readiness, Verb};
+    use crate::nesting::reader::Signal;
     use crate::patience::wait_until;
-    use crate::threads::StdThreads;
+    use crate::sync::Mutex;
+    use crate::threads::{Started, StdThreads};
 
     #[derive(Default)]
     struct Target(Mutex<Vec<Option<u64>>>);
@@ -410,7 +263,7 @@ mod tests {
         let (route, _) = route();
         let queue = Script::new([refused(Errno::ENOMEM), Ok(event(0, 1))]);
         let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
-        assert_eq!(reader.drain(|_| false), Drained::Over);
+        assert_eq!(reader.drain(|_| false), Drained::Stopped);
         assert_eq!(queue.reads.lock().len(), 1);
         let signal = Signal::default();
         assert!(signal.pause(Duration::ZERO));
@@ -425,10 +278,10 @@ mod tests {
             let queue = Script::new([Ok(event(0, 1)), refused(errno), Ok(event(1, 2))]);
             let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
             let pause = |_| unreachable!("nothing is tried again");
-            assert_eq!(reader.drain(pause), Drained::Over);
+            assert!(matches!(reader.drain(pause), Drained::Broken(_)));
             assert_eq!(*target.0.lock(), [Some(1), None]);
             // The thread has ended as well: more to read wakes nobody.
-            let thread = EventThread::start(&StdThreads, queue.clone(), Arc::default()).unwrap();
+            let thread = deliver(&StdThreads, queue.clone(), Arc::default()).unwrap();
             wait_until("the thread's read", || queue.reads.lock().len() != 1);
             queue.reads.lock().push_back(refused(errno));
             thread.signal.changed(true);
@@ -441,7 +294,7 @@ mod tests {
     #[test]
     fn without_a_thread_that_waits_for_the_queue_there_is_none_that_reads_it() {
         let queue = Arc::new(Script { unwatchable: true, ..Script::default() });
-        let error = EventThread::start(&StdThreads, queue.clone(), Arc::default()).unwrap_err();
+        let error = deliver(&StdThreads, queue.clone(), Arc::default()).unwrap_err();
         assert!(error.to_string().contains("EMFILE"), "{error}");
         assert_eq!(Arc::strong_count(&queue), 1, "it can be destroyed");
     }
@@ -450,7 +303,7 @@ mod tests {
     fn delivery_is_waited_for_until_the_queue_is_empty_or_cannot_be_read() {
         let (route, target) = route();
         let queue = Script::new([Ok(event(0, 1)), Ok(event(1, 2))]);
-        let thread = EventThread::start(&StdThreads, queue.clone(), route).unwrap();
+        let thread = deliver(&StdThreads, queue.clone(), route).unwrap();
         // Nobody has said that there is something to read.
         assert!(thread.signal().quiesce(Duration::from_secs(60)));
         assert_eq!(*target.0.lock(), [Some(1), Some(2)]);

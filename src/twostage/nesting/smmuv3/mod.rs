@@ -33,6 +33,7 @@ use std::time::Duration;
 
 use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
+use crate::nesting::reader::QueueThread;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::command::Command;
@@ -40,7 +41,7 @@ use crate::spec::smmuv3::StreamId;
 use crate::threads::ThreadStart;
 use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
 use crate::viommu::HostSideError;
-use faults::{EventRoute, EventThread};
+use faults::EventRoute;
 use invalidate::Refused;
 use state::{Entry, State, Unit};
 
@@ -186,7 +187,7 @@ impl SmmuNesting {
     /// The host refused to release something.
     pub fn shutdown(&self) -> Result<(), NestingError> {
         let events = self.state().unit.as_mut().and_then(Unit::take_events);
-        let queue = events.map(EventThread::stop);
+        let queue = events.map(QueueThread::stop);
         self.state().shutdown(queue)
     }
 
@@ -195,7 +196,7 @@ impl SmmuNesting {
     fn end_idle_unit(&self) {
         let unit = self.state().take_idle_unit();
         if let Some(mut unit) = unit {
-            let queue = unit.take_events().map(EventThread::stop);
+            let queue = unit.take_events().map(QueueThread::stop);
             unit.end(queue, &mut self.state().objects);
         }
     }

@@ -6,12 +6,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use super::faults::{EventRoute, EventThread, Signal};
+use super::faults::{deliver, EventRoute};
 use super::SmmuNestingCounters;
 use crate::iommufd::{
     Errno, EventQueue, HwInfo, HwInfoData, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3,
 };
 use crate::nesting::objects::{NestedHwpts, Objects};
+use crate::nesting::reader::{QueueThread, Signal};
 use crate::nesting::{hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
@@ -104,7 +105,7 @@ impl State {
         let viommu = match &self.unit {
             Some(unit) => unit.viommu(),
             None => {
-                let start = |queue| EventThread::start(&*self.threads, queue, self.route.clone());
+                let start = |queue| deliver(&*self.threads, queue, self.route.clone());
                 let depth = self.event_depth;
                 let unit = Unit::new(&mut self.objects, rid, dev, &info, depth, start)?;
                 self.unit.insert(unit).viommu()
@@ -215,7 +216,7 @@ impl State {
 pub(super) struct Unit {
     parent: ObjectId,
     viommu: ObjectId,
-    events: Option<EventThread>,
+    events: Option<QueueThread>,
     misses_invalidations: bool,
 }
 
@@ -228,7 +229,7 @@ impl Unit {
         dev: ObjectId,
         info: &HwInfo,
         event_depth: u32,
-        start: impl FnOnce(Arc<dyn EventQueue>) -> io::Result<EventThread>,
+        start: impl FnOnce(Arc<dyn EventQueue>) -> io::Result<QueueThread>,
     ) -> Result<Self> {
         let parent = objects.alloc_parent(rid, dev, false)?;
         let viommu = objects
@@ -275,16 +276,16 @@ impl Unit {
 
     /// The vEVENTQ, while events are delivered.
     pub fn event_queue(&self) -> Option<ObjectId> {
-        self.events.as_ref().map(EventThread::object)
+        self.events.as_ref().map(QueueThread::object)
     }
 
     /// What the event thread waits for.
     pub fn signal(&self) -> Option<Arc<Signal>> {
-        self.events.as_ref().map(EventThread::signal)
+        self.events.as_ref().map(QueueThread::signal)
     }
 
     /// The event thread, to be stopped.
-    pub fn take_events(&mut self) -> Option<EventThread> {
+    pub fn take_events(&mut self) -> Option<QueueThread> {
         self.events.take()
     }
 

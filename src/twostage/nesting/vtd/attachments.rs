@@ -8,6 +8,7 @@ use crate::iommufd::{
     iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdNested, HwptVtdSecondStage,
     ObjectId, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
 };
+use crate::nesting::reader::QueueThread;
 use crate::nesting::{NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::vtd::{
@@ -139,8 +140,33 @@ impl State {
         stage1: Stage1,
         tag: DomainTag,
     ) -> Result<()> {
+        let result = self.nest_as(requester, device, parent, stage1, tag);
+        if !device.page_requests || self.is_reachable(requester) || !refuses(&result) {
+            return result;
+        }
+        // Only an attach shows whether a device makes page requests: without, it may be served.
+        let device = &Device { page_requests: false, ..*device };
+        let without = self.nest_as(requester, device, parent, stage1, tag);
+        if without.is_ok() {
+            if let Some(device) = self.devices.get_mut(&requester.rid) {
+                device.page_requests = false;
+            }
+            return without;
+        }
+        result
+    }
+
+    /// The same, with the host's fault queue if page requests of `device` are served.
+    fn nest_as(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        parent: Parent,
+        stage1: Stage1,
+        tag: DomainTag,
+    ) -> Result<()> {
         let parent = self.key(parent)?;
-        let found = self.nested.hwpts.find(&(parent.hwpt, stage1));
+        let found = self.nested.hwpts.find(&(parent.hwpt, device.page_requests, stage1));
         let mut hwpt = match found {
             Some(hwpt) => hwpt,
             None => self.alloc_nested(requester, device, parent, stage1)?,
@@ -194,7 +220,7 @@ impl State {
         }
         if self.shadow.is_some() {
             let mirror = self.add_mirror(requester, &stage1)?;
-            self.nested.hwpts.insert(mirror, (parent.hwpt, stage1));
+            self.nested.hwpts.insert(mirror, (parent.hwpt, false, stage1));
             self.counters.mirrors += 1;
             return Ok(mirror);
         }
@@ -209,18 +235,20 @@ impl State {
                 HwptData::VtdNested(HwptVtdNested { first, second })
             }
         };
+        let pages = self.pages.as_ref().filter(|_| device.page_requests);
+        let fault = pages.map(QueueThread::object);
         let args = HwptAlloc {
-            flags: HwptFlags::new().with_pasid(parent.pasid),
+            flags: HwptFlags::new().with_pasid(parent.pasid).with_fault_id_valid(fault.is_some()),
             dev: device.dev,
             pt: parent.hwpt,
             data,
-            fault: None,
+            fault,
         };
         let hwpt =
             self.objects.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
         self.counters.nested_allocs += 1;
         self.counters.ssade_allocs += u64::from(sets_flags_of_second_stage(&args.data));
-        self.nested.hwpts.insert(hwpt, (parent.hwpt, stage1));
+        self.nested.hwpts.insert(hwpt, (parent.hwpt, device.page_requests, stage1));
         Ok(hwpt)
     }
 
@@ -307,6 +335,14 @@ impl State {
         }
         result
     }
+}
+
+/// Whether a host may have refused tables because of their fault queue: Linux has `ENODEV` for a
+/// device without page requests, and `EINVAL` for a virtual function, which shares those of its
+/// physical one.
+fn refuses(result: &Result<()>) -> bool {
+    let Err(NestingError::Host { source, .. }) = result else { return false };
+    matches!(source.errno, Errno::ENODEV | Errno::EOPNOTSUPP | Errno::EINVAL)
 }
 
 /// For a device without PASIDs, Linux ignores an attach of a PASID and returns success.

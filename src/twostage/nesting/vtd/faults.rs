@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The way back: maps a fault of a host device to a guest requester.
+//! The way back: maps a fault, or a page request, of a host device to a guest requester.
 
 use crate::sync::RwLock;
 use std::collections::HashMap;
@@ -7,9 +7,11 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
+use super::page_requests::{requests, PageRoute};
 use crate::iommufd::{FaultSink, HostFault, ObjectId};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::page_request::PageResponse;
 use crate::viommu::vtd::{DmaFault, FaultTarget};
 use crate::viommu::Requester;
 
@@ -25,6 +27,8 @@ pub(super) struct FaultRouter {
     mirrored: AtomicBool,
     rids: RwLock<HashMap<ObjectId, Bdf>>,
     target: RwLock<Option<Weak<dyn FaultTarget>>>,
+    /// Where page requests come from, and responses go.
+    pub pages: PageRoute,
 }
 
 impl FaultRouter {
@@ -48,13 +52,34 @@ impl FaultRouter {
         self.rids.write().remove(&dev);
     }
 
+    /// The guest's identity of `dev`.
+    pub fn rid(&self, dev: ObjectId) -> Option<Bdf> {
+        self.rids.read().get(&dev).copied()
+    }
+
     fn requester(&self, dev: ObjectId, pasid: Option<u32>) -> Option<Requester> {
-        let rids = self.rids.read();
-        let rid = *rids.get(&dev)?;
+        let rid = self.rid(dev)?;
         match pasid {
             None => Some(Requester::rid(rid)),
             Some(pasid) => Some(Requester { rid, pasid: Some(Pasid::new(pasid)?) }),
         }
+    }
+
+    /// Delivers all groups of page requests that are in the queue. Returns whether there was any.
+    pub fn bring_pages(&self) -> crate::iommufd::Result<bool> {
+        let (groups, read) = self.pages.read();
+        let some = !groups.is_empty();
+        for (ticket, group) in groups {
+            let requests = self.rid(group.dev).and_then(|rid| requests(rid, &group));
+            let answer = match (requests, self.target()) {
+                (Some(requests), Some(target)) => target.page_requests(&requests, ticket),
+                _ => Some(PageResponse::InvalidRequest),
+            };
+            if let Some(answer) = answer {
+                self.pages.respond(ticket, answer);
+            }
+        }
+        read.map(|()| some)
     }
 
     /// Where faults go.
@@ -90,7 +115,9 @@ impl FaultSink for FaultRouter {
 
 impl fmt::Debug for FaultRouter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FaultRouter").field("rids", &self.rids).finish_non_exhaustive()
+        let Self { rids, pages, .. } = self;
+        let mut shown = f.debug_struct("FaultRouter");
+        shown.field("rids", rids).field("pages", pages).finish_non_exhaustive()
     }
 }
 

@@ -8,7 +8,10 @@
 //! * a device is attached for the first time when it is to pass or to follow tables. Which nesting
 //!   parent it needs is known then: the one to which the host lets it be attached;
 //! * *blocked* is detached, *bypass* is attached to the parent;
-//! * a batch of invalidations becomes one call per `HWPT_NESTED` that it names.
+//! * a batch of invalidations becomes one call per `HWPT_NESTED` that it names;
+//! * where the virtual IOMMU offers page requests, a `HWPT_NESTED` of devices that make them has
+//!   the fault queue of the host, and one of devices that do not has none. Which they are shows
+//!   when the first of their tables is attached.
 //!
 //! What the host refuses is blocked and reported; the next configuration retries.
 
@@ -16,6 +19,7 @@ mod attachments;
 mod faults;
 mod invalidate;
 mod nested;
+mod page_requests;
 mod shadow;
 mod sides;
 mod state;
@@ -28,10 +32,14 @@ use std::sync::{Arc, MutexGuard, Weak};
 use crate::iommufd::ObjectId;
 use crate::nesting::guest_ioas::Mirrors;
 use crate::nesting::objects::Objects;
+use crate::nesting::reader::QueueThread;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
+use crate::spec::vtd::page_request::PageResponse;
+use crate::threads::ThreadStart;
 use crate::viommu::vtd::{
-    FaultTarget, HostVtd, Invalidation, Progress, RequesterConfig, VtdConfig, VtdHostSide,
+    FaultTarget, HostVtd, Invalidation, PageTicket, Progress, RequesterConfig, VtdConfig,
+    VtdHostSide,
 };
 use crate::viommu::{HostSideError, Requester};
 use faults::FaultRouter;
@@ -71,6 +79,14 @@ impl VtdNesting {
             let state = State::new(Objects::new(ioas), faults.clone(), serving, inner.clone() as _);
             Inner { state: Mutex::new(state), faults }
         }))
+    }
+
+    /// The same, with `threads` to start the thread that delivers page requests; without this call,
+    /// that is [`StdThreads`](crate::threads::StdThreads).
+    #[must_use]
+    pub fn with_threads(self, threads: Arc<dyn ThreadStart>) -> Self {
+        self.state().threads = threads;
+        self
     }
 
     /// Why the guest's tables are mirrored, if they are: the bit and the device that do not nest
@@ -142,7 +158,11 @@ impl VtdNesting {
     /// # Errors
     /// The host refused to release something.
     pub fn shutdown(&self) -> Result<(), NestingError> {
-        self.state().shutdown()
+        // The thread is waited for without the lock.
+        let pages = self.state().pages.take();
+        let queue = pages.map(QueueThread::stop);
+        self.0.faults.pages.close();
+        self.state().shutdown(queue)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -202,6 +222,14 @@ impl VtdHostSide for VtdNesting {
         let mut refused = None;
         self.0.with(|state| state.invalidate_some(batch, progress, &mut refused));
         refused.map_or(Ok(()), |refused| Err(for_viommu(refused)))
+    }
+
+    fn respond(&self, _: Bdf, ticket: PageTicket, response: PageResponse) {
+        self.0.faults.pages.respond(ticket, response);
+    }
+
+    fn drain_page_requests(&self) {
+        self.0.faults.pages.drain();
     }
 }
 

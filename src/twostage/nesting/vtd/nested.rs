@@ -11,8 +11,9 @@ use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1};
 use crate::viommu::Requester;
 
-/// What a `HWPT_NESTED` stands for: guest tables on a nesting parent.
-pub(super) type Tables = (ObjectId, Stage1);
+/// What a `HWPT_NESTED` stands for: guest tables on a nesting parent, and whether page requests are
+/// served.
+pub(super) type Tables = (ObjectId, bool, Stage1);
 
 /// All `HWPT_NESTED` objects, and the attachment of each requester. Bookkeeping only: nothing here
 /// calls the host.
@@ -30,7 +31,7 @@ pub(super) struct Nested {
 impl Nested {
     /// The tables of a HWPT.
     pub fn stage1(&self, hwpt: ObjectId) -> Option<Stage1> {
-        self.hwpts.stage1(hwpt).map(|(_, stage1)| stage1)
+        self.hwpts.stage1(hwpt).map(|(_, _, stage1)| stage1)
     }
 
     /// The attachments of all requesters.
@@ -304,7 +305,7 @@ mod tests {
         ) {
             let mut books = Nested::default();
             for id in 0..4 {
-                books.hwpts.insert(ObjectId(10 + id), (PARENT, tables(u64::from(id) << 12)));
+                books.hwpts.insert(ObjectId(10 + id), (PARENT, false, tables(u64::from(id) << 12)));
             }
             let mut naive = BTreeMap::new();
             for (id, rid, domain, own, rid_pasid, joins) in users {

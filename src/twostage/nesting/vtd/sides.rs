@@ -8,8 +8,9 @@ use crate::iommufd::ObjectId;
 use crate::nesting::sides::{both, Side, Sides};
 use crate::nesting::{DeviceInfo, GuestIoas, Result};
 use crate::spec::pci::Bdf;
+use crate::spec::vtd::page_request::PageResponse;
 use crate::viommu::vtd::{
-    FaultTarget, Invalidation, Progress, RequesterConfig, VtdConfig, VtdHostSide,
+    FaultTarget, Invalidation, PageTicket, Progress, RequesterConfig, VtdConfig, VtdHostSide,
 };
 use crate::viommu::{HostSideError, Requester};
 
@@ -17,9 +18,13 @@ impl Side for VtdNesting {
     type Target = dyn FaultTarget;
 
     fn beside(&self, ioas: Arc<GuestIoas>) -> Self {
-        match self.state().serving.clone() {
-            Some(serving) => Self::serving(ioas, serving),
-            None => Self::new(ioas),
+        let (serving, threads) = {
+            let state = self.state();
+            (state.serving.clone(), state.threads.clone())
+        };
+        match serving {
+            Some(serving) => Self::serving(ioas, serving).with_threads(threads),
+            None => Self::new(ioas).with_threads(threads),
         }
     }
 
@@ -90,5 +95,13 @@ impl VtdHostSide for Sides<VtdNesting> {
             progress.go_on_with(next);
         }
         result
+    }
+
+    fn respond(&self, rid: Bdf, ticket: PageTicket, response: PageResponse) {
+        self.of(rid).respond(rid, ticket, response);
+    }
+
+    fn drain_page_requests(&self) {
+        self.iter().for_each(|side| side.drain_page_requests());
     }
 }

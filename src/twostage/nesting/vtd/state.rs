@@ -6,14 +6,17 @@ use std::sync::{Arc, Weak};
 
 use super::faults::FaultRouter;
 use super::nested::Nested;
+use super::page_requests::deliver;
 use super::shadow::serving::Serving;
 use super::shadow::Shadow;
 use super::VtdNestingCounters;
 use crate::iommufd::{FaultSink, HwInfo, HwInfoData, ObjectId};
 use crate::nesting::guest_ioas::{GuestIoas, Mirrors};
 use crate::nesting::objects::Objects;
+use crate::nesting::reader::QueueThread;
 use crate::nesting::{host_vtd, hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
+use crate::threads::{StdThreads, ThreadStart};
 use crate::viommu::vtd::{HostVtd, VtdConfig};
 use crate::viommu::Requester;
 
@@ -28,6 +31,8 @@ pub(super) struct Device {
     pub info: HwInfo,
     /// Width of the IOVAs that the host maps for it, where tables are mirrored.
     pub iova_bits: u8,
+    /// Its tables get the fault queue: page requests are offered, and the host has not refused it.
+    pub page_requests: bool,
 }
 
 /// Everything behind the lock of [`super::VtdNesting`].
@@ -42,6 +47,10 @@ pub(super) struct State {
     pub shadow: Option<Shadow>,
     /// How that is decided; `None`: tables are nested.
     pub serving: Option<Serving>,
+    /// Reads the fault queue, once there is one.
+    pub pages: Option<QueueThread>,
+    /// Starts it.
+    pub threads: Arc<dyn ThreadStart>,
     /// Who follows the guest's memory map for the mirrors.
     mirrors: Weak<dyn Mirrors>,
     /// Except the host calls, which [`Objects`] counts.
@@ -58,6 +67,8 @@ impl State {
     ) -> Self {
         Self {
             shadow: None,
+            pages: None,
+            threads: Arc::new(StdThreads),
             serving,
             mirrors,
             objects,
@@ -112,6 +123,9 @@ impl State {
             return Err(NestingError::NoVtd(rid));
         }
         hw_info::say_unknown(rid, &info);
+        if self.serving.as_ref().is_some_and(|serving| serving.config.page_requests) {
+            self.open_fault_queue(rid)?;
+        }
         ioas.users().add_device(rid, dev, &info)?;
         self.take_in(rid, dev, info).inspect_err(|_| ioas.users().remove_device(dev))
     }
@@ -194,7 +208,29 @@ impl State {
             _ => 0,
         };
         self.faults.add(dev, rid);
-        self.devices.insert(rid, Device { dev, parent, info, iova_bits });
+        let page_requests = self.pages.is_some();
+        self.devices.insert(rid, Device { dev, parent, info, iova_bits, page_requests });
+        Ok(())
+    }
+
+    /// Makes the fault queue of the host, if there is none, for the guest's `rid` and those after
+    /// it: before any of them is in use, as it takes a thread.
+    fn open_fault_queue(&mut self, rid: Bdf) -> Result<()> {
+        if self.pages.is_some() {
+            return Ok(());
+        }
+        let queue = self.objects.host().fault_queue_alloc();
+        let queue = queue.context(|| format!("allocating a fault queue for {rid}"))?;
+        let object = queue.object();
+        let router = Arc::downgrade(&self.faults);
+        let bring = move || router.upgrade().map_or(Ok(false), |router| router.bring_pages());
+        match deliver(&*self.threads, queue, &self.faults.pages, bring) {
+            Ok(pages) => self.pages = Some(pages),
+            Err(error) => {
+                self.objects.destroy(object);
+                return Err(NestingError::NoThread(error.to_string()));
+            }
+        }
         Ok(())
     }
 
@@ -221,12 +257,16 @@ impl State {
     }
 
     /// See [`super::VtdNesting::shutdown`].
-    pub fn shutdown(&mut self) -> Result<()> {
+    ///
+    /// `queue` is the fault queue, which nobody reads any more.
+    pub fn shutdown(&mut self, queue: Option<ObjectId>) -> Result<()> {
         let rids: Vec<Bdf> = self.devices.keys().copied().collect();
         let mut result = Ok(());
         for rid in rids {
             result = result.and(self.remove_device(rid));
         }
+        // After the HWPTs that use it.
+        queue.into_iter().for_each(|queue| self.objects.destroy(queue));
         // What is still attached keeps its parent, and that the IOAS: the next call retries.
         result?;
         self.objects.end()

@@ -8,6 +8,7 @@
 pub mod fault;
 pub mod first_stage;
 pub mod interrupt;
+pub mod page_request;
 pub mod pasid;
 pub mod qi;
 pub mod regs;

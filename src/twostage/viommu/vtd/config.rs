@@ -67,6 +67,10 @@ pub struct VtdConfig {
     pub caching_mode: bool,
     /// Offer device-TLBs (ATS).
     pub device_iotlb: bool,
+    /// Offer page requests (PRS), which need `device_iotlb`, scalable mode and first-stage tables:
+    /// devices ask for pages that are not there, and the guest brings them.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub page_requests: bool,
     /// Offer interrupt remapping, with 32-bit destinations (IR, EIM).
     pub interrupt_remapping: bool,
     /// Offer 1 GiB first-stage pages.
@@ -98,6 +102,7 @@ impl Default for VtdConfig {
             nest: false,
             caching_mode: true,
             device_iotlb: false,
+            page_requests: false,
             interrupt_remapping: false,
             first_stage_1g: true,
             supervisor_requests: true,
@@ -136,6 +141,12 @@ pub enum VtdConfigError {
     /// Nested translation is of scalable mode, and has two stages.
     #[error("nested translation needs scalable mode and tables of both stages; turn them on")]
     NestWithoutStages,
+    /// Only devices with device-TLBs make page requests, and only through the first stage.
+    #[error(
+        "page requests need device-TLBs, scalable mode and first-stage tables; turn these on, or \
+         page requests off"
+    )]
+    PageRequestsAlone,
     /// The number of fault recording registers is out of range.
     #[error("{0} fault records are not possible; from 1 to {MAX_FAULT_RECORDS} are")]
     FaultRecords(u16),
@@ -152,6 +163,7 @@ impl VtdConfig {
         with_nest nest: bool;
         with_caching_mode caching_mode: bool;
         with_device_iotlb device_iotlb: bool;
+        with_page_requests page_requests: bool;
         with_interrupt_remapping interrupt_remapping: bool;
         with_first_stage_1g first_stage_1g: bool;
         with_supervisor_requests supervisor_requests: bool;
@@ -185,6 +197,9 @@ impl VtdConfig {
         }
         if self.nest && !(self.has_first_stage() && self.second_stage) {
             return Err(VtdConfigError::NestWithoutStages);
+        }
+        if self.page_requests && !(self.device_iotlb && self.has_first_stage()) {
+            return Err(VtdConfigError::PageRequestsAlone);
         }
         if !(1..=MAX_FAULT_RECORDS).contains(&self.fault_records) {
             return Err(VtdConfigError::FaultRecords(self.fault_records));
@@ -276,7 +291,8 @@ impl VtdConfig {
             .with_srs(self.has_first_stage() && self.supervisor_requests)
             .with_eafs(self.has_first_stage() && self.extended_accessed)
             .with_pasid(self.pasids() > 0)
-            // No page request is ever pending, so a wait has none to drain.
+            .with_prs(self.page_requests)
+            // Without page requests, a wait has none to drain.
             .with_pds(self.scalable_mode)
             .with_pss(self.pasids().saturating_sub(1))
             .with_smts(self.scalable_mode)
@@ -321,6 +337,7 @@ mod tests {
             (c.nest, c.second_stage, c.scalable_mode) = (true, true, false);
         };
         assert_eq!(with(no_first), VtdConfigError::NestWithoutStages);
+        assert_eq!(with(|c| c.page_requests = true), VtdConfigError::PageRequestsAlone);
         assert_eq!(with(|c| c.fault_records = 0), VtdConfigError::FaultRecords(0));
         assert_eq!(with(|c| c.fault_records = 129), VtdConfigError::FaultRecords(129));
     }

@@ -7,9 +7,10 @@
 use super::host_side::DmaFault;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::page_request::PageRequest;
 use crate::spec::vtd::regs::{EventControl, FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts};
 use crate::spec::vtd::PAGE_SHIFT;
-use crate::viommu::MsiMessage;
+use crate::viommu::{MsiMessage, Requester};
 
 /// Fault status and records, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,6 +71,29 @@ impl FaultLog {
         let high =
             FaultRecordHigh::new().with_sid(source.raw()).with_fr(reason.code()).with_f(true);
         self.add(FaultRecord { low: FaultRecordLow::of_interrupt(index), high })
+    }
+
+    /// Records a fault of a page request, like [`FaultLog::record`].
+    pub(super) fn record_page_request(
+        &mut self,
+        request: &PageRequest,
+        reason: FaultReason,
+    ) -> (bool, Option<MsiMessage>) {
+        let PageRequest { rid, pasid, address, write, execute, privileged, .. } = *request;
+        let requester = Requester { rid, pasid };
+        let reported = None;
+        let fault = DmaFault {
+            requester,
+            address,
+            write,
+            execute,
+            privileged,
+            reason: reported,
+            stage2: false,
+        };
+        let mut record = dma_record(&fault, reason);
+        record.high = record.high.with_t1(false).with_t2(true);
+        self.add(record)
     }
 
     fn add(&mut self, record: FaultRecord) -> (bool, Option<MsiMessage>) {
@@ -181,13 +205,13 @@ fn dma_record(fault: &DmaFault, reason: FaultReason) -> FaultRecord {
 )]
 #[non_exhaustive]
 pub struct EventRegisters {
-    /// FECTL, IECTL.
+    /// FECTL, IECTL, PECTL.
     pub control: EventControl,
-    /// FEDATA, IEDATA.
+    /// FEDATA, IEDATA, PEDATA.
     pub data: u32,
-    /// FEADDR, IEADDR.
+    /// FEADDR, IEADDR, PEADDR.
     pub address: u32,
-    /// FEUADDR, IEUADDR.
+    /// FEUADDR, IEUADDR, PEUADDR.
     pub upper_address: u32,
 }
 
@@ -244,7 +268,6 @@ impl EventRegisters {
 mod tests {
     use super::*;
     use crate::spec::pci::Pasid;
-    use crate::viommu::Requester;
 
     fn fault(address: u64) -> DmaFault {
         DmaFault {

@@ -16,11 +16,12 @@
 //! a slice of other work.
 
 use super::apply::is_blocked;
-use super::host_side::{DmaFault, FaultTarget, Policy, RequesterConfig, Stage1};
+use super::host_side::{DmaFault, FaultTarget, PageTicket, Policy, RequesterConfig, Stage1};
 use super::policy::{Blocked, Tables};
 use super::requesters::{Given, Standing};
 use super::{walk, VtdIommu};
 use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::page_request::{PageRequest, PageResponse};
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::viommu::{FaultOutcome, MsiMessage, Requester};
 
@@ -45,6 +46,10 @@ impl FaultTarget for VtdIommu {
         if let Some(observer) = &self.observer {
             observer.fault(fault, reason, outcome);
         }
+    }
+
+    fn page_requests(&self, requests: &[PageRequest], ticket: PageTicket) -> Option<PageResponse> {
+        self.take_page_requests(requests, ticket)
     }
 
     fn served_late(&self, requester: Requester) -> bool {

@@ -5,7 +5,9 @@
 use std::fmt::Debug;
 
 use super::config::VtdConfig;
+use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::page_request::{PageRequest, PageResponse};
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PageRange;
@@ -230,7 +232,22 @@ pub trait VtdHostSide: Debug + Send + Sync {
         progress.go_on_at(None);
         self.invalidate(batch)
     }
+
+    /// Responds to a group of page requests of `rid` that [`FaultTarget::page_requests`] has taken;
+    /// once. Has no effect where the host has answered it meanwhile. May be called from any thread,
+    /// also at the same time as other methods.
+    fn respond(&self, rid: Bdf, ticket: PageTicket, response: PageResponse) {
+        let _ = (rid, ticket, response);
+    }
+
+    /// Waits until all page requests that the host has for the guest at the moment have been given
+    /// to [`FaultTarget::page_requests`].
+    fn drain_page_requests(&self) {}
 }
+
+/// Names a group of page requests for its host side, which gives no number twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageTicket(pub u64);
 
 /// The progress of a batch of invalidations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -312,6 +329,14 @@ pub trait FaultTarget: Send + Sync {
     /// Records the fault as the architecture requires. May be called from any thread that holds no
     /// lock of the host.
     fn dma_fault(&self, fault: &DmaFault);
+
+    /// A device asks for pages: `requests` are a whole group of one requester, the last one of
+    /// which has [`PageRequest::last`]. Returns the response; or `None`, and the guest responds by
+    /// [`VtdHostSide::respond`] with `ticket`. To be called like [`FaultTarget::dma_fault`].
+    fn page_requests(&self, requests: &[PageRequest], ticket: PageTicket) -> Option<PageResponse> {
+        let _ = (requests, ticket);
+        Some(PageResponse::InvalidRequest)
+    }
 
     /// A request of `requester` is about to fail because the host blocks it. Returns whether the
     /// requester has been unblocked by now, so that the request is to be retried: without

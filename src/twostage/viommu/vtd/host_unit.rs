@@ -194,6 +194,9 @@ impl VtdConfig {
         if self.device_iotlb && !ecap.dt() {
             return conflict("ECAP.DT", "ats=on was requested; say ats=off".into());
         }
+        if self.page_requests && !ecap.prs() {
+            return conflict("ECAP.PRS", "pri=on was requested; say pri=off".into());
+        }
         Ok(())
     }
 }

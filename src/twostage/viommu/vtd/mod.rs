@@ -9,7 +9,7 @@
 //! If the host cannot even block what the guest revokes, nothing is acknowledged: the queue stops
 //! with an error, TES stays as it was and RTPS clear, and the next command retries.
 //!
-//! Not offered: page requests, advanced fault logging, protected memory regions. Their registers
+//! Not offered: advanced fault logging, protected memory regions. Their registers
 //! read as after reset.
 //!
 //! # Locks
@@ -22,8 +22,8 @@
 //! locks that [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even
 //! while another thread waits in the host for DMA to end. Without caching mode, a blocked request
 //! may also take the registers before it becomes a fault ([`FaultTarget::served_late`]). Interrupt
-//! remapping has a lock of its own, between the registers and the fault log: interrupts may come
-//! from any thread, too.
+//! remapping has a lock of its own, between the registers and the fault log, and so have page
+//! requests: these and interrupts may come from any thread, too.
 
 mod apply;
 mod config;
@@ -33,6 +33,7 @@ mod fault_log;
 mod faults;
 pub(super) mod host_side;
 mod host_unit;
+mod page_requests;
 mod policy;
 mod queue;
 mod registers;
@@ -50,10 +51,11 @@ use std::sync::{Arc, MutexGuard};
 pub use config::{Capabilities, VtdConfig, VtdConfigError, MMIO_SIZE};
 pub use fault_log::{EventRegisters, FaultLog};
 pub use host_side::{
-    DmaFault, DomainTag, FaultTarget, Invalidation, Policy, Progress, RequesterConfig, Stage,
-    Stage1, VtdFirstStage, VtdHostSide, VtdNested, VtdSecondStage,
+    DmaFault, DomainTag, FaultTarget, Invalidation, PageTicket, Policy, Progress, RequesterConfig,
+    Stage, Stage1, VtdFirstStage, VtdHostSide, VtdNested, VtdSecondStage,
 };
 pub use host_unit::HostVtd;
+pub use page_requests::PageQueue;
 pub use state::{
     DecisionState, FunctionState, InterruptEntryState, PasidState, Registers, Translating,
     VtdCounters, VtdState,
@@ -67,6 +69,7 @@ use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
 use control::UnderWay;
 use evaluation::{Budget, By, Evaluation};
+use page_requests::PageRequests;
 use policy::{blocked_config, Blocked};
 use queue::Slice;
 use remapping::Remapping;
@@ -122,6 +125,7 @@ pub struct VtdIommu {
     under_way: Mutex<UnderWay>,
     halted: AtomicBool,
     faults: Mutex<FaultLog>,
+    pages: Mutex<PageRequests>,
     requesters: Requesters,
     remapping: Remapping,
     counters: Counters,
@@ -164,6 +168,7 @@ impl VtdIommu {
             under_way: Mutex::default(),
             halted: AtomicBool::new(false),
             faults: Mutex::new(FaultLog::new(config.fault_records)),
+            pages: Mutex::default(),
             requesters: Requesters::default(),
             remapping: Remapping::default(),
             counters: Counters::default(),
@@ -220,6 +225,7 @@ impl VtdIommu {
         let mut registers = self.lock();
         // It gets no policy from now on.
         let Some(pasids) = self.requesters.remove(rid) else { return };
+        self.end_page_requests(Some(rid));
         let mut next = pasids.from(0);
         let mut slice = 0;
         while let Some(requester) = next {
@@ -255,10 +261,12 @@ impl VtdIommu {
     /// return at the next descriptor or PASID, and none starts again. Work in progress is not
     /// acknowledged to the guest.
     ///
+    /// Page requests that wait for the guest are answered, now and from then on, as invalid ones.
     /// Does not block. Registers can be read and written as before. There is no snapshot from then
     /// on, until [`VtdIommu::reset`].
     pub fn halt(&self) {
         self.halted.store(true, Ordering::Relaxed);
+        self.end_page_requests(None);
     }
 
     fn is_halted(&self) -> bool {

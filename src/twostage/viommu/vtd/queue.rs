@@ -27,6 +27,7 @@ use crate::spec::vtd::qi::{
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
 use crate::spec::vtd::PageRange;
 use crate::viommu::ledger::NotApplied;
+use crate::viommu::Requester;
 
 /// What is left of the queue after a slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -216,14 +217,18 @@ impl VtdIommu {
             }
             Descriptor::PasidCache(scope) => pass.scopes.add(scope.into()),
             Descriptor::InterruptEntryCache(scope) => self.invalidate_interrupt_entries(scope),
-            Descriptor::Wait { status, interrupt, .. } => {
+            Descriptor::Wait { status, interrupt, drain_page_requests, .. } => {
+                if drain_page_requests && self.caps.ecap.prs() {
+                    self.host.drain_page_requests();
+                }
                 // A wait after a device that did not answer is aborted: no status, no interrupt.
                 if registers.unanswered.is_none() {
                     self.complete_wait(registers, status, interrupt);
                 }
             }
-            // Page requests are not offered, so there is none to respond to.
-            Descriptor::PageGroupResponse { .. } => {}
+            Descriptor::PageGroupResponse { requester: rid, pasid, group, code } => {
+                self.respond_to_group(Requester { rid, pasid }, group, code);
+            }
         }
     }
 

@@ -2,11 +2,12 @@
 //! The register page: reads, and writes with their effects (§11.4).
 
 use super::config::MMIO_SIZE;
+use super::page_requests::PageQueue;
 use super::queue::Slice;
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::vtd::regs::{
-    self, Ccmd, EventControl, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, QueuePointer, Rtaddr, FRCD_SIZE,
+    self, Ccmd, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, Pqa, QueuePointer, Rtaddr, FRCD_SIZE,
 };
 use crate::viommu::registers::{pair, SlotAccess};
 use crate::viommu::RegisterAccess;
@@ -14,9 +15,10 @@ use crate::viommu::RegisterAccess;
 /// The architecture version in VER: 4.0.
 const VERSION: u32 = 0x40;
 
-/// The slots whose upper halves are FSTS and ICS; their lower halves are reserved.
+/// The slots whose upper halves are FSTS, ICS and PRS; their lower halves are reserved.
 const FSTS_SLOT: u64 = regs::FSTS - 4;
 const ICS_SLOT: u64 = regs::ICS - 4;
+const PRS_SLOT: u64 = regs::PRS - 4;
 
 impl VtdIommu {
     /// The guest reads `data.len()` bytes at `offset` of the register page. Aligned 32- and 64-bit
@@ -97,8 +99,19 @@ impl VtdIommu {
             regs::IEADDR => pair(event.address, event.upper_address),
             regs::IQERCD => registers.iqercd.into_bits(),
             regs::IRTA => registers.irta.into_bits(),
-            // No page requests are offered: the event stays masked.
-            regs::PECTL => pair(EventControl::new().with_im(true).into_bits(), 0),
+            // As after reset where page requests are not offered.
+            regs::PQH => self.pages().queue.head.into_bits(),
+            regs::PQT => self.pages().queue.tail.into_bits(),
+            regs::PQA => self.pages().queue.address.into_bits(),
+            PRS_SLOT => pair(0, self.pages().queue.status.into_bits()),
+            regs::PECTL => {
+                let event = self.pages().queue.event;
+                pair(event.control.into_bits(), event.data)
+            }
+            regs::PEADDR => {
+                let event = self.pages().queue.event;
+                pair(event.address, event.upper_address)
+            }
             slot if slot == self.iva_slot() => registers.iva.into_bits(),
             slot if slot == self.iotlb_slot() => registers.iotlb.into_bits(),
             slot => {
@@ -172,12 +185,42 @@ impl VtdIommu {
                     self.iotlb_command(registers);
                 }
             }
+            regs::PQH | regs::PQT | regs::PQA | PRS_SLOT | regs::PECTL | regs::PEADDR => {
+                if self.caps.ecap.prs() {
+                    self.write_page_slot(access, value);
+                }
+            }
             // Read-only and reserved registers, and fault records.
             slot => {
                 if let Some(word) = self.fault_record_word(slot) {
                     self.fault_log().write_record_word(word, access.masked(value));
                 }
             }
+        }
+    }
+
+    /// The same for the registers of page requests.
+    fn write_page_slot(&self, access: SlotAccess, value: u64) {
+        let (low, high) = access.halves(value);
+        let mut pages = self.pages();
+        let queue = &mut pages.queue;
+        let pointer = |old: QueuePointer| {
+            QueuePointer::from_bits(access.merge(old.into_bits(), value, PageQueue::POINTER))
+        };
+        match access.slot {
+            regs::PQH => queue.head = pointer(queue.head),
+            regs::PQT => queue.tail = pointer(queue.tail),
+            regs::PQA => {
+                let new = access.merge(queue.address.into_bits(), value, Pqa::WRITABLE);
+                queue.address = Pqa::from_bits(new);
+            }
+            regs::PECTL => {
+                let msi = queue.event.write_control(low, high);
+                drop(pages);
+                self.send(msi);
+            }
+            regs::PEADDR => queue.event.write_address(low, high),
+            _ => high.into_iter().for_each(|value| queue.write_status(value)),
         }
     }
 

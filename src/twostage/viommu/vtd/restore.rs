@@ -48,6 +48,7 @@ impl VtdIommu {
             config: self.config.clone(),
             registers: registers.clone(),
             faults: self.fault_log().clone(),
+            page_requests: self.pages().queue.clone(),
             translating,
             unapplied: self.requesters.has_unapplied(),
             functions,
@@ -80,6 +81,7 @@ impl VtdIommu {
         let unit =
             Self::build(&state.config, memory, host, interrupts, observer).map_err(impossible)?;
         *unit.fault_log() = state.faults.clone();
+        unit.pages().queue = state.page_requests.clone();
         unit.remapping.set_cached(&state.interrupt_entries);
         unit.requesters.set_translating(state.translating.enabled, state.translating.root);
         for function in &state.functions {
@@ -136,6 +138,7 @@ impl VtdIommu {
         // From here on, no new fault is recorded.
         self.requesters.set_translating(false, None);
         *self.fault_log() = FaultLog::new(self.config.fault_records);
+        self.reset_page_requests();
         self.remapping.set_cached(&[]);
         self.publish_remapping(&registers);
         let losses = self.requesters.losses();

@@ -4,6 +4,7 @@
 use super::config::VtdConfig;
 use super::fault_log::{EventRegisters, FaultLog};
 use super::host_side::RequesterConfig;
+use super::page_requests::PageQueue;
 use crate::counters::Counter;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::qi::Descriptor;
@@ -118,6 +119,9 @@ pub struct VtdState {
     pub registers: Registers,
     /// Fault status and records.
     pub faults: FaultLog,
+    /// The page request queue. Open groups are not part of it: their devices ask again, and
+    /// responses to them have no effect.
+    pub page_requests: PageQueue,
     /// Whether functions follow tables.
     pub translating: Translating,
     /// Some decision must be given to the host again, at the next occasion.
@@ -272,6 +276,12 @@ crate::counters! {
         /// Requests of a blocked requester that was found to be served by the tables by then. Only
         /// without caching mode.
         found_served,
+        /// Page requests given to the guest in its queue.
+        page_requests,
+        /// Page requests that the queue had no space for.
+        page_requests_lost,
+        /// Page requests answered at once, as nothing serves them.
+        page_requests_refused,
         /// Faults in fault records.
         faults_recorded,
         /// Faults lost for lack of space.

@@ -463,7 +463,8 @@ pub(super) const fn reserved(kind: u8) -> Option<Words> {
         6 => [!(TYPE | 0x30 | 0x000f_ffff_ffff_0000), RANGE, ALL, ALL],
         7 => [!(TYPE | 0x30 | 0x000f_ffff_ffff_0000), ALL, ALL, ALL],
         8 => [!(TYPE | 0x1f0 | 0xffff_ffff_ffff_f000), 0x7fe, ALL, ALL],
-        9 => [!(TYPE | 0x10 | 0x000f_ffff_ffff_f000), !0xff8, ALL, ALL],
+        // Bit 66 was LPIG before revision 4, which drivers still set; hardware ignores it.
+        9 => [!(TYPE | 0x10 | 0x000f_ffff_ffff_f000), !0xffc, ALL, ALL],
         _ => return None,
     })
 }

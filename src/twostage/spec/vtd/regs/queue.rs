@@ -154,6 +154,7 @@ pub struct Ics {
 /// Page request queue address register (§11.4.11).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Pqa {
     /// PQS: the queue has `2^pqs` pages of 4 KiB.
     #[bits(3)]
@@ -165,9 +166,25 @@ pub struct Pqa {
     pub pqa: u64,
 }
 
+impl Pqa {
+    /// Bits that software can write.
+    pub const WRITABLE: u64 = !0xff8;
+
+    /// GPA of the queue, in bytes.
+    pub const fn base(self) -> u64 {
+        self.pqa() << PAGE_SHIFT
+    }
+
+    /// Size of the queue, in bytes.
+    pub const fn size(self) -> u64 {
+        1 << (PAGE_SHIFT + self.pqs() as u32)
+    }
+}
+
 /// Page request status register (§11.4.11).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Prs {
     /// PPR: a page request is pending. RW1C.
     pub ppr: bool,
@@ -327,6 +344,9 @@ mod tests {
             assert_eq!((iqa.dw(), iqa.descriptor_size()), (true, 32));
             assert_eq!(Iqercd::new().with_icesid(0xffff).into_bits(), 0xffff << 48);
             assert_eq!(Prs::new().with_pro(true).into_bits(), 2);
+            let all = Pqa::new().with_pqs(7).with_pqa((1 << 52) - 1);
+            assert_eq!((all.into_bits(), all.size()), (Pqa::WRITABLE, 128 << 12));
+            assert_eq!(Pqa::from_bits(0x1234_5001).base(), 0x1234_5000);
         }
 
         #[test]

@@ -73,6 +73,16 @@ impl Tables<'_> {
         PasidTables::of(self, root, rid)
     }
 
+    /// Whether page requests of `rid` are served: PRE of its context entry, which only scalable
+    /// mode has.
+    pub fn page_requests(&self, rid: Bdf) -> Result<(), Blocked> {
+        let root = self.root()?;
+        match root.mode() {
+            TranslationTableMode::Scalable => scalable::page_requests(self, root, rid),
+            _ => Err(Blocked::recorded(FaultReason::PageRequestInLegacyMode)),
+        }
+    }
+
     /// The latched root table, if its mode and address are valid.
     fn root(&self) -> Result<Rtaddr, Blocked> {
         let invalid = Blocked::recorded(FaultReason::RootTableAddressInvalid);

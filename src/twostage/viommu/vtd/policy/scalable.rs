@@ -39,6 +39,13 @@ pub(super) fn serve(
     table_entry(tables, &directory, pasid).and_then(|entry| entry.serve(tables, pasid))
 }
 
+/// Whether page requests of `rid` are enabled (PRE).
+pub(super) fn page_requests(tables: &Tables<'_>, root: Rtaddr, rid: Bdf) -> Result<(), Blocked> {
+    let low = context_entry(tables, root, rid)?.low;
+    let disabled = Blocked { reason: FaultReason::PageRequestDisabled, fault_disabled: low.fpd() };
+    low.pre().then_some(()).ok_or(disabled)
+}
+
 /// The PASID tables of a function.
 pub(in crate::viommu::vtd) struct PasidTables<'a> {
     tables: &'a Tables<'a>,

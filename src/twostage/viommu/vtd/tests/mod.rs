@@ -4,6 +4,7 @@
 mod control;
 mod faults;
 mod late;
+mod page_requests;
 mod policies;
 mod properties;
 mod queue;
@@ -20,6 +21,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::spec::pci::Pasid;
+use crate::spec::vtd::page_request::PageResponse;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::qi::Descriptor;
 use crate::spec::vtd::regs::{self, FaultRecord};
@@ -47,6 +49,10 @@ struct FakeHost {
     halting: Mutex<Option<Arc<VtdIommu>>>,
     /// A unit whose first device faults during every call.
     faulting: Mutex<Option<Arc<VtdIommu>>>,
+    /// Responses to page requests.
+    answers: Mutex<Vec<(Bdf, PageTicket, PageResponse)>>,
+    /// Times that page requests were drained.
+    drains: Mutex<u64>,
 }
 
 impl FakeHost {
@@ -59,6 +65,8 @@ impl FakeHost {
             pieces: Mutex::default(),
             halting: Mutex::default(),
             faulting: Mutex::default(),
+            answers: Mutex::default(),
+            drains: Mutex::default(),
         })
     }
 
@@ -101,6 +109,14 @@ impl VtdHostSide for FakeHost {
             return Ok(());
         }
         self.invalidate(batch)
+    }
+
+    fn respond(&self, rid: Bdf, ticket: PageTicket, response: PageResponse) {
+        self.answers.lock().push((rid, ticket, response));
+    }
+
+    fn drain_page_requests(&self) {
+        *self.drains.lock() += 1;
     }
 }
 
