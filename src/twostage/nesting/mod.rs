@@ -16,7 +16,8 @@
 //! Files of the same name in both folders do the same and can be read side by side: `attachments`
 //! (from policies to host objects), `invalidate` (from invalidations to host calls), `state` (the
 //! objects), `faults` (back to the virtual IOMMU). VT-d alone has `nested`: the PASIDs of its
-//! devices have attachments of their own; and `shadow`, for hosts that do not nest. `sides` in both
+//! devices have attachments of their own; `flush_set`: the host takes ranges, not the guest's
+//! commands; and `shadow`, for hosts that do not nest. `sides` in both
 //! is for devices of several hosts behind one virtual IOMMU.
 //!
 //! Nothing here accesses registers, or guest memory but for `shadow`, or leaves DMA on a

@@ -101,9 +101,9 @@ impl RecordingHost {
         self.state().failures.push_back((verb, errno));
     }
 
-    /// Cancels pending requests of [`Self::fail_next`].
+    /// Cancels pending requests of calls to fail.
     pub fn forget_failures(&self) {
-        self.state().failures.clear();
+        self.state().forget_failures();
     }
 
     /// Makes the next invalidation stop with `errno` after `done` entries; requests queue up.

@@ -84,6 +84,11 @@ impl State {
         self.fail_at = Some((self.calls + nth, count, errno));
     }
 
+    pub fn forget_failures(&mut self) {
+        self.failures.clear();
+        self.fail_at = None;
+    }
+
     pub fn ordered_failure(&mut self, verb: Verb) -> Option<Errno> {
         let call = self.calls;
         self.calls += 1;

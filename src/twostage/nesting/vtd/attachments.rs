@@ -39,7 +39,9 @@ impl State {
         if let Some(shadow) = self.shadow.as_mut() {
             shadow.feed(requester);
         }
-        let Err(error) = self.apply(requester, config) else { return Ok(()) };
+        let applied = self.apply(requester, config);
+        self.drop_prepared();
+        let Err(error) = applied else { return Ok(()) };
         if matches!(error, NestingError::NotMirrored { .. }) {
             self.starve(requester, config, &error);
             // Blocked, it is served as well as its tables allow.

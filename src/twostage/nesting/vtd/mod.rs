@@ -17,6 +17,7 @@
 
 mod attachments;
 mod faults;
+mod flush_set;
 mod invalidate;
 mod nested;
 mod page_requests;
@@ -43,7 +44,7 @@ use crate::viommu::vtd::{
 };
 use crate::viommu::{HostSideError, Requester};
 use faults::FaultRouter;
-pub use invalidate::FlushSet;
+pub use flush_set::FlushSet;
 use invalidate::Refused;
 pub use shadow::serving::{Nesting, Serving};
 use shadow::Shadow;
@@ -204,6 +205,10 @@ impl VtdHostSide for VtdNesting {
         state.configure(requester, config).map_err(|error| {
             error.for_viommu(format!("configuring {requester}"), state.is_reachable(requester))
         })
+    }
+
+    fn prepare(&self, requester: Requester, config: &RequesterConfig) -> bool {
+        self.state().prepare(requester, config)
     }
 
     fn configured(&self) {

@@ -67,6 +67,10 @@ impl VtdHostSide for Sides<VtdNesting> {
         self.of(requester.rid).configure(requester, config)
     }
 
+    fn prepare(&self, requester: Requester, config: &RequesterConfig) -> bool {
+        self.of(requester.rid).prepare(requester, config)
+    }
+
     fn configured(&self) {
         self.iter().for_each(|side| side.configured());
     }

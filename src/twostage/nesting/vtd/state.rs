@@ -148,6 +148,7 @@ impl State {
 
     /// The next device is the first one, if this was the last.
     fn undecide_without_devices(&mut self) {
+        self.drop_prepared();
         if self.devices.is_empty() && self.shadow.take().is_some() {
             self.faults.set_mirrored(false);
         }

@@ -125,10 +125,8 @@ impl VtdIommu {
             } else {
                 // The next one may be gone by now.
                 match pasid.filter(|_| rid == from) {
-                    None => {
-                        self.evaluate_rid(evaluation, rid, root, budget);
-                        Some((rid, Some(0)))
-                    }
+                    None if !self.evaluate_rid(evaluation, rid, root, budget) => return None,
+                    None => Some((rid, Some(0))),
                     Some(pasid) => self
                         .evaluate_pasids(evaluation, (rid, pasid), root, budget)
                         .map_or(after, |pasid| Some((rid, Some(pasid)))),
@@ -156,19 +154,19 @@ impl VtdIommu {
         }
     }
 
-    /// Requests of `rid` without PASID.
+    /// Requests of `rid` without PASID. Whether that is done.
     fn evaluate_rid(
         &self,
         evaluation: &mut Evaluation,
         rid: Bdf,
         root: Option<Rtaddr>,
         budget: &mut Budget,
-    ) {
+    ) -> bool {
         let requester = Requester::rid(rid);
         let (config, refused) = self.config_of(rid, evaluation.by, root);
         self.evaluate_requester(evaluation, requester, config, budget, |unit| {
             unit.give(requester, config, refused)
-        });
+        })
     }
 
     /// PASIDs of a function, from one on. Returns the next one when the budget is spent.
@@ -184,6 +182,10 @@ impl VtdIommu {
         match (evaluation.by, evaluation.scope) {
             (By::Tables, Scope::Pasid(pasid)) => {
                 let requester = Requester { rid, pasid: Some(pasid) };
+                if !self.host.prepare(requester, &tables.config(requester)) {
+                    budget.spend(Budget::SLICE);
+                    return Some(from);
+                }
                 let applied = self.reevaluate_requester(requester, root);
                 evaluation.applied = evaluation.applied.and(applied);
                 budget.spend(Budget::CHANGE);
@@ -207,9 +209,8 @@ impl VtdIommu {
                 true => tables.config(requester),
                 false => blocked_config(requester, PASID_GONE),
             };
-            self.evaluate_requester(evaluation, requester, config, budget, |unit| {
-                unit.give_or_withdraw(requester, config, refused)
-            });
+            let withdraw = |unit: &Self| unit.give_or_withdraw(requester, config, refused);
+            while !self.evaluate_requester(evaluation, requester, config, budget, withdraw) {}
         };
         let reached = if by_tables { tables.pasid_tables(rid) } else { None };
         let end = reached.as_ref().map_or(0, |reached| reached.pasids());
@@ -235,9 +236,10 @@ impl VtdIommu {
                 let requester = Requester { rid, pasid: Some(pasid) };
                 match table.config(requester) {
                     Some(config) => {
-                        self.evaluate_requester(evaluation, requester, config, budget, |unit| {
-                            unit.give(requester, config, refused)
-                        });
+                        let give = |unit: &Self| unit.give(requester, config, refused);
+                        if !self.evaluate_requester(evaluation, requester, config, budget, give) {
+                            return Some(pasid.raw());
+                        }
                     }
                     None if self.requesters.given(requester).is_some() => {
                         withdraw(evaluation, requester, budget);
@@ -251,7 +253,8 @@ impl VtdIommu {
         })
     }
 
-    /// Makes `change`, unless `requester` has its `config` or is not named.
+    /// Makes `change`, unless `requester` has its `config` or is not named. Whether that is done;
+    /// if not, the slice is over.
     fn evaluate_requester(
         &self,
         evaluation: &mut Evaluation,
@@ -259,13 +262,19 @@ impl VtdIommu {
         config: RequesterConfig,
         budget: &mut Budget,
         change: impl FnOnce(&Self) -> Applied,
-    ) {
+    ) -> bool {
         let before = self.requesters.given(requester);
         if before == Some(Given::applied(config)) || !evaluation.scope.names(before, &config) {
-            return budget.spend(1);
+            budget.spend(1);
+            return true;
+        }
+        if !self.host.prepare(requester, &config) {
+            budget.spend(Budget::SLICE);
+            return false;
         }
         budget.spend(Budget::CHANGE);
         evaluation.applied = evaluation.applied.and(change(self));
+        true
     }
 
     /// Calls `visit` for each configured PASID of a function, from one up to `end`. Returns the

@@ -192,6 +192,13 @@ pub trait VtdHostSide: Debug + Send + Sync {
         let _ = config;
     }
 
+    /// Does a part of what [`VtdHostSide::configure`] of the same would take long for, in a
+    /// fraction of a millisecond. Returns whether nothing of that is left.
+    fn prepare(&self, requester: Requester, config: &RequesterConfig) -> bool {
+        let _ = (requester, config);
+        true
+    }
+
     /// Applies `config` to `requester`'s DMA. An unchanged configuration costs nothing, and a
     /// blocked PASID takes no memory.
     ///

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::follow::Quota;
 use super::mirror::{Mirror, Piece, Steps};
 use super::{is_reserved, refused_attach, reserved, too_many, Mirrored};
 use crate::iommufd::{Errno, HwInfo, HwptFlags, MapTarget, ObjectId};
@@ -54,26 +55,21 @@ impl State {
 
     /// A mirror of `stage1`, equal to it, for `requester`. Returns its number.
     pub fn add_mirror(&mut self, requester: Requester, stage1: &Stage1) -> Result<ObjectId> {
-        let shadow = self.shadow.as_ref().ok_or(NestingError::GuestSecondStage(requester))?;
-        let tables = Tables::new(stage1, shadow.huge);
-        let tables = tables.ok_or(NestingError::GuestSecondStage(requester))?;
-        // Tables that translate nothing cost objects of the host, too.
-        if shadow.mirrors.len() as u64 >= shadow.limit {
-            return Err(too_many(0, shadow.limit));
-        }
-        let mut mirrored = self.new_mirror(tables)?;
-        if let Err(error) = self.fill(&mut mirrored) {
-            self.destroy_mirror(mirrored);
+        let (mut making, mut quota) = (self.take_prepared(requester, stage1)?, Quota::ALL);
+        let made = self.make_some(&mut making, &mut quota);
+        if let Err(error) = made {
+            self.destroy_mirror(making.new);
             return Err(error);
         }
         let shadow = self.shadow.as_mut().ok_or(NestingError::GuestSecondStage(requester))?;
-        Ok(shadow.add(mirrored))
+        Ok(shadow.add(making.new))
     }
 
     pub(super) fn new_mirror(&mut self, tables: Tables) -> Result<Mirrored> {
         let ioas = self.objects.alloc_ioas(|| "allocating the IOAS of a guest's table".into())?;
         let (hwpts, mirror) = (BTreeMap::new(), Mirror::default());
-        Ok(Mirrored { tables, ioas, hwpts, mirror, unsettled: false })
+        let (unsettled, failures, making) = (false, 0, None);
+        Ok(Mirrored { tables, ioas, hwpts, mirror, unsettled, failures, making })
     }
 
     /// Destroys the mirror with this number, which nothing is attached to.
@@ -91,6 +87,9 @@ impl State {
             self.objects.destroy(hwpt);
         }
         self.objects.destroy(mirrored.ioas);
+        if let Some(making) = mirrored.making {
+            self.destroy_mirror(making.new);
+        }
     }
 
     /// Destroys the page table that the mirror `id` has for `rid` alone, if it uses that no more.

@@ -3,15 +3,16 @@
 
 use std::ops::Range;
 
-use super::mirror::{Change, Mirror, Piece, Steps, Wanted};
+use super::mirror::{Change, Mirror, Piece, Wanted};
 use super::{too_many, Lost, Mirrored};
 use crate::iommufd::{ObjectId, Protection};
-use crate::nesting::vtd::invalidate::{by_name, ByName, FlushSet, Refused};
+use crate::nesting::vtd::flush_set::FlushSet;
+use crate::nesting::vtd::invalidate::{by_name, ByName, Refused};
 use crate::nesting::vtd::state::State;
 use crate::nesting::{NestingError, Result};
 use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 use crate::spec::vtd::PAGE_SIZE;
-use crate::viommu::vtd::walk::{Leaf, TooManyTables, Walk};
+use crate::viommu::vtd::walk::{Leaf, Tables, TooManyTables, Walk};
 use crate::viommu::vtd::{Invalidation, Progress};
 
 /// All IOVAs.
@@ -19,20 +20,40 @@ const EVERYTHING: Range<u64> = 0..u64::MAX;
 /// Tables read at once where nobody waits.
 pub(super) const AT_ONCE: u64 = 512;
 
+/// The progress in a mirror that is replaced by one begun after the batch: no IOVA is so large.
+const REMADE: (u64, u64) = (u64::MAX, 0);
+
+/// What a batch invalidates.
+#[derive(Debug)]
+pub(super) struct Said {
+    /// Of the batch.
+    number: u32,
+    by_name: ByName,
+    /// Of one mirror, ascending.
+    ranges: (ObjectId, Vec<Range<u64>>),
+}
+
+impl Said {
+    /// What [`Progress::next`] says when the batch is to go on with the mirror `id`.
+    fn at(&self, id: ObjectId) -> u64 {
+        u64::from(self.number) << 32 | u64::from(id.0)
+    }
+}
+
 /// How much of a comparison may still be done in one piece.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Quota {
     /// Tables to read.
     pub tables: u64,
     /// Mappings to change.
-    steps: usize,
+    pub steps: usize,
 }
 
 impl Quota {
-    /// A fraction of a millisecond, unless a mirror has to be replaced.
-    const SLICE: Self = Self { tables: 32, steps: 32 };
+    /// A fraction of a millisecond.
+    pub const SLICE: Self = Self { tables: 32, steps: 32 };
     /// All of it.
-    const ALL: Self = Self { tables: u64::MAX, steps: usize::MAX };
+    pub const ALL: Self = Self { tables: u64::MAX, steps: usize::MAX };
 
     /// Whether the rest is for another slice.
     pub fn is_used(&self) -> bool {
@@ -52,38 +73,19 @@ impl State {
         self.shadow.as_ref().map_or(0, |shadow| shadow.limit.saturating_mul(4).saturating_add(4096))
     }
 
-    /// Makes `mirrored`, which is not in use, equal to its table.
-    pub(super) fn fill(&mut self, mirrored: &mut Mirrored) -> Result<()> {
-        let (mut range, mut budget) = (0..mirrored.tables.end(), self.budget());
-        while !range.is_empty() {
-            let (compared, change) = self.look(mirrored, range.clone(), &mut budget, AT_ONCE)?;
-            let steps = match change {
-                Change::InPlace(steps) => steps,
-                // It has changed meanwhile.
-                Change::Replace(map) => {
-                    let in_range = |piece: &&Piece| compared.contains(&piece.iova);
-                    let unmap = mirrored.mirror.pieces().filter(in_range).copied().collect();
-                    Steps { unmap, map }
-                }
-            };
-            self.change(mirrored, &steps)?;
-            range.start = compared.end;
-        }
-        Ok(())
-    }
-
-    /// Compares `range`, or the part of it from its start that about `pause` tables have. Returns
-    /// what was compared, which has whole pieces and pages, and how that is to change.
-    fn look(
+    /// Reads `range` of `tables`, or the part of it from its start that about `pause` tables have.
+    /// Returns what was read, which has whole pieces of `mirror` and whole pages, and what that
+    /// translates.
+    pub(super) fn look(
         &self,
-        mirrored: &Mirrored,
+        tables: Tables,
+        mirror: &Mirror,
         range: Range<u64>,
         budget: &mut u64,
         mut pause: u64,
-    ) -> Result<(Range<u64>, Change)> {
+    ) -> Result<(Range<u64>, Wanted)> {
         let shadow = self.shadow.as_ref().ok_or(NestingError::ShutDown)?;
-        let Mirrored { tables, mirror, .. } = mirrored;
-        let mut walk = Walk::new(&*shadow.memory, *tables, *budget);
+        let mut walk = Walk::new(&*shadow.memory, tables, *budget);
         let mut range = mirror.whole(range);
         let leaves = loop {
             let mut leaves = Vec::new();
@@ -102,8 +104,7 @@ impl State {
         *budget = walk.budget();
         let mut wanted = Wanted::default();
         self.add_leaves(&leaves, &mut wanted)?;
-        let change = mirror.compare(&range, wanted.pieces());
-        Ok((range, change))
+        Ok((range, wanted))
     }
 
     /// Adds `leaves`, as far as they are guest memory, to `wanted`.
@@ -135,11 +136,19 @@ impl State {
     ) -> Result<Option<(u64, u64)>> {
         let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.remove(&id));
         let Some(mut mirrored) = mirrored else { return Ok(None) };
+        if resume.is_none() {
+            mirrored.failures = 0;
+        }
         let mut result = self.follow_one(id, &mut mirrored, ranges, resume, quota);
-        if let Err(NestingError::Host { source, .. }) = &result {
+        while let Err(NestingError::Host { source, .. }) = &result {
+            mirrored.unsettled = true;
+            mirrored.failures += 1;
+            if mirrored.failures > 1 {
+                break;
+            }
             // Once more, with a new one: the host may have been short of memory.
             log::debug!("a mirror is made anew: {source}");
-            result = self.renew(id, &mut mirrored).map(|()| None);
+            result = self.follow_one(id, &mut mirrored, ranges, resume, quota);
         }
         // Its last user may have been blocked.
         match self.shadow.as_mut() {
@@ -163,7 +172,17 @@ impl State {
         quota: &mut Quota,
     ) -> Result<Option<(u64, u64)>> {
         if mirrored.unsettled {
-            return self.renew(id, mirrored).map(|()| None);
+            // One that was begun after this batch has all that it names.
+            let is_later = resume == Some(REMADE) || mirrored.making.is_none();
+            if !self.remake_some(id, mirrored, quota)? {
+                let resume = resume.unwrap_or((0, self.budget()));
+                return Ok(Some(if is_later { REMADE } else { resume }));
+            }
+            if is_later {
+                return Ok(None);
+            }
+        } else if resume == Some(REMADE) {
+            return Ok(None);
         }
         let (from, mut budget) = resume.unwrap_or((0, self.budget()));
         for range in ranges {
@@ -174,68 +193,26 @@ impl State {
                 }
                 let before = budget;
                 let pause = quota.tables.min(AT_ONCE);
-                let (compared, change) = self.look(mirrored, range.clone(), &mut budget, pause)?;
+                let Mirrored { tables, mirror, .. } = &*mirrored;
+                let (compared, wanted) =
+                    self.look(*tables, mirror, range.clone(), &mut budget, pause)?;
                 quota.tables = quota.tables.saturating_sub(before - budget);
-                range.start = compared.end;
-                match change {
+                match mirror.compare(&compared, wanted.pieces()) {
                     Change::InPlace(mut steps) => {
                         range.start = steps.limit(quota.steps).unwrap_or(compared.end);
                         let count = steps.unmap.len() + steps.map.len();
                         quota.steps = quota.steps.saturating_sub(count);
                         self.change(mirrored, &steps)?;
                     }
-                    Change::Replace(pieces) => {
-                        self.rebuild(id, mirrored, &compared, &pieces)?;
-                        quota.use_up();
+                    Change::Replace => {
+                        self.counters.mirror_rebuilds += 1;
+                        let done = self.remake_some(id, mirrored, quota)?;
+                        return Ok((!done).then_some(REMADE));
                     }
                 }
             }
         }
         Ok(None)
-    }
-
-    /// Replaces the mirror `id`, of which nothing is certain.
-    fn renew(&mut self, id: ObjectId, mirrored: &mut Mirrored) -> Result<()> {
-        self.forget_pieces(mirrored);
-        let mut new = self.new_mirror(mirrored.tables)?;
-        if let Err(error) = self.fill(&mut new) {
-            self.destroy_mirror(new);
-            return Err(error);
-        }
-        let old = std::mem::replace(mirrored, new);
-        self.replace_mirror(id, old, mirrored);
-        Ok(())
-    }
-
-    /// Replaces the mirror `id` by one that has `pieces` in `range`, and the same elsewhere.
-    fn rebuild(
-        &mut self,
-        id: ObjectId,
-        mirrored: &mut Mirrored,
-        range: &Range<u64>,
-        pieces: &[Piece],
-    ) -> Result<()> {
-        let target = self.forget_pieces(mirrored).with(range, pieces);
-        let mut new = self.new_mirror(mirrored.tables)?;
-        let steps = Steps { unmap: Vec::new(), map: target.pieces().copied().collect() };
-        if let Err(error) = self.change(&mut new, &steps) {
-            self.destroy_mirror(new);
-            return Err(error);
-        }
-        self.counters.mirror_rebuilds += 1;
-        let old = std::mem::replace(mirrored, new);
-        self.replace_mirror(id, old, mirrored);
-        Ok(())
-    }
-
-    /// Takes the account of a mirror that goes as a whole.
-    fn forget_pieces(&mut self, mirrored: &mut Mirrored) -> Mirror {
-        mirrored.unsettled = true;
-        let pieces = std::mem::take(&mut mirrored.mirror);
-        if let Some(shadow) = self.shadow.as_mut() {
-            shadow.pieces -= pieces.len() as u64;
-        }
-        pieces
     }
 
     /// Compares all of the mirror `id` at once. If that fails, its users are lost.
@@ -252,14 +229,15 @@ impl State {
         result.map(drop)
     }
 
-    /// Whether it is not certain what the mirror `id` maps.
+    /// Whether it is not certain what the mirror `id` maps, and nobody goes on with it.
     pub fn is_unsettled(&self, id: ObjectId) -> bool {
         let mirrored = self.shadow.as_ref().and_then(|shadow| shadow.mirrors.get(&id));
-        mirrored.is_some_and(|mirrored| mirrored.unsettled)
+        mirrored.is_some_and(|mirrored| mirrored.unsettled && mirrored.making.is_none())
     }
 
     /// The map of guest memory has changed: compares all mirrors.
     pub fn follow_memory(&mut self) -> Result<()> {
+        self.drop_prepared();
         let ids: Vec<_> = self.shadow.iter().flat_map(|it| it.mirrors.keys()).copied().collect();
         for id in ids {
             // Its users are lost then.
@@ -292,33 +270,70 @@ impl State {
         progress: &mut Progress,
         refused: &mut Option<Refused>,
     ) {
-        let (begins, mut quota) = (progress.next().is_none(), Quota::SLICE);
-        if begins {
+        let mut quota = Quota::SLICE;
+        let (begins, mut said) = self.take_said(batch, progress);
+        if self.feed_some(&said.by_name, begins, &mut quota, refused) {
+            self.follow_said(&mut said, progress, &mut quota, refused);
+        }
+        if let Some(shadow) = self.shadow.as_mut().filter(|_| !progress.is_done()) {
+            shadow.said = Some(said);
+        }
+    }
+
+    /// What `batch` invalidates, and whether it begins. Several may be under way, each with a
+    /// number in its progress; what the last one at work says need not be found out again.
+    fn take_said(&mut self, batch: &[Invalidation], progress: &mut Progress) -> (bool, Said) {
+        let begun = progress.next().map(|next| (next >> 32) as u32);
+        if begun.is_none() {
             self.counters.invalidations_in += batch.len() as u64;
-            progress.go_on_at(Some(0));
+            self.drop_prepared();
         }
-        if !self.feed_some(batch, begins, &mut quota, refused) {
-            return;
-        }
-        let (mut from, mut resume) = match progress.next() {
-            None => (ObjectId(0), None),
-            // It was an id when it was stored.
-            Some(next) => (ObjectId(next as u32), progress.inside()),
+        let number = match (begun, self.shadow.as_mut()) {
+            (Some(number), _) => number,
+            (None, Some(shadow)) => {
+                shadow.batches = shadow.batches.wrapping_add(1);
+                shadow.batches
+            }
+            (None, None) => 0,
         };
-        let by_name = by_name(batch);
+        let said = self.shadow.as_mut().and_then(|shadow| shadow.said.take());
+        let said = said.filter(|said| begun == Some(said.number));
+        let said = said.unwrap_or_else(|| Said {
+            number,
+            by_name: by_name(batch, true),
+            ranges: (ObjectId(0), Vec::new()),
+        });
+        if begun.is_none() {
+            progress.go_on_at(Some(said.at(ObjectId(0))));
+        }
+        (begun.is_none(), said)
+    }
+
+    fn follow_said(
+        &mut self,
+        said: &mut Said,
+        progress: &mut Progress,
+        quota: &mut Quota,
+        refused: &mut Option<Refused>,
+    ) {
+        // The lower half is an id.
+        let mut from = ObjectId(progress.next().unwrap_or(0) as u32);
+        let mut resume = progress.inside();
         loop {
             let first = |&(domain, pasid): &_| self.nested.named(domain, pasid, from).next();
-            let Some(id) = by_name.keys().filter_map(first).min() else {
+            let Some(id) = said.by_name.keys().filter_map(first).min() else {
                 return progress.go_on_at(None);
             };
             if quota.is_used() {
-                return progress.go_on_at(Some(id.0.into()));
+                return progress.go_on_at(Some(said.at(id)));
             }
             let inside = resume.take().filter(|_| id == from);
-            let ranges = self.ranges(id, &by_name, inside.is_none());
-            match self.follow_ranges(id, &ranges, inside, &mut quota) {
+            if inside.is_none() || said.ranges.0 != id {
+                said.ranges = (id, self.ranges(id, &said.by_name, inside.is_none()));
+            }
+            match self.follow_ranges(id, &said.ranges.1, inside, quota) {
                 Ok(None) => {}
-                Ok(Some(inside)) => return progress.go_on_inside(id.0.into(), inside),
+                Ok(Some(inside)) => return progress.go_on_inside(said.at(id), inside),
                 Err(error) => self.give_up(id, &error, refused),
             }
             from = ObjectId(id.0.saturating_add(1));
@@ -327,7 +342,7 @@ impl State {
 
     /// The ranges of the mirror `id` that are invalidated, ascending.
     fn ranges(&mut self, id: ObjectId, by_name: &ByName, count: bool) -> Vec<Range<u64>> {
-        let mut all = FlushSet::default();
+        let mut all = FlushSet::exact();
         for (&(domain, pasid), set) in by_name {
             if self.nested.named(domain, pasid, id).next() != Some(id) {
                 continue;

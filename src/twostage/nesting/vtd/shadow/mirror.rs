@@ -53,6 +53,19 @@ impl Piece {
         [before, after].into_iter().filter(|piece| piece.length > 0)
     }
 
+    /// Whether it and `next` can be one piece.
+    pub fn grows_by(&self, next: &Self) -> bool {
+        self.end() == next.iova
+            && !next.iova.is_multiple_of(WINDOW)
+            && self.gpa + self.length == next.gpa
+            && self.access == next.access
+    }
+
+    /// It and `next`, by which it grows.
+    pub fn with(self, next: &Self) -> Self {
+        Self { length: self.length + next.length, ..self }
+    }
+
     /// Its parts, which end at multiples of `grain`.
     fn cut(self, grain: u64) -> impl Iterator<Item = Self> {
         let mut left = Some(self);
@@ -78,14 +91,7 @@ impl Wanted {
     pub fn add(&mut self, piece: Piece) {
         for piece in piece.cut(WINDOW) {
             match self.0.last_mut() {
-                Some(last)
-                    if last.end() == piece.iova
-                        && piece.iova % WINDOW != 0
-                        && last.gpa + last.length == piece.gpa
-                        && last.access == piece.access =>
-                {
-                    last.length += piece.length;
-                }
+                Some(last) if last.grows_by(&piece) => *last = last.with(&piece),
                 _ => self.0.push(piece),
             }
         }
@@ -138,8 +144,8 @@ impl<'a> Rest<'a> {
 pub(super) enum Change {
     /// By unmapping, and then mapping, while it is in use.
     InPlace(Steps),
-    /// By a new one, which has these pieces in the range that was compared.
-    Replace(Vec<Piece>),
+    /// By a new one, made by [`Mirror::remade`].
+    Replace,
 }
 
 /// Changes that leave alone what is still translated as before.
@@ -176,8 +182,17 @@ impl Steps {
     }
 }
 
+/// A mirror and its table, side by side.
+struct Compared {
+    steps: Steps,
+    /// As they were.
+    kept: Vec<Piece>,
+    /// Parts of those that cannot stay as they were.
+    left: Vec<Piece>,
+}
+
 /// The pieces that the host maps, by their first IOVA.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default)]
 pub(super) struct Mirror(BTreeMap<u64, Piece>);
 
 impl Mirror {
@@ -187,6 +202,7 @@ impl Mirror {
     }
 
     /// Every piece, in ascending order.
+    #[cfg(test)]
     pub fn pieces(&self) -> impl Iterator<Item = &Piece> {
         self.0.values()
     }
@@ -201,12 +217,10 @@ impl Mirror {
         self.0.remove(&piece.iova);
     }
 
-    /// Has `pieces` in `range` in place of those that it has there.
-    pub fn with(&self, range: &Range<u64>, pieces: &[Piece]) -> Self {
-        let mut new = self.clone();
-        new.0.retain(|iova, _| !range.contains(iova));
-        new.0.extend(pieces.iter().map(|piece| (piece.iova, *piece)));
-        new
+    /// Whether no piece is in `range`.
+    pub fn is_free(&self, range: Range<u64>) -> bool {
+        let before = self.0.range(..range.end).next_back().map(|(_, piece)| piece.end());
+        before.is_none_or(|end| end <= range.start)
     }
 
     /// `range`, and the rest of the pieces that are partly in it.
@@ -220,6 +234,29 @@ impl Mirror {
     /// What changes in `range`, which has whole pieces only ([`Mirror::whole`]), where the table
     /// now translates `wanted`, which is in the range.
     pub fn compare(&self, range: &Range<u64>, wanted: &[Piece]) -> Change {
+        let Compared { steps, left, .. } = self.compare_all(range, wanted);
+        if left.is_empty() {
+            Change::InPlace(steps)
+        } else {
+            Change::Replace
+        }
+    }
+
+    /// What a new mirror in place of this one has in `range` from `start` on, ascending. Pieces
+    /// stay as they are; what is left of others is cut, so that the next change is in place.
+    pub fn remade(&self, range: &Range<u64>, wanted: &[Piece], start: u64) -> Vec<Piece> {
+        let Compared { steps, mut left, kept } = self.compare_all(range, wanted);
+        left.extend(kept);
+        left.extend(steps.map);
+        left.retain(|piece| piece.end() > start);
+        left.sort_unstable_by_key(|piece| piece.iova);
+        if let Some(first) = left.first_mut().filter(|first| first.iova < start) {
+            (_, *first) = first.split(start);
+        }
+        left
+    }
+
+    fn compare_all(&self, range: &Range<u64>, wanted: &[Piece]) -> Compared {
         let mut wanted = Rest::new(wanted);
         let mut steps = Steps::default();
         let (mut kept, mut left) = (Vec::new(), Vec::new());
@@ -236,13 +273,7 @@ impl Mirror {
             }
         }
         steps.map.extend(wanted.take_to(range.end));
-        if left.is_empty() {
-            return Change::InPlace(steps);
-        }
-        left.append(&mut kept);
-        left.append(&mut steps.map);
-        left.sort_unstable_by_key(|piece| piece.iova);
-        Change::Replace(left)
+        Compared { steps, kept, left }
     }
 }
 
@@ -327,25 +358,28 @@ mod tests {
             let parts = [piece(0, at, 1000, RW), piece(at + 1, 255 - at, 1001 + at, RW)];
             wanted(&[&parts[..], &[piece(300, 1, 7, R)]].concat())
         };
-        let Change::Replace(pieces) = whole.compare(&range, with_hole(9).pieces()) else {
-            panic!("a hole tears it");
-        };
+        assert_eq!(whole.compare(&range, with_hole(9).pieces()), Change::Replace);
+        let pieces = whole.remade(&range, with_hole(9).pieces(), 0);
         // In parts of 4 pages; the hole is the second page of the third part.
         assert_eq!(pieces.len(), 63 + 2 + 1);
         assert_eq!(
             pieces[1..4],
             [piece(4, 4, 1004, RW), piece(8, 1, 1008, RW), piece(10, 2, 1010, RW)]
         );
+        // From the middle of a part on.
+        let rest = whole.remade(&range, with_hole(9).pieces(), 0x5000);
+        assert_eq!((rest[0], &rest[1..]), (piece(5, 3, 1005, RW), &pieces[2..]));
         let cut = mirror(&pieces);
-        assert_eq!(cut.with(&range, &[]).len(), 0);
+        assert!(cut.is_free(9 << 12..10 << 12) && !cut.is_free(9 << 12..11 << 12));
         let rest: Vec<_> = pieces.iter().copied().filter(|piece| piece.iova >= 0xc000).collect();
         let all_but_three = wanted(&rest);
         let change = cut.compare(&range, all_but_three.pieces());
         assert!(matches!(&change, Change::InPlace(steps) if steps.unmap.len() == 4), "{change:?}");
         // Other rights, and other memory, for a page that stays.
         for now in [piece(300, 1, 7, RW), piece(300, 1, 8, R)] {
-            let change = whole.compare(&range, &[piece(0, 256, 1000, RW), now]);
-            assert_eq!(change, Change::Replace(vec![piece(0, 256, 1000, RW), now]));
+            let wanted = [piece(0, 256, 1000, RW), now];
+            assert_eq!(whole.compare(&range, &wanted), Change::Replace);
+            assert_eq!(whole.remade(&range, &wanted, 0), wanted);
         }
     }
 
@@ -410,7 +444,12 @@ mod tests {
                         }
                         steps.map.iter().for_each(|piece| mirror.mapped(*piece));
                     }
-                    Change::Replace(pieces) => mirror = mirror.with(&range, &pieces),
+                    Change::Replace => {
+                        let all = 0..1 << 30;
+                        seen.clone_from(&table);
+                        let pieces = mirror.remade(&all, of_pages(&table, &all).pieces(), 0);
+                        mirror = self::mirror(&pieces);
+                    }
                 }
                 let now: Vec<_> = mirror.pieces().copied().collect();
                 prop_assert_eq!(&pages(&now), &seen);

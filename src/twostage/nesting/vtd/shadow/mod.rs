@@ -19,6 +19,7 @@
 
 mod calls;
 mod follow;
+mod making;
 mod mirror;
 pub(super) mod serving;
 mod starved;
@@ -35,12 +36,15 @@ use crate::spec::pci::Bdf;
 use crate::viommu::vtd::walk::Tables;
 use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1, VtdConfig};
 use crate::viommu::{Requester, TableMemory};
+use follow::Said;
+use making::{Making, Prepared};
 use mirror::{Mirror, Wanted};
 use serving::Serving;
 
-/// At most this many blocked requesters are tried again when the guest invalidates; others are when
-/// it gives them another table.
-const MAX_STARVED: usize = 64;
+/// At most this many blocked requesters are tried again when the guest invalidates. Those beyond
+/// are blocked and get a fault like the others, but are tried again when they get another table
+/// only: what a guest can make of its PASIDs takes no memory, and no time of each batch.
+const MAX_STARVED: usize = 4096;
 
 /// What the guest's tables are mirrored with.
 pub(super) struct Shadow {
@@ -55,6 +59,13 @@ pub(super) struct Shadow {
     last: ObjectId,
     /// The pieces of all mirrors, those in the making included.
     pieces: u64,
+    /// What the batch that was last at work invalidates.
+    said: Option<Said>,
+    /// The number of batches so far.
+    batches: u32,
+    prepared: Option<Prepared>,
+    /// How often in a row something was said before what was prepared was used.
+    disturbed: u32,
     /// Requesters that are blocked because their table cannot be mirrored, or was not.
     starved: BTreeMap<Requester, Starved>,
     /// Whose table is read, to try it again.
@@ -107,8 +118,12 @@ struct Mirrored {
     /// For devices with PASIDs, which need a HWPT with that flag.
     hwpts: BTreeMap<Bdf, ObjectId>,
     mirror: Mirror,
-    /// The host has failed in the middle of a change.
+    /// The host has failed in the middle of a change, or another one is being made.
     unsettled: bool,
+    /// How often the host has failed since the last batch.
+    failures: u32,
+    /// What takes its place.
+    making: Option<Box<Making>>,
 }
 
 impl Shadow {
@@ -122,6 +137,10 @@ impl Shadow {
             mirrors: BTreeMap::new(),
             last: ObjectId(0),
             pieces: 0,
+            said: None,
+            batches: 0,
+            prepared: None,
+            disturbed: 0,
             starved: BTreeMap::new(),
             trial: None,
             lost: Vec::new(),

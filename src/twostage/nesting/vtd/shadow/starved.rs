@@ -9,11 +9,11 @@
 use super::follow::{refuse, Quota, AT_ONCE};
 use super::mirror::Wanted;
 use super::{too_many, Lost, Shadow, Starved, Trial, MAX_STARVED};
-use crate::nesting::vtd::invalidate::Refused;
+use crate::nesting::vtd::invalidate::{ByName, Refused};
 use crate::nesting::vtd::state::State;
 use crate::nesting::{NestingError, Result};
 use crate::viommu::vtd::walk::{Tables, TooManyTables, Walk};
-use crate::viommu::vtd::{DmaFault, Invalidation, Policy, RequesterConfig, Stage1};
+use crate::viommu::vtd::{DmaFault, DomainTag, Policy, RequesterConfig, Stage1};
 use crate::viommu::Requester;
 use crate::warn_limited;
 
@@ -27,11 +27,14 @@ impl Starved {
 }
 
 impl Shadow {
-    /// `batch` begins: those that it names are to be tried.
-    fn call(&mut self, batch: &[Invalidation]) {
+    /// A batch begins: those that it names are to be tried.
+    fn call(&mut self, by_name: &ByName) {
         self.trial = None;
         for starved in self.starved.values_mut() {
-            if batch.iter().any(|invalidation| invalidation.names(starved.config.tag)) {
+            let DomainTag { domain, pasid } = starved.config.tag;
+            let of = |domain| [(domain, Some(pasid)), (domain, None)];
+            let names = [of(Some(domain)), of(None)];
+            if names.as_flattened().iter().any(|name| by_name.contains_key(name)) {
                 starved.due |= starved.skip == 0;
                 starved.skip = starved.skip.saturating_sub(1);
             }
@@ -66,7 +69,8 @@ impl State {
         let reachable = self.is_reachable(requester);
         let Some(shadow) = self.shadow.as_mut() else { return };
         // One that could not be blocked must be, before an invalidation that names it completes.
-        if shadow.starved.len() < MAX_STARVED || reachable {
+        let is_full = shadow.starved.len() >= MAX_STARVED;
+        if !is_full || reachable || shadow.starved.contains_key(&requester) {
             let patience = shadow.starved.get(&requester).map_or(0, |starved| starved.patience);
             let starved = Starved { config: *config, due: false, skip: 0, patience };
             shadow.starved.insert(requester, starved);
@@ -82,17 +86,17 @@ impl State {
         });
     }
 
-    /// Tries those again that `batch` names and whose table was not mirrored, as far as one slice
+    /// Tries those again that a batch names and whose table was not mirrored, as far as one slice
     /// goes; `begins`: it is the first one of the batch. Whether all are done.
     pub(super) fn feed_some(
         &mut self,
-        batch: &[Invalidation],
+        by_name: &ByName,
         begins: bool,
         quota: &mut Quota,
         refused: &mut Option<Refused>,
     ) -> bool {
         if let Some(shadow) = self.shadow.as_mut().filter(|_| begins) {
-            shadow.call(batch);
+            shadow.call(by_name);
         }
         while let Some(stage1) = self.shadow.as_ref().and_then(Shadow::due) {
             if quota.is_used() {
@@ -100,6 +104,7 @@ impl State {
             }
             match self.count_some(&stage1, quota) {
                 Ok(false) => return false,
+                Ok(true) if !self.prepare_some(&stage1, quota) => return false,
                 Ok(true) => {
                     quota.use_up();
                     self.feed_users(&stage1, refused);
@@ -151,6 +156,9 @@ impl State {
         let tables = Tables::new(stage1, shadow.huge).ok_or(NestingError::ShutDown)?;
         if shadow.mirrors.values().any(|mirrored| mirrored.tables == tables) {
             // Somebody else is served.
+            return Ok(true);
+        }
+        if shadow.prepares(stage1) {
             return Ok(true);
         }
         let begun = shadow.trial.take().filter(|trial| trial.stage1 == *stage1);

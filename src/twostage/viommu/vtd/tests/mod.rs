@@ -45,6 +45,8 @@ struct FakeHost {
     refusals: Refusals,
     /// It invalidates a batch in this many pieces; the call is recorded with the last one.
     pieces: Mutex<u64>,
+    /// So often it says that something is left to prepare.
+    unprepared: Mutex<u64>,
     /// A unit that is halted during every call.
     halting: Mutex<Option<Arc<VtdIommu>>>,
     /// A unit whose first device faults during every call.
@@ -63,6 +65,7 @@ impl FakeHost {
             status_then: Mutex::default(),
             refusals: Refusals::default(),
             pieces: Mutex::default(),
+            unprepared: Mutex::default(),
             halting: Mutex::default(),
             faulting: Mutex::default(),
             answers: Mutex::default(),
@@ -85,6 +88,13 @@ impl FakeHost {
 }
 
 impl VtdHostSide for FakeHost {
+    fn prepare(&self, _: Requester, _: &RequesterConfig) -> bool {
+        let mut unprepared = self.unprepared.lock();
+        let is_prepared = *unprepared == 0;
+        *unprepared = unprepared.saturating_sub(1);
+        is_prepared
+    }
+
     fn configure(
         &self,
         requester: Requester,

@@ -95,6 +95,36 @@ impl Guest {
 }
 
 #[test]
+fn what_the_host_prepares_takes_slices_of_its_own() {
+    let of_one = PasidCacheScope::Pasid { domain: DOMAIN, pasid: Pasid::new(1).unwrap() };
+    for (rid, scope) in [(true, PasidCacheScope::Global), (false, PasidCacheScope::Global)]
+        .into_iter()
+        .chain([(false, of_one)])
+    {
+        let guest = Guest::with_directory();
+        match rid {
+            true => guest.write_pasid(0, 0x6000),
+            false => guest.write_pasid(1, 0x6000),
+        }
+        *guest.host.unprepared.lock() = 3;
+        guest.queue(&[Descriptor::PasidCache(scope), wait(1)]);
+        let (mut slices, mut has) = (0, BTreeMap::new());
+        while guest.slice() == Slice::More {
+            slices += 1;
+            if slices <= 3 {
+                assert_eq!((guest.calls().len(), guest.status()), (0, 0), "{scope:?} {slices}");
+            }
+            guest.host_has(&mut has);
+        }
+        guest.host_has(&mut has);
+        let who = if rid { Requester::rid(RID) } else { with_pasid(1) };
+        assert_eq!((guest.status(), *guest.host.unprepared.lock()), (1, 0));
+        assert_eq!(has.get(&who), guest.tables_say().get(&who), "{scope:?}");
+        assert!(slices >= 3 && has.contains_key(&who), "{scope:?} {slices} {has:?}");
+    }
+}
+
+#[test]
 fn a_slice_is_of_few_requesters_and_nothing_is_acknowledged_before_the_last() {
     let guest = Guest::with_directory();
     guest.write_every_pasid(0x6000);

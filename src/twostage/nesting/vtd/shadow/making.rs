@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Mirrors in the making: the first one of a table, or one that takes the place of another. A table
+//! may have very many pieces, so that is done in slices, between which the lock is given up.
+//!
+//! What takes the place of a mirror is made by the batches that need it: each goes on where another
+//! one has stopped, and nothing else is done with the mirror before it is replaced. The first
+//! mirror of a table is *prepared* before a requester is given the table. Nobody uses it until
+//! then, so that what the guest invalidates in between does not reach it: it is begun again, and
+//! after some times made in one piece.
+
+use super::follow::{Quota, AT_ONCE};
+use super::mirror::{Mirror, Piece, Steps};
+use super::{too_many, Mirrored, Shadow};
+use crate::iommufd::ObjectId;
+use crate::nesting::vtd::state::State;
+use crate::nesting::{NestingError, Result};
+use crate::viommu::vtd::walk::Tables;
+use crate::viommu::vtd::{Policy, RequesterConfig, Stage1};
+use crate::viommu::Requester;
+
+/// So often the preparation of a mirror begins again.
+const MAX_DISTURBED: u32 = 4;
+
+/// A mirror in the making.
+#[derive(Debug)]
+pub(super) struct Making {
+    /// What it is, up to `next`.
+    pub new: Mirrored,
+    /// The one whose place it takes, if there is one: its pieces stay where they can.
+    guide: Mirror,
+    /// Where to go on, in bytes.
+    next: u64,
+    /// Tables that may still be read.
+    budget: u64,
+    /// About so many have as many pieces as one slice can map.
+    at_once: u64,
+    /// The last piece, which may grow, and is not mapped.
+    held: Option<Piece>,
+}
+
+/// A mirror that nobody uses yet.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    stage1: Stage1,
+    making: Result<Making>,
+}
+
+impl Making {
+    /// Takes what there is in front of `map`, which goes to `end`, and leaves its last piece if
+    /// that may grow.
+    fn hold(&mut self, map: &mut Vec<Piece>, end: u64) {
+        let is_new = |piece: &Piece| self.guide.is_free(piece.iova..piece.end());
+        if let Some(held) = self.held.take() {
+            match map.first_mut().filter(|first| held.grows_by(first) && is_new(first)) {
+                Some(first) => *first = held.with(first),
+                None => map.insert(0, held),
+            }
+        }
+        if end < self.new.tables.end() {
+            self.held = map.pop_if(|last| last.end() == end && is_new(last));
+        }
+    }
+}
+
+impl State {
+    /// What takes the place of a mirror that has the pieces of `guide`.
+    fn begin_making(&mut self, tables: Tables, guide: Mirror) -> Result<Making> {
+        let (new, budget) = (self.new_mirror(tables)?, self.budget());
+        Ok(Making { new, guide, next: 0, budget, at_once: AT_ONCE, held: None })
+    }
+
+    /// Makes a part of a mirror. Whether it is equal to its table, or was at each place when that
+    /// was read.
+    pub(super) fn make_some(&mut self, making: &mut Making, quota: &mut Quota) -> Result<bool> {
+        let end = making.new.tables.end();
+        while making.next < end || making.held.is_some() {
+            if quota.is_used() {
+                return Ok(false);
+            }
+            let range = making.next..end;
+            let (tables, guide) = (making.new.tables, &making.guide);
+            let (compared, mut map) = match range.is_empty() {
+                true => (range, Vec::new()),
+                false => {
+                    let (before, pause) = (making.budget, quota.tables.min(making.at_once));
+                    let (compared, wanted) =
+                        self.look(tables, guide, range, &mut making.budget, pause)?;
+                    quota.tables = quota.tables.saturating_sub(before - making.budget);
+                    let map = guide.remade(&compared, wanted.pieces(), making.next);
+                    (compared, map)
+                }
+            };
+            making.hold(&mut map, compared.end);
+            making.next = compared.end;
+            making.at_once = (2 * making.at_once).min(AT_ONCE);
+            if let Some(left) = map.get(quota.steps) {
+                // What follows is looked at once more.
+                making.next = left.iova;
+                making.held = None;
+                making.at_once = 1;
+                map.truncate(quota.steps);
+            }
+            quota.steps = quota.steps.saturating_sub(map.len());
+            self.change(&mut making.new, &Steps { unmap: Vec::new(), map })?;
+        }
+        Ok(true)
+    }
+
+    /// Begins to replace `mirrored`, or goes on with it. Whether it is another one now.
+    pub(super) fn remake_some(
+        &mut self,
+        id: ObjectId,
+        mirrored: &mut Mirrored,
+        quota: &mut Quota,
+    ) -> Result<bool> {
+        mirrored.unsettled = true;
+        let mut making = match mirrored.making.take() {
+            Some(making) => making,
+            None => {
+                let guide = self.forget_pieces(mirrored);
+                Box::new(self.begin_making(mirrored.tables, guide)?)
+            }
+        };
+        match self.make_some(&mut making, quota) {
+            Ok(true) => {}
+            Ok(false) => {
+                mirrored.making = Some(making);
+                return Ok(false);
+            }
+            Err(error) => {
+                self.destroy_mirror(making.new);
+                return Err(error);
+            }
+        }
+        let old = std::mem::replace(mirrored, making.new);
+        self.replace_mirror(id, old, mirrored);
+        quota.use_up();
+        Ok(true)
+    }
+
+    /// Takes the account of a mirror that goes as a whole.
+    fn forget_pieces(&mut self, mirrored: &mut Mirrored) -> Mirror {
+        let pieces = std::mem::take(&mut mirrored.mirror);
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.pieces -= pieces.len() as u64;
+        }
+        pieces
+    }
+
+    /// See [`crate::viommu::vtd::VtdHostSide::prepare`].
+    pub fn prepare(&mut self, requester: Requester, config: &RequesterConfig) -> bool {
+        let Policy::Stage1(stage1) = &config.policy else { return true };
+        let has_device = self.devices.contains_key(&requester.rid);
+        self.shadow.is_none() || !has_device || self.prepare_some(stage1, &mut { Quota::SLICE })
+    }
+
+    /// Prepares a part of the mirror of `stage1`. Whether nothing is left, or may be.
+    pub(super) fn prepare_some(&mut self, stage1: &Stage1, quota: &mut Quota) -> bool {
+        let Some(shadow) = self.shadow.as_mut() else { return true };
+        let tables = Tables::new(stage1, shadow.huge);
+        let is_there = |tables| shadow.mirrors.values().any(|mirrored| mirrored.tables == tables);
+        if shadow.disturbed >= MAX_DISTURBED || tables.is_none_or(is_there) {
+            return true;
+        }
+        let begun = shadow.prepared.take().filter(|prepared| prepared.stage1 == *stage1);
+        let making = match begun {
+            Some(prepared) => prepared.making,
+            None => self.begin_first(stage1),
+        };
+        let mut made = true;
+        let making = making.and_then(|mut making| match self.make_some(&mut making, quota) {
+            Ok(all) => {
+                made = all;
+                Ok(making)
+            }
+            Err(error) => {
+                self.destroy_mirror(making.new);
+                Err(error)
+            }
+        });
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.prepared = Some(Prepared { stage1: *stage1, making });
+        }
+        made
+    }
+
+    /// The mirror of `stage1` for `requester`, as far as it is prepared.
+    pub(super) fn take_prepared(
+        &mut self,
+        requester: Requester,
+        stage1: &Stage1,
+    ) -> Result<Making> {
+        let shadow = self.shadow.as_mut().ok_or(NestingError::GuestSecondStage(requester))?;
+        shadow.disturbed = 0;
+        match shadow.prepared.take_if(|prepared| prepared.stage1 == *stage1) {
+            Some(prepared) => prepared.making,
+            None => self.begin_first(stage1),
+        }
+    }
+
+    fn begin_first(&mut self, stage1: &Stage1) -> Result<Making> {
+        let shadow = self.shadow.as_ref().ok_or(NestingError::ShutDown)?;
+        let tables = Tables::new(stage1, shadow.huge).ok_or(NestingError::ShutDown)?;
+        // Tables that translate nothing cost objects of the host, too.
+        if shadow.mirrors.len() as u64 >= shadow.limit {
+            return Err(too_many(0, shadow.limit));
+        }
+        self.begin_making(tables, Mirror::default())
+    }
+
+    /// What was prepared is not what the table is any more, or not needed.
+    pub fn drop_prepared(&mut self) {
+        let prepared = self.shadow.as_mut().and_then(Shadow::disturb);
+        if let Some(Prepared { making: Ok(making), .. }) = prepared {
+            self.destroy_mirror(making.new);
+        }
+    }
+}
+
+impl Shadow {
+    /// Takes what was prepared.
+    fn disturb(&mut self) -> Option<Prepared> {
+        self.prepared.take().inspect(|_| self.disturbed += 1)
+    }
+
+    /// Whether the mirror of `stage1` is prepared, in part or not.
+    pub(super) fn prepares(&self, stage1: &Stage1) -> bool {
+        self.prepared.as_ref().is_some_and(|prepared| prepared.stage1 == *stage1)
+    }
+}
