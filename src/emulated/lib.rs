@@ -99,12 +99,11 @@ const TEST_OPERATIONS: Option<&uapi::TestOperations> = Some(&selftest::OPERATION
 #[cfg(not(feature = "selftest"))]
 const TEST_OPERATIONS: Option<&uapi::TestOperations> = None;
 
+pub use dma::control::{DeviceControl, DmaServices};
 pub use dma::error::{DmaError, DmaFaultReason};
 pub use dma::memory::{DmaMemory, DmaSection};
 pub use dma::port_iommu::PortIommu;
-pub use dma::{
-    DmaAccess, DmaAttributes, DmaPort, DmaServices, PageRequester, PageTries, Translated,
-};
+pub use dma::{DmaAccess, DmaAttributes, DmaPort, PageTries, Translated};
 pub use host::access::{Access, AccessError};
 pub use host::context::{MappedPages, MmapRequest};
 pub use host::device::DeviceConfig;

@@ -5,6 +5,7 @@
 //! a detach returns only when no access by the old translation is in progress. A transfer is split
 //! into pieces of at most 64 KiB, each a section of its own, so that nobody waits long.
 
+pub(crate) mod control;
 pub(crate) mod error;
 pub(crate) mod memory;
 pub(crate) mod port_iommu;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 use vm_memory::Bytes;
 
+use control::{DeviceControl, DmaServices};
 use section::{error, report, request, walk, Interrupts, Section, Unreported};
 
 use crate::dma::error::DmaError;
@@ -43,23 +45,6 @@ pub enum DmaAccess {
     Read,
     /// The device writes memory.
     Write,
-}
-
-/// What software has enabled of a device, as its port is to use it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DmaServices {
-    /// A page that is not present is requested (PCI PRI), if somebody serves that; otherwise the
-    /// DMA faults.
-    pub page_requests: bool,
-    /// [`DmaPort::read`] and [`DmaPort::write`] wait for the responses; otherwise they end with
-    /// [`DmaError::PageRequested`].
-    pub wait_for_pages: bool,
-}
-
-impl Default for DmaServices {
-    fn default() -> Self {
-        Self { page_requests: true, wait_for_pages: true }
-    }
 }
 
 /// A device's access point to its IOMMU. Each thread of a device uses its own clone.
@@ -107,7 +92,7 @@ pub struct DmaPort {
     interrupts: Interrupts,
     /// Those of the unit, for a share of them per port.
     all_counters: Arc<Counters>,
-    page_requests: PageRequester,
+    control: DeviceControl,
     services: DmaServices,
 }
 
@@ -120,7 +105,7 @@ impl Clone for DmaPort {
             counters: self.all_counters.share(),
             interrupts: self.interrupts.clone(),
             all_counters: Arc::clone(&self.all_counters),
-            page_requests: self.page_requests.clone(),
+            control: self.control.clone(),
             services: self.services,
         }
     }
@@ -144,7 +129,7 @@ impl DmaPort {
             counters: counters.share(),
             interrupts: Interrupts(interrupts),
             all_counters: counters,
-            page_requests: PageRequester { rid, requests: page_requests },
+            control: DeviceControl::new(rid, page_requests, gate),
             services: DmaServices::default(),
         }
     }
@@ -154,9 +139,9 @@ impl DmaPort {
         self.services = services;
     }
 
-    /// The page requests of the device: of all its ports.
-    pub fn page_requester(&self) -> PageRequester {
-        self.page_requests.clone()
+    /// What is the device's, of all its ports.
+    pub fn control(&self) -> DeviceControl {
+        self.control.clone()
     }
 
     /// Reads memory at `iova` (bytes) into `bytes`.
@@ -270,12 +255,17 @@ impl DmaPort {
         self.interrupts.check(attributes, iova)?;
         let request = request(self.rid, attributes, iova, access);
         let mut engine = self.reader.enter();
-        // Separate and first, as it is all that most requests need.
-        if let Some(target) = engine.common.cached(&self.config, &self.counters, &request) {
-            let length = length.min(self.interrupts.piece(attributes, iova, target.length));
-            return Ok(Translated { engine, target, length });
-        }
-        match walk(&mut engine, &mut self.config, &self.counters, &request) {
+        let found = if engine.common.caches.device_tlbs.has(self.rid) {
+            by_device(&mut engine, &mut self.config, &self.counters, &request)
+        } else {
+            // Separate and first, as it is all that most requests need.
+            if let Some(target) = engine.common.cached(&self.config, &self.counters, &request) {
+                let length = length.min(self.interrupts.piece(attributes, iova, target.length));
+                return Ok(Translated { engine, target, length });
+            }
+            walk(&mut engine, &mut self.config, &self.counters, &request)
+        };
+        match found {
             Ok(target) => {
                 let length = length.min(self.interrupts.piece(attributes, iova, target.length));
                 Ok(Translated { engine, target, length })
@@ -283,7 +273,7 @@ impl DmaPort {
             Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
             Err(Blocked::Fault(fault)) => {
                 drop(engine);
-                let requests = self.services.page_requests.then_some(&*self.page_requests.requests);
+                let requests = self.services.page_requests.then(|| self.control.page_requests());
                 Err(stopped(requests, &self.counters, &request, &fault))
             }
         }
@@ -292,12 +282,12 @@ impl DmaPort {
     /// Takes the response to the page requests of `group` ([`DmaError::PageRequested`]), once;
     /// `None` until there is one, which is when the attachment ends at the latest.
     pub fn page_response(&self, group: u16) -> Option<PageResponseCode> {
-        self.page_requests.requests.take_answer(self.rid, group)
+        self.control.page_requests().take_answer(self.rid, group)
     }
 
     /// The same, but blocks until there is one.
     pub fn wait_for_page(&self, group: u16) -> PageResponseCode {
-        self.page_requests.wait(group)
+        self.control.wait_for_page(group)
     }
 
     /// Waits if `error` says that a page was requested.
@@ -329,31 +319,6 @@ impl DmaPort {
     }
 }
 
-/// The page requests of one device, for whoever waits for a response, or gives up to.
-#[derive(Debug, Clone)]
-pub struct PageRequester {
-    rid: u16,
-    requests: Arc<PageRequests>,
-}
-
-impl PageRequester {
-    /// Waits for the response to `group` ([`DmaError::PageRequested`]), and takes it.
-    pub fn wait(&self, group: u16) -> PageResponseCode {
-        self.requests.wait_for_answer(self.rid, group)
-    }
-
-    /// How many groups the device has not taken a response to.
-    pub fn outstanding(&self) -> usize {
-        self.requests.outstanding(self.rid)
-    }
-
-    /// Forgets the requests so far: who waits is told that the page was refused; responses that
-    /// come later are ignored.
-    pub fn reset(&self) {
-        self.requests.reset(self.rid);
-    }
-}
-
 /// A read-side critical section around one translation.
 #[derive(Debug)]
 pub struct Translated<'a> {
@@ -371,6 +336,33 @@ impl Translated<'_> {
         // fails.
         let slice = self.engine.common.caches.slice(self.target.place, self.length);
         slice.unwrap_or_else(MemoryMap::empty_slice)
+    }
+}
+
+/// Translates `request` of a device whose ATS is enabled: by its TLB, or by a translation request.
+/// The answer to that is no fault where software could mend the tables, as it need not be what the
+/// device needs in the end: it gives no permission, and the device may request the page (PCIe 6.0
+/// §10.2.3; VT-d §7.1.3). Never inlined, to keep [`DmaPort::translate`] small.
+#[cold]
+#[inline(never)]
+fn by_device(
+    engine: &mut ReadGuard<'_, Engine>,
+    config: &mut ConfigCache,
+    counters: &LocalCounters,
+    request: &Request,
+) -> Result<Target, Blocked> {
+    if let Some(target) = engine.device_translation(config, counters, request) {
+        return Ok(target);
+    }
+    match walk(engine, config, counters, request) {
+        Ok(target) => {
+            engine.fill_device_tlb(config, counters, request);
+            Ok(target)
+        }
+        Err(Blocked::Fault(fault)) if fault.asks_for_page => {
+            Err(Blocked::Fault(Fault { report: None, ..fault }))
+        }
+        Err(blocked) => Err(blocked),
     }
 }
 

@@ -31,7 +31,7 @@ pub(crate) use vtd::VtdDriver;
 use crate::host::device::{Requester, Slot};
 use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome, Refusal};
-use crate::units::hardware::CacheTag;
+use crate::units::hardware::{CacheRange, CacheTag};
 use crate::units::page_requests::{PageRequestSink, PageRequests};
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
@@ -315,6 +315,20 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     /// cached through it. When it returns no DMA uses what was unmapped, and none writes a page
     /// without marking it.
     fn stage2_changed(&self, stage2: &Arc<Stage2>);
+
+    /// Tells `device` to forget the translations in `range` that it has for `pasid`, or for all of
+    /// its requests. Returns whether it has answered.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` the driver does this otherwise.
+    fn invalidate_device_tlb(
+        &self,
+        _device: &Requester,
+        _pasid: Option<u32>,
+        _range: CacheRange,
+    ) -> Outcome<bool> {
+        refuse(Errno::EOPNOTSUPP, "the IOMMU has other invalidations of device TLBs")
+    }
 
     /// Where faults of `device` go, and under which device object; `None`: nowhere.
     fn set_fault_sink(&self, _device: &Requester, _sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {}

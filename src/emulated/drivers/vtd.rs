@@ -340,6 +340,15 @@ impl Driver for VtdDriver {
         self.hardware.stage2_changed(stage2);
     }
 
+    fn invalidate_device_tlb(
+        &self,
+        device: &Requester,
+        pasid: Option<u32>,
+        range: CacheRange,
+    ) -> Outcome<bool> {
+        Ok(self.hardware.invalidate_device_tlb(device.rid.raw(), pasid, range))
+    }
+
     fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
         self.hardware.set_fault_sink(device.rid.raw(), sink);
     }

@@ -385,6 +385,17 @@ impl HostIommu for EmulatedHost {
             .set_fault_sink(dev, sink)
             .map_err(|refusal| refusal.of(Verb::DeviceBind, dev))
     }
+
+    fn device_tlb_invalidate(
+        &self,
+        dev: ObjectId,
+        pasid: Option<u32>,
+        addresses: RangeInclusive<u64>,
+    ) -> Result<bool> {
+        self.objects()
+            .invalidate_device_tlb(dev, pasid, addresses)
+            .map_err(|refusal| refusal.of(Verb::HwptInvalidate, dev))
+    }
 }
 
 /// Refuses a PASID of a device without PASIDs: Linux returns success and does nothing.

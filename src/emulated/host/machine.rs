@@ -316,6 +316,7 @@ impl Machine {
         Extensions::default()
             .with_guest_second_stage(all(|it| it.guest_second_stage))
             .with_fault_reports(all(|it| it.fault_reports))
+            .with_device_tlbs(all(|it| it.device_tlbs))
     }
 
     /// The drivers of all IOMMUs.

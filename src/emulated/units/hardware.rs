@@ -81,6 +81,12 @@ pub(crate) trait Hardware: Debug + Send + Sync {
     /// cached of that stage in all of `ranges`, and everything that was translated by both.
     fn invalidate_second_stage(&self, tag: CacheTag, ranges: &[CacheRange]);
 
+    /// Tells the device `rid` to forget the translations in `range` that it has for `pasid`, or
+    /// for all requests. Returns whether it has answered.
+    fn invalidate_device_tlb(&self, _rid: u16, _pasid: Option<u32>, _range: CacheRange) -> bool {
+        true
+    }
+
     /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything
     /// cached through it.
     fn stage2_changed(&self, stage2: &Arc<Stage2>);

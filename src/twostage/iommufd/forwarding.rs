@@ -364,6 +364,15 @@ impl<F: Forwarding> HostIommu for F {
     fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Result<()> {
         self.served_by().set_fault_sink(dev, sink)
     }
+
+    fn device_tlb_invalidate(
+        &self,
+        dev: ObjectId,
+        pasid: Option<u32>,
+        addresses: RangeInclusive<u64>,
+    ) -> Result<bool> {
+        self.served_by().device_tlb_invalidate(dev, pasid, addresses)
+    }
 }
 
 #[cfg(test)]

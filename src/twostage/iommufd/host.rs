@@ -243,6 +243,22 @@ pub trait HostIommu: Debug + Send + Sync {
             "this host does not report DMA faults to user space",
         ))
     }
+
+    /// Tells `dev` to forget the translations of `addresses` (bytes) that it has for requests with
+    /// `pasid`, or for all of its requests (PCI ATS). Returns whether it has answered.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` unless [`Extensions::device_tlbs`].
+    fn device_tlb_invalidate(
+        &self,
+        dev: ObjectId,
+        pasid: Option<u32>,
+        addresses: RangeInclusive<u64>,
+    ) -> Result<bool> {
+        let _ = (pasid, addresses);
+        let detail = "this host invalidates device TLBs together with its own";
+        Err(HostError::new(Verb::HwptInvalidate, dev, Errno::EOPNOTSUPP, detail))
+    }
 }
 
 /// Is notified when a queue becomes readable or empty.

@@ -334,12 +334,16 @@ pub struct Extensions {
     /// Reports every unrecoverable DMA fault to a [`super::FaultSink`] (Linux 7.2's VT-d driver
     /// reports none to user space).
     pub fault_reports: bool,
+    /// Supports [`super::HostIommu::device_tlb_invalidate`]. Others invalidate device TLBs together
+    /// with their own, as Linux's VT-d driver does.
+    pub device_tlbs: bool,
 }
 
 impl Extensions {
     crate::setters! {
         with_guest_second_stage guest_second_stage: bool;
         with_fault_reports fault_reports: bool;
+        with_device_tlbs device_tlbs: bool;
     }
 }
 

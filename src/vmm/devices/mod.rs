@@ -7,6 +7,6 @@ mod requests;
 pub mod virtio;
 
 pub use requests::{
-    DirectMemory, DmaError, DmaMaster, MessageWrites, NotNow, PageWaits, Permit, RequestGate,
+    DirectMemory, DmaError, DmaMaster, MessageWrites, NotNow, Permit, RequestGate, ServiceControl,
     Services,
 };

@@ -13,7 +13,7 @@ use crate::arch::layout::MESSAGE_RANGE;
 use crate::memory::MachineMemory;
 use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
-use twostage_emulated::{PageRequester, PageTries};
+use twostage_emulated::{DeviceControl, PageTries};
 
 /// A refused request: the IOMMU blocked and reported it, or nothing answers at the address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -22,7 +22,7 @@ pub struct DmaError {
     /// The IOVA of the request, in bytes.
     pub address: u64,
     /// The page request group that the function has made for it: after the response
-    /// ([`PageWaits::wait`]) it may try again.
+    /// ([`ServiceControl::wait`]) it may try again.
     pub group: Option<u16>,
 }
 
@@ -44,33 +44,41 @@ pub struct Services {
     pub pri: bool,
 }
 
-/// The page requests of one function that have no response yet.
-pub trait PageWaits: Send + Sync {
-    /// Waits for the response to `group`.
+/// The services of one function, apart from its requests.
+pub trait ServiceControl: Send + Sync {
+    /// Software has enabled `services`. What it has not enabled is forgotten: translations without
+    /// ATS.
+    fn enabled(&self, services: Services);
+
+    /// Waits for the response to the page requests of `group`.
     ///
     /// # Errors
     /// The page at `address` cannot be had, or there was a reset.
     fn wait(&self, group: u16, address: u64, tries: &mut PageTries) -> Result<(), DmaError>;
 
-    /// How many groups have no response.
+    /// How many groups of page requests have no response.
     fn outstanding(&self) -> usize;
 
     /// Forgets them: waits end, and responses that come later are ignored.
     fn reset(&self);
 }
 
-impl PageWaits for PageRequester {
+impl ServiceControl for DeviceControl {
+    fn enabled(&self, services: Services) {
+        self.set_device_tlb(services.ats);
+    }
+
     fn wait(&self, group: u16, address: u64, tries: &mut PageTries) -> Result<(), DmaError> {
-        let response = PageRequester::wait(self, group);
+        let response = self.wait_for_page(group);
         tries.answered(address, response).map_err(|_| DmaError::at(address))
     }
 
     fn outstanding(&self) -> usize {
-        PageRequester::outstanding(self)
+        self.outstanding_page_requests()
     }
 
     fn reset(&self) {
-        PageRequester::reset(self);
+        self.reset_page_requests();
     }
 }
 
@@ -94,8 +102,8 @@ pub trait DmaMaster: Send {
     /// From now on requests use `services`. By default there are none.
     fn set_services(&mut self, _services: Services) {}
 
-    /// The page requests of the function; `None` if it can make none.
-    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
+    /// The services of the function; `None` if it has none.
+    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
         None
     }
 }
@@ -175,8 +183,8 @@ impl DmaMaster for MessageWrites {
         self.memory.set_services(services);
     }
 
-    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
-        self.memory.page_waits()
+    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
+        self.memory.service_control()
     }
 }
 

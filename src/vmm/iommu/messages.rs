@@ -14,7 +14,7 @@ use twostage::sync::Mutex;
 
 use super::plan::attributes;
 use crate::arch::layout::MESSAGE_RANGE;
-use crate::devices::{DmaError, DmaMaster, PageWaits, Services};
+use crate::devices::{DmaError, DmaMaster, ServiceControl, Services};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
 use twostage_emulated::{DmaError as Refusal, DmaPort};
@@ -108,8 +108,8 @@ impl DmaMaster for SmmuDma {
         DmaMaster::set_services(&mut self.port, services);
     }
 
-    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
-        DmaMaster::page_waits(&self.port)
+    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
+        DmaMaster::service_control(&self.port)
     }
 }
 

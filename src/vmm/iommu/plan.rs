@@ -9,7 +9,7 @@ use super::{AssignedFunction, Surroundings};
 use crate::arch::EdgeLine;
 use crate::bus::BusDevice;
 use crate::config::IommuConfig;
-use crate::devices::{DmaError, DmaMaster, PageWaits, Services};
+use crate::devices::{DmaError, DmaMaster, ServiceControl, Services};
 use crate::report::ModelReport;
 use crate::{Error, Result};
 use twostage::iommufd::Errno;
@@ -200,8 +200,8 @@ impl DmaMaster for DmaPort {
         );
     }
 
-    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
-        Some(Arc::new(self.page_requester()))
+    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
+        Some(Arc::new(self.control()))
     }
 }
 

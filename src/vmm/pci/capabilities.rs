@@ -164,7 +164,8 @@ pub struct AtsCapability {
 impl AtsCapability {
     /// Adds the capability to `config`.
     pub fn add(config: &mut ConfigSpace) -> Self {
-        let [c0, c1] = AtsCapabilities::new().with_page_aligned(true).into_bits().to_le_bytes();
+        let capabilities = AtsCapabilities::new().with_page_aligned(true);
+        let [c0, c1] = capabilities.with_global_invalidate(true).into_bits().to_le_bytes();
         let body = [c0, c1, 0, 0];
         let offset = config.add_extended_capability(EXTENDED_CAPABILITY_ATS, 1, &body, &[0; 4]);
         let capability = Self { offset };
@@ -333,10 +334,10 @@ mod tests {
         let mut config = config();
         let (pasid, ats) = (PasidCapability::add(&mut config, 20), AtsCapability::add(&mut config));
         assert_eq!((config.u32(0x100), config.u32(0x108)), (0x1081_001b, 0x0001_000f));
-        assert_eq!(config.u32(0x10c), 0x20, "page-aligned, of 32 invalidations");
+        assert_eq!(config.u32(0x10c), 0x60, "page-aligned, of 32 invalidations, global ones too");
         config.write(0x106, &[1, 0]);
         config.write(0x10e, &[0xff, 0xff]);
-        assert_eq!(config.u32(0x10c), 0x801f_0020);
+        assert_eq!(config.u32(0x10c), 0x801f_0060);
         for (locked, control, unit) in [(true, 1, 0x801f), (false, 0, 0)] {
             pasid.lock(&mut config, locked);
             ats.lock(&mut config, locked);

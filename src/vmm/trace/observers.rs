@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 use super::{decoded, Trace};
-use crate::devices::{DmaError, DmaMaster, PageWaits, Services};
+use crate::devices::{DmaError, DmaMaster, ServiceControl, Services};
 use twostage::iommufd::{ObjectId, Verb, VerbObserver};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
@@ -212,8 +212,8 @@ impl DmaMaster for TracedDma {
         self.inner.set_services(services);
     }
 
-    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
-        self.inner.page_waits()
+    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
+        self.inner.service_control()
     }
 }
 

@@ -11,9 +11,11 @@ use crate::drivers::{NestedDomain, PagingDomain, Partial, UserArray, UserData, V
 use crate::host::device::Requester;
 use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome};
+use crate::units::engine::IovaRange;
 use crate::units::hardware::CacheTag;
 use crate::units::smmuv3::{EventSink, Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
 use twostage::iommufd::{Errno, FaultSink, HostFault, HwptFlags, ObjectId, VEVENTQ_ARM_SMMUV3};
+use twostage::spec::pci::Pasid;
 use twostage::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
 use twostage::spec::smmuv3::event::EventRecord;
 use twostage::spec::smmuv3::stream_table::{EnableAts, Ste, Ste0, Ste1, StreamConfig};
@@ -81,9 +83,13 @@ impl Vsmmu {
             Command::CfgiCdAll { stream } => {
                 Invalidation::Contexts { sid: self.streams.sid(stream)? }
             }
-            Command::AtcInv { stream, .. } => {
-                self.streams.sid(stream)?;
-                Invalidation::DeviceTlb
+            Command::AtcInv { stream, substream, global, address, size } => {
+                Invalidation::DeviceTlb {
+                    sid: self.streams.sid(stream)?,
+                    // A request without PASID concerns entries with one, too.
+                    substream: substream.filter(|_| !global).map(Pasid::raw),
+                    range: atc_range(address, size),
+                }
             }
             _ => {
                 return refuse(
@@ -155,6 +161,17 @@ fn is_whole(config: &SmmuV3UnitConfig, command: &Command, words: [u64; 2]) -> bo
         _ => true,
     };
     has && command.is_all_of(words)
+}
+
+/// The addresses of a CMD_ATC_INV (§4.5.1).
+fn atc_range(address: u64, size: u8) -> IovaRange {
+    match 1u64.checked_shl(u32::from(size) + 12) {
+        Some(bytes) => {
+            let first = address & !(bytes - 1);
+            IovaRange { first, last: first | (bytes - 1) }
+        }
+        None => IovaRange::ALL,
+    }
 }
 
 /// All commands of an array, which is read before anything is done.

@@ -2,6 +2,7 @@
 //! Devices: bind, attach, replace, detach, unbind; and mock devices, each of which belongs to an
 //! object that represents the program that has it.
 
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 
 use super::group::Attachment;
@@ -11,7 +12,9 @@ use crate::drivers::DriverInfo;
 use crate::host::device::{Requester, Slot};
 use crate::host::machine::{GroupId, Part};
 use crate::host::refusal::{allocate, refuse, Outcome};
+use crate::units::hardware::CacheRange;
 use twostage::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId};
+use twostage::spec::vtd::PageRange;
 
 /// How a slot gets a page table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,6 +167,24 @@ impl Objects {
         }
         part.driver.set_fault_sink(&part.requester, Some((dev, sink)));
         Ok(())
+    }
+
+    /// Tells `dev` to forget the translations of `addresses` (bytes) that it has for `pasid`, or
+    /// for all of its requests. Returns whether it has answered.
+    pub fn invalidate_device_tlb(
+        &self,
+        dev: ObjectId,
+        pasid: Option<u32>,
+        addresses: RangeInclusive<u64>,
+    ) -> Outcome<bool> {
+        let part = &self.table.device(dev)?.part;
+        if !part.driver.extensions().device_tlbs {
+            return refuse(Errno::EOPNOTSUPP, "the IOMMU has no device TLBs");
+        }
+        let (first, last) = addresses.into_inner();
+        let pages = (last.saturating_sub(first) >> 12).saturating_add(1);
+        let range = CacheRange::Pages(PageRange::new(first, pages, true));
+        part.driver.invalidate_device_tlb(&part.requester, pasid, range)
     }
 
     /// Attaches to the first compatible automatic HWPT of `ioas`, or to a new one.

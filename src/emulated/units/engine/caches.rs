@@ -11,8 +11,9 @@ use std::sync::Arc;
 
 use super::cache::Cache;
 use super::counters::LocalCounters;
+use super::device_tlb::{device_source, DeviceTlbs};
 use super::entries::{CachedPage, Stage2Page, Table, Target};
-use super::format::{Path, RequestKind, Rights, Stage2Refusal, TableFormat};
+use super::format::{Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::host_stage2::{Gone, HostStage2};
 use super::key::{size, IovaRange, Key, Lookup, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
@@ -36,6 +37,8 @@ pub(crate) struct CacheSizes {
     pub paging_structures: usize,
     /// Of the cache of stage-2 translations.
     pub stage2: usize,
+    /// Of each device TLB.
+    pub device_tlb: usize,
 }
 
 /// Flags of a cached table: eight bits of [`Path`], and this one.
@@ -53,6 +56,8 @@ pub(crate) struct Caches {
     iotlb: Cache,
     paging_structures: Cache,
     stage2: Cache,
+    /// Those of the devices behind the unit.
+    pub device_tlbs: DeviceTlbs,
     memories: Memories,
     /// Some IOTLB entry is a piece of a larger stage-1 page.
     fragments: AtomicBool,
@@ -71,6 +76,7 @@ impl Caches {
             iotlb: Cache::new(sizes.iotlb),
             paging_structures: Cache::new(sizes.paging_structures),
             stage2: Cache::new(sizes.stage2),
+            device_tlbs: DeviceTlbs::new(sizes.device_tlb),
             memories: Memories::new(),
             fragments: AtomicBool::new(false),
             globals: AtomicBool::new(false),
@@ -92,6 +98,31 @@ impl Caches {
         let offset = iova & (size(shift) - 1);
         let place = CachedPlace::from_bits(value.get()).place(offset);
         Some(Target { place, length: size(shift) - offset })
+    }
+
+    /// What the device of `request` has cached for it, with the configuration of `at`.
+    pub fn device_translation(&self, at: &Lookup, request: &Request) -> Option<Target> {
+        let tlb = self.device_tlbs.get(request.rid)?;
+        let (source, (iova, shifts)) = device_key(at, request);
+        let allows =
+            |value| Rights::from_flags(CachedPlace::from_bits(value).flags()).allow(request.kind);
+        shifts.iter().find_map(|&shift| {
+            let value = tlb.get(Key::new(source, iova, shift), allows)?;
+            let offset = iova & (size(shift) - 1);
+            let place = CachedPlace::from_bits(value).place(offset);
+            Some(Target { place, length: size(shift) - offset })
+        })
+    }
+
+    /// The device of `request` caches what the IOTLB has for it, if that has something.
+    pub fn fill_device_tlb(&self, at: &Lookup, request: &Request) {
+        let (source, (iova, shifts)) = device_key(at, request);
+        let found = self
+            .cached_page(shifts, at.source, iova, request.kind)
+            .or_else(|| self.global_page(shifts, at.global, iova, request.kind));
+        if let (Some(tlb), Some((value, shift))) = (self.device_tlbs.get(request.rid), found) {
+            tlb.insert(Key::new(source, iova, shift), value.get());
+        }
     }
 
     /// The IOTLB entry for such a request, and its page size as a power of two: no more than fits
@@ -418,8 +449,21 @@ impl Caches {
         let is_gone = |tag: u32| gone.tags.contains(&tag);
         let dropped = drop_from(&mut self.iotlb, &is_gone)
             + drop_from(&mut self.paging_structures, &is_gone)
-            + drop_from(&mut self.stage2, &|tag| Some(tag) == gone.stage2_tag);
+            + drop_from(&mut self.stage2, &|tag| Some(tag) == gone.stage2_tag)
+            + self.device_tlbs.drop_entries(|key, value| {
+                let dropped = is_gone(key.source().tag());
+                if !dropped {
+                    wanted.insert(CachedPlace::from_bits(value).place(0).memory);
+                }
+                dropped
+            });
         self.memories.retain(|number| wanted.contains(&number));
         dropped
     }
+}
+
+/// The source of what the device of `request` caches with the configuration of `at`, the address as
+/// it is cached, and the page sizes.
+fn device_key(at: &Lookup, request: &Request) -> (Source, (u64, &'static [u8])) {
+    (device_source(at.source.tag(), request.pasid), at.half(request.address))
 }

@@ -17,6 +17,10 @@ twostage::counters! {
         iotlb_misses,
         /// IOTLB entries evicted.
         iotlb_evictions,
+        /// Requests that a device TLB served.
+        device_tlb_hits,
+        /// Requests that missed their device's TLB.
+        device_tlb_misses,
         /// Requests whose configuration (VT-d: PASID-table entry; SMMU: context descriptor) was
         /// cached.
         config_hits,

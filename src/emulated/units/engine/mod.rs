@@ -11,6 +11,7 @@
 mod cache;
 mod caches;
 mod counters;
+mod device_tlb;
 mod entries;
 mod format;
 mod host_stage2;
@@ -31,6 +32,7 @@ use crate::units::stage2::Stage2;
 
 pub(crate) use caches::{CacheSizes, Caches};
 pub(crate) use counters::{Counters, LocalCounters, Totals};
+pub(crate) use device_tlb::device_space;
 pub(crate) use entries::{Stage2Page, Target};
 pub(crate) use format::{
     At, Entry, Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat,
@@ -67,6 +69,15 @@ pub(crate) trait Architecture: Debug + Send + Sync {
         counters: &LocalCounters,
         request: &Request,
     ) -> Result<Target, Blocked>;
+
+    /// Where the caches have the translation of `request`, by its configuration.
+    fn lookup(
+        &self,
+        common: &Common,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Result<Lookup, Blocked>;
 }
 
 /// Why a request does not reach memory.
@@ -116,6 +127,44 @@ pub(crate) struct Common {
     pub sanitizer: Option<Arc<Sanitizer>>,
     /// Counts changes of the configurations that ports may have cached.
     generation: u64,
+}
+
+impl Engine {
+    /// The target of `request`, of a device whose ATS is enabled, if the device has it cached.
+    pub fn device_translation(
+        &self,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Option<Target> {
+        // A request that has no configuration is blocked with its reason by a translation.
+        let at = self.own.lookup(&self.common, config, counters, request).ok()?;
+        let Some(target) = self.common.caches.device_translation(&at, request) else {
+            counters.device_tlb_misses.count();
+            return None;
+        };
+        counters.device_tlb_hits.count();
+        if let Some(sanitizer) = &self.common.sanitizer {
+            // By the unit, which compares its own caches with the tables.
+            let now = self.own.translate(&self.common, config, counters, request);
+            if !now.is_ok_and(|now| now.place == target.place) {
+                sanitizer.device_tlb_used(counters, &at, request);
+            }
+        }
+        Some(target)
+    }
+
+    /// The device of `request` keeps its translation, which was just made.
+    pub fn fill_device_tlb(
+        &self,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) {
+        if let Ok(at) = self.own.lookup(&self.common, config, counters, request) {
+            self.common.caches.fill_device_tlb(&at, request);
+        }
+    }
 }
 
 impl Common {

@@ -9,6 +9,9 @@ use twostage::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, Iidr};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::{address_size, ADDRESS_WIDTH};
 
+/// Entries of each device TLB.
+const DEVICE_TLB: usize = 128;
+
 /// Bits of the widest SubstreamID.
 const MAX_SSID_BITS: u8 = 20;
 
@@ -144,6 +147,7 @@ impl SmmuV3UnitConfig {
             iotlb: self.iotlb_entries,
             paging_structures: self.paging_structure_entries,
             stage2: self.stage2_entries,
+            device_tlb: if self.ats { DEVICE_TLB } else { 0 },
         }
     }
 

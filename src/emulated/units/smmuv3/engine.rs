@@ -13,8 +13,8 @@ use super::streams::{
     Configuration, Configurations, Requester, Stream, StreamEntry, StreamTable, UserStage1,
 };
 use crate::units::engine::{
-    Architecture, Blocked, Common, ConfigCache, Engine, Known, LocalCounters, OverHost, Request,
-    RequestKind, Rights, Sanitizer, Spaces, Target, Walk,
+    device_space, Architecture, Blocked, Common, ConfigCache, Engine, Known, LocalCounters, Lookup,
+    OverHost, Request, RequestKind, Rights, Sanitizer, Spaces, Target, Walk,
 };
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 
@@ -166,6 +166,19 @@ impl SmmuV3 {
 }
 
 impl Architecture for SmmuV3 {
+    fn lookup(
+        &self,
+        common: &Common,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Result<Lookup, Blocked> {
+        let configuration = self.configuration(common, config, counters, request);
+        let configuration =
+            configuration.map_err(|fault| Blocked::Fault(fault.of(request, &self.sinks)))?;
+        Ok(configuration.lookup())
+    }
+
     fn translate(
         &self,
         common: &Common,
@@ -280,7 +293,10 @@ impl Engine<SmmuV3> {
                     self.drop_configurations(|(of, pasid)| of == sid && number(pasid) == substream)
                 }
                 Invalidation::Contexts { sid } => self.drop_configurations(|(of, _)| of == sid),
-                Invalidation::DeviceTlb => 0,
+                Invalidation::DeviceTlb { sid, substream, range } => {
+                    let space = substream.map(|substream| device_space(Some(substream)));
+                    caches.device_tlbs.drop_device(sid, space, range)
+                }
             };
             self.common.count_invalidations(1, dropped);
             if let Some(sanitizer) = &self.common.sanitizer {

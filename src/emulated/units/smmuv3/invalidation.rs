@@ -31,8 +31,8 @@ pub(crate) enum Invalidation {
     Context { sid: u16, substream: u32 },
     /// CMD_CFGI_CD_ALL.
     Contexts { sid: u16 },
-    /// CMD_ATC_INV: the devices here have no ATCs.
-    DeviceTlb,
+    /// CMD_ATC_INV: of one SubstreamID, or without (or with G) of all.
+    DeviceTlb { sid: u16, substream: Option<u32>, range: IovaRange },
 }
 
 /// Drops the stage-1 translations of `spaces` of `tag`; returns the number of entries.

@@ -128,6 +128,10 @@ twostage::counters! {
         iotlb_misses,
         /// IOTLB entries evicted.
         iotlb_evictions,
+        /// Requests that a device TLB served.
+        device_tlb_hits,
+        /// Requests that missed their device's TLB.
+        device_tlb_misses,
         /// Requests whose configuration (stream table entry and context descriptor) was cached.
         configuration_cache_hits = config_hits,
         /// Requests whose configuration was not.

@@ -89,7 +89,9 @@ pub(super) fn invalidated(sanitizer: &Sanitizer, invalidation: &Invalidation, ra
             sanitizer.contexts_changed(sid, |pasid| pasid.unwrap_or(0) == substream);
         }
         Invalidation::Contexts { sid } => sanitizer.contexts_changed(sid, |_| true),
-        Invalidation::DeviceTlb => {}
+        Invalidation::DeviceTlb { sid, substream, range } => {
+            sanitizer.device_told(sid, substream, range);
+        }
     }
 }
 

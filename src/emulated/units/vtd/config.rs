@@ -9,6 +9,9 @@ use twostage::iommufd::{
 };
 use twostage::spec::vtd::regs::{Cap, Ecap};
 
+/// Entries of each device TLB.
+const DEVICE_TLB: usize = 128;
+
 /// Bits of the widest PASID (PCIe §6.20).
 const MAX_PASID_BITS: u8 = 20;
 
@@ -49,8 +52,9 @@ pub struct VtdUnitConfig {
     pub supervisor_requests: bool,
     /// The extended accessed flag (ECAP.EAFS).
     pub extended_accessed: bool,
-    /// Takes invalidations of device-TLBs (ECAP.DT). Devices of this process have no device-TLBs;
-    /// the unit caches for them.
+    /// Takes translation requests of devices and invalidations of their TLBs (ECAP.DT). A device of
+    /// this process has one while its ATS is enabled
+    /// ([`DeviceControl::set_device_tlb`](crate::DeviceControl::set_device_tlb)).
     pub device_tlb: bool,
     /// Takes page requests, if it has device-TLBs and PASIDs (ECAP.PRS, ECAP.PDS).
     pub page_requests: bool,
@@ -181,6 +185,7 @@ impl VtdUnitConfig {
             iotlb: self.iotlb_entries,
             paging_structures: self.paging_structure_entries,
             stage2: self.stage2_entries,
+            device_tlb: if self.device_tlb { DEVICE_TLB } else { 0 },
         }
     }
 

@@ -10,8 +10,8 @@ use super::nested::OverSecondStage;
 use super::sanitizer::Sanitizer;
 use super::tables::{Nested, Tables, PAGE_SHIFTS};
 use crate::units::engine::{
-    ascending, Architecture, Blocked, Common, ConfigCache, Engine, IovaRange, Known, LocalCounters,
-    OverHost, Request, Rights, Scope, Spaces, Target, Walk,
+    ascending, device_space, Architecture, Blocked, Common, ConfigCache, Engine, IovaRange, Known,
+    LocalCounters, Lookup, OverHost, Request, Rights, Scope, Spaces, Target, Walk,
 };
 use crate::units::hardware::{CacheRange, CacheTag, Translation};
 use twostage::spec::vtd::fault::FaultReason;
@@ -91,6 +91,18 @@ impl Vtd {
 }
 
 impl Architecture for Vtd {
+    fn lookup(
+        &self,
+        common: &Common,
+        pasid_cache: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Result<Lookup, Blocked> {
+        let context = self.context(common, pasid_cache, counters, request);
+        let context = context.map_err(|fault| Blocked::Fault(fault.of(request, &self.sinks)))?;
+        Ok(context.lookup(request.pasid))
+    }
+
     fn translate(
         &self,
         common: &Common,
@@ -156,7 +168,8 @@ impl Engine<Vtd> {
     /// Drops what is cached of the tables of `tag` in all of `ranges`: in one pass over each cache,
     /// as DMA waits.
     pub(super) fn invalidate(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
-        let dropped = self.drop_ranges(tag, Spaces::UpTo(LAST_PASID), ranges);
+        let dropped = self.drop_ranges(tag, Spaces::UpTo(LAST_PASID), ranges)
+            + self.drop_of_devices(tag, ranges);
         self.common.count_invalidations(ranges.len() as u64, dropped);
     }
 
@@ -164,8 +177,36 @@ impl Engine<Vtd> {
     /// by both (§6.5.2.4), as nothing tells where in the second stage that came by.
     pub(super) fn invalidate_second_stage(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
         let dropped = self.drop_ranges(tag, Spaces::One(SECOND_STAGE), ranges)
-            + self.drop_ranges(tag, Spaces::UpTo(LAST_PASID), &[CacheRange::All]);
+            + self.drop_ranges(tag, Spaces::UpTo(LAST_PASID), &[CacheRange::All])
+            + self.drop_of_devices(tag, &[CacheRange::All]);
         self.common.count_invalidations(ranges.len() as u64, dropped);
+    }
+
+    /// Tells `rid` to forget what it has of `range` for `pasid`, or for all requests. Returns
+    /// whether it has answered.
+    pub(super) fn invalidate_device_tlb(
+        &mut self,
+        rid: u16,
+        pasid: Option<u32>,
+        range: CacheRange,
+    ) -> bool {
+        let space = pasid.map(|pasid| device_space(Some(pasid)));
+        let Common { caches, sanitizer, .. } = &mut self.common;
+        let dropped = caches.device_tlbs.drop_device(rid, space, addresses(range));
+        let answers = caches.device_tlbs.answers(rid);
+        if let Some(sanitizer) = sanitizer {
+            sanitizer.device_told(rid, pasid, addresses(range));
+        }
+        self.common.count_invalidations(1, dropped);
+        answers
+    }
+
+    /// Drops what devices have cached of `tag` in all of `ranges`: as Linux's driver, which flushes
+    /// device TLBs together with the IOTLB (`cache_tag_flush_range`). Returns the number of
+    /// entries.
+    fn drop_of_devices(&mut self, tag: CacheTag, ranges: &[CacheRange]) -> u64 {
+        let ranges = ascending(ranges.iter().map(|range| addresses(*range)));
+        self.common.caches.device_tlbs.drop_tag(tag.0, &ranges)
     }
 
     /// Drops what is cached of `tag` for `spaces` in all of `ranges`; returns the number of

@@ -104,6 +104,7 @@ impl Hardware for VtdUnit {
         Extensions::default()
             .with_guest_second_stage(self.config.guest_second_stage)
             .with_fault_reports(true)
+            .with_device_tlbs(self.config.device_tlb)
     }
 
     fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {
@@ -120,6 +121,10 @@ impl Hardware for VtdUnit {
 
     fn invalidate_second_stage(&self, tag: CacheTag, ranges: &[CacheRange]) {
         self.gate.write(|engine| engine.invalidate_second_stage(tag, ranges));
+    }
+
+    fn invalidate_device_tlb(&self, rid: u16, pasid: Option<u32>, range: CacheRange) -> bool {
+        self.gate.write(|engine| engine.invalidate_device_tlb(rid, pasid, range))
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {
@@ -146,6 +151,10 @@ twostage::counters! {
         iotlb_misses,
         /// IOTLB entries evicted.
         iotlb_evictions,
+        /// Requests that a device TLB served.
+        device_tlb_hits,
+        /// Requests that missed their device's TLB.
+        device_tlb_misses,
         /// Requests whose PASID-table entry was cached.
         pasid_cache_hits = config_hits,
         /// Requests whose PASID-table entry was not.

@@ -37,6 +37,7 @@ use crate::nesting::reader::QueueThread;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::page_request::PageResponse;
+use crate::spec::vtd::PageRange;
 use crate::threads::ThreadStart;
 use crate::viommu::vtd::{
     FaultTarget, HostVtd, Invalidation, PageTicket, Progress, RequesterConfig, VtdConfig,
@@ -235,6 +236,10 @@ impl VtdHostSide for VtdNesting {
 
     fn drain_page_requests(&self) {
         self.0.faults.pages.drain();
+    }
+
+    fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {
+        self.state().invalidate_device_tlb(rid, pasid, range)
     }
 }
 

@@ -9,6 +9,7 @@ use crate::nesting::sides::{both, Side, Sides};
 use crate::nesting::{DeviceInfo, GuestIoas, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::page_request::PageResponse;
+use crate::spec::vtd::PageRange;
 use crate::viommu::vtd::{
     FaultTarget, Invalidation, PageTicket, Progress, RequesterConfig, VtdConfig, VtdHostSide,
 };
@@ -107,5 +108,9 @@ impl VtdHostSide for Sides<VtdNesting> {
 
     fn drain_page_requests(&self) {
         self.iter().for_each(|side| side.drain_page_requests());
+    }
+
+    fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {
+        self.of(rid).invalidate_device_tlb(rid, pasid, range)
     }
 }

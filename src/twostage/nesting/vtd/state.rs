@@ -16,6 +16,7 @@ use crate::nesting::objects::Objects;
 use crate::nesting::reader::QueueThread;
 use crate::nesting::{host_vtd, hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
+use crate::spec::vtd::PageRange;
 use crate::threads::{StdThreads, ThreadStart};
 use crate::viommu::vtd::{HostVtd, VtdConfig};
 use crate::viommu::Requester;
@@ -162,6 +163,24 @@ impl State {
         if let Some(shadow) = &mut self.shadow {
             shadow.set_offered(config);
         }
+    }
+
+    /// See [`crate::viommu::vtd::VtdHostSide::invalidate_device_tlb`].
+    pub fn invalidate_device_tlb(
+        &mut self,
+        rid: Bdf,
+        pasid: Option<u32>,
+        range: PageRange,
+    ) -> bool {
+        let device = self.devices.get(&rid).map(|device| device.dev);
+        let Some(dev) = device.filter(|_| self.objects.extensions().device_tlbs) else {
+            return true;
+        };
+        let (host, addresses) = (self.objects.host(), range.address()..=range.last());
+        host.device_tlb_invalidate(dev, pasid, addresses).unwrap_or_else(|error| {
+            log::warn!("the device TLB of {rid}: {error}");
+            false
+        })
     }
 
     /// See [`super::VtdNesting::mirrors_because`].

@@ -15,7 +15,7 @@ pub mod regs;
 pub mod root;
 pub mod second_stage;
 
-use qi::AddressMask;
+use qi::{AddressMask, DeviceTlbRange};
 
 /// Size of a table and of the smallest page, in bytes.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
@@ -112,6 +112,18 @@ impl From<AddressMask> for PageRange {
     }
 }
 
+impl From<DeviceTlbRange> for PageRange {
+    /// One page, or a power of two of pages: the lowest zero of the page number gives the size, and
+    /// is part of the number within the range.
+    fn from(of: DeviceTlbRange) -> Self {
+        let page = of.address >> PAGE_SHIFT;
+        let order = if of.size { page.trailing_ones() + 1 } else { 0 };
+        // At most 53, as page numbers have 52 bits.
+        let pages = 1 << order;
+        Self::new((page & !(pages - 1)) << PAGE_SHIFT, pages, true)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -140,6 +152,21 @@ mod tests {
         assert_eq!(of(0x1000, u64::MAX), (0x1000, SPACE_END - 1, u64::MAX));
         assert!(PageRange::new(0xfff, SPACE_END, true).is_all());
         assert!(!PageRange::new(0x1000, u64::MAX, true).is_all());
+    }
+
+    #[test]
+    fn the_lowest_zero_of_a_device_tlb_range_is_its_size() {
+        let of = |address, size| {
+            let range = PageRange::from(DeviceTlbRange { address, size });
+            (range.address(), range.pages())
+        };
+        assert_eq!(of(0x5000, false), (0x5000, 1));
+        assert_eq!(of(0x4000, true), (0x4000, 2));
+        assert_eq!(of(0x5000, true), (0x4000, 4));
+        assert_eq!(of(0x1234_ffff_f000, true), (0x1234_0000_0000, 1 << 21));
+        for address in [0x7fff_ffff_ffff_f000, LAST_PAGE] {
+            assert_eq!(of(address, true), (0, SPACE_END));
+        }
     }
 
     #[test]

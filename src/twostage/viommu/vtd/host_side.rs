@@ -250,6 +250,15 @@ pub trait VtdHostSide: Debug + Send + Sync {
     /// Waits until all page requests that the host has for the guest at the moment have been given
     /// to [`FaultTarget::page_requests`].
     fn drain_page_requests(&self) {}
+
+    /// Tells the device `rid` to forget the translations of `range` that it has for requests with
+    /// `pasid`, or for all of its requests. Comes after the invalidations that the guest has
+    /// ordered before. Returns whether it has answered; where the host does this together with
+    /// those, it has.
+    fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {
+        let _ = (rid, pasid, range);
+        true
+    }
 }
 
 /// Names a group of page requests for its host side, which gives no number twice.

@@ -2,11 +2,11 @@
 //! The invalidation queue (§6.5.2), and the action for each descriptor.
 //!
 //! IOTLB invalidations are batched up to the next ordering point (a wait, an invalidation of the
-//! context, PASID or interrupt entry cache, the tail) and given to the host in one call;
-//! invalidations of the context and PASID caches are batched up to any other descriptor, and tables
-//! are read once for all of them. IQH moves past a descriptor only when it is done; a wait is
-//! answered before that. If the host cannot do a batch, IQH stays at its first descriptor and the
-//! queue stops.
+//! context, PASID or interrupt entry cache, the tail) and given to the host in one call; those of
+//! device TLBs follow, as devices ask the IOTLB (§6.5.2.5). Invalidations of the context and PASID
+//! caches are batched up to any other descriptor, and tables are read once for all of them. IQH
+//! moves past a descriptor only when it is done; a wait is answered before that. If the host cannot
+//! do a batch, IQH stays at its first descriptor and the queue stops.
 //!
 //! The queue is processed in slices, from one ordering point to the next, up to a maximum number of
 //! descriptors; a wait belongs to the slice that it ends. Reading the tables of many requesters
@@ -21,8 +21,8 @@ use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::qi::{
-    AddressMask, DecodeError, Descriptor, InterruptEntryScope, IotlbScope, PasidCacheScope,
-    StatusWrite, Words, WORDS,
+    AddressMask, DecodeError, Descriptor, DeviceTlbRange, InterruptEntryScope, IotlbScope,
+    PasidCacheScope, StatusWrite, Words, WORDS,
 };
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
 use crate::spec::vtd::PageRange;
@@ -70,6 +70,8 @@ pub(super) struct Pass {
     batch: Vec<Invalidation>,
     /// How much of them is done.
     progress: Progress,
+    /// Device-TLB invalidations since then.
+    devices: Vec<(Bdf, Option<Pasid>, DeviceTlbRange)>,
     /// Invalidations of the context and PASID caches since then.
     scopes: Scopes,
     /// The one in progress.
@@ -78,7 +80,11 @@ pub(super) struct Pass {
 
 impl Pass {
     fn is_empty(&self) -> bool {
-        self.batch.is_empty() && self.scopes.is_empty() && self.evaluation.is_none()
+        self.has_no_invalidations() && self.scopes.is_empty() && self.evaluation.is_none()
+    }
+
+    fn has_no_invalidations(&self) -> bool {
+        self.batch.is_empty() && self.devices.is_empty()
     }
 
     /// Whether the batch must be done before `descriptor`.
@@ -88,7 +94,7 @@ impl Pass {
             | Descriptor::PasidIotlb { .. }
             | Descriptor::DeviceTlb { .. }
             | Descriptor::PasidDeviceTlb { .. } => !self.scopes.is_empty(),
-            Descriptor::ContextCache(_) | Descriptor::PasidCache(_) => !self.batch.is_empty(),
+            Descriptor::ContextCache(_) | Descriptor::PasidCache(_) => !self.has_no_invalidations(),
             Descriptor::Wait { .. }
             | Descriptor::InterruptEntryCache(_)
             | Descriptor::PageGroupResponse { .. } => !self.is_empty(),
@@ -205,12 +211,12 @@ impl VtdIommu {
             Descriptor::PasidIotlb { domain, pasid, range } => {
                 pass.batch.push(pasid_iotlb(domain, pasid, range));
             }
-            // The host flushes device-TLBs together with its IOTLB. What remains is the case of a
-            // missing device.
-            Descriptor::DeviceTlb { source, .. } | Descriptor::PasidDeviceTlb { source, .. } => {
-                if !self.requesters.contains(source) {
-                    registers.unanswered.get_or_insert(source);
-                }
+            Descriptor::DeviceTlb { source, range, .. } => {
+                self.tell_device(registers, pass, (source, None, range));
+            }
+            Descriptor::PasidDeviceTlb { source, pasid, global, range, .. } => {
+                let pasid = Some(pasid).filter(|_| !global);
+                self.tell_device(registers, pass, (source, pasid, range));
             }
             Descriptor::ContextCache(scope) => {
                 pass.scopes.add(Scope::of_contexts(scope, mode(registers)));
@@ -232,6 +238,19 @@ impl VtdIommu {
         }
     }
 
+    /// Adds a device-TLB invalidation to the batch; a device that is not there never answers.
+    fn tell_device(
+        &self,
+        registers: &mut Registers,
+        pass: &mut Pass,
+        of: (Bdf, Option<Pasid>, DeviceTlbRange),
+    ) {
+        match self.requesters.contains(of.0) {
+            true => pass.devices.push(of),
+            false => _ = registers.unanswered.get_or_insert(of.0),
+        }
+    }
+
     /// Gives the batch to the host, as far as possible in one slice; when all is done, IQH follows.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Flushed, Stop> {
         if !pass.batch.is_empty() {
@@ -242,6 +261,11 @@ impl VtdIommu {
             }
             pass.batch.clear();
             pass.progress = Progress::default();
+        }
+        for (source, pasid, range) in pass.devices.drain(..) {
+            if !self.host.invalidate_device_tlb(source, pasid.map(Pasid::raw), range.into()) {
+                registers.unanswered.get_or_insert(source);
+            }
         }
         if !registers.gsts.tes() {
             // Started before translation was disabled: tables are not used any more.

@@ -118,8 +118,8 @@ impl Edu {
             MsixCapability::add(&mut space, VECTORS as u16, place(0), place(PENDING_BITS));
         let msix = Msix::new((0..VECTORS).map(|_| vector()).collect::<Result<_>>()?);
         msix.set_bus_master(false);
-        let waits = memory.page_waits();
-        let services = ServiceCapabilities::add(&mut space, config, waits.clone());
+        let control = memory.service_control();
+        let services = ServiceCapabilities::add(&mut space, config, control.clone());
         let rights = Arc::<Rights>::default();
         rights.gate.start();
         let shared = Arc::new(Shared {
@@ -140,7 +140,7 @@ impl Edu {
         let (transfers, work) = channel();
         let mask = config.dma_mask;
         let mut engine = Engine::new(mask);
-        let mut memory = GatedMemory { memory, rights, waits, life: 0 };
+        let mut memory = GatedMemory { memory, rights, control, life: 0 };
         let worker = thread::Builder::new()
             .name("edu-dma".to_owned())
             .spawn({
@@ -274,7 +274,9 @@ impl PciFunction for Edu {
         if reset {
             shared.reset(&mut registers);
         } else {
-            shared.rights.set(may_request, enabled);
+            if shared.rights.set(may_request, enabled) {
+                shared.services.changed(enabled);
+            }
             shared.msix.set_control(control);
             shared.msix.set_bus_master(may_request);
             shared.interrupt(&registers, None);

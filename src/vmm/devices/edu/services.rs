@@ -8,7 +8,7 @@ use std::sync::Arc;
 use twostage::sync::Mutex;
 
 use crate::config::EduConfig;
-use crate::devices::{DmaError, DmaMaster, NotNow, PageWaits, Permit, RequestGate, Services};
+use crate::devices::{DmaError, DmaMaster, NotNow, Permit, RequestGate, ServiceControl, Services};
 use crate::pci::{AtsCapability, ConfigSpace, PasidCapability, PriCapability};
 use twostage::spec::pci::Pasid;
 use twostage_emulated::edu::Requests;
@@ -22,8 +22,7 @@ pub(super) struct ServiceCapabilities {
     pasid: Option<PasidCapability>,
     ats: Option<AtsCapability>,
     pri: Option<PriCapability>,
-    /// The page requests that have no response.
-    waits: Option<Arc<dyn PageWaits>>,
+    control: Option<Arc<dyn ServiceControl>>,
 }
 
 impl ServiceCapabilities {
@@ -31,13 +30,13 @@ impl ServiceCapabilities {
     pub fn add(
         config: &mut ConfigSpace,
         device: &EduConfig,
-        waits: Option<Arc<dyn PageWaits>>,
+        control: Option<Arc<dyn ServiceControl>>,
     ) -> Self {
         let (bits, with_pasid) = (device.pasid_bits, device.pasid_bits > 0);
         let pasid = with_pasid.then(|| PasidCapability::add(config, bits));
         let ats = device.ats.then(|| AtsCapability::add(config));
         let pri = device.pri.then(|| PriCapability::add(config, PAGE_REQUESTS, with_pasid));
-        Self { pasid, ats, pri, waits }
+        Self { pasid, ats, pri, control }
     }
 
     /// What software has enabled.
@@ -57,8 +56,8 @@ impl ServiceCapabilities {
         let ats = self.ats.is_some_and(|ats| ats.enabled(config));
         self.lock(config, ats, self.pri.is_some_and(|pri| pri.enabled(config)));
         let reset = self.pri.is_some_and(|pri| pri.take_reset(config));
-        if let Some(waits) = self.waits.as_ref().filter(|_| reset) {
-            waits.reset();
+        if let Some(control) = self.control.as_ref().filter(|_| reset) {
+            control.reset();
         }
         self.update(config);
     }
@@ -66,7 +65,8 @@ impl ServiceCapabilities {
     /// Shows in `config` whether the page request interface has stopped.
     pub fn update(&self, config: &mut ConfigSpace) {
         if let Some(pri) = self.pri {
-            let outstanding = self.waits.as_ref().is_some_and(|waits| waits.outstanding() > 0);
+            let outstanding =
+                self.control.as_ref().is_some_and(|control| control.outstanding() > 0);
             pri.set_stopped(config, !pri.enabled(config) && !outstanding);
         }
     }
@@ -76,10 +76,18 @@ impl ServiceCapabilities {
         self.lock(config, false, false);
     }
 
-    /// After it, when no request is being made: none waits for a page.
+    /// After it, when no request is being made: none waits for a page, and nothing is cached.
     pub fn reset(&self) {
-        if let Some(waits) = &self.waits {
-            waits.reset();
+        if let Some(control) = &self.control {
+            control.reset();
+            control.enabled(Services::default());
+        }
+    }
+
+    /// After what software has enabled has changed, and requests know it.
+    pub fn changed(&self, services: Services) {
+        if let Some(control) = &self.control {
+            control.enabled(services);
         }
     }
 
@@ -119,8 +127,8 @@ impl Rights {
     }
 
     /// Software allows these requests. When this returns, none that it does not allow is being
-    /// made.
-    pub fn set(&self, bus_master: bool, services: Services) {
+    /// made. Returns whether the services are others than before.
+    pub fn set(&self, bus_master: bool, services: Services) -> bool {
         let before = std::mem::replace(&mut *self.services.lock(), services);
         let lost = |had: bool, has: bool| had && !has;
         if lost(before.pasid, services.pasid)
@@ -130,6 +138,7 @@ impl Rights {
             self.gate.wait_for_request();
         }
         self.gate.set_bus_master(bus_master);
+        before != services
     }
 
     /// Ends the life: when this returns, none of its requests is being made.
@@ -145,7 +154,7 @@ pub(super) struct GatedMemory {
     pub memory: Box<dyn DmaMaster>,
     pub rights: Arc<Rights>,
     /// Those of the memory.
-    pub waits: Option<Arc<dyn PageWaits>>,
+    pub control: Option<Arc<dyn ServiceControl>>,
     /// The transfer's.
     pub life: u64,
 }
@@ -164,10 +173,10 @@ impl GatedMemory {
             self.memory.set_services(services);
             let Err(error) = make(&mut *self.memory) else { return Ok(length) };
             drop(permit);
-            let (Some(waits), Some(group)) = (&self.waits, error.group) else {
+            let (Some(control), Some(group)) = (&self.control, error.group) else {
                 return Err(error.into());
             };
-            waits.wait(group, error.address, &mut tries)?;
+            control.wait(group, error.address, &mut tries)?;
         }
     }
 }

@@ -439,7 +439,7 @@ impl DmaMaster for Revoked {
 
 #[test]
 fn the_right_is_asked_for_each_request() {
-    type Revoke = fn(&Rights);
+    type Revoke = fn(&Rights) -> bool;
     let ways: [(Revoke, Option<Pasid>); 3] = [
         (|rights| rights.set(false, WITH_PASIDS), None),
         (|rights| rights.set(true, Services::default()), Pasid::new(5)),
@@ -462,7 +462,7 @@ fn the_right_is_asked_for_each_request() {
         let requests = Arc::<Mutex<Vec<u64>>>::default();
         let (seen, revoke) = (requests.clone(), Some(revoke));
         let memory = Revoked { requests, rights: rights.clone(), pasid, revoke };
-        let mut memory = GatedMemory { memory: Box::new(memory), rights, waits: None, life: 0 };
+        let mut memory = GatedMemory { memory: Box::new(memory), rights, control: None, life: 0 };
         let (source, destination) =
             if to_memory { (BUFFER_START, 0x1ff0) } else { (0x1ff0, BUFFER_START) };
         let (count, done) = (0x20, 0);

@@ -314,17 +314,17 @@ fn what_software_has_not_enabled_is_not_asked_for_and_a_reset_ends_a_wait() {
         port.set_services(DmaServices { wait_for_pages: false, ..DmaServices::default() });
         let error = port.clone().write(PLAIN, MEMORY, &[1]);
         assert_eq!(error, Err(DmaError::PageRequested { address: MEMORY, group: 0 }));
-        let requester = port.page_requester();
-        assert_eq!(requester.outstanding(), 1);
+        let device = port.control();
+        assert_eq!(device.outstanding_page_requests(), 1);
         thread::scope(|scope| {
-            let waiting = scope.spawn(|| requester.wait(0));
-            requester.reset();
+            let waiting = scope.spawn(|| device.wait_for_page(0));
+            device.reset_page_requests();
             assert_eq!(waiting.join().unwrap(), PageResponseCode::Invalid);
         });
-        assert_eq!(requester.outstanding(), 0);
+        assert_eq!(device.outstanding_page_requests(), 0);
         // A response that comes later is for nobody.
         rig.answer(PageResponseCode::Success);
-        assert_eq!(requester.outstanding(), 0);
+        assert_eq!(device.outstanding_page_requests(), 0);
     }
 }
 

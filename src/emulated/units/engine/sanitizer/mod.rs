@@ -26,8 +26,8 @@ use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
 use super::{
-    own, size, Caches, Gone, LocalCounters, Origins, Request, Scope, Source, Spaces, TableFormat,
-    Target, Words, PAGE,
+    own, size, Caches, Gone, IovaRange, LocalCounters, Lookup, Origins, Request, Scope, Source,
+    Spaces, TableFormat, Target, Words, PAGE,
 };
 use crate::units::hardware::CacheRange;
 pub use report::{
@@ -183,6 +183,37 @@ impl Sanitizer {
         }
     }
 
+    /// `request` used what its device had cached, which differs from what the unit would have
+    /// answered by the configuration of `at`.
+    pub fn device_tlb_used(&self, counters: &LocalCounters, at: &Lookup, request: &Request) {
+        counters.stale_uses.count();
+        let page = request.address & !(size(UNIT_SHIFT) - 1);
+        let finding = StaleUse {
+            rid: Bdf::from_raw(request.rid),
+            pasid: request.pasid,
+            iova: page,
+            write: request.kind.write(),
+            second_stage: None,
+            level: 1,
+            old: None,
+            new: None,
+            invalidation: TlbInvalidation::DeviceTlb,
+            needed: InvalidatedPages::Range { address: page, pages: 1, leaf: true },
+            last: None,
+            uses: 1,
+            invalidated_since: false,
+        };
+        let span = page..=page | (size(UNIT_SHIFT) - 1);
+        if let Some(first) = self.findings().add(finding, at.source, span) {
+            log::warn!("sanitizer: stale translation used: {first}");
+        }
+    }
+
+    /// The guest told the device `rid` to forget what it has in `range`, for one PASID or for all.
+    pub fn device_told(&self, rid: u16, pasid: Option<u32>, range: IovaRange) {
+        self.findings().device_told(Bdf::from_raw(rid), pasid, range);
+    }
+
     /// The guest invalidated `range` of `scope`.
     pub fn invalidated(&self, scope: Scope, range: CacheRange) {
         self.findings().invalidated(scope, range);
@@ -335,6 +366,16 @@ impl Findings {
             if covered && (!is_of_leaves(range.into()) || is_of_leaves(finding.stale.needed)) {
                 finding.stale.invalidated_since = true;
             }
+        }
+    }
+
+    /// The device `rid` was told to forget what it has in `range`, for one PASID or for all.
+    pub fn device_told(&mut self, rid: Bdf, pasid: Option<u32>, range: IovaRange) {
+        for Finding { stale, .. } in self.pages.values_mut() {
+            let named = stale.rid == rid && (pasid.is_none() || stale.pasid == pasid);
+            let inside = (range.first..=range.last).contains(&stale.iova);
+            let of_device = stale.invalidation == TlbInvalidation::DeviceTlb;
+            stale.invalidated_since |= of_device && named && inside;
         }
     }
 

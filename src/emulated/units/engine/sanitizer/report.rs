@@ -65,6 +65,9 @@ pub enum TlbInvalidation {
         /// ASID of the tables.
         asid: u16,
     },
+    /// That of the device TLB (VT-d §6.5.2.5 and §6.5.2.6; SMMUv3: CMD_ATC_INV), after that of the
+    /// IOMMU's own.
+    DeviceTlb,
 }
 
 impl fmt::Display for TlbInvalidation {
@@ -73,6 +76,7 @@ impl fmt::Display for TlbInvalidation {
             Self::VtdPasidIotlb => f.write_str("PASID-based IOTLB invalidation"),
             Self::VtdIotlb => f.write_str("IOTLB invalidation"),
             Self::SmmuV3TlbiNhVa { asid } => write!(f, "CMD_TLBI_NH_VA with ASID {asid:#x}"),
+            Self::DeviceTlb => f.write_str("device-TLB invalidation (SMMUv3: CMD_ATC_INV)"),
         }
     }
 }
@@ -171,6 +175,10 @@ impl fmt::Display for StaleUse {
         }
         let access = if self.write { "write" } else { "read" };
         write!(f, ", {access} at IOVA {:#x}: the ", self.iova)?;
+        if self.invalidation == TlbInvalidation::DeviceTlb {
+            let Self { invalidation, needed, .. } = self;
+            return write!(f, "device had another translation; needed: {invalidation} of {needed}");
+        }
         match self.second_stage {
             Some(address) => {
                 write!(f, "second-stage entry of level {} for {address:#x} ", self.level)?;

@@ -2,6 +2,7 @@
 //! Tests of the unit as a whole, and a small machine to do them on.
 
 mod attachments;
+mod device_tlb;
 mod reference;
 mod sanitizer;
 mod staleness;
@@ -13,6 +14,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 use crate::units::engine::testing::{self, *};
+use crate::units::engine::{IovaRange, TlbInvalidation};
 use crate::units::hardware::CacheTag;
 use crate::{DmaAttributes, DmaError, DmaFaultReason};
 use twostage::spec::smmuv3::command::AddressRange;

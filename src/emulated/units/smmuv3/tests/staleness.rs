@@ -39,7 +39,7 @@ fn a_page_is_stale_until_a_command_names_it() {
             Invalidation::Va { tag: VMID, asid: ASID + 1, range: AddressRange::at(iova) },
             Invalidation::All { tag: CacheTag(9) },
             Invalidation::Contexts { sid: SID },
-            Invalidation::DeviceTlb,
+            Invalidation::DeviceTlb { sid: 8, substream: None, range: IovaRange::ALL },
         ];
         let right = [
             ALL,

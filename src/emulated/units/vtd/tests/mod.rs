@@ -2,6 +2,7 @@
 //! Tests of the unit as a whole, and a small machine to do them on.
 
 mod attachments;
+mod device_tlb;
 mod first_stage;
 mod nested;
 mod nested_reference;
@@ -19,6 +20,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::*;
 use crate::units::engine::testing::{self, *};
+use crate::units::engine::TlbInvalidation;
 use crate::units::hardware::UserTables;
 use crate::units::stage2::Mapping;
 use crate::{DmaAccess, DmaAttributes, DmaError, DmaFaultReason};

@@ -25,6 +25,7 @@ use crate::spec::vtd::page_request::PageResponse;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::qi::Descriptor;
 use crate::spec::vtd::regs::{self, FaultRecord};
+use crate::spec::vtd::PageRange;
 use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
 use crate::viommu::vtd::host_side::{Invalidation, Progress, RequesterConfig, Stage1};
 use crate::viommu::HostSideError;
@@ -34,6 +35,7 @@ use crate::viommu::HostSideError;
 enum Call {
     Configure(Requester, Policy),
     Invalidate(Vec<Invalidation>),
+    DeviceTlb(Bdf, Option<u32>, PageRange),
 }
 
 /// A host that records its calls, and the word at [`STATUS`] at the time.
@@ -55,6 +57,8 @@ struct FakeHost {
     answers: Mutex<Vec<(Bdf, PageTicket, PageResponse)>>,
     /// Times that page requests were drained.
     drains: Mutex<u64>,
+    /// A device that does not answer invalidations of its TLB.
+    silent: Mutex<Option<Bdf>>,
 }
 
 impl FakeHost {
@@ -70,6 +74,7 @@ impl FakeHost {
             faulting: Mutex::default(),
             answers: Mutex::default(),
             drains: Mutex::default(),
+            silent: Mutex::default(),
         })
     }
 
@@ -127,6 +132,11 @@ impl VtdHostSide for FakeHost {
 
     fn drain_page_requests(&self) {
         *self.drains.lock() += 1;
+    }
+
+    fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {
+        self.record(Call::DeviceTlb(rid, pasid, range)).unwrap();
+        *self.silent.lock() != Some(rid)
     }
 }
 

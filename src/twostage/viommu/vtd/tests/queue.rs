@@ -10,7 +10,6 @@ use crate::spec::vtd::qi::{
     StatusWrite,
 };
 use crate::spec::vtd::regs::{Fsts, IqErrorInfo, Iqercd};
-use crate::spec::vtd::PageRange;
 
 const PASID_CACHE: Descriptor = Descriptor::PasidCache(PasidCacheScope::Global);
 const PAGE: AddressMask = AddressMask { address: 0x5000, mask: 0, leaf: false };
@@ -350,13 +349,46 @@ fn a_wait_behind_a_device_that_does_not_answer_is_aborted() {
     assert_eq!(Iqercd::from_bits(guest.read64(regs::IQERCD)).itesid(), UPPER_RID.raw());
     // The IOTLB invalidation was done; IQH is past the aborted wait.
     assert_eq!((guest.status(), guest.head()), (1, 5 * 32));
-    assert_eq!(guest.calls(), [Call::Invalidate(vec![Invalidation::ALL])]);
+    let told = Call::DeviceTlb(RID, None, PageRange::new(0, 1, true));
+    assert_eq!(guest.calls(), [told, Call::Invalidate(vec![Invalidation::ALL])]);
     guest.write32(regs::FSTS, 1 << 6);
     assert_eq!((guest.status(), guest.head()), (3, 6 * 32));
     // Without a wait after it, the error comes at the tail.
     guest.submit(&[device_tlb(UPPER_RID)]);
     assert!(guest.fault_status().ite());
     assert_eq!(guest.head(), 7 * 32);
+}
+
+#[test]
+fn devices_forget_after_the_iotlb_and_before_the_wait() {
+    let guest = Guest::new(VtdConfig { device_iotlb: true, ..Default::default() });
+    guest.set_root(0x400);
+    guest.enable_queue(0x800);
+    guest.calls();
+    let pasid = |global| Descriptor::PasidDeviceTlb {
+        source: RID,
+        pasid: Pasid::new(5).unwrap(),
+        global,
+        physical_function: 0,
+        max_pending: 0,
+        range: DeviceTlbRange { address: 0x5000, size: true },
+    };
+    guest.submit(&[device_tlb(RID), pasid(false), iotlb(IotlbScope::Global), pasid(true), wait(1)]);
+    let told = |pasid| Call::DeviceTlb(RID, pasid, PageRange::new(0x4000, 4, true));
+    let all = Call::DeviceTlb(RID, None, PageRange::new(0, 1, true));
+    assert_eq!(*guest.host.status_then.lock(), [0; 4], "before the wait");
+    let order = [Call::Invalidate(vec![Invalidation::ALL]), all, told(Some(5)), told(None)];
+    assert_eq!((guest.calls(), guest.status()), (order.to_vec(), 1));
+    // One that is there and does not answer: as one that is not.
+    *guest.host.silent.lock() = Some(RID);
+    guest.submit(&[pasid(false), wait(2)]);
+    assert!(guest.fault_status().ite() && !guest.fault_status().iqe());
+    assert_eq!(Iqercd::from_bits(guest.read64(regs::IQERCD)).itesid(), RID.raw());
+    assert_eq!((guest.status(), guest.head()), (1, guest.read64(regs::IQT)));
+    guest.write32(regs::FSTS, 1 << 6);
+    *guest.host.silent.lock() = None;
+    guest.submit(&[pasid(false), wait(3)]);
+    assert_eq!(guest.status(), 3);
 }
 
 #[test]

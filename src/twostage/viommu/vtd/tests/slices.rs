@@ -76,7 +76,7 @@ impl Guest {
                 Call::Configure(requester, policy) => {
                     has.insert(requester, policy);
                 }
-                Call::Invalidate(_) => {}
+                Call::Invalidate(_) | Call::DeviceTlb(..) => {}
             }
         }
     }

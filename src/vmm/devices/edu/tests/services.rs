@@ -7,7 +7,7 @@ use twostage::sync::Mutex;
 
 use super::{reset, wait_until, Fixture, PASID_CONTROL};
 use crate::config::EduConfig;
-use crate::devices::{DirectMemory, DmaError, DmaMaster, PageWaits, Services};
+use crate::devices::{DirectMemory, DmaError, DmaMaster, ServiceControl, Services};
 use twostage::spec::pci::Pasid;
 use twostage_emulated::edu::BUFFER_START;
 use twostage_emulated::PageTries;
@@ -37,6 +37,8 @@ struct Waits {
     answers: Mutex<Receiver<bool>>,
     /// Some page was answered for.
     there: Mutex<bool>,
+    /// The device TLB is enabled.
+    device_tlb: Mutex<bool>,
 }
 
 impl DmaMaster for Asking {
@@ -59,12 +61,16 @@ impl DmaMaster for Asking {
         self.services = services;
     }
 
-    fn page_waits(&self) -> Option<Arc<dyn PageWaits>> {
+    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
         Some(self.waits.clone())
     }
 }
 
-impl PageWaits for Waits {
+impl ServiceControl for Waits {
+    fn enabled(&self, services: Services) {
+        *self.device_tlb.lock() = services.ats;
+    }
+
     fn wait(&self, group: u16, address: u64, _: &mut PageTries) -> Result<(), DmaError> {
         assert_eq!(group, 3);
         let answer = self.answers.lock().recv().unwrap();
@@ -92,6 +98,7 @@ fn asking() -> (Fixture, Arc<Waits>) {
         answer: Mutex::new(answer),
         answers: Mutex::new(answers),
         there: Mutex::default(),
+        device_tlb: Mutex::default(),
     });
     let config = EduConfig { pasid_bits: 6, ats: true, pri: true, ..EduConfig::default() };
     let fixture = Fixture::of(&config, |memory| {
@@ -117,14 +124,15 @@ fn status(fixture: &Fixture) -> u32 {
 
 #[test]
 fn what_software_enables_is_what_requests_use() {
-    let (fixture, _) = asking();
+    let (fixture, waits) = asking();
+    let device_tlb = || *waits.device_tlb.lock();
     assert_eq!([0x100, 0x108, 0x110].map(|at| fixture.config(at) & 0xffff), [0x1b, 0xf, 0x13]);
     let services = || fixture.edu.shared.rights.services();
     assert_eq!((services(), status(&fixture)), (Services::default(), STOPPED));
     // Without ATS, or an allocation, it asks for nothing.
     fixture.write_config(PRI_CONTROL, &[1, 0]);
     fixture.write_config(ATS_CONTROL, &[0, 0x80]);
-    assert_eq!(services(), Services { ats: true, ..Services::default() });
+    assert_eq!((services(), device_tlb()), (Services { ats: true, ..Services::default() }, true));
     fixture.write_config(PRI_CONTROL, &[0, 0]);
     enable(&fixture);
     assert_eq!(services(), Services { pasid: false, ats: true, pri: true });
@@ -132,11 +140,14 @@ fn what_software_enables_is_what_requests_use() {
     fixture.write_config(PASID_CONTROL, &[1, 0]);
     assert!(!services().pasid);
     fixture.write_config(ATS_CONTROL, &[0, 0]);
+    assert!(!device_tlb());
     fixture.write_config(PASID_CONTROL, &[1, 0]);
     assert_eq!(services(), Services { pasid: true, ..Services::default() });
     enable(&fixture);
+    assert!(device_tlb());
     reset(&fixture.edu);
     assert_eq!((services(), status(&fixture)), (Services::default(), STOPPED));
+    assert!(!device_tlb());
     let left = [PASID_CONTROL, ATS_CONTROL, PRI_CONTROL, PRI_ALLOCATION];
     assert_eq!(left.map(|at| fixture.config(at) & 0xffff), [0; 4]);
 }

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A device uses the translations that it has asked for until it is told to forget them.
+
+use super::*;
+
+const IOVA: u64 = 0x0000_1234_4020_0000;
+const OLD: u64 = HIGH;
+const NEW: u64 = HIGH + (4 << 20);
+/// Another device, without ATS, that is attached to the same tables.
+const OTHER: u16 = RID + 1;
+
+/// A machine with two devices, of which the first has a TLB, and a small IOTLB. IOVA leads to OLD
+/// by a page of `level`; the leaf's GPA.
+fn machine(level: u8, sanitize: bool) -> (Machine, u64) {
+    let config = VtdUnitConfig::default().with_device_tlb(true).with_sanitize(sanitize);
+    let machine = Machine::new(config.with_iotlb_entries(8));
+    machine.poke(OLD, 1);
+    machine.poke(NEW, 2);
+    let root = machine.table();
+    let leaf = machine.map(root, 4, IOVA, level, OLD, RW);
+    // Pages that fill the IOTLB.
+    (1..64).for_each(|page| _ = machine.map(root, 4, IOVA + (page << 30), 1, OLD, RW));
+    for pasid in [None, Some(1), Some(2)] {
+        machine.attach(pasid, 1, root, 4, 0);
+    }
+    let stage2 = Arc::clone(&machine.stage2);
+    let tables = iommu_hwpt_vtd_s1 { pgtbl_addr: root, addr_width: 48, ..Default::default() };
+    let tables = Some(UserTables::FirstStage(tables));
+    machine.unit.install(
+        OTHER,
+        None,
+        Translation { tag: CacheTag(1), tables, stage2, dirty: None },
+    );
+    machine.port().control().set_device_tlb(true);
+    (machine, leaf)
+}
+
+/// Leads IOVA elsewhere, without an invalidation; what was cached in the IOTLB is evicted.
+fn change(machine: &Machine, leaf: u64) {
+    machine.poke(leaf, machine.peek(leaf) - OLD + NEW);
+    let mut other = machine.unit.port(OTHER);
+    for page in 1..64 {
+        machine.read_u64(&mut other, PLAIN, IOVA + (page << 30)).unwrap();
+    }
+    assert_eq!(machine.read_u64(&mut other, PLAIN, IOVA), Ok(2), "not in the IOTLB");
+}
+
+#[test]
+fn a_translation_is_used_until_the_device_is_told() {
+    type Tell = fn(&Machine);
+    let ways: [Tell; 6] = [
+        |machine| machine.invalidate(1, page(IOVA, true)),
+        |machine| machine.invalidate(1, ALL),
+        |machine| machine.invalidate_second_stage(1, page(0x5000, true)),
+        |machine| assert!(machine.unit.invalidate_device_tlb(RID, None, page(IOVA, true))),
+        |machine| assert!(machine.unit.invalidate_device_tlb(RID, None, ALL)),
+        |machine| {
+            let device = machine.port().control();
+            device.set_device_tlb(false);
+            device.set_device_tlb(true);
+        },
+    ];
+    for (number, tell) in ways.into_iter().enumerate() {
+        let (machine, leaf) = machine(1, false);
+        let mut port = machine.port();
+        assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
+        change(&machine, leaf);
+        assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1), "it has it");
+        machine.invalidate(1, page(IOVA + 0x1000, true));
+        machine.invalidate(2, ALL);
+        machine.unit.invalidate_device_tlb(OTHER, None, ALL);
+        machine.unit.invalidate_device_tlb(RID, Some(1), ALL);
+        assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1), "that was not it");
+        assert_eq!(machine.unit.counters().device_tlb_hits, 2);
+        tell(&machine);
+        assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(2), "way {number}");
+    }
+}
+
+#[test]
+fn pasids_are_separate_and_a_large_page_is_one_entry() {
+    let (machine, leaf) = machine(2, false);
+    let mut port = machine.port();
+    let mut read = |of: Option<u32>, offset: u64| {
+        let attributes = of.map_or(PLAIN, pasid);
+        machine.read_u64(&mut port, attributes, IOVA + offset).unwrap()
+    };
+    let all = [None, Some(1), Some(2)];
+    all.iter().for_each(|of| assert_eq!(read(*of, 0), 1));
+    let misses = machine.unit.counters().device_tlb_misses;
+    all.iter().for_each(|of| _ = read(*of, 0x1f_f000));
+    assert_eq!(machine.unit.counters().device_tlb_misses, misses);
+    machine.poke(leaf, machine.peek(leaf) - OLD + NEW);
+    let tell = |pasid| machine.unit.invalidate_device_tlb(RID, pasid, page(IOVA + 0x3000, true));
+    // The IOTLB has the old ones, too, until others take their places.
+    let mut other = machine.unit.port(OTHER);
+    for page in 1..64 {
+        machine.read_u64(&mut other, PLAIN, IOVA + (page << 30)).unwrap();
+    }
+    tell(Some(1));
+    assert_eq!(all.map(|of| read(of, 0)), [1, 2, 1]);
+    // Without a PASID it concerns those with one, too.
+    tell(None);
+    assert_eq!(all.map(|of| read(of, 0)), [2, 2, 2]);
+}
+
+#[test]
+fn a_page_that_is_not_present_is_no_fault_for_a_device_that_asks() {
+    let (machine, leaf) = machine(1, false);
+    let (sink, mut port) = (machine.sink(), machine.port());
+    machine.poke(leaf, 0);
+    let absent = Err((FaultReason::FirstStageNotPresent, false));
+    assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), absent);
+    assert_eq!(sink.take().len(), 0);
+    // What software cannot mend is one; and so is everything without ATS.
+    machine.poke(leaf, OLD | RW | 1 << 51);
+    machine.read_u64(&mut port, PLAIN, IOVA).unwrap_err();
+    assert_eq!(sink.take().len(), 1);
+    machine.poke(leaf, 0);
+    port.control().set_device_tlb(false);
+    assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), absent);
+    assert_eq!(sink.take().len(), 1);
+}
+
+#[test]
+fn the_host_takes_memory_back_from_devices_too() {
+    let (machine, _) = machine(1, false);
+    let mut port = machine.port();
+    machine.read_u64(&mut port, PLAIN, IOVA).unwrap();
+    machine.stage2.remove(HIGH).unwrap();
+    machine.unit.stage2_changed(&machine.stage2);
+    machine.read_u64(&mut port, PLAIN, IOVA).unwrap_err();
+}
+
+#[test]
+fn a_silent_device_forgets_and_does_not_say_so() {
+    let (machine, leaf) = machine(1, false);
+    let mut port = machine.port();
+    machine.read_u64(&mut port, PLAIN, IOVA).unwrap();
+    change(&machine, leaf);
+    port.control().set_silent(true);
+    assert!(!machine.unit.invalidate_device_tlb(RID, None, ALL));
+    assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(2));
+    port.control().set_silent(false);
+    assert!(machine.unit.invalidate_device_tlb(RID, None, ALL));
+}
+
+#[test]
+fn the_sanitizer_names_the_invalidation_that_a_device_missed() {
+    let (machine, leaf) = machine(1, true);
+    let mut port = machine.port();
+    machine.read_u64(&mut port, PLAIN, IOVA).unwrap();
+    machine.read_u64(&mut port, PLAIN, IOVA).unwrap();
+    assert_eq!(machine.unit.sanitizer_report().unwrap().stale, []);
+    change(&machine, leaf);
+    assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
+    let report = machine.unit.sanitizer_report().unwrap();
+    let [stale] = report.stale[..] else { panic!("{report}") };
+    assert_eq!((stale.invalidation, stale.invalidated_since), (TlbInvalidation::DeviceTlb, false));
+    assert!(report.to_string().contains("needed: device-TLB invalidation"), "{report}");
+    machine.unit.invalidate_device_tlb(RID, None, page(IOVA, true));
+    assert!(machine.unit.sanitizer_report().unwrap().stale[0].invalidated_since);
+}
