@@ -20,7 +20,8 @@ help:
 	@echo 'make test          lint, then every test, including guests'
 	@echo 'make test-all      test, then more and longer tests, bad inputs, Xen, the small guest'
 	@echo '                   on QEMU'"'"'s VT-d, qemu-demo, test-x86-host, test-arm64'
-	@echo 'make test-x86-host twostage and others on the /dev/iommu of a Linux behind its own VT-d'
+	@echo 'make test-x86-host twostage and others on the /dev/iommu of a Linux behind its own VT-d; then'
+	@echo '                   on hosts that cannot nest'
 	@echo 'make test-arm64    arm64 Linux guests behind a virtual SMMUv3, on a real /dev/iommu in an'
 	@echo '                   emulated arm64 host'
 	@echo 'make nested-check  the part of test that runs Linux guests'
@@ -74,11 +75,14 @@ test-all: test loom
 	@NESTED=$(NESTED) scripts/check/linux-checks --rounds 100000
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
 	@[ "$(NESTED)" = off ] || scripts/check/xen
+	@[ "$(NESTED)" = off ] || scripts/check/xen --host-iommu intel
+	@[ "$(NESTED)" = off ] || scripts/check/xen --host-iommu amd
 	@[ "$(NESTED)" = off ] || scripts/nested/x86-kernel --from-source >/dev/null
 	@$(MAKE) --no-print-directory test-x86-host
 	@$(MAKE) --no-print-directory test-arm64
 
-# PCs: a real /dev/iommu in a Linux that twostage runs, in nested KVM if necessary.
+# PCs: a real /dev/iommu in a Linux that twostage runs, in nested KVM if necessary; and those of Linux
+# behind QEMU's IOMMUs.
 test-x86-host: binary
 	@NESTED=$(NESTED) scripts/check/linux-checks-x86-host
 
