@@ -192,12 +192,14 @@ impl State {
     pub fn unmap(&mut self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64, Errno> {
         self.get(ioas)?;
         let end = iova.saturating_add(length);
-        let touched = |(&(of, start), &(length, ..)): (&(ObjectId, u64), &Copied)| {
-            (of == ioas && start < end && start + length > iova).then_some((start, length))
-        };
-        let touched: Vec<_> = self.copies.iter().filter_map(touched).collect();
+        let before = self.copies.range((ioas, 0)..(ioas, iova)).next_back();
+        let before = before.filter(|((_, start), (length, ..))| start + length > iova);
+        let inside = self.copies.range((ioas, iova)..(ioas, end));
+        let touched = before.into_iter().chain(inside);
+        let touched: Vec<_> = touched.map(|((_, start), (length, ..))| (*start, *length)).collect();
         let torn = touched.iter().any(|(start, length)| *start < iova || start + length > end);
-        if torn || touched.is_empty() && self.copies.keys().any(|(of, _)| *of == ioas) {
+        let has_others = || self.copies.range((ioas, 0)..=(ioas, u64::MAX)).next().is_some();
+        if torn || touched.is_empty() && has_others() {
             return Err(Errno::ENOENT);
         }
         for (start, _) in touched {
