@@ -98,7 +98,7 @@ struct World<const MIRRORED: bool> {
 impl<const MIRRORED: bool> World<MIRRORED> {
     fn new(legacy: bool, threads: usize) -> (Self, Vec<Table>) {
         let unit = VtdUnitConfig::default().with_guest_second_stage(!MIRRORED);
-        let machine = MachineOf::<MIRRORED>::with(unit, vtd_config().with_second_stage(true));
+        let machine = <MachineOf<MIRRORED>>::with(unit, vtd_config().with_second_stage(true));
         let guest = &machine.guest;
         let mut memory: Vec<_> = (0..POOL).map(|_| guest.page()).collect();
         memory.extend((0..PAGES).flat_map(|page| [IOVA + page * PAGE, HIGH + page * PAGE]));

@@ -43,9 +43,15 @@ impl InterruptSink for Interrupts {
 /// A machine whose host nests the guest's tables.
 pub type Machine = MachineOf<false>;
 
+/// The tables that the architecture-independent tests use.
+pub const FIRST_STAGE: u8 = 0;
+pub const SECOND_STAGE: u8 = 1;
+/// Second-stage tables in legacy mode.
+pub const LEGACY: u8 = 2;
+
 /// Host, unit, nesting, virtual unit and guest; `MIRRORED`: the guest's tables are mirrored, though
-/// the host could nest them.
-pub struct MachineOf<const MIRRORED: bool> {
+/// the host could nest them. `TABLES`: see [`FIRST_STAGE`].
+pub struct MachineOf<const MIRRORED: bool, const TABLES: u8 = FIRST_STAGE> {
     pub guest: Driver<Arc<VtdIommu>>,
     pub memory: Memory,
     pub iommu: Arc<VtdIommu>,
@@ -134,7 +140,7 @@ pub fn host(config: VtdUnitConfig) -> (Arc<Host>, Arc<VtdUnit>) {
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
 }
 
-impl<const MIRRORED: bool> MachineOf<MIRRORED> {
+impl<const MIRRORED: bool, const TABLES: u8> MachineOf<MIRRORED, TABLES> {
     pub fn new() -> Self {
         Self::with(VtdUnitConfig::default(), vtd_config())
     }

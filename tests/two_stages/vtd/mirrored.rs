@@ -19,6 +19,22 @@ type Machine = MachineOf<true>;
 
 crate::conformance::conformance! { Machine, mirrored }
 
+mod second_stage {
+    use super::super::machine::{MachineOf, SECOND_STAGE};
+
+    type Machine = MachineOf<true, SECOND_STAGE>;
+
+    crate::conformance::conformance! { Machine, mirrored }
+}
+
+mod legacy {
+    use super::super::machine::{MachineOf, LEGACY};
+
+    type Machine = MachineOf<true, LEGACY>;
+
+    crate::conformance::conformance! { Machine, mirrored }
+}
+
 #[test]
 fn devices_with_the_same_tables_share_one_mirror_whose_memory_is_pinned_once() {
     let machine = Machine::new();

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use twostage::nesting::vtd::Nesting;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::IotlbScope;
@@ -21,9 +22,13 @@ struct Mixed {
     units: [Arc<VtdUnit>; 2],
 }
 
-/// Two hosts, and a builder for the virtual unit of both devices.
+/// Two hosts with a unit each.
 fn ground() -> (TwoHosts, [Arc<VtdUnit>; 2]) {
-    let [(first, near), (second, far)] = [(); 2].map(|()| machine::host(VtdUnitConfig::default()));
+    ground_of([(); 2].map(|()| VtdUnitConfig::default()))
+}
+
+fn ground_of(units: [VtdUnitConfig; 2]) -> (TwoHosts, [Arc<VtdUnit>; 2]) {
+    let [(first, near), (second, far)] = units.map(machine::host);
     (TwoHosts::new([first, second]), [near, far])
 }
 
@@ -38,6 +43,21 @@ impl Mixed {
     fn new(config: &VtdConfig) -> Self {
         let (hosts, units) = ground();
         let vtd = builder(&hosts).config(config).build().unwrap();
+        let guest = Driver::new(hosts.memory.pages.clone(), Arc::new(vtd));
+        Self { guest, hosts, units }
+    }
+
+    /// The host of one device walks second-stage tables of the guest, that of the other does not.
+    /// There are at most so many `pieces` of mirrors.
+    fn half_mirrored(mirrored: usize, pieces: u64) -> Self {
+        let walks = |number| VtdUnitConfig::default().with_guest_second_stage(number != mirrored);
+        let (hosts, units) = ground_of([walks(0), walks(1)]);
+        let config = vtd_config().with_second_stage(true).with_first_stage(Some(true));
+        let builder = builder(&hosts).config(&config).nesting(Nesting::Auto { pieces });
+        let vtd = builder.build().unwrap();
+        for (number, side) in vtd.nestings().iter().enumerate() {
+            assert_eq!(side.mirrors_because().is_some(), number == mirrored, "{number}");
+        }
         let guest = Driver::new(hosts.memory.pages.clone(), Arc::new(vtd));
         Self { guest, hosts, units }
     }
@@ -89,6 +109,69 @@ fn what_either_reads_after_an_invalidation_is_fresh() {
         };
         assert_eq!(guest.submit(&[invalidation]), Completion::Done);
     });
+    mixed.end();
+}
+
+/// One host nests the guest's tables, and the other has mirrors of them.
+#[test]
+fn what_is_nested_and_what_is_mirrored_is_as_fresh() {
+    for (mirrored, second_stage) in [(0, false), (1, false), (0, true), (1, true)] {
+        let mixed = Mixed::half_mirrored(mirrored, 1000);
+        let (guest, memory) = (&mixed.guest, &mixed.hosts.memory);
+        let table = guest.page();
+        for rid in [A, B] {
+            let entry = match second_stage {
+                true => Entry::SecondStage { table, domain: DOMAIN },
+                false => Entry::FirstStage { table, domain: DOMAIN },
+            };
+            guest.set_entry(rid, 0, entry);
+        }
+        guest.enable();
+        reads_are_fresh(memory, mixed.ports(), IOVA, |round, page| {
+            match second_stage {
+                true => guest.map_second_stage(table, IOVA, page, true),
+                false => guest.map(table, IOVA, page, 1, true),
+            }
+            let invalidation = match round % 4 {
+                0 => iotlb(IotlbScope::Pages { domain: DOMAIN, range: pages(IOVA, 0) }),
+                1 if !second_stage => pasid_pages(DOMAIN, 0, Some(pages(IOVA, 0))),
+                2 => iotlb(IotlbScope::Global),
+                _ => iotlb(IotlbScope::Domain(DOMAIN)),
+            };
+            assert_eq!(guest.submit(&[invalidation]), Completion::Done);
+        });
+        mixed.guest.unmap(table, IOVA);
+        assert_eq!(mixed.guest.submit(&[iotlb(IotlbScope::Domain(DOMAIN))]), Completion::Done);
+        assert_eq!(mixed.read(), [None, None]);
+        let mut blocked: Vec<_> = (0..2)
+            .map(|_| Bdf::from_raw(mixed.guest.take_fault().expect("both are told").0.high.sid()))
+            .collect();
+        blocked.sort();
+        assert_eq!(blocked, [A, B]);
+        mixed.end();
+    }
+}
+
+/// What is too much to be mirrored blocks the device that needs a mirror, and no other.
+#[test]
+fn a_table_that_is_not_mirrored_still_serves_who_nests_it() {
+    let mixed = Mixed::half_mirrored(1, 2);
+    let guest = &mixed.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.store(page, 7);
+    (0..3).for_each(|n| guest.map_second_stage(table, IOVA + 2 * n * PAGE, page, true));
+    for rid in [A, B] {
+        guest.set_entry(rid, 0, Entry::SecondStage { table, domain: DOMAIN });
+    }
+    guest.enable();
+    let (record, reason) = guest.take_fault().expect("the guest is told");
+    assert_eq!(Bdf::from_raw(record.high.sid()), B);
+    assert_eq!((record.address(), reason), (IOVA + 4 * PAGE, Some(FaultReason::SecondStageDenied)));
+    assert_eq!(mixed.read(), [Some(7), None]);
+    guest.unmap(table, IOVA + 4 * PAGE);
+    let all = iotlb(IotlbScope::Domain(DOMAIN));
+    assert_eq!(guest.submit(&[all]), Completion::Done);
+    assert_eq!(mixed.read(), [Some(7); 2]);
     mixed.end();
 }
 

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use twostage::iommufd::{iommu_hwpt_vtd_s1, Errno, FaultQueue, HwptData};
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
-use twostage::spec::vtd::qi::{Descriptor, IotlbScope};
+use twostage::spec::vtd::qi::{ContextScope, Descriptor, IotlbScope};
 use twostage_emulated::kit::Pages;
 use twostage_emulated::{DmaError, ObjectGraph, ObjectKind, VtdUnitConfig};
 
 use super::guest::{self, Entry};
-use super::machine::{self, vtd_config, MachineOf};
+use super::machine::{self, vtd_config, MachineOf, FIRST_STAGE, LEGACY};
 use super::{iotlb, pages, pasid_pages};
 use crate::common::{serve_page_requests, PAGE};
 use crate::conformance::{Cause, Completion, Fault, Leaf, Stack, Way, IOVA, NAME};
@@ -28,7 +28,16 @@ impl From<guest::Completion> for Completion {
     }
 }
 
-impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
+/// The faults of second-stage tables do not say whether something is mapped.
+fn cause_of_second_stage(is_read: bool) -> Cause {
+    if is_read {
+        Cause::NotMapped
+    } else {
+        Cause::WriteDenied
+    }
+}
+
+impl<const MIRRORED: bool, const TABLES: u8> Stack for MachineOf<MIRRORED, TABLES> {
     type Invalidation = Descriptor;
 
     const REFUSALS_ARE_SHOWN: bool = false;
@@ -37,8 +46,8 @@ impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
         let unit = VtdUnitConfig::default().with_device_tlb(true).with_page_requests(true);
         let (host, unit) = machine::host(unit);
         host.fail_nth(failing, Errno::ENOMEM);
-        Self::on(host.clone(), unit, vtd_config())
-            .map_err(|error| (error, host.inner().inner().graph()))
+        let config = vtd_config().with_second_stage(TABLES != FIRST_STAGE);
+        Self::on(host.clone(), unit, config).map_err(|error| (error, host.inner().inner().graph()))
     }
 
     fn memory(&self) -> &Pages {
@@ -46,7 +55,10 @@ impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
     }
 
     fn enable(&self) {
-        self.guest.enable();
+        match TABLES {
+            LEGACY => self.guest.enable_legacy(true),
+            _ => self.guest.enable(),
+        }
     }
 
     fn disable(&self) {
@@ -58,7 +70,14 @@ impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
             Leaf::Page => 1,
             Leaf::Large => 2,
         };
-        self.guest.map(table, iova, gpa, level, writable);
+        if TABLES == FIRST_STAGE {
+            return self.guest.map(table, iova, gpa, level, writable);
+        }
+        self.guest.map_second_stage(table, iova, gpa, writable);
+        if level == 2 {
+            let large = gpa | 1 << 7 | u64::from(writable) << 1 | 1;
+            self.guest.store(self.guest.entry_at(table, iova, 2), large);
+        }
     }
 
     fn unmap(&self, table: u64, iova: u64) {
@@ -69,13 +88,22 @@ impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
         let entry = match way {
             Way::Nowhere => Entry::NotPresent,
             Way::Bypass => Entry::PassThrough { domain: NAME },
-            Way::Stage1 { table, name } => Entry::FirstStage { table, domain: name },
+            Way::Stage1 { table, name: domain } if TABLES == FIRST_STAGE => {
+                Entry::FirstStage { table, domain }
+            }
+            Way::Stage1 { table, name: domain } => Entry::SecondStage { table, domain },
         };
-        self.guest.set_entry(rid, 0, entry);
+        match TABLES {
+            LEGACY => self.guest.set_legacy_entry(rid, entry),
+            _ => self.guest.set_entry(rid, 0, entry),
+        }
     }
 
     fn flush_tables(&self) -> Completion {
-        self.guest.flush_pasid_cache().into()
+        match TABLES {
+            LEGACY => self.guest.submit(&[Descriptor::ContextCache(ContextScope::Global)]).into(),
+            _ => self.guest.flush_pasid_cache().into(),
+        }
     }
 
     fn forget(&self, commands: &[Descriptor]) -> Completion {
@@ -87,34 +115,48 @@ impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
     }
 
     fn page_of(name: u16, iova: u64) -> Descriptor {
-        pasid_pages(name, 0, Some(pages(iova, 0)))
+        match TABLES {
+            FIRST_STAGE => pasid_pages(name, 0, Some(pages(iova, 0))),
+            _ => iotlb(IotlbScope::Pages { domain: name, range: pages(iova, 0) }),
+        }
     }
 
     fn all_of(name: u16) -> Descriptor {
-        pasid_pages(name, 0, None)
+        match TABLES {
+            FIRST_STAGE => pasid_pages(name, 0, None),
+            _ => iotlb(IotlbScope::Domain(name)),
+        }
     }
 
     fn enough() -> Vec<Descriptor> {
-        vec![
+        let mut enough = vec![
             Self::page_of(NAME, IOVA),
-            pasid_pages(NAME, 0, Some(pages(IOVA, 9))),
             Self::all_of(NAME),
             iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA, 0) }),
-            // It covers all of the first-stage tables, whatever the address.
-            iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA + PAGE, 0) }),
+            iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA, 9) }),
             iotlb(IotlbScope::Domain(NAME)),
             iotlb(IotlbScope::Global),
-        ]
+        ];
+        if TABLES == FIRST_STAGE {
+            enough.push(pasid_pages(NAME, 0, Some(pages(IOVA, 9))));
+            // It covers all of the first-stage tables, whatever the address.
+            enough.push(iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA + PAGE, 0) }));
+        }
+        enough
     }
 
     fn not_enough() -> Vec<Descriptor> {
-        vec![
+        let mut not_enough = vec![
             Self::page_of(NAME, IOVA + PAGE),
-            pasid_pages(NAME, 1, None),
             Self::all_of(NAME + 1),
             iotlb(IotlbScope::Pages { domain: NAME + 1, range: pages(IOVA, 0) }),
             iotlb(IotlbScope::Domain(NAME + 1)),
-        ]
+        ];
+        // Legacy mode has no such descriptor.
+        if TABLES != LEGACY {
+            not_enough.push(pasid_pages(NAME, 1, None));
+        }
+        not_enough
     }
 
     fn fault(&self) -> Fault {
@@ -122,6 +164,11 @@ impl<const MIRRORED: bool> Stack for MachineOf<MIRRORED> {
         let cause = match reason {
             Some(FaultReason::FirstStageNotPresent) => Cause::NotMapped,
             Some(FaultReason::WriteDenied) => Cause::WriteDenied,
+            Some(
+                FaultReason::SecondStageDenied
+                | FaultReason::LegacyReadDenied
+                | FaultReason::LegacyWriteDenied,
+            ) => cause_of_second_stage(record.high.t1()),
             _ => Cause::Other,
         };
         Fault { rid: Bdf::from_raw(record.high.sid()), address: record.address(), cause }
