@@ -23,6 +23,7 @@ const LIMIT: &str = "300";
 
 const WIDE_EDU: &str = "edu,dma-mask=0xffffffffffffffff";
 const WIDE_EDU_WITH_PASID: &str = "edu,pasid=on,dma-mask=0xffffffffffffffff";
+const WIDE_EDU_WITH_ATS: &str = "edu,pasid=on,ats=on,dma-mask=0xffffffffffffffff";
 
 /// The directory of the guest images, built once.
 fn images() -> &'static Path {
@@ -247,9 +248,14 @@ fn every_check_holds_with_four_levels_and_without_caching_mode() {
     if !kvm() {
         return;
     }
-    let outcome =
-        Machine { iommus: &["vtd,aw=48,pasid-bits=20,caching-mode=off"], ..MACHINE }.run();
+    let outcome = Machine {
+        iommus: &["vtd,aw=48,pasid-bits=20,caching-mode=off,ats=on"],
+        devices: &[WIDE_EDU_WITH_ATS, WIDE_EDU],
+        ..MACHINE
+    }
+    .run();
     assert_eq!(outcome.skipped, groups(&EITHER_OR));
+    assert_ne!(number(&outcome.report, "/iommus/0/hardware/device_tlb_hits"), 0);
     assert_nested(&outcome, 1, 2);
     assert_remapped(&outcome);
 }

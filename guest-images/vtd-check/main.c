@@ -18,6 +18,7 @@ extern const struct check_group first_stage_checks;
 extern const struct check_group stale_first_stage_checks;
 extern const struct check_group in_flight_checks;
 extern const struct check_group pasid_checks;
+extern const struct check_group ats_checks;
 extern const struct check_group malformed_tables_checks;
 extern const struct check_group interrupt_range_checks;
 extern const struct check_group interrupt_remapping_checks;
@@ -96,6 +97,8 @@ static void check_unit(void)
         check_run(&nested_checks);
         check_run(&stale_nested_checks);
     }
+    if (ecap_device_tlb() && edu_has_ats(&edus[0]))
+        check_run(&ats_checks);
     if (edu_sharing(&edus[0]))
         check_run(&same_requester_checks);
     check_run(&last_checks);

@@ -9,6 +9,8 @@ enum {
     EDU_PASID_VALID = 1u << 31,
     PASID_CONTROL = 4, // the capability register in the low half, the control register in the high
     PASID_ENABLE = 1 << 16,
+    ATS_CONTROL = 4, // the same
+    ATS_ENABLE = 1u << 31,
 };
 
 static struct edu all[EDU_MOST];
@@ -56,6 +58,18 @@ void edu_pasid_enable(const struct edu *edu, bool on)
     u16 pasid = pci_extended_capability(edu->place, PCI_EXT_CAP_PASID);
 
     pci_write(edu->place, pasid + PASID_CONTROL, on ? PASID_ENABLE : 0);
+}
+
+bool edu_has_ats(const struct edu *edu)
+{
+    return pci_extended_capability(edu->place, PCI_EXT_CAP_ATS) != 0;
+}
+
+void edu_ats_enable(const struct edu *edu, bool on)
+{
+    u16 ats = pci_extended_capability(edu->place, PCI_EXT_CAP_ATS);
+
+    pci_write(edu->place, ats + ATS_CONTROL, on ? ATS_ENABLE : 0);
 }
 
 static bool dma(const struct edu *edu, u32 pasid, u64 source, u64 destination, u32 count, u32 direction)

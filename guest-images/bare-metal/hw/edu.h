@@ -58,6 +58,10 @@ const struct edu *edu_sharing(const struct edu *edu);
 // Lets the device's requests carry a PASID, or not, by its PASID capability, which it must have.
 void edu_pasid_enable(const struct edu *edu, bool on);
 
+// Whether the device has the ATS capability; lets it cache translations, or not.
+bool edu_has_ats(const struct edu *edu);
+void edu_ats_enable(const struct edu *edu, bool on);
+
 // Copies `count` bytes of the device's buffer from `offset` to memory at `iova`, or the reverse.
 // False when the DMA does not finish.
 bool edu_write_to(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);

@@ -20,6 +20,7 @@ enum {
     PCI_CAP_MSI = 0x05,
     PCI_CAP_EXPRESS = 0x10,
     PCI_CAP_MSIX = 0x11,
+    PCI_EXT_CAP_ATS = 0x0f,
     PCI_EXT_CAP_PASID = 0x1b,
 };
 

@@ -22,6 +22,7 @@ enum {
     TYPE_WAIT = 5,
     TYPE_PASID_IOTLB = 6,
     TYPE_PASID_CACHE = 7,
+    TYPE_PASID_DEVICE_TLB = 8,
 };
 
 #define WAIT_IF BIT(4)
@@ -51,6 +52,17 @@ static inline struct descriptor inv_pasid_iotlb(unsigned granularity, u16 domain
 static inline struct descriptor inv_pasid_cache(unsigned granularity, u16 domain, u32 pasid)
 {
     return (struct descriptor){TYPE_PASID_CACHE | granularity << 4 | (u64)domain << 16 | (u64)pasid << 32, 0};
+}
+
+// One page of a device's TLB.
+static inline struct descriptor inv_device_tlb(u16 source, u64 address)
+{
+    return (struct descriptor){TYPE_DEVICE_TLB | (u64)source << 32, address};
+}
+
+static inline struct descriptor inv_pasid_device_tlb(u16 source, u32 pasid, u64 address)
+{
+    return (struct descriptor){TYPE_PASID_DEVICE_TLB | (u64)source << 16 | (u64)pasid << 32, address};
 }
 
 static inline struct descriptor inv_interrupt_entry(unsigned granularity, u16 index, unsigned mask)

@@ -111,6 +111,7 @@ static inline unsigned cap_mamv(void) { return (unsigned)bits(vtd->cap, 53, 48);
 static inline bool cap_fs_1g(void) { return bits(vtd->cap, 56, 56); }
 static inline bool cap_fs_5_level(void) { return bits(vtd->cap, 60, 60); }
 static inline bool ecap_qi(void) { return bits(vtd->ecap, 1, 1); }
+static inline bool ecap_device_tlb(void) { return bits(vtd->ecap, 2, 2); }
 static inline bool ecap_interrupt_remapping(void) { return bits(vtd->ecap, 3, 3); }
 static inline bool ecap_extended_interrupts(void) { return bits(vtd->ecap, 4, 4); }
 static inline bool ecap_pass_through(void) { return bits(vtd->ecap, 6, 6); }

@@ -3,6 +3,7 @@
 
 mod at_once;
 mod contexts;
+mod device_tlb;
 mod fail_nth;
 mod granularity;
 mod late;
