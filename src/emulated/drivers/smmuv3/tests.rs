@@ -259,6 +259,32 @@ fn pasids_of_the_hosts_and_tables_of_the_users_exclude_each_other() {
 }
 
 #[test]
+fn a_device_has_its_own_translations_until_cmd_atc_inv() {
+    let bench = Bench::new(SmmuV3UnitConfig { ats: true, ..Default::default() });
+    bench.set(FIRST, 1);
+    bench.set(SECOND, 2);
+    let viommu = bench.translated(FIRST);
+    let device = bench.port().control();
+    device.set_device_tlb(true);
+    assert_eq!(bench.read(IOVA), Some(1));
+    bench.lead(SECOND);
+    let atc = |substream, address, size| {
+        let stream = StreamId(VSID as u32);
+        Command::AtcInv { stream, substream, global: false, address, size }
+    };
+    let (far, other) = (atc(None, IOVA + 0x1000, 0), atc(Pasid::new(1), IOVA, 0));
+    bench.invalidate(viommu, &[tlbi(), far, other]).unwrap();
+    assert_eq!(bench.read(IOVA), Some(1), "stale");
+    device.set_silent(true);
+    // Of eight pages around it.
+    let stopped = bench.invalidate(viommu, &[tlbi(), atc(None, IOVA, 3)]).unwrap_err();
+    assert_eq!((stopped.done, stopped.error.errno), (1, Errno::ETIMEDOUT));
+    assert_eq!(bench.read(IOVA), Some(2));
+    device.set_silent(false);
+    bench.invalidate(viommu, &[atc(None, 0, 52)]).unwrap();
+}
+
+#[test]
 fn commands_name_what_is_the_users() {
     let bench = Bench::new(SmmuV3UnitConfig { ats: true, ..Default::default() });
     bench.set(FIRST, 1);

@@ -128,7 +128,11 @@ impl ViommuDriver for Vsmmu {
                     }
                 }
             }
-            self.unit.invalidate(&converted);
+            if !self.unit.invalidate(&converted) {
+                let done = number * BLOCK + converted.len().saturating_sub(1);
+                let refused = refuse(Errno::ETIMEDOUT, "a device did not answer CMD_ATC_INV");
+                return refused.map_err(|refusal| Partial { done, refusal });
+            }
         }
         Ok(())
     }

@@ -269,8 +269,10 @@ impl Engine<SmmuV3> {
         dropped
     }
 
-    /// Executes `invalidations` in order.
-    pub(super) fn invalidate(&mut self, invalidations: &[Invalidation]) {
+    /// Executes `invalidations` in order. Returns whether every device has answered those of its
+    /// TLB.
+    pub(super) fn invalidate(&mut self, invalidations: &[Invalidation]) -> bool {
+        let mut answered = true;
         let ranges = self.own.config.range_invalidation;
         for invalidation in invalidations {
             let caches = &mut self.common.caches;
@@ -295,6 +297,7 @@ impl Engine<SmmuV3> {
                 Invalidation::Contexts { sid } => self.drop_configurations(|(of, _)| of == sid),
                 Invalidation::DeviceTlb { sid, substream, range } => {
                     let space = substream.map(|substream| device_space(Some(substream)));
+                    answered &= caches.device_tlbs.answers(sid);
                     caches.device_tlbs.drop_device(sid, space, range)
                 }
             };
@@ -303,5 +306,6 @@ impl Engine<SmmuV3> {
                 sanitizer::invalidated(sanitizer, invalidation, ranges);
             }
         }
+        answered
     }
 }

@@ -100,9 +100,10 @@ impl SmmuV3Unit {
         self.gate.write(|engine| engine.remove(sid, pasid));
     }
 
-    /// Executes `invalidations`: when this returns, no request uses what they drop.
-    pub(crate) fn invalidate(&self, invalidations: &[Invalidation]) {
-        self.gate.write(|engine| engine.invalidate(invalidations));
+    /// Executes `invalidations`: when this returns, no request uses what they drop. Returns whether
+    /// every device has answered those of its TLB.
+    pub(crate) fn invalidate(&self, invalidations: &[Invalidation]) -> bool {
+        self.gate.write(|engine| engine.invalidate(invalidations))
     }
 
     /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::mem::{discriminant, Discriminant};
 
 use super::state::{self, Device, State};
-use crate::iommufd::{iommu_viommu_arm_smmuv3_invalidate, HostError, InvalidateData};
+use crate::iommufd::{iommu_viommu_arm_smmuv3_invalidate, Errno, HostError, InvalidateData};
 use crate::nesting::{NestingError, Result};
 use crate::spec::pci::Pasid;
 use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
@@ -25,6 +25,8 @@ pub(super) struct Refused {
     pub error: NestingError,
     /// Everything was flushed instead.
     pub flushed: bool,
+    /// All is done, but a device did not answer.
+    pub unanswered: bool,
     /// A stream could not be blocked, and may continue to use stale translations.
     pub still_reachable: bool,
 }
@@ -50,6 +52,12 @@ impl State {
         if !behind {
             match self.issue(&all) {
                 Ok(()) => return Ok(()),
+                Err(source) if self.done_despite_silence(&all, &source) => {
+                    let error = NestingError::Host { what: "invalidating".into(), source };
+                    let (number, still_reachable) = (0, false);
+                    let (flushed, unanswered) = (false, true);
+                    return Err(Refused { number, error, flushed, unanswered, still_reachable });
+                }
                 Err(error) => refusal = Some(error),
             }
         }
@@ -66,8 +74,26 @@ impl State {
             number: commands.get(at).map_or(0, |command| command.number),
             error: NestingError::Host { what: "invalidating".into(), source },
             flushed: true,
+            unanswered: false,
             still_reachable: false,
         })
+    }
+
+    /// Has the host do `commands` once more, which it did not because of `error`, if that says that
+    /// a device did not answer: it may have done a part, or all. Returns whether they are done, but
+    /// for devices that do not answer.
+    fn done_despite_silence(&mut self, commands: &[Command], error: &HostError) -> bool {
+        if error.errno != Errno::ETIMEDOUT {
+            return false;
+        }
+        let (of_devices, others): (Vec<Command>, Vec<Command>) =
+            commands.iter().partition(|command| is_of_device(command));
+        !of_devices.is_empty()
+            && (others.is_empty() || self.issue(&others).is_ok())
+            && of_devices.iter().all(|command| {
+                let result = self.issue(std::slice::from_ref(command));
+                result.is_ok() || result.is_err_and(|error| error.errno == Errno::ETIMEDOUT)
+            })
     }
 
     /// The subset of `commands` that the host must do. For a stream that does not use stage 1 only
@@ -149,7 +175,7 @@ impl State {
                 still_reachable |= translates(self);
             }
         }
-        Refused { number: 0, error, flushed: false, still_reachable }
+        Refused { number: 0, error, flushed: false, unanswered: false, still_reachable }
     }
 
     /// Has the host repeat `commands`, bisecting down to the one that it refuses. `None` if it
@@ -220,6 +246,7 @@ fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
         number,
         error: NestingError::NoInvalidation(command.name()),
         flushed: false,
+        unanswered: false,
         still_reachable: false,
     });
     (own, foreign)

@@ -76,6 +76,8 @@ fn both(
     other: Result<(), SmmuInvalidateError>,
 ) -> Result<(), SmmuInvalidateError> {
     match (one, other) {
+        (Err(one), Err(other)) if other.unanswered => Err(one),
+        (Err(one), Err(other)) if one.unanswered => Err(other),
         (Err(one), Err(other)) => {
             let refused = one.refused.min(other.refused);
             let error = join(one.error, &other.error);

@@ -185,6 +185,10 @@ impl Smmu {
         self.counters.batches.count();
         self.counters.invalidations.add(batch.len() as u64);
         self.host.invalidate(batch).inspect_err(|error| {
+            if error.unanswered {
+                self.log.warn(format_args!("SMMUv3: CMD_ATC_INV: {}", error.error));
+                return;
+            }
             if !error.flushed {
                 // What the host blocked because of it is given again at the next occasion.
                 self.streams.unapply_all();

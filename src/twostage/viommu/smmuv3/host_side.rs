@@ -70,6 +70,8 @@ pub struct SmmuInvalidateError {
     /// The host flushed everything instead, so that nothing named by the batch is still cached. The
     /// guest is told all the same: its commands were refused.
     pub flushed: bool,
+    /// Every command was done, but a device did not answer its CMD_ATC_INV in time.
+    pub unanswered: bool,
     /// The error. What could not be invalidated is blocked, unless it says
     /// [`HostSideError::still_reachable`].
     #[source]
@@ -79,7 +81,12 @@ pub struct SmmuInvalidateError {
 impl SmmuInvalidateError {
     /// The host refused command number `refused`, with `error`; [`SmmuInvalidateError::flushed`].
     pub fn new(refused: usize, flushed: bool, error: HostSideError) -> Self {
-        Self { refused, flushed, error }
+        Self { refused, flushed, unanswered: false, error }
+    }
+
+    /// A device did not answer its CMD_ATC_INV; [`SmmuInvalidateError::unanswered`].
+    pub fn unanswered(error: HostSideError) -> Self {
+        Self { refused: 0, flushed: false, unanswered: true, error }
     }
 }
 

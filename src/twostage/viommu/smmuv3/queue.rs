@@ -11,6 +11,9 @@
 //! batch, as none is known to have been accepted, and a driver that skips it, or repeats all of
 //! them, loses nothing.
 //!
+//! If a device does not answer a CMD_ATC_INV, the next CMD_SYNC stops the queue with
+//! CERROR_ATC_INV_SYNC, and completes when it is consumed again.
+//!
 //! The queue is processed in slices, up to a CMD_SYNC, a change of configuration or a number of
 //! commands.
 //!
@@ -63,6 +66,8 @@ enum Stop {
     Guest(CommandError),
     /// The host did not do the command at this index.
     Host(u32),
+    /// A device did not answer what this CMD_SYNC at the fetch index waits for.
+    Unanswered,
     /// The SMMU was halted.
     Halted,
 }
@@ -117,6 +122,9 @@ impl Smmu {
             let action = self.action(&command).map_err(Stop::Guest)?;
             if matches!(action, Action::Configure(_) | Action::Sync(_)) {
                 self.flush(registers, pass)?;
+            }
+            if matches!(action, Action::Sync(_)) && std::mem::take(&mut registers.unanswered) {
+                return Err(Stop::Unanswered);
             }
             if self.is_halted() {
                 return Err(Stop::Halted);
@@ -181,8 +189,12 @@ impl Smmu {
         let batch = std::mem::take(&mut pass.batch);
         let indices = std::mem::take(&mut pass.indices);
         let blamed = indices.first().copied().unwrap_or(pass.fetch);
-        self.invalidate_host(&batch)
-            .map_err(|error| Stop::Host(indices.get(error.refused).copied().unwrap_or(blamed)))?;
+        match self.invalidate_host(&batch) {
+            Err(error) if error.unanswered => registers.unanswered = true,
+            result => result.map_err(|error| {
+                Stop::Host(indices.get(error.refused).copied().unwrap_or(blamed))
+            })?,
+        }
         self.reapply(registers).map_err(|not_applied| Stop::of(not_applied, blamed))?;
         registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
         Ok(())
@@ -210,6 +222,7 @@ impl Smmu {
         let (index, error) = match stop {
             Stop::Guest(error) => (pass.fetch, error),
             Stop::Host(index) => (index, CommandError::Illegal),
+            Stop::Unanswered => (pass.fetch, CommandError::AtcInvSync),
             Stop::Halted => return,
         };
         self.counters.command_errors.count();

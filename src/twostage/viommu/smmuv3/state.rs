@@ -43,6 +43,8 @@ pub struct Registers {
     pub cmdq_prod: CmdqProd,
     /// CMDQ_CONS: everything before it is complete.
     pub cmdq_cons: CmdqCons,
+    /// A device did not answer a CMD_ATC_INV: the next CMD_SYNC says so.
+    pub unanswered: bool,
 }
 
 impl Default for Registers {
@@ -59,6 +61,7 @@ impl Default for Registers {
             cmdq_base: QueueBase::new(),
             cmdq_prod: CmdqProd::new(),
             cmdq_cons: CmdqCons::new(),
+            unanswered: false,
         }
     }
 }

@@ -137,6 +137,24 @@ fn a_failure_that_passes_is_made_good_and_told() {
 }
 
 #[test]
+fn a_device_that_does_not_answer_is_no_refusal() {
+    let rig = Rig::nested();
+    // Whether all before it was done is unknown.
+    (0..2).for_each(|_| rig.host.fail_next(Verb::HwptInvalidate, Errno::ETIMEDOUT));
+    let refused = rig.invalidate(&[va(1, 5), atc(STREAM_A)]).unwrap_err();
+    assert!(!refused.unanswered, "it is not the device");
+    rig.host.take_log();
+    let rig = Rig::nested();
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::ETIMEDOUT);
+    let refused = rig.invalidate(&[va(1, 5), atc(STREAM_A)]).unwrap_err();
+    assert_eq!((refused.unanswered, refused.flushed), (true, false));
+    let log = rig.host.take_log();
+    assert_eq!(log.len(), 3, "all, translations, the device: {log:#?}");
+    rig.invalidate(&[va(1, 5), atc(STREAM_A)]).unwrap();
+    rig.ends_clean();
+}
+
+#[test]
 fn a_flush_that_was_due_is_no_refusal() {
     let rig = Rig::nested();
     for _ in 0..2 {

@@ -39,6 +39,8 @@ struct FakeHost {
     refused: Mutex<usize>,
     /// A refused batch is replaced with a flush of everything.
     flushes: AtomicBool,
+    /// No device answers.
+    silent: AtomicBool,
     /// An SMMU that is halted during every call.
     halting: Mutex<Option<Arc<Smmu>>>,
     /// An SMMU that gets an event of [`STREAM`] during every call.
@@ -66,11 +68,13 @@ impl SmmuHostSide for FakeHost {
     fn invalidate(&self, commands: &[Command]) -> Result<(), SmmuInvalidateError> {
         let refused = *self.refused.lock();
         let flushed = self.flushes.load(Ordering::Relaxed);
-        self.record(Call::Invalidate(commands.to_vec())).map_err(|error| SmmuInvalidateError {
-            refused,
-            flushed,
-            error,
-        })
+        self.record(Call::Invalidate(commands.to_vec()))
+            .map_err(|error| SmmuInvalidateError::new(refused, flushed, error))?;
+        let of_device = |command: &Command| matches!(command, Command::AtcInv { .. });
+        match self.silent.load(Ordering::Relaxed) && commands.iter().any(of_device) {
+            true => Err(SmmuInvalidateError::unanswered(silence())),
+            false => Ok(()),
+        }
     }
 }
 
@@ -311,4 +315,9 @@ fn cfgi_cd_all(stream: StreamId) -> Command {
 fn tlbi(asid: u16) -> Command {
     let range = AddressRange::at(u64::from(asid) << 12);
     Command::TlbiNhVa { vmid: 0, asid, range }
+}
+
+/// No device has answered.
+fn silence() -> HostSideError {
+    HostSideError::new("invalidating", false, Arc::new(std::io::Error::other("silence")))
 }

@@ -197,6 +197,27 @@ fn device_caches_are_invalidated_where_ats_is_offered() {
 }
 
 #[test]
+fn the_sync_behind_a_device_that_does_not_answer_stops_the_queue_once() {
+    let guest = Guest::new(&SmmuConfig { ats: true, ..Default::default() });
+    guest.start();
+    let (substream, global, address, size) = (None, false, 0, 52);
+    let atc = Command::AtcInv { stream: STREAM, substream, global, address, size };
+    let stopped = Some(CommandError::AtcInvSync);
+    guest.host.silent.store(true, Ordering::Relaxed);
+    guest.submit(&[atc, SYNC, SYNC]);
+    assert_eq!(guest.consumed(), (1, stopped));
+    assert_eq!(guest.calls(), [Call::Invalidate(vec![atc])]);
+    guest.acknowledge_errors();
+    assert_eq!((guest.consumed(), guest.calls()), ((3, None), vec![]));
+    // A sync that comes later says so, too.
+    guest.submit(&[atc]);
+    assert_eq!(guest.consumed(), (4, None));
+    guest.host.silent.store(false, Ordering::Relaxed);
+    guest.submit(&[atc, SYNC]);
+    assert_eq!(guest.consumed(), (5, stopped));
+}
+
+#[test]
 fn hints_and_streams_that_are_not_here_cost_nothing() {
     let guest = Guest::running();
     guest.submit(&[
