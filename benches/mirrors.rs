@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The cost of mirrored tables above the host: a guest maps or unmaps something, and invalidates
-//! it, with few and with many mappings in the same table. The host does nothing but count.
+//! The cost of mirrored tables: a guest maps or unmaps something, and invalidates it, with few and
+//! with many mappings in the same table; above a host that does nothing but keep books, and on the
+//! emulated one.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion};
 use twostage::iommufd::fake::RecordingHost;
-use twostage::iommufd::{Extensions, HostIommu, HwInfo, HwInfoData, Protection};
+use twostage::iommufd::{Extensions, HostIommu, HwInfo, HwInfoData, ObjectId};
 use twostage::nesting::vtd::{Nesting, Serving, VtdNesting};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
@@ -19,8 +20,10 @@ use twostage::viommu::vtd::{
     VtdSecondStage,
 };
 use twostage::viommu::Requester;
+use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+const RID: Bdf = Bdf::from_raw(0x20);
 const TAG: DomainTag = DomainTag { domain: 1, pasid: 0 };
 /// Mappings of single pages, of which no two are adjacent.
 const EXISTING: [u64; 3] = [10, 1000, 100_000];
@@ -42,34 +45,48 @@ struct Change {
     range: PageRange,
 }
 
+/// The hosts to measure.
+const HOSTS: [&str; 2] = ["no host", "the emulated host"];
+
+/// A host, by its name, with a bound device.
+fn host(name: &str) -> (Arc<dyn HostIommu>, ObjectId) {
+    if name == HOSTS[0] {
+        let host = RecordingHost::new(Extensions::default());
+        host.mute();
+        let dev = host.add_device(0, HwInfo::new(HwInfoData::None));
+        return (host, dev);
+    }
+    let host = EmulatedHost::new();
+    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    host.add_device("device", unit, RID, DeviceConfig::default()).expect("a new device");
+    let dev = host.device_bind("device").expect("it is there");
+    (host, dev)
+}
+
 /// One device on second-stage tables with so many mappings.
 struct Rig {
-    host: Arc<RecordingHost>,
     nesting: VtdNesting,
     memory: Arc<GuestMemoryMmap>,
 }
 
 impl Rig {
-    fn new(existing: u64) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]);
-        let memory = Arc::new(memory.expect("4 MiB"));
-        let host = RecordingHost::new(Extensions::default());
-        host.mute();
-        let ioas = host.ioas_alloc().expect("the recording host makes an IOAS");
-        let map = [(0, 1 << 40, Protection::READ_WRITE)];
-        let ioas = GuestIoas::adopt_mapped(host.clone(), ioas, &map).expect("it is there");
+    fn new(existing: u64, name: &str) -> Self {
+        let ranges = [0, 1 << 39].map(|start| (GuestAddress(start), 1 << 30));
+        let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).expect("2 GiB, hardly used");
+        let memory = Arc::new(memory);
+        let (host, dev) = host(name);
+        let ioas = GuestIoas::new(host).expect("an IOAS");
+        ioas.map_all(&*memory).expect("memory is mapped");
         let nesting = Nesting::Off { pieces: Nesting::PIECES };
         let serving = Serving::new(nesting, memory.clone(), VtdConfig::default());
-        let rig = Self { host, nesting: VtdNesting::serving(ioas, serving), memory };
+        let rig = Self { nesting: VtdNesting::serving(ioas, serving), memory };
         rig.put(TOP, GIGABYTES | RW);
         rig.put(GIGABYTES, MEGABYTES | RW);
         for page in (0..2 * existing).step_by(2) {
             rig.put(MEGABYTES + page / 512 * 8, (PAGES + page / 512 * 0x1000) | RW);
             rig.put(PAGES + page * 8, page << 12 | RW);
         }
-        let rid = Bdf::from_raw(0x20);
-        let dev = rig.host.add_device(0, HwInfo::new(HwInfoData::None));
-        rig.nesting.add_device(rid, dev).expect("the recording host attaches");
+        rig.nesting.add_device(RID, dev).expect("the device is attached");
         let tables = VtdSecondStage {
             table: TOP,
             address_width: AddressWidth::Bits48,
@@ -77,29 +94,31 @@ impl Rig {
         };
         let policy = Policy::Stage1(Stage1::VtdSecondStage(tables));
         let config = RequesterConfig { policy, tag: TAG, fault_disabled: false };
-        rig.nesting.configure(Requester::rid(rid), &config).expect("the recording host maps");
+        rig.nesting.configure(Requester::rid(RID), &config).expect("the table is mirrored");
         assert_eq!(rig.nesting.counters().mirror_pieces, existing);
         rig
     }
 
     fn put(&self, gpa: u64, word: u64) {
-        self.memory.write_obj(word, GuestAddress(gpa)).expect("in the first 4 MiB");
+        self.memory.write_obj(word, GuestAddress(gpa)).expect("there is a GiB");
     }
 
     /// The time and the host calls of mapping `change` and of unmapping it, each invalidated.
     fn round(&self, change: &Change) -> [(Duration, u64); 2] {
         [change.word, 0].map(|word| {
-            let (calls, begun) = (self.host.calls(), Instant::now());
+            let calls = self.nesting.counters().host_calls;
+            let begun = Instant::now();
             self.put(change.entry, word);
             self.invalidate(&[Some(change.range)]);
-            (begun.elapsed(), self.host.calls() - calls)
+            let time = begun.elapsed();
+            (time, self.nesting.counters().host_calls - calls)
         })
     }
 
     fn invalidate(&self, ranges: &[Option<PageRange>]) {
         let of = |range: &_| Invalidation { domain: Some(TAG.domain), pasid: None, range: *range };
         let batch: Vec<_> = ranges.iter().map(of).collect();
-        self.nesting.invalidate(black_box(&batch)).expect("the recording host does all");
+        self.nesting.invalidate(black_box(&batch)).expect("the host does all");
     }
 }
 
@@ -132,22 +151,24 @@ fn changes(existing: u64) -> [Change; 3] {
 }
 
 fn maps_and_unmaps(criterion: &mut Criterion) {
-    for (verb, number) in [("map", 0), ("unmap", 1)] {
-        let mut group = criterion.benchmark_group(format!("{verb} and invalidate"));
-        for existing in EXISTING {
-            let rig = Rig::new(existing);
-            for change in changes(existing) {
-                let (_, calls) = rig.round(&change)[number];
-                println!("{verb} {}, {existing} others: {calls} host calls", change.name);
-                let id = BenchmarkId::new(change.name, format!("{existing} others"));
-                group.bench_function(id, |bencher| {
-                    bencher.iter_custom(|count| {
-                        (0..count).map(|_| rig.round(&change)[number].0).sum()
+    for name in HOSTS {
+        for (verb, number) in [("map", 0), ("unmap", 1)] {
+            let mut group = criterion.benchmark_group(format!("{verb} and invalidate, {name}"));
+            for existing in EXISTING {
+                let rig = Rig::new(existing, name);
+                for change in changes(existing) {
+                    let (_, calls) = rig.round(&change)[number];
+                    println!("{verb} {}, {existing} others: {calls} host calls", change.name);
+                    let id = BenchmarkId::new(change.name, format!("{existing} others"));
+                    group.bench_function(id, |bencher| {
+                        bencher.iter_custom(|count| {
+                            (0..count).map(|_| rig.round(&change)[number].0).sum()
+                        });
                     });
-                });
+                }
             }
+            group.finish();
         }
-        group.finish();
     }
 }
 
@@ -155,7 +176,7 @@ fn maps_and_unmaps(criterion: &mut Criterion) {
 fn comparisons(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("nothing has changed");
     for existing in EXISTING {
-        let rig = Rig::new(existing);
+        let rig = Rig::new(existing, HOSTS[0]);
         let one = |number: u64| Some(PageRange::new(number << 13, 1, true));
         let pages: Vec<_> = (0..1000).map(one).collect();
         for (name, ranges) in [("1000 pages", &pages[..]), ("the domain", &[None])] {
