@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
-use super::plan::attributes;
+use super::plan::{attributes, refusal};
 use crate::arch::layout::MESSAGE_RANGE;
 use crate::devices::{DmaError, DmaMaster, ServiceControl, Services};
 use twostage::spec::pci::{Bdf, Pasid};
@@ -84,6 +84,8 @@ pub(super) struct SmmuDma {
     pub port: DmaPort,
     /// Where translated messages go.
     pub messages: Arc<dyn InterruptSink>,
+    /// The device asks for translations (ATS).
+    pub asks: bool,
 }
 
 impl DmaMaster for SmmuDma {
@@ -92,19 +94,27 @@ impl DmaMaster for SmmuDma {
     }
 
     fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
-        let Self { port, messages } = self;
-        match <[u8; 4]>::try_from(data).map(u32::from_le_bytes) {
-            Ok(word) if iova.is_multiple_of(4) => port
-                .write_message(attributes(pasid), iova, word, |address| {
-                    deliver(address, word, &**messages);
-                })
-                .map_err(|_: Refusal| DmaError::at(iova)),
-            // Only aligned writes of four bytes interrupt.
-            _ => DmaMaster::write(port, pasid, iova, data),
+        let Self { port, messages, asks } = self;
+        let word = <[u8; 4]>::try_from(data).map(u32::from_le_bytes);
+        // Only aligned writes of four bytes interrupt.
+        let Some(word) = word.ok().filter(|_| iova.is_multiple_of(4)) else {
+            return DmaMaster::write(port, pasid, iova, data);
+        };
+        if *asks {
+            // A device that asks for translations gets memory's; messages it sends untranslated.
+            match DmaPort::write(port, attributes(pasid), iova, data) {
+                Err(Refusal::Interrupt { .. }) => {}
+                result => return result.map_err(|error| refusal(iova, &error)),
+            }
         }
+        port.write_message(attributes(pasid), iova, word, |address| {
+            deliver(address, word, &**messages);
+        })
+        .map_err(|_: Refusal| DmaError::at(iova))
     }
 
     fn set_services(&mut self, services: Services) {
+        self.asks = services.ats;
         DmaMaster::set_services(&mut self.port, services);
     }
 
@@ -162,19 +172,25 @@ mod tests {
         memory: MachineMemory,
         iommus: Iommus,
         arrived: Arc<Arrived>,
+        /// The function's entry allows translation requests.
+        ats: bool,
         submitted: u32,
         seen: u32,
     }
 
     impl Guest {
         fn new() -> Self {
+            Self::with(SmmuV3Options::default())
+        }
+
+        fn with(options: SmmuV3Options) -> Self {
             let memory = MachineMemory::new(1 << 20).unwrap();
             let arrived = Arc::<Arrived>::default();
             let sink = arrived.clone();
             let messages = move |_| -> Arc<dyn InterruptSink> { sink.clone() };
-            let config = SmmuV3Options::default().into();
-            let iommus = iommus_with(&[config], &[FUNCTION], &memory, &messages).unwrap();
-            Self { memory, iommus, arrived, submitted: 0, seen: 0 }
+            let ats = options.ats;
+            let iommus = iommus_with(&[options.into()], &[FUNCTION], &memory, &messages).unwrap();
+            Self { memory, iommus, arrived, ats, submitted: 0, seen: 0 }
         }
 
         fn iommu(&self) -> &Iommu {
@@ -220,7 +236,8 @@ mod tests {
             let ste = Ste0::new().with_v(true).with_config(config.into_bits());
             let ste = ste.with_s1contextptr(self.gpa(CONTEXT) >> 6);
             let at = STREAMS + u64::from(FUNCTION.bdf.raw()) * STE_SIZE;
-            self.store(at + 8, Ste1::new().with_shcfg(1).into_bits());
+            let attributes = Ste1::new().with_shcfg(1).with_eats(self.ats.into());
+            self.store(at + 8, attributes.into_bits());
             self.store(at, ste.into_bits());
             let qw0 = Cd0::new().with_t0sz(34).with_tg0(Granule::K4.tg0()).with_epd1(true);
             let qw0 = qw0.with_v(true).with_ips(5).with_aa64(true).with_r(true).with_a(true);
@@ -345,20 +362,38 @@ mod tests {
     }
 
     #[test]
-    fn a_dma_that_ends_at_the_doorbell_interrupts() {
-        let mut guest = Guest::new();
-        guest.enable(StreamConfig::Stage1);
-        let nowhere: Arc<dyn InterruptSink> = Arc::new(Arrived::default());
-        let mut dma = guest.iommu().dma_master(FUNCTION.bdf, nowhere).unwrap();
-        guest.map(Some(DOORBELL & !0xfff));
-        dma.write(None, MESSAGE.address, &9u32.to_le_bytes()).unwrap();
-        assert_eq!(guest.arrived(), [(DOORBELL, 9)]);
-        // No message has another length, or is read.
-        dma.write(None, MESSAGE.address, &[0; 8]).unwrap_err();
-        dma.read(None, MESSAGE.address, &mut [0; 4]).unwrap_err();
-        guest.map(Some(guest.gpa(PAGE)));
-        dma.write(None, MESSAGE.address, &10u32.to_le_bytes()).unwrap();
-        assert_eq!((guest.arrived(), guest.load(PAGE + 0x40)), (vec![], 10));
+    fn a_dma_that_ends_at_the_doorbell_interrupts_whether_the_device_has_a_tlb_or_not() {
+        for ats in [false, true] {
+            let mut guest = Guest::with(SmmuV3Options { ats, ..SmmuV3Options::default() });
+            guest.enable(StreamConfig::Stage1);
+            let nowhere: Arc<dyn InterruptSink> = Arc::new(Arrived::default());
+            let mut dma = guest.iommu().dma_master(FUNCTION.bdf, nowhere).unwrap();
+            let services = Services { ats, ..Services::default() };
+            dma.service_control().unwrap().enabled(services);
+            dma.set_services(services);
+            let mut write = |word: u32| dma.write(None, MESSAGE.address, &word.to_le_bytes());
+            guest.map(Some(DOORBELL & !0xfff));
+            write(9).unwrap();
+            assert_eq!(guest.arrived(), [(DOORBELL, 9)]);
+            guest.map(Some(guest.gpa(PAGE)));
+            write(10).unwrap();
+            assert_eq!((guest.arrived(), guest.load(PAGE + 0x40)), (vec![], 10));
+            // A device with a TLB uses what it has.
+            guest.map(None);
+            let range = AddressRange::at(IOVA);
+            guest.submit(Command::TlbiNhVa { vmid: 0, asid: ASID, range });
+            assert_eq!(write(11).is_ok(), ats);
+            assert_eq!(guest.load(PAGE + 0x40), if ats { 11 } else { 10 });
+            // No message has another length, or is read.
+            guest.map(Some(DOORBELL & !0xfff));
+            let stream = FUNCTION.bdf.into();
+            let (substream, global, address, size) = (None, false, 0, 52);
+            if ats {
+                guest.submit(Command::AtcInv { stream, substream, global, address, size });
+            }
+            dma.write(None, MESSAGE.address, &[0; 8]).unwrap_err();
+            dma.read(None, MESSAGE.address, &mut [0; 4]).unwrap_err();
+        }
     }
 
     #[test]

@@ -206,7 +206,7 @@ impl DmaMaster for DmaPort {
 }
 
 /// `error` of a request to `iova`, as its device sees it.
-fn refusal(iova: u64, error: &twostage_emulated::DmaError) -> DmaError {
+pub(super) fn refusal(iova: u64, error: &twostage_emulated::DmaError) -> DmaError {
     let group = match error {
         twostage_emulated::DmaError::PageRequested { group, .. } => Some(*group),
         _ => None,

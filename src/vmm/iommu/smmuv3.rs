@@ -127,7 +127,7 @@ impl VirtualIommu for SmmuV3 {
 
     fn dma_master(&self, bdf: Bdf, _: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>> {
         let (port, messages) = (self.dma_port(bdf)?, self.translated.get(&bdf)?.clone());
-        Some(Box::new(SmmuDma { port, messages }))
+        Some(Box::new(SmmuDma { port, messages, asks: false }))
     }
 
     fn report(&self) -> ModelReport {

@@ -2,6 +2,8 @@
 //! A device uses the translations that it has asked for until it is told to forget them.
 
 use super::*;
+use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 const IOVA: u64 = 0x0000_1234_4020_0000;
 const OLD: u64 = HIGH;
@@ -160,4 +162,67 @@ fn the_sanitizer_names_the_invalidation_that_a_device_missed() {
     assert!(report.to_string().contains("needed: device-TLB invalidation"), "{report}");
     machine.unit.invalidate_device_tlb(RID, None, page(IOVA, true));
     assert!(machine.unit.sanitizer_report().unwrap().stale[0].invalidated_since);
+}
+
+/// What happens to pages of the guest's tables, by number.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    /// One leads nowhere, or to one of two places.
+    Lead(u64, Option<bool>),
+    /// So many from one on are invalidated in the unit.
+    Invalidate(u64, u64),
+    /// The device alone is told.
+    Tell(u64, u64, Option<u32>),
+    /// The device reads with a PASID, or without.
+    Read(u64, Option<u32>),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let (page, pages, of) = (0u64..4, 1u64..4, prop_oneof![Just(None), Just(Some(1))]);
+    prop_oneof![
+        2 => (page.clone(), any::<Option<bool>>()).prop_map(|(at, to)| Step::Lead(at, to)),
+        1 => (page.clone(), pages.clone()).prop_map(|(at, pages)| Step::Invalidate(at, pages)),
+        1 => (page.clone(), pages, of.clone()).prop_map(|(at, n, of)| Step::Tell(at, n, of)),
+        4 => (page, of).prop_map(|(at, of)| Step::Read(at, of)),
+    ]
+}
+
+proptest! {
+    /// A device never uses what was replaced before the last invalidation, and of what was since,
+    /// nothing that never was.
+    #[test]
+    fn nothing_is_used_after_its_invalidation(steps in prop::collection::vec(step(), 1..80)) {
+        let (machine, first) = machine(1, false);
+        let mut port = machine.port();
+        let mut now = [Some(1); 4];
+        (1..4).for_each(|page| machine.poke(first + page * 8, OLD | RW));
+        let mut since = [1; 4].map(|word| BTreeSet::from([Some(word)]));
+        let range = |at: u64, pages| {
+            CacheRange::Pages(PageRange::new(IOVA + at * 0x1000, pages, true))
+        };
+        for step in steps {
+            match step {
+                Step::Lead(at, to) => {
+                    let place = to.map(|new| if new { (NEW, 2) } else { (OLD, 1) });
+                    machine.poke(first + at * 8, place.map_or(0, |(page, _)| page | RW));
+                    now[at as usize] = place.map(|(_, word)| word);
+                    since[at as usize].insert(now[at as usize]);
+                }
+                Step::Invalidate(at, pages) => {
+                    machine.invalidate(1, range(at, pages));
+                    for page in at..(at + pages).min(4) {
+                        since[page as usize] = BTreeSet::from([now[page as usize]]);
+                    }
+                }
+                Step::Tell(at, pages, of) => {
+                    machine.unit.invalidate_device_tlb(RID, of, range(at, pages));
+                }
+                Step::Read(at, of) => {
+                    let attributes = of.map_or(PLAIN, pasid);
+                    let read = machine.read_u64(&mut port, attributes, IOVA + at * 0x1000).ok();
+                    prop_assert!(since[at as usize].contains(&read), "{read:?} of {since:?}");
+                }
+            }
+        }
+    }
 }
