@@ -167,6 +167,12 @@ fn hits(criterion: &mut Criterion) {
     group.bench_function("the same page", |bencher| {
         bencher.iter(|| translate(&mut port, black_box(IOVA)));
     });
+    let machine = Machine::new(1, VtdUnitConfig::default().with_device_tlb(true));
+    let mut port = machine.port();
+    port.control().set_device_tlb(true);
+    group.bench_function("the same page, in the device TLB", |bencher| {
+        bencher.iter(|| translate(&mut port, black_box(IOVA)));
+    });
     group.finish();
 }
 
