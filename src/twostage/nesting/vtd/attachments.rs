@@ -177,7 +177,8 @@ impl State {
         // user. Under a tag that no other user of the HWPT has, nothing is cached in the guest's
         // view, so it need not have invalidated what the host still caches for the others.
         let adopts = found.is_some() && (!self.nested.knows(hwpt, tag) || self.is_unsettled(hwpt));
-        if adopts {
+        let was_flushed = self.shadow.as_mut().is_some_and(|shadow| shadow.take_compared(hwpt));
+        if adopts && !was_flushed {
             self.flush_everything(hwpt)?;
             if self.nested.stage1(hwpt).is_none() {
                 // The last of its users was lost on the way, and it with that.

@@ -209,7 +209,7 @@ impl VtdHostSide for VtdNesting {
     }
 
     fn prepare(&self, requester: Requester, config: &RequesterConfig) -> bool {
-        self.state().prepare(requester, config)
+        self.0.with(|state| state.prepare(requester, config))
     }
 
     fn configured(&self) {

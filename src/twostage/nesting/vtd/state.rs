@@ -228,7 +228,7 @@ impl State {
             _ => 0,
         };
         self.faults.add(dev, rid);
-        let page_requests = self.pages.is_some();
+        let page_requests = self.pages.is_some() && self.shadow.is_none();
         self.devices.insert(rid, Device { dev, parent, info, iova_bits, page_requests });
         Ok(())
     }

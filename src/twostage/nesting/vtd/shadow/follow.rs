@@ -16,7 +16,7 @@ use crate::viommu::vtd::walk::{Leaf, Tables, TooManyTables, Walk};
 use crate::viommu::vtd::{Invalidation, Progress};
 
 /// All IOVAs.
-const EVERYTHING: Range<u64> = 0..u64::MAX;
+pub(super) const EVERYTHING: Range<u64> = 0..u64::MAX;
 /// Tables read at once where nobody waits.
 pub(super) const AT_ONCE: u64 = 512;
 
@@ -127,7 +127,7 @@ impl State {
 
     /// Makes the mirror `id` as its table is now in `ranges`, which ascend, or in a part of them:
     /// then returns where to go on.
-    fn follow_ranges(
+    pub(super) fn follow_ranges(
         &mut self,
         id: ObjectId,
         ranges: &[Range<u64>],

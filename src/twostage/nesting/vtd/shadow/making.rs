@@ -6,16 +6,17 @@
 //! one has stopped, and nothing else is done with the mirror before it is replaced. The first
 //! mirror of a table is *prepared* before a requester is given the table. Nobody uses it until
 //! then, so that what the guest invalidates in between does not reach it: it is begun again, and
-//! after some times made in one piece.
+//! after some times made in one piece. Who joins a mirror under a name that nobody else has makes
+//! it be compared as a whole, which is prepared in the same way.
 
-use super::follow::{Quota, AT_ONCE};
+use super::follow::{Quota, AT_ONCE, EVERYTHING};
 use super::mirror::{Mirror, Piece, Steps};
 use super::{too_many, Mirrored, Shadow};
 use crate::iommufd::ObjectId;
 use crate::nesting::vtd::state::State;
 use crate::nesting::{NestingError, Result};
 use crate::viommu::vtd::walk::Tables;
-use crate::viommu::vtd::{Policy, RequesterConfig, Stage1};
+use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1};
 use crate::viommu::Requester;
 
 /// So often the preparation of a mirror begins again.
@@ -43,6 +44,14 @@ pub(super) struct Making {
 pub(super) struct Prepared {
     stage1: Stage1,
     making: Result<Making>,
+}
+
+/// A mirror that is compared for somebody who joins it.
+#[derive(Debug)]
+pub(super) struct Joining {
+    id: ObjectId,
+    /// Where to go on; `None`: all of it was compared.
+    resume: Option<(u64, u64)>,
 }
 
 impl Making {
@@ -150,8 +159,33 @@ impl State {
     /// See [`crate::viommu::vtd::VtdHostSide::prepare`].
     pub fn prepare(&mut self, requester: Requester, config: &RequesterConfig) -> bool {
         let Policy::Stage1(stage1) = &config.policy else { return true };
-        let has_device = self.devices.contains_key(&requester.rid);
-        self.shadow.is_none() || !has_device || self.prepare_some(stage1, &mut { Quota::SLICE })
+        if self.shadow.is_none() || !self.devices.contains_key(&requester.rid) {
+            return true;
+        }
+        let ioas = self.objects.ioas().map(|ioas| ioas.id()).ok();
+        match ioas.and_then(|ioas| self.nested.hwpts.find(&(ioas, false, *stage1))) {
+            Some(id) => self.compare_some(id, config.tag),
+            None => self.prepare_some(stage1, &mut { Quota::SLICE }),
+        }
+    }
+
+    /// Compares a part of the mirror `id`, which somebody joins as `tag`. Whether nothing is left.
+    fn compare_some(&mut self, id: ObjectId, tag: DomainTag) -> bool {
+        let needless = self.nested.knows(id, tag) && !self.is_unsettled(id);
+        let Some(shadow) = self.shadow.as_mut() else { return true };
+        if needless || shadow.is_compared(id) || shadow.disturbed >= MAX_DISTURBED {
+            return true;
+        }
+        let begun = shadow.joining.take().filter(|joining| joining.id == id);
+        let resume = begun.and_then(|joining| joining.resume);
+        let compared = self.follow_ranges(id, &[EVERYTHING], resume, &mut { Quota::SLICE });
+        // What fails is done once more when it is joined, which tells those who lose by it.
+        let Ok(resume) = compared else { return true };
+        let _ = self.starve_lost(None);
+        if let Some(shadow) = self.shadow.as_mut() {
+            shadow.joining = Some(Joining { id, resume });
+        }
+        resume.is_none()
     }
 
     /// Prepares a part of the mirror of `stage1`. Whether nothing is left, or may be.
@@ -220,7 +254,21 @@ impl State {
 impl Shadow {
     /// Takes what was prepared.
     fn disturb(&mut self) -> Option<Prepared> {
-        self.prepared.take().inspect(|_| self.disturbed += 1)
+        let prepared = self.prepared.take();
+        let joining = self.joining.take();
+        self.disturbed += u32::from(prepared.is_some() || joining.is_some());
+        prepared
+    }
+
+    /// Whether the mirror `id` was compared as a whole, and nothing has been said since.
+    pub(super) fn is_compared(&self, id: ObjectId) -> bool {
+        self.joining.as_ref().is_some_and(|it| it.id == id && it.resume.is_none())
+    }
+
+    /// The same, for who joins it now.
+    pub fn take_compared(&mut self, id: ObjectId) -> bool {
+        self.disturbed = 0;
+        self.joining.take().is_some_and(|it| it.id == id && it.resume.is_none())
     }
 
     /// Whether the mirror of `stage1` is prepared, in part or not.

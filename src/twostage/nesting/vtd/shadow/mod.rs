@@ -37,7 +37,7 @@ use crate::viommu::vtd::walk::Tables;
 use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1, VtdConfig};
 use crate::viommu::{Requester, TableMemory};
 use follow::Said;
-use making::{Making, Prepared};
+use making::{Joining, Making, Prepared};
 use mirror::{Mirror, Wanted};
 use serving::Serving;
 
@@ -64,6 +64,7 @@ pub(super) struct Shadow {
     /// The number of batches so far.
     batches: u32,
     prepared: Option<Prepared>,
+    joining: Option<Joining>,
     /// How often in a row something was said before what was prepared was used.
     disturbed: u32,
     /// Requesters that are blocked because their table cannot be mirrored, or was not.
@@ -140,6 +141,7 @@ impl Shadow {
             said: None,
             batches: 0,
             prepared: None,
+            joining: None,
             disturbed: 0,
             starved: BTreeMap::new(),
             trial: None,

@@ -115,6 +115,37 @@ fn the_first_mirror_of_a_table_is_made_in_slices() {
     rig.ends_clean();
 }
 
+#[test]
+fn who_joins_a_mirror_under_another_name_has_it_compared_in_slices() {
+    let rig = Rig::new();
+    let policy = tables();
+    rig.configure(A, policy).unwrap();
+    let tag = DomainTag { domain: TAG.domain + 1, ..TAG };
+    let prepare =
+        || rig.nesting.prepare(Requester::rid(B), &RequesterConfig { tag, ..config(policy) });
+    scatter(&rig, 0x9000);
+    rig.host.take_log();
+    let mut slices = 1;
+    while !prepare() {
+        let calls = rig.host.take_log();
+        assert!(calls.len() <= CALLS, "{calls:?}");
+        slices += 1;
+    }
+    assert!(slices >= 16, "{slices}");
+    rig.host.take_log();
+    rig.configure(B, policy).unwrap();
+    rig.expect(&["DEVICE_ATTACH #2 to #4"]);
+    assert_eq!(rig.host.reaches_copies(DEV_B).len(), 512);
+    // By then something else was said: it is compared again.
+    rig.configure(B, Policy::Bypass).unwrap();
+    while !prepare() {}
+    rig.put(0x3000, 1, 0xa003);
+    rig.invalidate(Some((0x9000, 1))).unwrap();
+    rig.configure(B, policy).unwrap();
+    assert_eq!(rig.host.reaches_copies(DEV_B).len(), 513);
+    rig.ends_clean();
+}
+
 /// What is prepared is not used if the guest has changed it, nor kept if nobody needs it.
 #[test]
 fn what_is_prepared_goes_when_it_is_not_right_any_more() {
