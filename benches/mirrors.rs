@@ -187,5 +187,11 @@ fn comparisons(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, maps_and_unmaps, comparisons);
+/// There are many of them, and each is stable.
+fn short() -> Criterion {
+    let criterion = Criterion::default().warm_up_time(Duration::from_millis(300));
+    criterion.measurement_time(Duration::from_secs(1))
+}
+
+criterion_group!(name = benches; config = short(); targets = maps_and_unmaps, comparisons);
 criterion_main!(benches);
