@@ -215,7 +215,7 @@ impl VtdIommu {
                 self.tell_device(registers, pass, (source, None, range));
             }
             Descriptor::PasidDeviceTlb { source, pasid, global, range, .. } => {
-                let pasid = Some(pasid).filter(|_| !global);
+                let pasid = (!global).then_some(pasid);
                 self.tell_device(registers, pass, (source, pasid, range));
             }
             Descriptor::ContextCache(scope) => {
