@@ -129,12 +129,17 @@ pub fn vtd_config() -> VtdConfig {
 
 /// A host with one unit and two unbound devices; every call of it can be made to fail.
 pub fn host(config: VtdUnitConfig) -> (Arc<Host>, Arc<VtdUnit>) {
+    host_of(config, [true, true])
+}
+
+/// The same, with devices that make page requests or do not.
+pub fn host_of(config: VtdUnitConfig, pri: [bool; 2]) -> (Arc<Host>, Arc<VtdUnit>) {
     let unit = VtdUnit::new(config);
     let host = EmulatedHost::new();
     let id = host.add_unit(unit.clone());
-    for (name, rid) in [("a", A), ("b", B)] {
+    for ((name, rid), pri) in [("a", A), ("b", B)].into_iter().zip(pri) {
         let config =
-            DeviceConfig::default().with_pasid_bits(PASID_BITS).with_ats(true).with_pri(true);
+            DeviceConfig::default().with_pasid_bits(PASID_BITS).with_ats(true).with_pri(pri);
         host.add_device(name, id, rid, config).unwrap();
     }
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)

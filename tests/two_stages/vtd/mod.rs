@@ -20,6 +20,7 @@ use crate::common::{A, HIGH, HIGH_SIZE, PAGE};
 use crate::conformance::{IOVA, NAME as DOMAIN};
 use guest::{Completion, Entry};
 use machine::{vtd_config, Machine};
+use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs;
@@ -58,9 +59,20 @@ fn iotlb(scope: IotlbScope) -> Descriptor {
 
 #[track_caller]
 fn expect_fault(machine: &Machine, reason: FaultReason, address: u64, pasid: Option<u32>) {
+    expect_fault_of(machine, A, reason, address, pasid);
+}
+
+#[track_caller]
+fn expect_fault_of(
+    machine: &Machine,
+    rid: Bdf,
+    reason: FaultReason,
+    address: u64,
+    pasid: Option<u32>,
+) {
     let (record, told) = machine.guest.take_fault().expect("the guest is told");
     assert_eq!(told, Some(reason));
-    assert_eq!(record.high.sid(), A.raw());
+    assert_eq!(record.high.sid(), rid.raw());
     assert_eq!(record.address(), address & !(PAGE - 1));
     assert_eq!(record.high.pp().then(|| record.high.pv()), pasid);
 }
