@@ -395,11 +395,15 @@ fn every_check_holds_for_one_device_of_28_address_bits() {
 }
 
 #[test]
-fn every_check_holds_on_a_machine_of_two_vcpus() {
+fn every_check_holds_on_a_machine_of_two_vcpus_and_with_page_requests() {
     if !kvm() {
         return;
     }
-    assert_nested(&Machine { vcpus: 2, ..MACHINE }.run(), 1, 2);
+    let iommus = &["vtd,aw=57,pasid-bits=20,ats=on,pri=on"][..];
+    let devices = &["edu,pasid=on,ats=on,pri=on,dma-mask=0xffffffffffffffff"; 2][..];
+    let outcome = Machine { vcpus: 2, iommus, devices, ..MACHINE }.run();
+    assert_eq!(objects(&outcome.report, "HWPT_NESTED").len(), 1);
+    assert_ne!(number(&outcome.report, "/iommus/0/viommu/page_requests"), 0);
 }
 
 #[test]

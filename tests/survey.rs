@@ -82,8 +82,27 @@ fn an_offer_is_the_intersection() {
         .with_dirty_tracking(false);
     let offer = both((poor, DeviceConfig::default()));
     assert_eq!((offer.address_bits, offer.pasid_bits, offer.ats), (48, 8, false));
+    assert_eq!(offer.no_page_requests.as_deref(), Some("the IOMMU of device0 lacks ECAP.PRS"));
     assert!(!offer.dirty_tracking);
     assert!(!offer.features.iter().any(|each| each == "1 GiB pages"));
+}
+
+/// By the units' registers, and by an attach for each device.
+#[test]
+fn page_requests_are_offered_where_units_and_a_device_have_them() {
+    let unit = |prs| VtdUnitConfig::default().with_device_tlb(true).with_page_requests(prs);
+    let device = |pri| DeviceConfig::default().with_pasid_bits(8).with_ats(true).with_pri(pri);
+    let why = |devices: [(bool, bool); 2]| {
+        let (host, names) = host(&devices.map(|(prs, pri)| (unit(prs), device(pri))));
+        let offer = Offer::new(&survey(&*host, &names).unwrap()).unwrap();
+        let prs = offer.registers["ECAP"] >> 29 & 1 != 0;
+        assert_eq!(prs, offer.no_page_requests.is_none());
+        offer.no_page_requests
+    };
+    assert_eq!(why([(true, true), (true, false)]), None);
+    assert_eq!(why([(true, false); 2]), Some("no device makes them (PRI)".into()));
+    let lacks = Some("the IOMMU of device1 lacks ECAP.PRS".into());
+    assert_eq!(why([(true, true), (false, false)]), lacks);
 }
 
 #[test]

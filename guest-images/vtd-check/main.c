@@ -31,6 +31,7 @@ extern const struct check_group second_stage_checks;
 extern const struct check_group stale_second_stage_checks;
 extern const struct check_group nested_checks;
 extern const struct check_group stale_nested_checks;
+extern const struct check_group page_requests_checks;
 extern const struct check_group shared_checks;
 extern const struct check_group last_checks;
 extern const struct check_group two_units_checks;
@@ -99,6 +100,8 @@ static void check_unit(void)
     }
     if (ecap_device_tlb() && edu_has_ats(&edus[0]))
         check_run(&ats_checks);
+    if (ecap_page_requests() && pci_extended_capability(edus[0].place, PCI_EXT_CAP_PRI))
+        check_run(&page_requests_checks);
     if (edu_sharing(&edus[0]))
         check_run(&same_requester_checks);
     check_run(&last_checks);

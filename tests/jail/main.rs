@@ -349,6 +349,7 @@ const UNSEEN_CALLS: &[(Option<&ThreadKind>, &str, &str)] = &[
     (Some(&SETUP), "readlinkat", "the same on arm64"),
     (Some(&SETUP), "write", "a thread of a queue is told to end when adding a device fails"),
     (Some(&SETUP), "rt_sigaction", "glibc, in another program: `first`"),
+    (Some(&GUEST), "write", "a response to a page request, of which these lives have none"),
     (Some(&EVENTS), "read", "the preload library receives from a socket"),
     (Some(&QUEUE), "write", "a watcher drops its queue"),
     (Some(&REMOVE), "write", "a page request queue of the VMM is dropped"),
@@ -360,7 +361,7 @@ fn read_trace(trace: &Path, seen: &mut BTreeSet<(&'static str, String)>) {
         let Some((thread, call)) = line.split_once("> ") else { continue };
         let comm = thread.split_once('<').map_or("", |(_, comm)| comm);
         let kind = KINDS.iter().find(|kind| match kind.name {
-            "events" => comm == "smmu-events",
+            "events" => ["smmu-events", "page-requests"].contains(&comm),
             "queue" => comm.starts_with("queue "),
             name => comm == name,
         });

@@ -21,6 +21,7 @@ enum {
     PCI_CAP_EXPRESS = 0x10,
     PCI_CAP_MSIX = 0x11,
     PCI_EXT_CAP_ATS = 0x0f,
+    PCI_EXT_CAP_PRI = 0x13,
     PCI_EXT_CAP_PASID = 0x1b,
 };
 

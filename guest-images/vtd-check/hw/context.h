@@ -13,6 +13,7 @@ enum { TT_UNTRANSLATED = 0, TT_PASS_THROUGH = 2, TT_RESERVED = 3 };
 // Scalable-mode context entry, first quadword.
 #define CONTEXT_DTE BIT(2)
 #define CONTEXT_PASIDE BIT(3)
+#define CONTEXT_PRE BIT(4)
 #define CONTEXT_PDTS(x) ((u64)(x) << 9)
 
 // PASID-table entry.

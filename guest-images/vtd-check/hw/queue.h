@@ -23,11 +23,13 @@ enum {
     TYPE_PASID_IOTLB = 6,
     TYPE_PASID_CACHE = 7,
     TYPE_PASID_DEVICE_TLB = 8,
+    TYPE_PAGE_RESPONSE = 9,
 };
 
 #define WAIT_IF BIT(4)
 #define WAIT_SW BIT(5)
 #define WAIT_FENCE BIT(6)
+#define WAIT_DRAIN BIT(7)
 #define INVALIDATION_HINT BIT(6)
 
 static inline struct descriptor inv_context(unsigned granularity, u16 domain, u16 source)

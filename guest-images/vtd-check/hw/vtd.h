@@ -26,6 +26,13 @@ enum vtd_register {
     VTD_IEUADDR = 0x0ac,
     VTD_IQERCD = 0x0b0,
     VTD_IRTA = 0x0b8,
+    VTD_PQH = 0x0c0,
+    VTD_PQT = 0x0c8,
+    VTD_PQA = 0x0d0,
+    VTD_PRS = 0x0dc,
+    VTD_PECTL = 0x0e0,
+    VTD_PEDATA = 0x0e4,
+    VTD_PEADDR = 0x0e8,
 };
 
 // GCMD and GSTS.
@@ -43,7 +50,11 @@ enum vtd_register {
 #define FSTS_ICE BIT(5)
 #define FSTS_ITE BIT(6)
 
-// FECTL and IECTL.
+// PRS.
+#define PRS_PPR BIT(0)
+#define PRS_PRO BIT(1)
+
+// FECTL, IECTL and PECTL.
 #define ECTL_IM BIT(31)
 #define ECTL_IP BIT(30)
 
@@ -116,6 +127,7 @@ static inline bool ecap_interrupt_remapping(void) { return bits(vtd->ecap, 3, 3)
 static inline bool ecap_extended_interrupts(void) { return bits(vtd->ecap, 4, 4); }
 static inline bool ecap_pass_through(void) { return bits(vtd->ecap, 6, 6); }
 static inline bool ecap_nested(void) { return bits(vtd->ecap, 26, 26); }
+static inline bool ecap_page_requests(void) { return bits(vtd->ecap, 29, 29); }
 static inline unsigned ecap_pasid_bits(void) { return 1 + (unsigned)bits(vtd->ecap, 39, 35); }
 static inline bool ecap_pasid(void) { return bits(vtd->ecap, 40, 40); }
 static inline bool ecap_scalable(void) { return bits(vtd->ecap, 43, 43); }

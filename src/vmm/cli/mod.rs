@@ -105,7 +105,8 @@ struct RunArgs {
     /// (ECAP.NEST). With `host=/dev/iommu` the kernel translates for assigned devices (--vfio); for
     /// others behind the same IOMMU this process does. Where hardware cannot nest the tables of
     /// a vtd's guest, or with `nesting=off`, they are mirrored, with at most `shadow-pieces`
-    /// mappings.
+    /// mappings. With `pri=on`, and `ats=on`, devices ask a vtd's guest for pages that are not
+    /// there (page requests).
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,first-stage=on|off,second-stage=on|off,\

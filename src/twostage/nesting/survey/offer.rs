@@ -25,6 +25,8 @@ pub struct Offer {
     pub pasid_bits: u8,
     /// Device-TLBs, for devices that have them.
     pub ats: bool,
+    /// Why page requests are not offered; `None`: they are, for devices that make them.
+    pub no_page_requests: Option<String>,
     /// Dirty pages can be tracked with devices behind it.
     pub dirty_tracking: bool,
     /// What its driver detects, one item each.
@@ -143,6 +145,7 @@ impl Offer {
             address_bits: offered.cap.guest_address_width(),
             pasid_bits: offered.ecap.pasid_bits(),
             ats: false,
+            no_page_requests: Some("mirrored tables have none".into()),
             dirty_tracking: false,
             features: Self::features([
                 (true, "legacy and scalable mode, second-stage tables"),
@@ -163,6 +166,20 @@ fn ats(facts: &[DeviceFacts]) -> bool {
     facts.iter().any(|device| !device.info.capabilities.pci_ats_not_supported())
 }
 
+/// Why a virtual VT-d in front of `hosts`, the units of all devices of `facts`, takes no page
+/// requests.
+fn no_page_requests(facts: &[DeviceFacts], hosts: &[HostVtd], ats: bool) -> Option<String> {
+    let without = hosts.iter().find(|host| !host.ecap.prs());
+    match without {
+        Some(host) => Some(format!("the IOMMU of {} lacks ECAP.PRS", host.device)),
+        None if !ats => Some("they need device-TLBs (ATS)".into()),
+        None if !facts.iter().any(|device| device.page_requests) => {
+            Some("no device makes them (PRI)".into())
+        }
+        None => None,
+    }
+}
+
 fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
     OfferError::Mixed(first.name.clone(), device.name.clone())
 }
@@ -176,10 +193,13 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
     let hosts = facts.iter().map(unit).collect::<Result<Vec<_>, _>>()?;
     let pasid_bits = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
     let wide = |host: &HostVtd| host.cap.fs5lp() && host.cap.guest_address_width() >= 57;
+    let device_iotlb = ats(facts) && hosts.iter().all(|host| host.ecap.dt());
+    let no_page_requests = no_page_requests(facts, &hosts, device_iotlb);
     let wanted = VtdConfig {
         address_width: if hosts.iter().all(wide) { 57 } else { 48 },
         pasid_bits,
-        device_iotlb: ats(facts) && hosts.iter().all(|host| host.ecap.dt()),
+        device_iotlb,
+        page_requests: no_page_requests.is_none(),
         // A feature of the virtual unit alone; a machine has it if its interrupt controllers can be
         // split.
         interrupt_remapping: true,
@@ -193,6 +213,7 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
         address_bits: config.address_width,
         pasid_bits: offered.ecap.pasid_bits(),
         ats: config.device_iotlb,
+        no_page_requests,
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
         features: Offer::features([
             (true, "scalable mode, first-stage tables"),
@@ -230,6 +251,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         address_bits: config.input_bits,
         pasid_bits: config.substream_bits.unwrap_or(0).min(SubstreamId::BITS as u8),
         ats: config.ats,
+        no_page_requests: Some("Linux gives those of an SMMUv3 to nobody".into()),
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
         features: Offer::features([
             (config.granule_4k, "4 KiB granule"),
@@ -260,6 +282,10 @@ impl fmt::Display for Offer {
         }
         if self.ats {
             writeln!(f, "  device-TLBs (ATS)")?;
+        }
+        match &self.no_page_requests {
+            None => writeln!(f, "  page requests (PRI)")?,
+            Some(why) => writeln!(f, "  no page requests: {why}")?,
         }
         if self.dirty_tracking {
             writeln!(f, "  dirty page tracking")?;

@@ -176,3 +176,169 @@ impl fmt::Debug for PageRoute {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::thread;
+
+    use super::*;
+    use crate::iommufd::{
+        PageRequest as HostRequest, PageRequestFlags, PageRequestPermissions, Readiness, Verb,
+    };
+    use crate::sync::Condvar;
+    use crate::threads::StdThreads;
+
+    const RID: Bdf = Bdf::from_raw(0x20);
+
+    /// Returns its scripted groups, then is empty.
+    #[derive(Debug, Default)]
+    struct Script {
+        groups: Mutex<VecDeque<PageRequestGroup>>,
+        broken: bool,
+        answers: Mutex<Vec<(u32, PageResponseCode)>>,
+    }
+
+    impl FaultQueue for Script {
+        fn object(&self) -> ObjectId {
+            ObjectId(6)
+        }
+
+        fn next_group(&self) -> crate::iommufd::Result<Option<PageRequestGroup>> {
+            match self.groups.lock().pop_front() {
+                None if self.broken => {
+                    Err(HostError::new(Verb::PageRequest, ObjectId(6), Errno::EIO, "read: refused"))
+                }
+                group => Ok(group),
+            }
+        }
+
+        fn respond(&self, cookie: u32, code: PageResponseCode) -> crate::iommufd::Result<()> {
+            self.answers.lock().push((cookie, code));
+            Ok(())
+        }
+
+        fn watch(&self, watcher: Arc<dyn Readiness>) -> crate::iommufd::Result<()> {
+            watcher.changed(true);
+            Ok(())
+        }
+    }
+
+    fn group(cookie: u32, addresses: &[u64]) -> PageRequestGroup {
+        let request = |address: &u64| HostRequest {
+            flags: PageRequestFlags::new().with_pasid_valid(true),
+            pasid: 5,
+            group: 0x1ff,
+            permissions: PageRequestPermissions::new().with_write(true),
+            address: *address,
+        };
+        let requests = addresses.iter().map(request).collect();
+        PageRequestGroup { cookie, dev: ObjectId(2), requests }
+    }
+
+    fn route(groups: impl IntoIterator<Item = PageRequestGroup>) -> (PageRoute, Arc<Script>) {
+        let groups = Mutex::new(groups.into_iter().collect());
+        let queue = Arc::new(Script { groups, ..Script::default() });
+        let route = PageRoute::default();
+        route.0.lock().queue = Some(queue.clone());
+        (route, queue)
+    }
+
+    fn tickets(route: &PageRoute) -> Vec<PageTicket> {
+        route.read().0.into_iter().map(|(ticket, _)| ticket).collect()
+    }
+
+    #[test]
+    fn a_response_is_for_its_own_group_though_the_host_uses_the_cookie_again() {
+        let (route, queue) = route([group(1, &[0]), group(2, &[0])]);
+        let first = tickets(&route);
+        // The host has answered the first one by itself.
+        queue.groups.lock().push_back(group(1, &[0]));
+        let second = tickets(&route);
+        assert_eq!((first.len(), second.len()), (2, 1));
+        route.respond(first[0], PageResponse::InvalidRequest);
+        assert_eq!(*queue.answers.lock(), []);
+        for (ticket, response) in [
+            (second[0], PageResponse::Success),
+            (second[0], PageResponse::InvalidRequest),
+            (first[1], PageResponse::Failure),
+        ] {
+            route.respond(ticket, response);
+        }
+        let answers = [(1, PageResponseCode::Success), (2, PageResponseCode::Invalid)];
+        assert_eq!(*queue.answers.lock(), answers);
+        route.close();
+        assert_eq!(tickets(&route), []);
+    }
+
+    #[test]
+    fn what_was_read_before_an_error_is_delivered() {
+        let (route, _) = route([]);
+        let groups = Mutex::new([group(1, &[0])].into());
+        let broken = Script { groups, broken: true, ..Script::default() };
+        route.0.lock().queue = Some(Arc::new(broken));
+        let (groups, read) = route.read();
+        assert_eq!((groups.len(), read.map_err(|error| error.errno)), (1, Err(Errno::EIO)));
+    }
+
+    #[test]
+    fn a_group_has_the_architectures_form_or_none() {
+        let three = group(1, &[0x1000, 0x2000, 0x3000]);
+        let of_guest = requests(RID, &three).unwrap();
+        let places: Vec<_> = of_guest.iter().map(|it| (it.address, it.last)).collect();
+        assert_eq!(places, [(0x1000, false), (0x2000, false), (0x3000, true)]);
+        let PageRequest { rid, pasid, group: index, read, write, .. } = of_guest[0];
+        assert_eq!((rid, pasid, index, read, write), (RID, Pasid::new(5), 0x1ff, false, true));
+        let mut wrong = three.clone();
+        wrong.requests[1].group = 0x200;
+        assert_eq!(requests(RID, &wrong), None);
+        wrong.requests[1] = HostRequest { pasid: 1 << 20, ..three.requests[0] };
+        assert_eq!(requests(RID, &wrong), None);
+        wrong.requests.clear();
+        assert_eq!(requests(RID, &wrong), None);
+    }
+
+    /// How far a delivery is.
+    #[derive(Default)]
+    struct Delivery {
+        /// Allowed, and over.
+        state: Mutex<(bool, bool)>,
+        changed: Condvar,
+    }
+
+    #[test]
+    fn a_drain_waits_until_what_was_read_is_delivered() {
+        let (route, queue) = route([group(1, &[0])]);
+        let (route, delivery) = (Arc::new(route), Arc::<Delivery>::default());
+        let (of_reader, at_reader) = (route.clone(), delivery.clone());
+        let bring = move || {
+            let some = !of_reader.read().0.is_empty();
+            if some {
+                let waits = |state: &mut (bool, bool)| !state.0;
+                at_reader.changed.wait_while(at_reader.state.lock(), waits).1 = true;
+            }
+            Ok(some)
+        };
+        let reader = deliver(&StdThreads, queue.clone(), &route, bring).unwrap();
+        thread::scope(|scope| {
+            let drained = scope.spawn(|| {
+                route.drain();
+                delivery.state.lock().1
+            });
+            crate::patience::wait_until("the read", || queue.groups.lock().is_empty());
+            thread::sleep(Duration::from_millis(20));
+            assert!(!drained.is_finished());
+            delivery.state.lock().0 = true;
+            delivery.changed.notify_all();
+            assert!(drained.join().unwrap(), "delivered before the drain was over");
+        });
+        assert_eq!(reader.stop(), ObjectId(6));
+    }
+
+    #[test]
+    fn what_is_said_of_a_queue_that_cannot_be_read() {
+        let error = HostError::new(Verb::PageRequest, ObjectId(6), Errno::EIO, "read: refused");
+        let said = Unreadable(&error).to_string();
+        assert!(said.contains("page requests of the devices behind this virtual VT-d"), "{said}");
+    }
+}
