@@ -48,6 +48,7 @@ static const struct {
     {"sva", check_sva},
     {"vfio", check_vfio},
     {"figures", take_figures},
+    {"vfio-figures", take_vfio_figures},
 };
 
 static void set_up(void)

@@ -91,8 +91,9 @@ bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool t
     while (*(volatile uint64_t *)(registers + DMA_COMMAND) & DMA_START) {
         if (now() > end)
             return false;
-        // A few are often enough; QEMU's device takes 100 ms.
-        if (++looks > 100)
+        // A look takes time, too: so many are more than QEMU's device needs, which takes 100 ms.
+        // Sleeping takes a timer, and emulated machines have been seen to lose its interrupt.
+        if (++looks > 10000)
             usleep(1000);
     }
     return true;
