@@ -8,7 +8,11 @@
  * that inherits it has another address space.
  *
  * A process that is killed leaves its transfer to the device. Who comes next waits for its end, and
- * so does the unbinding: no DMA with a PASID outlives its binding.
+ * so does the unbinding: no DMA with a PASID outlives its binding. Until then the transfer holds the
+ * address space: what it asks for is brought. Otherwise the PASID would end with requests
+ * outstanding, which Linux 6.12.117 and 7.2.12 do not drain in this case (they clear P of the PASID
+ * table's entry before they look at it to decide whether to set FPD, by which the unbinding knows
+ * that it must drain): they free what still works on them.
  *
  * For tests: the driver cannot be unbound through sysfs, as files may be open.
  */
@@ -56,8 +60,11 @@ struct edu {
 	/* A transfer has been started, and its interrupt has not arrived. */
 	bool running;
 	wait_queue_head_t ended;
-	/* What the registers hold. */
+	/* What the transfer uses, with a reference to its users, until its end has been seen. */
+	struct mm_struct *uses;
+	/* What the registers hold. Writing one is an exit of the virtual machine. */
 	u32 pasid;
+	u64 source, destination, count;
 	struct miscdevice misc;
 	char name[16];
 };
@@ -81,16 +88,35 @@ static irqreturn_t edu_interrupt(int irq, void *context)
 	return IRQ_HANDLED;
 }
 
+/* The transfer has ended. It needs the lock. */
+static void let_go(struct edu *edu)
+{
+	struct mm_struct *uses = edu->uses;
+
+	edu->uses = NULL;
+	if (uses)
+		mmput(uses);
+}
+
 static int wait_for_end(struct edu *edu)
 {
 	long left = wait_event_killable_timeout(edu->ended, !READ_ONCE(edu->running), EDU_PATIENCE);
 
 	if (left < 0)
 		return -EINTR;
-	if (left > 0)
+	if (left > 0) {
+		let_go(edu);
 		return 0;
+	}
 	dev_err(&edu->pci->dev, "a transfer with PASID %u does not end\n", edu->pasid);
 	return -ETIMEDOUT;
+}
+
+static void set(struct edu *edu, unsigned int offset, u64 *is, u64 value)
+{
+	if (*is != value)
+		writeq(value, edu->registers + offset);
+	*is = value;
 }
 
 static int transfer(const struct binding *binding, u64 address, u32 length, bool to_memory)
@@ -107,9 +133,11 @@ static int transfer(const struct binding *binding, u64 address, u32 length, bool
 		writel(EDU_PASID_VALID | binding->pasid, edu->registers + EDU_DMA_PASID);
 		edu->pasid = binding->pasid;
 	}
-	writeq(to_memory ? EDU_BUFFER : address, edu->registers + EDU_DMA_SOURCE);
-	writeq(to_memory ? address : EDU_BUFFER, edu->registers + EDU_DMA_DESTINATION);
-	writeq(length, edu->registers + EDU_DMA_COUNT);
+	set(edu, EDU_DMA_SOURCE, &edu->source, to_memory ? EDU_BUFFER : address);
+	set(edu, EDU_DMA_DESTINATION, &edu->destination, to_memory ? address : EDU_BUFFER);
+	set(edu, EDU_DMA_COUNT, &edu->count, length);
+	mmget(binding->mm);
+	edu->uses = binding->mm;
 	WRITE_ONCE(edu->running, true);
 	writeq(EDU_DMA_START | EDU_DMA_INTERRUPT | (to_memory ? EDU_DMA_TO_MEMORY : 0), edu->registers + EDU_DMA_COMMAND);
 	error = wait_for_end(edu);
@@ -128,7 +156,7 @@ static int copy(const struct binding *binding, struct edu_sva_copy *request)
 	request->done = 0;
 	if ((request->steps & ~(EDU_SVA_READ | EDU_SVA_WRITE)) || !(read || write))
 		return -EINVAL;
-	if (!(read && write) && request->length > EDU_SVA_BUFFER)
+	if (!write && request->length > EDU_SVA_BUFFER)
 		return -EINVAL;
 	while (!error && request->done < request->length) {
 		u32 length = min_t(u32, request->length - request->done, EDU_SVA_BUFFER);
@@ -198,9 +226,13 @@ static int edu_release(struct inode *inode, struct file *file)
 	struct edu *edu = binding->edu;
 
 	mutex_lock(&edu->lock);
-	if (edu->pasid == binding->pasid &&
-	    !wait_event_timeout(edu->ended, !READ_ONCE(edu->running), EDU_PATIENCE))
-		dev_err(&edu->pci->dev, "PASID %u is unbound during a transfer that does not end\n", binding->pasid);
+	if (edu->uses == binding->mm) {
+		if (wait_event_timeout(edu->ended, !READ_ONCE(edu->running), EDU_PATIENCE))
+			let_go(edu);
+		else
+			dev_err(&edu->pci->dev, "PASID %u is unbound during a transfer that does not end\n",
+				binding->pasid);
+	}
 	mutex_unlock(&edu->lock);
 	iommu_sva_unbind_device(binding->bond);
 	mmdrop(binding->mm);

@@ -10,14 +10,16 @@
 #define EDU_SVA_READ  (1 << 0) /* from memory into the device's buffer */
 #define EDU_SVA_WRITE (1 << 1) /* from the buffer to memory */
 
-/* The most bytes at once unless both steps are taken. */
+/* The length of the buffer, in bytes. */
 #define EDU_SVA_BUFFER 4096
 
 /*
- * The device copies `length` bytes with the steps `steps`: both are taken in turn, a buffer at a
- * time. `from` and `to` are addresses of the calling process; `done` is how many bytes were copied,
- * also after an error: EFAULT when the device may not access an address, EINTR when a signal killed
- * the process (the device goes on), ETIMEDOUT when the device does not end.
+ * The device copies `length` bytes with the steps `steps`, a buffer at a time: with both steps from
+ * `from` to `to`, with EDU_SVA_WRITE alone the same buffer again and again. Others may use the
+ * buffer between two calls, and between two buffers. `from` and `to` are addresses of the calling
+ * process; `done` is how many bytes were copied, also after an error: EFAULT when the device may
+ * not access an address, EINTR when a signal killed the process (the device goes on), ETIMEDOUT
+ * when the device does not end.
  */
 struct edu_sva_copy {
 	__u64 from;

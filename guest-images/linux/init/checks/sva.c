@@ -19,15 +19,15 @@
 #include "checks.h"
 
 // Seconds for one case, and the smallest PASID that Linux gives to a process.
-enum { LIMIT = 120, FIRST_PASID = 1 };
+enum { LIMIT = 300, FIRST_PASID = 1 };
 
 static const struct sva_case {
     const char *name;
     const char *(*run)(void);
 } cases[] = {
-    {"untouched", sva_untouched}, {"unmap", sva_unmap}, {"protect", sva_protect}, {"fork", sva_fork},
-    {"huge", sva_huge},           {"swap", sva_swap},   {"exit", sva_exit},       {"kill", sva_kill},
-    {"processes", sva_processes}, {"devices", sva_devices},
+    {"present", sva_present},     {"untouched", sva_untouched}, {"unmap", sva_unmap}, {"protect", sva_protect},
+    {"fork", sva_fork},           {"huge", sva_huge},           {"swap", sva_swap},   {"exit", sva_exit},
+    {"kill", sva_kill},           {"processes", sva_processes}, {"devices", sva_devices},
 };
 
 static struct outcome {
@@ -101,11 +101,11 @@ static void run_case(const struct sva_case *one)
         passed("sva", "%s: %s (%.1f s)", one->name, result.text, now() - start);
 }
 
-// The PASID that a new process gets; 0 if it gets none. This process, init, never ends, and its
-// PASID would stay in use.
-static uint32_t next_pasid(void)
+// The PASID that a new process gets; 0 or -errno if it gets none. This process, init, never ends, and
+// its PASID would stay in use.
+static int next_pasid(void)
 {
-    uint32_t pasid = 0;
+    int pasid = 0;
     int ends[2];
 
     if (pipe(ends) < 0)
@@ -113,10 +113,7 @@ static uint32_t next_pasid(void)
     pid_t child = fork();
     if (child == 0) {
         int file = sva_open(0);
-        if (file < 0)
-            note("/dev/edu_sva0: %s", strerror(errno));
-        else
-            pasid = sva_pasid(file);
+        pasid = file < 0 ? -errno : (int)sva_pasid(file);
         _exit(write(ends[1], &pasid, sizeof(pasid)) != sizeof(pasid));
     }
     close(ends[1]);
@@ -141,7 +138,7 @@ static void say(const char *line)
 static void check_end(void)
 {
     static const char *const complaints[] = {
-        "does not end", "page request", "Page request", "iopf", "PRQ", "WARNING:", "BUG:", "rcu:", "hung task", NULL};
+        "does not end", "page request", "Page request", "iopf", "PRQ", "WARNING:", "BUG:", "rcu: INFO", "hung task", NULL};
 
     if (wait_until(first_is_free, NULL))
         passed("sva", "all PASIDs are free");
@@ -151,6 +148,16 @@ static void check_end(void)
         passed("sva", "the kernel has nothing to complain about");
     else
         failed("sva", "the kernel complains");
+}
+
+static bool is_in(const char *list, const char *name)
+{
+    size_t length = strlen(name);
+
+    for (const char *at = list; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL)
+        if (strncmp(at, name, length) == 0 && (at[length] == ',' || !at[length]))
+            return true;
+    return false;
 }
 
 void check_sva(void)
@@ -165,13 +172,21 @@ void check_sva(void)
         skipped("sva", "there is no edu device");
         return;
     }
-    if (next_pasid() == 0) {
-        failed("sva", "the kernel gives the device no address space");
+    int pasid = next_pasid();
+    if (pasid == -EOPNOTSUPP) {
+        // Stable kernels refuse on x86, as they change their own page tables, which the device walks,
+        // too, without an invalidation (6.12.117; not 7.2).
+        skipped("sva", "this kernel shares no address spaces with devices");
         return;
     }
-    const char *only = option("sva", NULL);
+    if (pasid <= 0) {
+        failed("sva", "the kernel gives the device no address space: %s", strerror(-pasid));
+        return;
+    }
+    char list[128];
+    snprintf(list, sizeof(list), "%s", option("sva", ""));
     for (unsigned i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
-        if (!only || strcmp(only, cases[i].name) == 0)
+        if (!list[0] || is_in(list, cases[i].name))
             run_case(&cases[i]);
     check_end();
 }

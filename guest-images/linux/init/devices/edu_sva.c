@@ -56,6 +56,13 @@ int sva_copy(int file, const void *from, void *to, size_t size)
     return copy(file, from, to, size, EDU_SVA_READ | EDU_SVA_WRITE);
 }
 
+int sva_fill(int file, const void *page, void *to, size_t size)
+{
+    int error = copy(file, page, NULL, EDU_SVA_BUFFER, EDU_SVA_READ);
+
+    return error ? error : copy(file, NULL, to, size, EDU_SVA_WRITE);
+}
+
 const char *sva_refuses_read(int file, const void *from)
 {
     static const uint64_t before = 0x6578616d706c6521;

@@ -21,6 +21,9 @@ uint32_t sva_pasid(int file);
 // The device copies `size` bytes, by its buffer. 0, or errno.
 int sva_copy(int file, const void *from, void *to, size_t size);
 
+// The device copies a page to each of `size` bytes. 0, or errno.
+int sva_fill(int file, const void *page, void *to, size_t size);
+
 // NULL if the device is refused to read a word here, or to write one; otherwise what happens
 // instead. A device that cannot tell leaves its buffer, or memory, as it was.
 const char *sva_refuses_read(int file, const void *from);

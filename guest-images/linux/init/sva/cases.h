@@ -18,6 +18,7 @@ const char *sva_skip(const char *why);
 const char *sva_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 // Each returns NULL, or the error.
+const char *sva_present(void);   // pages that are there, which needs no page requests
 const char *sva_untouched(void); // pages that nobody has touched
 const char *sva_unmap(void);     // what was unmapped, and what is mapped there afterwards
 const char *sva_protect(void);   // mprotect
@@ -38,5 +39,5 @@ const char *sva_holds(const void *memory, size_t size, unsigned seed);
 // NULL if the device copies data of `seed`, and `to` has it afterwards.
 const char *sva_copies(int file, const void *from, void *to, size_t size, unsigned seed);
 
-// What /proc/self/smaps says of the mapping that begins here, in KiB, in a line of this format.
+// What /proc/self/smaps says of the mapping around this address, in KiB, in a line of this format.
 unsigned long sva_mapped(const void *memory, const char *line);

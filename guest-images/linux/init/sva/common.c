@@ -35,15 +35,14 @@ const char *sva_copies(int file, const void *from, void *to, size_t size, unsign
 
 unsigned long sva_mapped(const void *memory, const char *what)
 {
-    char line[256], start[32];
-    unsigned long found = 0;
+    unsigned long start, end, found = 0, address = (unsigned long)memory;
+    char line[256];
     bool is_it = false;
     FILE *file = fopen("/proc/self/smaps", "re");
 
-    snprintf(start, sizeof(start), "%lx-", (unsigned long)memory);
     while (file && fgets(line, sizeof(line), file)) {
-        if (strncmp(line, start, strlen(start)) == 0)
-            is_it = true;
+        if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+            is_it = start <= address && address < end;
         else if (is_it && sscanf(line, what, &found) == 1)
             break;
     }

@@ -14,7 +14,7 @@
 #include "../devices/edu_sva.h"
 #include "cases.h"
 
-enum { SWAP_PAGES = 1024, PAGES = 200, SIZE = PAGES * SVA_PAGE, ROUNDS = 3 };
+enum { SWAP_PAGES = 1024, PAGES = 80, SIZE = PAGES * SVA_PAGE, ROUNDS = 3 };
 
 // The header of a swap area of the second version (mkswap(8)): after 1 KiB for boot loaders, the
 // version, the last page's number, and that of bad ones; at the end of the page what it is.
