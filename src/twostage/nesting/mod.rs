@@ -110,6 +110,17 @@ pub enum NestingError {
          mirrored: adopt it with GuestIoas::adopt_mapped"
     )]
     UnknownMap(ObjectId),
+    /// Guest memory is unmapped in whole mappings.
+    #[error(
+        "the {length:#x} bytes of guest memory at {gpa:#x} are in part of a larger mapping: unmap \
+         whole ones, as they were mapped or adopted"
+    )]
+    PartOfMapping {
+        /// The first address to be unmapped, in bytes.
+        gpa: u64,
+        /// In bytes.
+        length: u64,
+    },
     /// A table that is not page-aligned.
     #[error("{requester}: the stage-1 table {table:#x} is not 4 KiB aligned")]
     UnalignedTable {

@@ -16,6 +16,55 @@ use crate::viommu::vtd::walk::Tables;
 use crate::viommu::vtd::{RequesterConfig, Stage1};
 use crate::viommu::Requester;
 
+/// What a mirror is for those who use its table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// It serves them, or will as the first one.
+    Serves,
+    /// It serves them until another one takes its place.
+    Goes,
+    /// It takes the place of another one.
+    Comes,
+}
+
+/// The pieces of all mirrors, by their parts: those that are mapped, and those that have been read
+/// and are to be mapped.
+#[derive(Debug, Default)]
+pub(super) struct Account {
+    serve: u64,
+    go: u64,
+    come: u64,
+}
+
+impl Account {
+    fn of(&mut self, part: Part) -> &mut u64 {
+        match part {
+            Part::Serves => &mut self.serve,
+            Part::Goes => &mut self.go,
+            Part::Comes => &mut self.come,
+        }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> u64 {
+        self.serve + self.go + self.come
+    }
+
+    /// How many more there may be of `part`. What goes does not count against what comes, so that
+    /// any mirror can be replaced, but it is in use, perhaps for long: so there are never more than
+    /// twice the `limit`.
+    pub fn room(&self, part: Part, limit: u64) -> u64 {
+        let room = |taken| limit.saturating_sub(taken);
+        match part {
+            Part::Comes => {
+                let all = limit.saturating_mul(2).saturating_sub(self.all());
+                room(self.serve + self.come).min(all)
+            }
+            Part::Serves | Part::Goes => room(self.serve + self.go.max(self.come)),
+        }
+    }
+}
+
 impl State {
     /// What `dev`, the guest's `rid`, is attached to when it bypasses tables. Where the host has no
     /// PASIDs for it after all, `info` says so from then on.
@@ -56,20 +105,19 @@ impl State {
     /// A mirror of `stage1`, equal to it, for `requester`. Returns its number.
     pub fn add_mirror(&mut self, requester: Requester, stage1: &Stage1) -> Result<ObjectId> {
         let (mut making, mut quota) = (self.take_prepared(requester, stage1)?, Quota::ALL);
-        let made = self.make_some(&mut making, &mut quota);
-        if let Err(error) = made {
-            self.destroy_mirror(making.new);
+        if let Err(error) = self.make_some(&mut making, &Mirror::default(), &mut quota) {
+            self.destroy_making(making);
             return Err(error);
         }
         let shadow = self.shadow.as_mut().ok_or(NestingError::GuestSecondStage(requester))?;
         Ok(shadow.add(making.new))
     }
 
-    pub(super) fn new_mirror(&mut self, tables: Tables) -> Result<Mirrored> {
+    pub(super) fn new_mirror(&mut self, tables: Tables, part: Part) -> Result<Mirrored> {
         let ioas = self.objects.alloc_ioas(|| "allocating the IOAS of a guest's table".into())?;
         let (hwpts, mirror) = (BTreeMap::new(), Mirror::default());
         let (unsettled, failures, making) = (false, 0, None);
-        Ok(Mirrored { tables, ioas, hwpts, mirror, unsettled, failures, making })
+        Ok(Mirrored { tables, ioas, hwpts, mirror, part, unsettled, failures, making })
     }
 
     /// Destroys the mirror with this number, which nothing is attached to.
@@ -80,16 +128,41 @@ impl State {
     }
 
     pub(super) fn destroy_mirror(&mut self, mirrored: Mirrored) {
-        if let Some(shadow) = self.shadow.as_mut() {
-            shadow.pieces -= mirrored.mirror.len() as u64;
-        }
+        self.uncount(mirrored.part, mirrored.mirror.len());
         for hwpt in mirrored.hwpts.into_values() {
             self.objects.destroy(hwpt);
         }
         self.objects.destroy(mirrored.ioas);
         if let Some(making) = mirrored.making {
-            self.destroy_mirror(making.new);
+            self.destroy_making(*making);
         }
+    }
+
+    /// There are `count` pieces less.
+    pub(super) fn uncount(&mut self, part: Part, count: usize) {
+        if let Some(shadow) = self.shadow.as_mut() {
+            *shadow.pieces.of(part) -= count as u64;
+        }
+    }
+
+    /// From now on the pieces of `mirrored` count as `part`.
+    pub(super) fn count_as(&mut self, mirrored: &mut Mirrored, part: Part) {
+        self.uncount(mirrored.part, mirrored.mirror.len());
+        mirrored.part = part;
+        if let Some(shadow) = self.shadow.as_mut() {
+            *shadow.pieces.of(part) += mirrored.mirror.len() as u64;
+        }
+    }
+
+    /// Counts `map`, which is to be mapped as `part`: all of it, or nothing.
+    pub(super) fn count(&mut self, part: Part, map: &[Piece]) -> Result<()> {
+        let shadow = self.shadow.as_mut().ok_or(NestingError::ShutDown)?;
+        let room = shadow.pieces.room(part, shadow.limit);
+        if let Some(beyond) = usize::try_from(room).ok().and_then(|room| map.get(room)) {
+            return Err(too_many(beyond.iova, shadow.limit));
+        }
+        *shadow.pieces.of(part) += map.len() as u64;
+        Ok(())
     }
 
     /// Destroys the page table that the mirror `id` has for `rid` alone, if it uses that no more.
@@ -135,25 +208,22 @@ impl State {
             let unmapped = self.objects.host().ioas_unmap(mirrored.ioas, iova, length);
             unmapped.context(|| format!("unmapping IOVA {iova:#x} of a guest's table"))?;
         }
-        let shadow = self.shadow.as_mut().ok_or(NestingError::ShutDown)?;
-        for piece in &steps.unmap {
-            mirrored.mirror.unmapped(piece);
-            shadow.pieces -= 1;
-        }
-        let room = shadow.limit.saturating_sub(shadow.pieces);
+        steps.unmap.iter().for_each(|piece| mirrored.mirror.unmapped(piece));
+        self.uncount(mirrored.part, steps.unmap.len());
         // What is beyond the limit is not mapped, and nothing before it.
-        if let Some(beyond) = usize::try_from(room).ok().and_then(|room| steps.map.get(room)) {
-            return Err(too_many(beyond.iova, shadow.limit));
-        }
-        for piece in &steps.map {
-            self.copy(mirrored, piece)?;
+        self.count(mirrored.part, &steps.map)?;
+        for (number, piece) in steps.map.iter().enumerate() {
+            if let Err(error) = self.copy(mirrored, piece) {
+                self.uncount(mirrored.part, steps.map.len() - number);
+                return Err(error);
+            }
         }
         mirrored.unsettled = false;
         Ok(())
     }
 
-    /// Maps `piece`.
-    fn copy(&mut self, mirrored: &mut Mirrored, piece: &Piece) -> Result<()> {
+    /// Maps `piece`, which is counted.
+    pub(super) fn copy(&mut self, mirrored: &mut Mirrored, piece: &Piece) -> Result<()> {
         let Piece { iova, length, gpa, access } = *piece;
         let source = self.objects.ioas()?.id();
         let target = MapTarget::Fixed(iova);
@@ -161,9 +231,6 @@ impl State {
         match host.ioas_copy(mirrored.ioas, target, source, gpa, length, access) {
             Ok(_) => {
                 mirrored.mirror.mapped(*piece);
-                if let Some(shadow) = self.shadow.as_mut() {
-                    shadow.pieces += 1;
-                }
                 Ok(())
             }
             Err(error) if is_reserved(error.errno) => Err(reserved(iova, &error.to_string())),

@@ -60,15 +60,17 @@ impl Quota {
         self.tables == 0 || self.steps == 0
     }
 
-    /// There was something long. All of it stays so.
+    /// There was something long: nothing is left of a slice. All of it stays more than that.
     pub fn use_up(&mut self) {
-        self.steps = if self.steps == usize::MAX { usize::MAX } else { 0 };
+        if self.steps <= Self::SLICE.steps {
+            self.steps = 0;
+        }
     }
 }
 
 impl State {
-    /// The tables that one comparison may read, whatever they hold: each piece is in one of its
-    /// own, below another, and they may be read twice.
+    /// The tables that the comparison of one range may read, whatever they hold: each piece is in
+    /// one of its own, below another, and they may be read twice.
     pub(super) fn budget(&self) -> u64 {
         self.shadow.as_ref().map_or(0, |shadow| shadow.limit.saturating_mul(4).saturating_add(4096))
     }
@@ -184,9 +186,14 @@ impl State {
         } else if resume == Some(REMADE) {
             return Ok(None);
         }
-        let (from, mut budget) = resume.unwrap_or((0, self.budget()));
+        let (mut from, mut left) = resume.map_or((0, None), |(from, budget)| (from, Some(budget)));
         for range in ranges {
             let mut range = range.start.max(from)..range.end.min(mirrored.tables.end());
+            if range.is_empty() {
+                continue;
+            }
+            // For each of its own: a guest may name many.
+            let mut budget = left.take().unwrap_or_else(|| self.budget());
             while !range.is_empty() {
                 if quota.is_used() {
                     return Ok(Some((range.start, budget)));
@@ -211,6 +218,8 @@ impl State {
                     }
                 }
             }
+            // More of it may have been compared.
+            from = range.start;
         }
         Ok(None)
     }
@@ -336,6 +345,8 @@ impl State {
                 Ok(Some(inside)) => return progress.go_on_inside(said.at(id), inside),
                 Err(error) => self.give_up(id, &error, refused),
             }
+            // There may be many in which nothing is named.
+            quota.tables = quota.tables.saturating_sub(1);
             from = ObjectId(id.0.saturating_add(1));
         }
     }

@@ -6,11 +6,15 @@
 //! one has stopped, and nothing else is done with the mirror before it is replaced. The first
 //! mirror of a table is *prepared* before a requester is given the table. Nobody uses it until
 //! then, so that what the guest invalidates in between does not reach it: it is begun again, and
-//! after some times made in one piece. Who joins a mirror under a name that nobody else has makes
-//! it be compared as a whole, which is prepared in the same way.
+//! after some times made in one piece; the same if another table is to be prepared. Who joins a
+//! mirror under a name that nobody else has makes it be compared as a whole, which is prepared in
+//! the same way.
 
+use std::collections::VecDeque;
+
+use super::calls::Part;
 use super::follow::{Quota, AT_ONCE, EVERYTHING};
-use super::mirror::{Mirror, Piece, Steps};
+use super::mirror::{Mirror, Piece};
 use super::{too_many, Mirrored, Shadow};
 use crate::iommufd::ObjectId;
 use crate::nesting::vtd::state::State;
@@ -25,16 +29,14 @@ const MAX_DISTURBED: u32 = 4;
 /// A mirror in the making.
 #[derive(Debug)]
 pub(super) struct Making {
-    /// What it is, up to `next`.
+    /// What it is, up to the first piece of `rest`.
     pub new: Mirrored,
-    /// The one whose place it takes, if there is one: its pieces stay where they can.
-    guide: Mirror,
-    /// Where to go on, in bytes.
+    /// What has been read, and is to be mapped: counted already, as it may be much.
+    pub rest: VecDeque<Piece>,
+    /// Where to read on, in bytes.
     next: u64,
     /// Tables that may still be read.
     budget: u64,
-    /// About so many have as many pieces as one slice can map.
-    at_once: u64,
     /// The last piece, which may grow, and is not mapped.
     held: Option<Piece>,
 }
@@ -57,8 +59,8 @@ pub(super) struct Joining {
 impl Making {
     /// Takes what there is in front of `map`, which goes to `end`, and leaves its last piece if
     /// that may grow.
-    fn hold(&mut self, map: &mut Vec<Piece>, end: u64) {
-        let is_new = |piece: &Piece| self.guide.is_free(piece.iova..piece.end());
+    fn hold(&mut self, guide: &Mirror, map: &mut Vec<Piece>, end: u64) {
+        let is_new = |piece: &Piece| guide.is_free(piece.iova..piece.end());
         if let Some(held) = self.held.take() {
             match map.first_mut().filter(|first| held.grows_by(first) && is_new(first)) {
                 Some(first) => *first = held.with(first),
@@ -72,26 +74,35 @@ impl Making {
 }
 
 impl State {
-    /// What takes the place of a mirror that has the pieces of `guide`.
-    fn begin_making(&mut self, tables: Tables, guide: Mirror) -> Result<Making> {
-        let (new, budget) = (self.new_mirror(tables)?, self.budget());
-        Ok(Making { new, guide, next: 0, budget, at_once: AT_ONCE, held: None })
+    fn begin_making(&mut self, tables: Tables, part: Part) -> Result<Making> {
+        let (new, budget) = (self.new_mirror(tables, part)?, self.budget());
+        Ok(Making { new, rest: VecDeque::new(), next: 0, budget, held: None })
     }
 
-    /// Makes a part of a mirror. Whether it is equal to its table, or was at each place when that
-    /// was read.
-    pub(super) fn make_some(&mut self, making: &mut Making, quota: &mut Quota) -> Result<bool> {
-        let end = making.new.tables.end();
-        while making.next < end || making.held.is_some() {
+    /// Makes a part of a mirror; of `guide`, whose place it takes, pieces stay where they can.
+    /// Whether it is equal to its table, or was at each place when that was read.
+    pub(super) fn make_some(
+        &mut self,
+        making: &mut Making,
+        guide: &Mirror,
+        quota: &mut Quota,
+    ) -> Result<bool> {
+        let (tables, part) = (making.new.tables, making.new.part);
+        let end = tables.end();
+        while making.next < end || making.held.is_some() || !making.rest.is_empty() {
             if quota.is_used() {
                 return Ok(false);
             }
+            if let Some(piece) = making.rest.pop_front() {
+                quota.steps -= 1;
+                self.copy(&mut making.new, &piece).inspect_err(|_| self.uncount(part, 1))?;
+                continue;
+            }
             let range = making.next..end;
-            let (tables, guide) = (making.new.tables, &making.guide);
             let (compared, mut map) = match range.is_empty() {
                 true => (range, Vec::new()),
                 false => {
-                    let (before, pause) = (making.budget, quota.tables.min(making.at_once));
+                    let (before, pause) = (making.budget, quota.tables.min(AT_ONCE));
                     let (compared, wanted) =
                         self.look(tables, guide, range, &mut making.budget, pause)?;
                     quota.tables = quota.tables.saturating_sub(before - making.budget);
@@ -99,20 +110,18 @@ impl State {
                     (compared, map)
                 }
             };
-            making.hold(&mut map, compared.end);
+            making.hold(guide, &mut map, compared.end);
             making.next = compared.end;
-            making.at_once = (2 * making.at_once).min(AT_ONCE);
-            if let Some(left) = map.get(quota.steps) {
-                // What follows is looked at once more.
-                making.next = left.iova;
-                making.held = None;
-                making.at_once = 1;
-                map.truncate(quota.steps);
-            }
-            quota.steps = quota.steps.saturating_sub(map.len());
-            self.change(&mut making.new, &Steps { unmap: Vec::new(), map })?;
+            self.count(part, &map)?;
+            making.rest = map.into();
         }
         Ok(true)
+    }
+
+    /// Destroys what was not finished.
+    pub(super) fn destroy_making(&mut self, making: Making) {
+        self.uncount(making.new.part, making.rest.len());
+        self.destroy_mirror(making.new);
     }
 
     /// Begins to replace `mirrored`, or goes on with it. Whether it is another one now.
@@ -125,35 +134,26 @@ impl State {
         mirrored.unsettled = true;
         let mut making = match mirrored.making.take() {
             Some(making) => making,
-            None => {
-                let guide = self.forget_pieces(mirrored);
-                Box::new(self.begin_making(mirrored.tables, guide)?)
-            }
+            None => Box::new(self.begin_making(mirrored.tables, Part::Comes)?),
         };
-        match self.make_some(&mut making, quota) {
+        self.count_as(mirrored, Part::Goes);
+        match self.make_some(&mut making, &mirrored.mirror, quota) {
             Ok(true) => {}
             Ok(false) => {
                 mirrored.making = Some(making);
                 return Ok(false);
             }
             Err(error) => {
-                self.destroy_mirror(making.new);
+                self.destroy_making(*making);
+                self.count_as(mirrored, Part::Serves);
                 return Err(error);
             }
         }
+        self.count_as(&mut making.new, Part::Serves);
         let old = std::mem::replace(mirrored, making.new);
         self.replace_mirror(id, old, mirrored);
         quota.use_up();
         Ok(true)
-    }
-
-    /// Takes the account of a mirror that goes as a whole.
-    fn forget_pieces(&mut self, mirrored: &mut Mirrored) -> Mirror {
-        let pieces = std::mem::take(&mut mirrored.mirror);
-        if let Some(shadow) = self.shadow.as_mut() {
-            shadow.pieces -= pieces.len() as u64;
-        }
-        pieces
     }
 
     /// See [`crate::viommu::vtd::VtdHostSide::prepare`].
@@ -176,7 +176,10 @@ impl State {
         if needless || shadow.is_compared(id) || shadow.disturbed >= MAX_DISTURBED {
             return true;
         }
-        let begun = shadow.joining.take().filter(|joining| joining.id == id);
+        if shadow.joining.as_ref().is_none_or(|joining| joining.id != id) {
+            self.drop_prepared();
+        }
+        let begun = self.shadow.as_mut().and_then(|shadow| shadow.joining.take());
         let resume = begun.and_then(|joining| joining.resume);
         let compared = self.follow_ranges(id, &[EVERYTHING], resume, &mut { Quota::SLICE });
         // What fails is done once more when it is joined, which tells those who lose by it.
@@ -190,26 +193,31 @@ impl State {
 
     /// Prepares a part of the mirror of `stage1`. Whether nothing is left, or may be.
     pub(super) fn prepare_some(&mut self, stage1: &Stage1, quota: &mut Quota) -> bool {
-        let Some(shadow) = self.shadow.as_mut() else { return true };
+        let Some(shadow) = self.shadow.as_ref() else { return true };
         let tables = Tables::new(stage1, shadow.huge);
         let is_there = |tables| shadow.mirrors.values().any(|mirrored| mirrored.tables == tables);
         if shadow.disturbed >= MAX_DISTURBED || tables.is_none_or(is_there) {
             return true;
         }
-        let begun = shadow.prepared.take().filter(|prepared| prepared.stage1 == *stage1);
+        if !shadow.prepares(stage1) {
+            self.drop_prepared();
+        }
+        let begun = self.shadow.as_mut().and_then(|shadow| shadow.prepared.take());
         let making = match begun {
             Some(prepared) => prepared.making,
             None => self.begin_first(stage1),
         };
         let mut made = true;
-        let making = making.and_then(|mut making| match self.make_some(&mut making, quota) {
-            Ok(all) => {
-                made = all;
-                Ok(making)
-            }
-            Err(error) => {
-                self.destroy_mirror(making.new);
-                Err(error)
+        let making = making.and_then(|mut making| {
+            match self.make_some(&mut making, &Mirror::default(), quota) {
+                Ok(all) => {
+                    made = all;
+                    Ok(making)
+                }
+                Err(error) => {
+                    self.destroy_making(making);
+                    Err(error)
+                }
             }
         });
         if let Some(shadow) = self.shadow.as_mut() {
@@ -239,14 +247,14 @@ impl State {
         if shadow.mirrors.len() as u64 >= shadow.limit {
             return Err(too_many(0, shadow.limit));
         }
-        self.begin_making(tables, Mirror::default())
+        self.begin_making(tables, Part::Serves)
     }
 
-    /// What was prepared is not what the table is any more, or not needed.
+    /// What was prepared is not what the table is any more, or not needed: it goes.
     pub fn drop_prepared(&mut self) {
         let prepared = self.shadow.as_mut().and_then(Shadow::disturb);
         if let Some(Prepared { making: Ok(making), .. }) = prepared {
-            self.destroy_mirror(making.new);
+            self.destroy_making(making);
         }
     }
 }

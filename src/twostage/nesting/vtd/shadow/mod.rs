@@ -36,6 +36,7 @@ use crate::spec::pci::Bdf;
 use crate::viommu::vtd::walk::Tables;
 use crate::viommu::vtd::{DmaFault, RequesterConfig, Stage1, VtdConfig};
 use crate::viommu::{Requester, TableMemory};
+use calls::{Account, Part};
 use follow::Said;
 use making::{Joining, Making, Prepared};
 use mirror::{Mirror, Wanted};
@@ -58,14 +59,14 @@ pub(super) struct Shadow {
     mirrors: BTreeMap<ObjectId, Mirrored>,
     last: ObjectId,
     /// The pieces of all mirrors, those in the making included.
-    pieces: u64,
+    pieces: Account,
     /// What the batch that was last at work invalidates.
     said: Option<Said>,
     /// The number of batches so far.
     batches: u32,
     prepared: Option<Prepared>,
     joining: Option<Joining>,
-    /// How often in a row something was said before what was prepared was used.
+    /// How often in a row what was prepared had to go before it was used.
     disturbed: u32,
     /// Requesters that are blocked because their table cannot be mirrored, or was not.
     starved: BTreeMap<Requester, Starved>,
@@ -119,6 +120,8 @@ struct Mirrored {
     /// For devices with PASIDs, which need a HWPT with that flag.
     hwpts: BTreeMap<Bdf, ObjectId>,
     mirror: Mirror,
+    /// As what its pieces count.
+    part: Part,
     /// The host has failed in the middle of a change, or another one is being made.
     unsettled: bool,
     /// How often the host has failed since the last batch.
@@ -137,7 +140,7 @@ impl Shadow {
             why,
             mirrors: BTreeMap::new(),
             last: ObjectId(0),
-            pieces: 0,
+            pieces: Account::default(),
             said: None,
             batches: 0,
             prepared: None,
@@ -167,7 +170,7 @@ impl Shadow {
 
     /// The number of mirrors, and of their pieces.
     pub fn size(&self) -> (u64, u64) {
-        (self.mirrors.len() as u64, self.pieces)
+        (self.mirrors.len() as u64, self.pieces.all())
     }
 
     /// `requester` is no longer blocked for what its table has.

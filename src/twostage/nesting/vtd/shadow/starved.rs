@@ -6,6 +6,7 @@
 //! is made per table and batch; and a table that fits, but fails nevertheless, is left out of more
 //! and more batches.
 
+use super::calls::Part;
 use super::follow::{refuse, Quota, AT_ONCE};
 use super::mirror::Wanted;
 use super::{too_many, Lost, Shadow, Starved, Trial, MAX_STARVED};
@@ -166,7 +167,7 @@ impl State {
             let last = Wanted::default();
             Trial { stage1: *stage1, iova: 0, budget, pieces: 0, last }
         });
-        let (limit, room) = (shadow.limit, shadow.limit.saturating_sub(shadow.pieces));
+        let (limit, room) = (shadow.limit, shadow.pieces.room(Part::Serves, shadow.limit));
         let mut walk = Walk::new(&*shadow.memory, tables, trial.budget);
         let mut leaves = Vec::new();
         let next = walk.leaves(trial.iova..tables.end(), quota.tables.min(AT_ONCE), &mut |leaf| {
