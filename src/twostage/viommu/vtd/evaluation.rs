@@ -193,11 +193,16 @@ impl VtdIommu {
             }
             (By::Tables, Scope::Unapplied) => {
                 return self.each_given((rid, from), u32::MAX, budget, |requester, budget| {
-                    if self.requesters.given(requester).is_some_and(|given| !given.applied) {
-                        budget.spend(Budget::CHANGE);
-                        let applied = self.reevaluate_requester(requester, root);
-                        evaluation.applied = evaluation.applied.and(applied);
+                    if self.requesters.given(requester).is_none_or(|given| given.applied) {
+                        return true;
                     }
+                    if !self.host.prepare(requester, &tables.config(requester)) {
+                        return false;
+                    }
+                    budget.spend(Budget::CHANGE);
+                    let applied = self.reevaluate_requester(requester, root);
+                    evaluation.applied = evaluation.applied.and(applied);
+                    true
                 });
             }
             _ => {}
@@ -210,7 +215,7 @@ impl VtdIommu {
                 false => blocked_config(requester, PASID_GONE),
             };
             let withdraw = |unit: &Self| unit.give_or_withdraw(requester, config, refused);
-            while !self.evaluate_requester(evaluation, requester, config, budget, withdraw) {}
+            self.evaluate_requester(evaluation, requester, config, budget, withdraw)
         };
         let reached = if by_tables { tables.pasid_tables(rid) } else { None };
         let end = reached.as_ref().map_or(0, |reached| reached.pasids());
@@ -223,7 +228,7 @@ impl VtdIommu {
             let Some(table) = reached.table(next) else {
                 budget.spend(1);
                 let left = self.each_given((rid, next), table_end, budget, |requester, budget| {
-                    withdraw(evaluation, requester, budget);
+                    withdraw(evaluation, requester, budget)
                 });
                 next = left.unwrap_or(table_end);
                 continue;
@@ -241,15 +246,15 @@ impl VtdIommu {
                             return Some(pasid.raw());
                         }
                     }
-                    None if self.requesters.given(requester).is_some() => {
-                        withdraw(evaluation, requester, budget);
-                    }
-                    None => budget.spend(1),
+                    None if self.requesters.given(requester).is_none() => budget.spend(1),
+                    None if withdraw(evaluation, requester, budget) => {}
+                    // It came back, or the host has something to do first.
+                    None => return Some(pasid.raw()),
                 }
             }
         }
         self.each_given((rid, next), u32::MAX, budget, |requester, budget| {
-            withdraw(evaluation, requester, budget);
+            withdraw(evaluation, requester, budget)
         })
     }
 
@@ -278,13 +283,13 @@ impl VtdIommu {
     }
 
     /// Calls `visit` for each configured PASID of a function, from one up to `end`. Returns the
-    /// next one when the budget is spent.
+    /// next one when the budget is spent, or one that is not done: then the slice is over.
     fn each_given(
         &self,
         (rid, from): (Bdf, u32),
         end: u32,
         budget: &mut Budget,
-        mut visit: impl FnMut(Requester, &mut Budget),
+        mut visit: impl FnMut(Requester, &mut Budget) -> bool,
     ) -> Option<u32> {
         let mut next = from;
         while let Some(pasid) = self.requesters.pasid_from(rid, next) {
@@ -295,7 +300,10 @@ impl VtdIommu {
                 return Some(pasid.raw());
             }
             budget.spend(1);
-            visit(Requester { rid, pasid: Some(pasid) }, budget);
+            if !visit(Requester { rid, pasid: Some(pasid) }, budget) {
+                budget.spend(Budget::SLICE);
+                return Some(pasid.raw());
+            }
             next = pasid.raw() + 1;
         }
         None

@@ -188,11 +188,18 @@ impl VtdIommu {
     /// # Errors
     /// The host refuses to serve its requests without PASID. It is not added, and blocked.
     pub fn add_device(&self, rid: Bdf) -> Result<(), HostSideError> {
-        let registers = self.lock_idle();
-        if !self.requesters.add(rid) {
-            return Ok(());
-        }
-        let (config, refused) = self.config_of(rid, by(&registers), registers.root);
+        let (registers, config, refused) = loop {
+            let registers = self.lock_idle();
+            if self.requesters.function_from(rid) == Some(rid) {
+                return Ok(());
+            }
+            let (config, refused) = self.config_of(rid, by(&registers), registers.root);
+            // In slices: the registers are unlocked in between.
+            if self.host.prepare(Requester::rid(rid), &config) {
+                break (registers, config, refused);
+            }
+        };
+        self.requesters.add(rid);
         if let Err(error) = self.try_give(Requester::rid(rid), config, refused) {
             // Counted and logged: the caller may have nothing to say to anybody.
             let _ = self.host_failed(&error);

@@ -158,19 +158,34 @@ impl State {
 
     /// See [`crate::viommu::vtd::VtdHostSide::prepare`].
     pub fn prepare(&mut self, requester: Requester, config: &RequesterConfig) -> bool {
+        self.prepare_within(requester, config, &mut { Quota::SLICE })
+    }
+
+    /// The same, as far as `quota` goes.
+    pub(super) fn prepare_within(
+        &mut self,
+        requester: Requester,
+        config: &RequesterConfig,
+        quota: &mut Quota,
+    ) -> bool {
         let Policy::Stage1(stage1) = &config.policy else { return true };
         if self.shadow.is_none() || !self.devices.contains_key(&requester.rid) {
             return true;
         }
-        let ioas = self.objects.ioas().map(|ioas| ioas.id()).ok();
-        match ioas.and_then(|ioas| self.nested.hwpts.find(&(ioas, false, *stage1))) {
-            Some(id) => self.compare_some(id, config.tag),
-            None => self.prepare_some(stage1, &mut { Quota::SLICE }),
+        match self.mirror_of(stage1) {
+            Some(id) => self.compare_some(id, config.tag, quota),
+            None => self.prepare_some(stage1, quota),
         }
     }
 
+    /// The mirror of `stage1`, if there is one.
+    pub(super) fn mirror_of(&self, stage1: &Stage1) -> Option<ObjectId> {
+        let ioas = self.objects.ioas().ok()?.id();
+        self.nested.hwpts.find(&(ioas, false, *stage1))
+    }
+
     /// Compares a part of the mirror `id`, which somebody joins as `tag`. Whether nothing is left.
-    fn compare_some(&mut self, id: ObjectId, tag: DomainTag) -> bool {
+    fn compare_some(&mut self, id: ObjectId, tag: DomainTag, quota: &mut Quota) -> bool {
         let needless = self.nested.knows(id, tag) && !self.is_unsettled(id);
         let Some(shadow) = self.shadow.as_mut() else { return true };
         if needless || shadow.is_compared(id) || shadow.disturbed >= MAX_DISTURBED {
@@ -181,7 +196,7 @@ impl State {
         }
         let begun = self.shadow.as_mut().and_then(|shadow| shadow.joining.take());
         let resume = begun.and_then(|joining| joining.resume);
-        let compared = self.follow_ranges(id, &[EVERYTHING], resume, &mut { Quota::SLICE });
+        let compared = self.follow_ranges(id, &[EVERYTHING], resume, quota);
         // What fails is done once more when it is joined, which tells those who lose by it.
         let Ok(resume) = compared else { return true };
         let _ = self.starve_lost(None);
@@ -192,11 +207,9 @@ impl State {
     }
 
     /// Prepares a part of the mirror of `stage1`. Whether nothing is left, or may be.
-    pub(super) fn prepare_some(&mut self, stage1: &Stage1, quota: &mut Quota) -> bool {
+    fn prepare_some(&mut self, stage1: &Stage1, quota: &mut Quota) -> bool {
         let Some(shadow) = self.shadow.as_ref() else { return true };
-        let tables = Tables::new(stage1, shadow.huge);
-        let is_there = |tables| shadow.mirrors.values().any(|mirrored| mirrored.tables == tables);
-        if shadow.disturbed >= MAX_DISTURBED || tables.is_none_or(is_there) {
+        if shadow.disturbed >= MAX_DISTURBED {
             return true;
         }
         if !shadow.prepares(stage1) {

@@ -42,15 +42,16 @@ impl Shadow {
         }
     }
 
-    /// A table to try.
-    fn due(&self) -> Option<Stage1> {
+    /// Who is to be tried, with its table.
+    fn due(&self) -> Option<(Requester, RequesterConfig, Stage1)> {
         let due = |of: Option<&Stage1>| {
-            let mut due = self.starved.values().filter(|starved| starved.due);
-            due.find(|starved| of.is_none_or(|stage1| starved.uses(stage1)))
+            let mut due = self.starved.iter().filter(|(_, starved)| starved.due);
+            due.find(|(_, starved)| of.is_none_or(|stage1| starved.uses(stage1)))
         };
         let begun = self.trial.as_ref().and_then(|trial| due(Some(&trial.stage1)));
-        match begun.or_else(|| due(None))?.config.policy {
-            Policy::Stage1(stage1) => Some(stage1),
+        let (requester, Starved { config, .. }) = begun.or_else(|| due(None))?;
+        match config.policy {
+            Policy::Stage1(stage1) => Some((*requester, *config, stage1)),
             // Only tables are mirrored.
             _ => None,
         }
@@ -99,16 +100,16 @@ impl State {
         if let Some(shadow) = self.shadow.as_mut().filter(|_| begins) {
             shadow.call(by_name);
         }
-        while let Some(stage1) = self.shadow.as_ref().and_then(Shadow::due) {
+        while let Some((requester, config, stage1)) = self.shadow.as_ref().and_then(Shadow::due) {
             if quota.is_used() {
                 return false;
             }
             match self.count_some(&stage1, quota) {
                 Ok(false) => return false,
-                Ok(true) if !self.prepare_some(&stage1, quota) => return false,
+                Ok(true) if !self.prepare_within(requester, &config, quota) => return false,
                 Ok(true) => {
                     quota.use_up();
-                    self.feed_users(&stage1, refused);
+                    self.feed_one(requester, &config, &stage1, refused);
                 }
                 Err(error) => {
                     for (requester, config) in self.due_users(&stage1) {
@@ -131,35 +132,36 @@ impl State {
         .collect()
     }
 
-    /// Serves those that are due and use `stage1`, up to the first one for which that fails.
-    fn feed_users(&mut self, stage1: &Stage1, refused: &mut Option<Refused>) {
-        for (requester, config) in self.due_users(stage1) {
-            let starved = self.shadow.as_ref().and_then(|it| it.starved.get(&requester));
-            let before = starved.map_or(0, |starved| starved.patience);
-            if let Err(error) = self.configure_one(requester, &config) {
-                let reachable = self.is_reachable(requester);
-                refuse(refused, &error).still_reachable |= reachable;
-            }
-            let starved = self.shadow.as_mut().and_then(|it| it.starved.get_mut(&requester));
-            if let Some(starved) = starved {
-                starved.patience = (2 * before).clamp(1, MAX_PATIENCE);
-                starved.skip = starved.patience;
-                return;
-            }
+    /// Serves `requester`, which uses `stage1`. If that fails, others who do are not tried.
+    fn feed_one(
+        &mut self,
+        requester: Requester,
+        config: &RequesterConfig,
+        stage1: &Stage1,
+        refused: &mut Option<Refused>,
+    ) {
+        let starved = self.shadow.as_mut().and_then(|it| it.starved.remove(&requester));
+        let before = starved.map_or(0, |starved| starved.patience);
+        if let Err(error) = self.configure_one(requester, config) {
+            let reachable = self.is_reachable(requester);
+            refuse(refused, &error).still_reachable |= reachable;
+        }
+        let starved = self.shadow.as_mut().and_then(|it| it.starved.get_mut(&requester));
+        if let Some(starved) = starved {
+            starved.patience = (2 * before).clamp(1, MAX_PATIENCE);
+            starved.skip = starved.patience;
+            self.due_users(stage1);
         }
     }
 
     /// Counts the pieces of `stage1`, or a part of them. Whether all are counted; an error if there
     /// is no room for them.
     fn count_some(&mut self, stage1: &Stage1, quota: &mut Quota) -> Result<bool> {
-        let budget = self.budget();
+        let (budget, served) = (self.budget(), self.mirror_of(stage1).is_some());
         let shadow = self.shadow.as_mut().ok_or(NestingError::ShutDown)?;
         let tables = Tables::new(stage1, shadow.huge).ok_or(NestingError::ShutDown)?;
-        if shadow.mirrors.values().any(|mirrored| mirrored.tables == tables) {
-            // Somebody else is served.
-            return Ok(true);
-        }
-        if shadow.prepares(stage1) {
+        if served || shadow.prepares(stage1) {
+            // Somebody else is served; or it was counted before.
             return Ok(true);
         }
         let begun = shadow.trial.take().filter(|trial| trial.stage1 == *stage1);

@@ -124,6 +124,39 @@ fn what_the_host_prepares_takes_slices_of_its_own() {
     }
 }
 
+/// The same for PASIDs whose entry goes, or that the host has lost; and for a function
+/// that comes.
+#[test]
+fn what_the_host_prepares_takes_slices_wherever_it_is_given() {
+    for lost in [false, true] {
+        let guest = Guest::with_directory();
+        guest.write_pasid(1, 0x6000);
+        guest.queue(&[PASID_CACHE, wait(1)]);
+        while guest.slice() == Slice::More {}
+        guest.calls();
+        match lost {
+            true => guest.iommu.requesters.unapply_all(),
+            false => guest.write(PASID_TABLE + 64, &[0]),
+        }
+        *guest.host.unprepared.lock() = 3;
+        guest.queue(&[PASID_CACHE, wait(2)][usize::from(lost)..]);
+        let (mut more, mut idle) = (true, 0);
+        while more {
+            more = guest.slice() == Slice::More;
+            let given = guest.calls().iter().any(|call| matches!(call, Call::Configure(..)));
+            idle += u32::from(!given);
+            assert!(!given || *guest.host.unprepared.lock() == 0, "{lost}");
+        }
+        assert!(idle >= 3, "{lost} {idle}");
+        assert_eq!((guest.status(), *guest.host.unprepared.lock()), (2, 0));
+    }
+    let guest = Guest::with_directory();
+    guest.iommu.remove_device(RID);
+    *guest.host.unprepared.lock() = 3;
+    guest.iommu.add_device(RID).unwrap();
+    assert_eq!(*guest.host.unprepared.lock(), 0);
+}
+
 #[test]
 fn a_slice_is_of_few_requesters_and_nothing_is_acknowledged_before_the_last() {
     let guest = Guest::with_directory();

@@ -427,6 +427,26 @@ fn a_preparation_leaves_nothing_whichever_call_fails() {
     }
 }
 
+/// Many whose table fits at last join its mirror one by one.
+#[test]
+fn the_starved_are_served_in_slices() {
+    let rig = Rig::with(1, 8);
+    (0..2).for_each(|page| rig.put(0x3000, 2 * page, 0x9003));
+    for pasid in 1..=100 {
+        let requester = Requester { rid: A, pasid: crate::spec::pci::Pasid::new(pasid) };
+        let config = RequesterConfig { tag: DomainTag { pasid, ..TAG }, ..config(tables()) };
+        rig.nesting.configure(requester, &config).unwrap();
+    }
+    rig.put(0x3000, 0, 0);
+    rig.host.take_log();
+    let mut progress = Progress::default();
+    while !progress.is_done() {
+        slice(&rig, &mut progress).unwrap();
+    }
+    (1..=100).for_each(|pasid| assert!(rig.host.reaches(DEV_A, Some(pasid)).is_some()));
+    rig.ends_clean();
+}
+
 /// Those beyond the limit are blocked and told like others, and served with another table.
 #[test]
 fn more_starved_requesters_than_are_remembered() {
