@@ -28,6 +28,9 @@ const IOVA: u64 = 0xc0_0000;
 const POOL: u64 = 24;
 /// The PASID of both devices that has an entry.
 const PASID: u32 = 5;
+/// Pages that each table has besides, each a mapping of its own: more than one slice of the work on
+/// a mirror, so that mirrors are made, joined and replaced in several.
+const SCATTERED: u64 = 100;
 /// A domain for every table.
 const COMMON: u16 = 9;
 /// Every kind of outcome is to be seen so often, however slow the machine is.
@@ -106,9 +109,12 @@ impl<const MIRRORED: bool> World<MIRRORED> {
         let kinds = if legacy { vec![false; 2] } else { vec![true, true, false] };
         let table = |first_stage: &bool| {
             let top = guest.page();
-            match first_stage {
-                true => guest.map(top, IOVA, memory[0], 1, true),
-                false => guest.map_second_stage(top, IOVA, memory[0], true),
+            let scattered = (0..SCATTERED).map(|number| IOVA + (512 + 2 * number) * PAGE);
+            for iova in [IOVA].into_iter().chain(scattered) {
+                match first_stage {
+                    true => guest.map(top, iova, memory[0], 1, true),
+                    false => guest.map_second_stage(top, iova, memory[0], true),
+                }
             }
             guest.unmap(top, IOVA);
             let pointer = guest.load(guest.entry_at(top, IOVA, 2));
@@ -187,7 +193,9 @@ impl<const MIRRORED: bool> World<MIRRORED> {
     fn say(&self, said: &[Said], dice: &mut Dice) {
         let begun = self.model.lock().unwrap().begins();
         let descriptors: Vec<_> = said.iter().map(|said| self.descriptor(*said)).collect();
-        if !self.forgets.is_some_and(|count| dice.one_in(count)) {
+        // Entries are not: it is a stale page that is to be found.
+        let may_forget = !said.contains(&Said::Entries);
+        if !self.forgets.is_some_and(|count| may_forget && dice.one_in(count)) {
             let _unit = self.unit.lock().unwrap();
             assert_eq!(self.machine.guest.submit(&descriptors), Completion::Done);
         }
@@ -283,6 +291,17 @@ impl<const MIRRORED: bool> World<MIRRORED> {
         }
     }
 
+    /// The entry of `who` goes, which is one store: others may be at work on the queue.
+    fn withdraw(&self, who: Who) {
+        self.model.lock().unwrap().entry_comes(who, Choice::Nothing);
+        let (rid, pasid) = who;
+        match self.legacy {
+            true => self.machine.guest.set_legacy_entry(rid, Entry::NotPresent),
+            false => self.machine.guest.set_entry(rid, pasid.unwrap_or(0), Entry::NotPresent),
+        }
+        self.model.lock().unwrap().entry_has_come(who);
+    }
+
     /// The processor that switches domains, and plugs a device.
     fn switch(&self, tables: &[(u64, bool)]) {
         let mut dice = Dice(2);
@@ -303,6 +322,18 @@ impl<const MIRRORED: bool> World<MIRRORED> {
             self.model.lock().unwrap().entry_has_come(who);
             now[number] = choice;
             self.count(6);
+            if matches!(choice, Choice::Tables(_)) && dice.one_in(4) {
+                // By another processor, while the unit is at work on that.
+                thread::scope(|scope| {
+                    let after = Duration::from_micros(dice.below(2000));
+                    scope.spawn(move || {
+                        thread::sleep(after);
+                        self.withdraw(who);
+                    });
+                    self.say(&[Said::Entries], &mut dice);
+                });
+                now[number] = Choice::Nothing;
+            }
             self.say(&[Said::Entries], &mut dice);
             if let Choice::Tables(View { domain, .. }) = choice {
                 if dice.one_in(2) {
@@ -423,7 +454,11 @@ fn run<const MIRRORED: bool>(legacy: bool, forgets: Option<u64>) -> ([u64; 8], u
         world.over.store(true, Ordering::Relaxed);
     });
     let (seen, wrong) = (seen(&world), world.wrong.load(Ordering::Relaxed));
-    let rebuilds = world.machine.nesting.counters().mirror_rebuilds;
+    world.requesters.iter().for_each(|who| world.withdraw(*who));
+    world.say(&[Said::Entries], &mut Dice(3));
+    let counters = world.machine.nesting.counters();
+    assert_eq!(counters.mirror_pieces, 0, "nobody uses a table");
+    let rebuilds = counters.mirror_rebuilds;
     println!("{seen:?}, {rebuilds} mirrors replaced");
     assert!(!MIRRORED || forgets.is_some() || rebuilds >= ENOUGH, "{rebuilds}");
     assert_eq!(world.machine.end(), 0);
