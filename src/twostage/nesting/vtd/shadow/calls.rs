@@ -270,3 +270,53 @@ impl State {
         self.nested.users(id).into_iter().map(config).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// However mirrors grow, are replaced, and are kept after all: there is room for what is in
+        /// use, and never more than twice the limit.
+        #[test]
+        fn there_are_never_more_pieces_than_twice_the_limit(
+            steps in prop::collection::vec((0..5u8, 0..8usize, 1..12u64), 0..300),
+        ) {
+            const LIMIT: u64 = 10;
+            let mut account = Account::default();
+            // Of each one, and of what comes in its place.
+            let mut mirrors = [(0u64, None::<u64>); 8];
+            for (step, which, count) in steps {
+                let (pieces, coming) = &mut mirrors[which];
+                match (step, &mut *coming) {
+                    (0, None) => {
+                        let count = count.min(account.room(Part::Serves, LIMIT));
+                        *account.of(Part::Serves) += count;
+                        *pieces += count;
+                    }
+                    (1, None) => {
+                        *account.of(Part::Serves) -= *pieces;
+                        *account.of(Part::Goes) += *pieces;
+                        *coming = Some(0);
+                    }
+                    (2, Some(new)) => {
+                        let count = count.min(account.room(Part::Comes, LIMIT));
+                        *account.of(Part::Comes) += count;
+                        *new += count;
+                    }
+                    (3 | 4, Some(new)) => {
+                        *account.of(Part::Comes) -= *new;
+                        *account.of(Part::Goes) -= *pieces;
+                        *pieces = if step == 3 { *new } else { *pieces };
+                        *account.of(Part::Serves) += *pieces;
+                        *coming = None;
+                    }
+                    _ => {}
+                }
+                prop_assert!(account.all() <= 2 * LIMIT, "{:?}", account);
+            }
+        }
+    }
+}
