@@ -23,9 +23,9 @@ pub enum Nesting {
     /// They are mirrored into IOASes, one for each, which any IOMMU can use. That takes a guest
     /// that invalidates what becomes present, too (caching mode), and one stage of tables.
     Off {
-        /// The most mappings that all mirrors of one host may have together; meanwhile twice as many
-        /// if some are being replaced. Tables that take more are not served: their users are
-        /// blocked, and the guest gets a fault.
+        /// The most mappings that all mirrors of one host may have together; twice as many while
+        /// some are being replaced. Tables that take more are not served: their users are blocked,
+        /// and the guest gets a fault.
         pieces: u64,
     },
 }
