@@ -103,6 +103,11 @@ impl Signal {
         !self.changed.wait_timeout_while(wanted, time, busy).1
     }
 
+    /// Whether the thread has ended.
+    pub fn is_over(&self) -> bool {
+        self.wanted().over
+    }
+
     fn end(&self) {
         self.wanted().over = true;
         self.changed.notify_all();

@@ -67,9 +67,7 @@ impl FaultRouter {
 
     /// Delivers all groups of page requests that are in the queue. Returns whether there was any.
     pub fn bring_pages(&self) -> crate::iommufd::Result<bool> {
-        let (groups, read) = self.pages.read();
-        let some = !groups.is_empty();
-        for (ticket, group) in groups {
+        self.pages.bring(|ticket, group| {
             let requests = self.rid(group.dev).and_then(|rid| requests(rid, &group));
             let answer = match (requests, self.target()) {
                 (Some(requests), Some(target)) => target.page_requests(&requests, ticket),
@@ -78,8 +76,7 @@ impl FaultRouter {
             if let Some(answer) = answer {
                 self.pages.respond(ticket, answer);
             }
-        }
-        read.map(|()| some)
+        })
     }
 
     /// Where faults go.

@@ -29,6 +29,7 @@ mod tests;
 
 use crate::sync::Mutex;
 use std::sync::{Arc, MutexGuard, Weak};
+use std::time::Duration;
 
 use crate::iommufd::ObjectId;
 use crate::nesting::guest_ioas::Mirrors;
@@ -234,8 +235,8 @@ impl VtdHostSide for VtdNesting {
         self.0.faults.pages.respond(ticket, response);
     }
 
-    fn drain_page_requests(&self) {
-        self.0.faults.pages.drain();
+    fn drain_page_requests(&self, progress: &mut Progress, time: Duration) {
+        self.0.faults.pages.drain(progress, time);
     }
 
     fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {

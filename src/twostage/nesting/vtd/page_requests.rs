@@ -15,23 +15,27 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::iommufd::{Errno, FaultQueue, HostError, ObjectId, PageRequestGroup, PageResponseCode};
+use crate::iommufd::{
+    Errno, FaultQueue, HostError, ObjectId, PageRequestGroup, PageResponseCode, Readiness,
+};
 use crate::nesting::reader::{drain, Drained, QueueThread, Signal};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::page_request::{PageRequest, PageResponse};
-use crate::sync::Mutex;
+use crate::sync::{Condvar, Mutex};
 use crate::threads::ThreadStart;
-use crate::viommu::vtd::PageTicket;
+use crate::viommu::vtd::{PageTicket, Progress};
 use crate::warn_limited;
 
-/// How long [`PageRoute::drain`] waits, for a thread that never blocks.
-const DELIVERY_TIME: Duration = Duration::from_secs(5);
 /// Indices of groups have 9 bits.
 const GROUPS: u32 = 1 << 9;
 
 /// The fault queue of a host, and the groups read from it that are not answered here.
 #[derive(Default)]
-pub(super) struct PageRoute(Mutex<Route>);
+pub(super) struct PageRoute {
+    route: Mutex<Route>,
+    /// A pass has ended.
+    passed: Condvar,
+}
 
 #[derive(Default)]
 struct Route {
@@ -41,20 +45,57 @@ struct Route {
     last: u64,
     cookies: BTreeMap<PageTicket, u32>,
     tickets: BTreeMap<u32, PageTicket>,
+    passes: Passes,
+}
+
+/// Passes of the thread, each of which reads and delivers all that is in the queue.
+#[derive(Debug, Clone, Copy, Default)]
+struct Passes {
+    /// How many have begun.
+    begun: u64,
+    /// The last one that has ended well.
+    ended: u64,
 }
 
 impl PageRoute {
-    /// Waits until all that is in the queue now has been delivered.
-    pub fn drain(&self) {
-        let signal = self.0.lock().signal.clone();
-        if signal.is_some_and(|signal| !signal.quiesce(DELIVERY_TIME)) {
-            warn_limited!("page requests are still on their way to the guest, which drains them");
+    /// See [`VtdHostSide::drain_page_requests`]. What was in the queue at the first call is read
+    /// and delivered by the first pass that begins after it, however much comes meanwhile.
+    ///
+    /// [`VtdHostSide::drain_page_requests`]: crate::viommu::vtd::VtdHostSide::drain_page_requests
+    pub fn drain(&self, progress: &mut Progress, time: Duration) {
+        let route = self.route.lock();
+        let pass = progress.next().unwrap_or(route.passes.begun + 1);
+        if let (None, Some(signal)) = (progress.next(), &route.signal) {
+            signal.changed(true);
         }
+        let waits = |route: &mut Route| {
+            let goes_on = route.signal.as_ref().is_some_and(|signal| !signal.is_over());
+            goes_on && route.passes.ended < pass
+        };
+        let (_route, late) = self.passed.wait_timeout_while(route, time, waits);
+        progress.go_on_at(late.then_some(pass));
+    }
+
+    /// Has `deliver` deliver all groups that are there. Returns whether there was any. By one
+    /// thread only.
+    pub fn bring(
+        &self,
+        mut deliver: impl FnMut(PageTicket, PageRequestGroup),
+    ) -> crate::iommufd::Result<bool> {
+        let (groups, read) = self.read();
+        let some = !groups.is_empty();
+        groups.into_iter().for_each(|(ticket, group)| deliver(ticket, group));
+        read?;
+        // No other pass has begun meanwhile.
+        let passes = &mut self.route.lock().passes;
+        passes.ended = passes.begun;
+        self.passed.notify_all();
+        Ok(some)
     }
 
     /// Responds to the group of `ticket`, unless the host or somebody else has.
     pub fn respond(&self, ticket: PageTicket, response: PageResponse) {
-        let mut route = self.0.lock();
+        let mut route = self.route.lock();
         let Some(cookie) = route.cookies.remove(&ticket) else { return };
         route.tickets.remove(&cookie);
         let code = match response {
@@ -73,8 +114,9 @@ impl PageRoute {
 
     /// Reads all groups that are there, each with its ticket: all at once, as the host may give the
     /// cookie of any of them again as soon as it was read.
-    pub fn read(&self) -> (Vec<(PageTicket, PageRequestGroup)>, crate::iommufd::Result<()>) {
-        let mut route = self.0.lock();
+    fn read(&self) -> (Vec<(PageTicket, PageRequestGroup)>, crate::iommufd::Result<()>) {
+        let mut route = self.route.lock();
+        route.passes.begun += 1;
         let mut groups = Vec::new();
         let Some(queue) = route.queue.clone() else { return (groups, Ok(())) };
         loop {
@@ -96,8 +138,9 @@ impl PageRoute {
 
     /// Closes the queue.
     pub fn close(&self) {
-        let mut route = self.0.lock();
-        *route = Route { last: route.last, ..Route::default() };
+        let mut route = self.route.lock();
+        *route = Route { last: route.last, passes: route.passes, ..Route::default() };
+        self.passed.notify_all();
     }
 }
 
@@ -120,11 +163,11 @@ pub(super) fn deliver(
         }
         drained
     };
-    route.0.lock().queue = Some(queue.clone());
+    route.route.lock().queue = Some(queue.clone());
     let started =
         QueueThread::start(threads, "page-requests", object, |signal| queue.watch(signal), read);
     match &started {
-        Ok(thread) => route.0.lock().signal = Some(thread.signal()),
+        Ok(thread) => route.route.lock().signal = Some(thread.signal()),
         Err(_) => route.close(),
     }
     started
@@ -168,7 +211,7 @@ impl fmt::Display for Unreadable<'_> {
 
 impl fmt::Debug for PageRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let route = self.0.lock();
+        let route = self.route.lock();
         let queue: Option<ObjectId> = route.queue.as_ref().map(|queue| queue.object());
         f.debug_struct("PageRoute")
             .field("queue", &queue)
@@ -180,13 +223,14 @@ impl fmt::Debug for PageRoute {
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::sync::Weak;
     use std::thread;
+    use std::time::Instant;
 
     use super::*;
     use crate::iommufd::{
-        PageRequest as HostRequest, PageRequestFlags, PageRequestPermissions, Readiness, Verb,
+        PageRequest as HostRequest, PageRequestFlags, PageRequestPermissions, Verb,
     };
-    use crate::sync::Condvar;
     use crate::threads::StdThreads;
 
     const RID: Bdf = Bdf::from_raw(0x20);
@@ -240,7 +284,7 @@ mod tests {
         let groups = Mutex::new(groups.into_iter().collect());
         let queue = Arc::new(Script { groups, ..Script::default() });
         let route = PageRoute::default();
-        route.0.lock().queue = Some(queue.clone());
+        route.route.lock().queue = Some(queue.clone());
         (route, queue)
     }
 
@@ -276,7 +320,7 @@ mod tests {
         let (route, _) = route([]);
         let groups = Mutex::new([group(1, &[0])].into());
         let broken = Script { groups, broken: true, ..Script::default() };
-        route.0.lock().queue = Some(Arc::new(broken));
+        route.route.lock().queue = Some(Arc::new(broken));
         let (groups, read) = route.read();
         assert_eq!((groups.len(), read.map_err(|error| error.errno)), (1, Err(Errno::EIO)));
     }
@@ -306,23 +350,65 @@ mod tests {
         changed: Condvar,
     }
 
+    fn drains(route: &PageRoute, time: Duration) -> bool {
+        let (mut progress, begun) = (Progress::default(), Instant::now());
+        route.drain(&mut progress, Duration::ZERO);
+        while !progress.is_done() && begun.elapsed() < time {
+            route.drain(&mut progress, Duration::from_millis(10));
+        }
+        progress.is_done()
+    }
+
+    #[test]
+    fn a_drain_waits_for_no_more_than_what_was_there() {
+        let (route, queue) = route([]);
+        assert!(drains(&route, Duration::ZERO), "of nothing");
+        let (route, of_reader) = (Arc::new(route), Arc::<Mutex<Weak<PageRoute>>>::default());
+        *of_reader.lock() = Arc::downgrade(&route);
+        // There is always another group when one was read, as long as the test runs.
+        let bring = move || {
+            let Some(route) = of_reader.lock().upgrade() else { return Ok(false) };
+            thread::sleep(Duration::from_millis(1));
+            let some = route.bring(|_, _| ())?;
+            Ok(some || route.route.lock().queue.is_some())
+        };
+        let reader = deliver(&StdThreads, queue, &route, bring).unwrap();
+        assert!(drains(&route, Duration::from_secs(60)));
+        route.close();
+        assert!(drains(&route, Duration::ZERO), "of a queue that is closed");
+        reader.stop();
+    }
+
+    #[test]
+    fn a_drain_waits_for_a_read_that_failed_and_not_for_one_that_never_comes() {
+        let (route, _) = route([]);
+        let broken = Arc::new(Script { broken: true, ..Script::default() });
+        route.route.lock().queue = Some(broken.clone());
+        assert!(route.bring(|_, _| ()).is_err());
+        assert_eq!(route.route.lock().passes.ended, 0);
+        let route = Arc::new(route);
+        let of_reader = route.clone();
+        let reader =
+            deliver(&StdThreads, broken, &route, move || of_reader.bring(|_, _| ())).unwrap();
+        assert!(drains(&route, Duration::from_secs(60)));
+        reader.stop();
+    }
+
     #[test]
     fn a_drain_waits_until_what_was_read_is_delivered() {
         let (route, queue) = route([group(1, &[0])]);
         let (route, delivery) = (Arc::new(route), Arc::<Delivery>::default());
         let (of_reader, at_reader) = (route.clone(), delivery.clone());
         let bring = move || {
-            let some = !of_reader.read().0.is_empty();
-            if some {
+            of_reader.bring(|_, _| {
                 let waits = |state: &mut (bool, bool)| !state.0;
                 at_reader.changed.wait_while(at_reader.state.lock(), waits).1 = true;
-            }
-            Ok(some)
+            })
         };
         let reader = deliver(&StdThreads, queue.clone(), &route, bring).unwrap();
         thread::scope(|scope| {
             let drained = scope.spawn(|| {
-                route.drain();
+                assert!(drains(&route, Duration::from_secs(60)));
                 delivery.state.lock().1
             });
             crate::patience::wait_until("the read", || queue.groups.lock().is_empty());

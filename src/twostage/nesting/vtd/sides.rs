@@ -2,6 +2,7 @@
 //! A virtual VT-d in front of devices of several hosts. See [`crate::nesting::sides`].
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use super::VtdNesting;
 use crate::iommufd::ObjectId;
@@ -106,8 +107,16 @@ impl VtdHostSide for Sides<VtdNesting> {
         self.of(rid).respond(rid, ticket, response);
     }
 
-    fn drain_page_requests(&self) {
-        self.iter().for_each(|side| side.drain_page_requests());
+    /// One side after the other: what came to a later one meanwhile is drained, too.
+    fn drain_page_requests(&self, progress: &mut Progress, time: Duration) {
+        while let Some(side) = self.get(progress.side()) {
+            side.drain_page_requests(progress, time);
+            let next = progress.side() + 1;
+            if !progress.is_done() || self.get(next).is_none() {
+                break;
+            }
+            progress.go_on_with(next);
+        }
     }
 
     fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use crate::spec::pci::Pasid;
-use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::spec::vtd::qi::{Descriptor, InterruptEntryScope, IotlbScope};
+use crate::spec::vtd::regs::{Cap, Ecap, IqErrorInfo};
 
 /// Size of the register page, in bytes.
 pub const MMIO_SIZE: u64 = 0x1000;
@@ -302,6 +303,44 @@ impl VtdConfig {
             .with_smpwcs(self.scalable_mode && self.coherent_walks)
             .with_rps(self.scalable_mode);
         Ok(Capabilities { cap, ecap })
+    }
+}
+
+impl Capabilities {
+    /// Whether a unit with these accepts `descriptor`, in scalable mode or not.
+    pub(super) fn check(self, scalable: bool, descriptor: &Descriptor) -> Result<(), IqErrorInfo> {
+        let ecap = self.ecap;
+        let supported = match descriptor {
+            Descriptor::ContextCache(_) | Descriptor::Iotlb { .. } | Descriptor::Wait { .. } => {
+                true
+            }
+            Descriptor::DeviceTlb { .. } => ecap.dt(),
+            Descriptor::InterruptEntryCache(_) => ecap.ir(),
+            Descriptor::PasidIotlb { .. } | Descriptor::PasidCache(_) => scalable,
+            Descriptor::PasidDeviceTlb { .. } => scalable && ecap.dt(),
+            Descriptor::PageGroupResponse { .. } => scalable && ecap.prs(),
+        };
+        if !supported {
+            return Err(IqErrorInfo::InvalidType);
+        }
+        let reserved = match *descriptor {
+            Descriptor::Iotlb { scope: IotlbScope::Pages { range, .. }, .. } => {
+                range.mask > self.cap.mamv()
+            }
+            Descriptor::InterruptEntryCache(InterruptEntryScope::Index { mask, .. }) => {
+                mask > ecap.mhmv()
+            }
+            Descriptor::Wait { drain_page_requests, .. } => drain_page_requests && !ecap.pds(),
+            Descriptor::DeviceTlb { physical_function, .. }
+            | Descriptor::PasidDeviceTlb { physical_function, .. } => {
+                physical_function != 0 && !ecap.dit()
+            }
+            _ => false,
+        };
+        if reserved {
+            return Err(IqErrorInfo::ReservedField);
+        }
+        Ok(())
     }
 }
 

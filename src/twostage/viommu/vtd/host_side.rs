@@ -3,6 +3,7 @@
 //! subjects: policies of requesters, and invalidations.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use super::config::VtdConfig;
 use crate::spec::pci::Bdf;
@@ -247,9 +248,13 @@ pub trait VtdHostSide: Debug + Send + Sync {
         let _ = (rid, ticket, response);
     }
 
-    /// Waits until all page requests that the host has for the guest at the moment have been given
-    /// to [`FaultTarget::page_requests`].
-    fn drain_page_requests(&self) {}
+    /// Waits, for `time` at most, until all page requests that the host had for the guest at the
+    /// first call with this `progress` have been given to [`FaultTarget::page_requests`]; then it
+    /// is done. Does not wait where `time` is zero. May be called like [`VtdHostSide::respond`].
+    fn drain_page_requests(&self, progress: &mut Progress, time: Duration) {
+        let _ = time;
+        progress.go_on_at(None);
+    }
 
     /// Tells the device `rid` to forget the translations of `range` that it has for requests with
     /// `pasid`, or for all of its requests. Comes after the invalidations that the guest has

@@ -47,6 +47,7 @@ use crate::sync::Mutex;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
 pub use config::{Capabilities, VtdConfig, VtdConfigError, MMIO_SIZE};
 pub use fault_log::{EventRegisters, FaultLog};
@@ -78,6 +79,10 @@ use state::Counters;
 
 /// PASIDs of a removed function that are blocked before the registers are unlocked.
 const REMOVED_AT_ONCE: u32 = 32;
+
+/// How long a thread waits for page requests before it looks at the queue again: the unit may be
+/// halted or the queue disabled.
+const DRAINED_AT_ONCE: Duration = Duration::from_millis(10);
 
 /// A virtual VT-d unit.
 ///
@@ -261,7 +266,16 @@ impl VtdIommu {
     /// The registers are unlocked at each ordering point of the queue, and after some of the
     /// requesters that one invalidation names, however many there are.
     pub fn drain_queue(&self) {
-        while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
+        while !self.is_halted() {
+            let slice = self.run_slice(&mut self.lock());
+            match slice {
+                Slice::More => {}
+                Slice::Done => return,
+                Slice::Draining(mut progress) => {
+                    self.host.drain_page_requests(&mut progress, DRAINED_AT_ONCE);
+                }
+            }
+        }
     }
 
     /// The machine is stopping: threads working through the queue, or the PASIDs of a function,

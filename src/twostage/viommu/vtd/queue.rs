@@ -10,19 +10,21 @@
 //!
 //! The queue is processed in slices, from one ordering point to the next, up to a maximum number of
 //! descriptors; a wait belongs to the slice that it ends. Reading the tables of many requesters
-//! takes slices of its own, with IQH unchanged.
+//! takes slices of its own, with IQH unchanged, and so do many device TLBs. A wait that drains page
+//! requests waits for them between slices, with the registers unlocked.
 
 use super::apply::{Scope, Scopes};
-use super::config::Capabilities;
 use super::evaluation::{Budget, By, Evaluation};
 use super::fault_log::QueueError;
 use super::host_side::{Invalidation, Progress};
 use super::state::Registers;
 use super::VtdIommu;
+use std::time::{Duration, Instant};
+
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::qi::{
-    AddressMask, DecodeError, Descriptor, DeviceTlbRange, InterruptEntryScope, IotlbScope,
-    PasidCacheScope, StatusWrite, Words, WORDS,
+    AddressMask, DecodeError, Descriptor, DeviceTlbRange, IotlbScope, PasidCacheScope, StatusWrite,
+    Words, WORDS,
 };
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
 use crate::spec::vtd::PageRange;
@@ -36,6 +38,8 @@ pub(super) enum Slice {
     More,
     /// Nothing, or nothing before the guest has cleared an error.
     Done,
+    /// A wait, once the host side has drained page requests, which is this far.
+    Draining(Progress),
 }
 
 /// Why the queue stops before the tail.
@@ -61,6 +65,13 @@ enum Flushed {
 /// Maximum number of descriptors in one slice.
 const SLICE: usize = 1024;
 
+/// Device TLBs that are invalidated in one slice: each may wait for a request of its device.
+const DEVICES: usize = 32;
+
+/// How long page requests are drained before the queue stops: they come from a thread that never
+/// blocks.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+
 /// One slice of the queue. Invalidations of one kind at a time are batched.
 #[derive(Debug, Default)]
 pub(super) struct Pass {
@@ -76,6 +87,8 @@ pub(super) struct Pass {
     scopes: Scopes,
     /// The one in progress.
     evaluation: Option<Evaluation>,
+    /// How far page requests are drained for the wait to fetch next, and since when.
+    draining: Option<(Progress, Instant)>,
 }
 
 impl Pass {
@@ -113,7 +126,8 @@ impl VtdIommu {
             return Slice::Done;
         }
         let begun = self.under_way().queue.take();
-        if begun.is_none() && registers.iqh == registers.iqt {
+        // A slice that ended at the tail may have left an error to raise.
+        if begun.is_none() && registers.iqh == registers.iqt && registers.unanswered.is_none() {
             return Slice::Done;
         }
         let mut pass =
@@ -123,7 +137,7 @@ impl VtdIommu {
             .and_then(|()| self.walk(registers, &mut pass));
         match result {
             Ok(slice) => {
-                if !pass.is_empty() {
+                if !pass.is_empty() || pass.draining.is_some() {
                     self.under_way().queue = Some(pass);
                 }
                 slice
@@ -138,6 +152,7 @@ impl VtdIommu {
         }
         let size = registers.iqa.size();
         let step = registers.iqa.descriptor_size();
+        let draining = pass.draining.take();
         let tail = registers.iqt.offset();
         for _ in 0..SLICE {
             if pass.fetch == tail {
@@ -158,6 +173,13 @@ impl VtdIommu {
             }
             if self.is_halted() {
                 return Err(Stop::Halted);
+            }
+            if let Some((progress, since)) = self.drain_before(registers, &descriptor, draining) {
+                if since.elapsed() > DRAIN_TIME {
+                    return Err(Stop::Host);
+                }
+                pass.draining = Some((progress, since));
+                return Ok(Slice::Draining(progress));
             }
             self.counters.descriptor(&descriptor);
             if let Some(observer) = &self.observer {
@@ -200,7 +222,7 @@ impl VtdIommu {
             DecodeError::Reserved(_) => IqErrorInfo::ReservedField,
         })?;
         let scalable = mode(registers) == Some(TranslationTableMode::Scalable);
-        check_offered(&self.caps, scalable, &descriptor)?;
+        self.caps.check(scalable, &descriptor)?;
         Ok(descriptor)
     }
 
@@ -223,10 +245,7 @@ impl VtdIommu {
             }
             Descriptor::PasidCache(scope) => pass.scopes.add(scope.into()),
             Descriptor::InterruptEntryCache(scope) => self.invalidate_interrupt_entries(scope),
-            Descriptor::Wait { status, interrupt, drain_page_requests, .. } => {
-                if drain_page_requests && self.caps.ecap.prs() {
-                    self.host.drain_page_requests();
-                }
+            Descriptor::Wait { status, interrupt, .. } => {
                 // A wait after a device that did not answer is aborted: no status, no interrupt.
                 if registers.unanswered.is_none() {
                     self.complete_wait(registers, status, interrupt);
@@ -236,6 +255,24 @@ impl VtdIommu {
                 self.respond_to_group(Requester { rid, pasid }, group, code);
             }
         }
+    }
+
+    /// Drains page requests if `descriptor` is a wait for that, which got as far as `draining`.
+    /// Returns how far that is now, unless it is over. A wait that is aborted needs none.
+    fn drain_before(
+        &self,
+        registers: &Registers,
+        descriptor: &Descriptor,
+        draining: Option<(Progress, Instant)>,
+    ) -> Option<(Progress, Instant)> {
+        let Descriptor::Wait { drain_page_requests: true, .. } = descriptor else { return None };
+        if !self.caps.ecap.prs() || registers.unanswered.is_some() {
+            return None;
+        }
+        let (mut progress, since) =
+            draining.unwrap_or_else(|| (Progress::default(), Instant::now()));
+        self.host.drain_page_requests(&mut progress, Duration::ZERO);
+        (!progress.is_done()).then_some((progress, since))
     }
 
     /// Adds a device-TLB invalidation to the batch; a device that is not there never answers.
@@ -262,10 +299,14 @@ impl VtdIommu {
             pass.batch.clear();
             pass.progress = Progress::default();
         }
-        for (source, pasid, range) in pass.devices.drain(..) {
+        let now = pass.devices.len().min(DEVICES);
+        for (source, pasid, range) in pass.devices.drain(..now) {
             if !self.host.invalidate_device_tlb(source, pasid.map(Pasid::raw), range.into()) {
                 registers.unanswered.get_or_insert(source);
             }
+        }
+        if !pass.devices.is_empty() {
+            return Ok(Flushed::Some);
         }
         if !registers.gsts.tes() {
             // Started before translation was disabled: tables are not used any more.
@@ -410,44 +451,6 @@ fn check_queue(registers: &Registers, scalable_mode: bool) -> Result<(), IqError
     }
     if iqt.offset() % iqa.descriptor_size() != 0 {
         return Err(IqErrorInfo::TailMisaligned);
-    }
-    Ok(())
-}
-
-/// Whether a unit with `caps` accepts `descriptor`, in scalable mode or not.
-fn check_offered(
-    caps: &Capabilities,
-    scalable: bool,
-    descriptor: &Descriptor,
-) -> Result<(), IqErrorInfo> {
-    let ecap = caps.ecap;
-    let supported = match descriptor {
-        Descriptor::ContextCache(_) | Descriptor::Iotlb { .. } | Descriptor::Wait { .. } => true,
-        Descriptor::DeviceTlb { .. } => ecap.dt(),
-        Descriptor::InterruptEntryCache(_) => ecap.ir(),
-        Descriptor::PasidIotlb { .. } | Descriptor::PasidCache(_) => scalable,
-        Descriptor::PasidDeviceTlb { .. } => scalable && ecap.dt(),
-        Descriptor::PageGroupResponse { .. } => scalable && ecap.prs(),
-    };
-    if !supported {
-        return Err(IqErrorInfo::InvalidType);
-    }
-    let reserved = match *descriptor {
-        Descriptor::Iotlb { scope: IotlbScope::Pages { range, .. }, .. } => {
-            range.mask > caps.cap.mamv()
-        }
-        Descriptor::InterruptEntryCache(InterruptEntryScope::Index { mask, .. }) => {
-            mask > ecap.mhmv()
-        }
-        Descriptor::Wait { drain_page_requests, .. } => drain_page_requests && !ecap.pds(),
-        Descriptor::DeviceTlb { physical_function, .. }
-        | Descriptor::PasidDeviceTlb { physical_function, .. } => {
-            physical_function != 0 && !ecap.dit()
-        }
-        _ => false,
-    };
-    if reserved {
-        return Err(IqErrorInfo::ReservedField);
     }
     Ok(())
 }

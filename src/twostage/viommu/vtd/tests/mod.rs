@@ -16,6 +16,7 @@ mod translation;
 
 use crate::sync::Mutex;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -57,6 +58,8 @@ struct FakeHost {
     answers: Mutex<Vec<(Bdf, PageTicket, PageResponse)>>,
     /// Times that page requests were drained.
     drains: Mutex<u64>,
+    /// So often they are not yet.
+    undrained: Mutex<u64>,
     /// A device that does not answer invalidations of its TLB.
     silent: Mutex<Option<Bdf>>,
 }
@@ -74,6 +77,7 @@ impl FakeHost {
             faulting: Mutex::default(),
             answers: Mutex::default(),
             drains: Mutex::default(),
+            undrained: Mutex::default(),
             silent: Mutex::default(),
         })
     }
@@ -130,8 +134,14 @@ impl VtdHostSide for FakeHost {
         self.answers.lock().push((rid, ticket, response));
     }
 
-    fn drain_page_requests(&self) {
-        *self.drains.lock() += 1;
+    fn drain_page_requests(&self, progress: &mut Progress, _: Duration) {
+        let mut undrained = self.undrained.lock();
+        let left = *undrained > 0;
+        *undrained = undrained.saturating_sub(1);
+        progress.go_on_at(left.then_some(7));
+        if !left {
+            *self.drains.lock() += 1;
+        }
     }
 
     fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::spec::vtd::page_request::{PageRequest, PageResponse};
-use crate::spec::vtd::qi::PasidCacheScope;
+use crate::spec::vtd::qi::{PasidCacheScope, StatusWrite};
+use crate::viommu::vtd::queue::Slice;
 
 const PAGES: u64 = 0x2_0000;
 /// Descriptors of a queue of one page, of which one stays free.
@@ -318,6 +319,21 @@ fn a_wait_drains_what_the_host_has() {
     assert_eq!(*guest.host.drains.lock(), 0);
     guest.submit(&[wait(true)]);
     assert_eq!(*guest.host.drains.lock(), 1);
+    // Waits with the registers unlocked, and looks again.
+    *guest.host.undrained.lock() = 4;
+    let status = Some(StatusWrite { address: STATUS, data: 9 });
+    guest.queue(&[Descriptor::Wait {
+        status,
+        interrupt: false,
+        fence: true,
+        drain_page_requests: true,
+    }]);
+    for _ in 0..2 {
+        assert!(matches!(guest.slice(), Slice::Draining(progress) if !progress.is_done()));
+        assert_eq!((guest.status(), *guest.host.drains.lock()), (0, 1));
+    }
+    guest.iommu.drain_queue();
+    assert_eq!((guest.status(), *guest.host.drains.lock()), (9, 2));
 }
 
 /// One step of a life.

@@ -22,7 +22,7 @@ pub(super) fn pasid_iotlb(value: u32, range: Option<AddressMask>) -> Descriptor 
     Descriptor::PasidIotlb { domain: DOMAIN, pasid: pasid(value), range }
 }
 
-fn device_tlb(source: Bdf) -> Descriptor {
+pub(super) fn device_tlb(source: Bdf) -> Descriptor {
     let range = DeviceTlbRange { address: 0, size: false };
     Descriptor::DeviceTlb { source, physical_function: 0, max_pending: 0, range }
 }
@@ -389,6 +389,21 @@ fn devices_forget_after_the_iotlb_and_before_the_wait() {
     *guest.host.silent.lock() = None;
     guest.submit(&[pasid(false), wait(3)]);
     assert_eq!(guest.status(), 3);
+}
+
+#[test]
+fn a_slice_that_ends_at_the_tail_leaves_no_error_behind() {
+    let guest = Guest::new(VtdConfig { device_iotlb: true, ..Default::default() });
+    // Of 2048 descriptors of 16 bytes.
+    guest.enable_queue(3);
+    for number in 0..1024 {
+        let gone = if number == 1023 { UPPER_RID } else { RID };
+        guest.write(QUEUE + 16 * number, &device_tlb(gone).encode()[..2]);
+    }
+    guest.write64(regs::IQT, 16 * 1024);
+    assert_eq!(guest.head(), 16 * 1024);
+    assert!(guest.fault_status().ite());
+    assert_eq!(Iqercd::from_bits(guest.read64(regs::IQERCD)).itesid(), UPPER_RID.raw());
 }
 
 #[test]

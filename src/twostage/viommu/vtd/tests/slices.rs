@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+use super::queue::device_tlb;
 use super::*;
 use crate::spec::vtd::qi::PasidCacheScope;
 use crate::spec::vtd::regs::{Fsts, Gcmd};
@@ -473,4 +474,20 @@ proptest! {
         guest.host_has(&mut has);
         prop_assert_eq!(has, guest.tables_say());
     }
+}
+
+#[test]
+fn a_slice_invalidates_a_few_device_tlbs() {
+    let guest = Guest::new(VtdConfig { device_iotlb: true, ..Default::default() });
+    guest.enable_queue(0x800);
+    let mut queued = vec![device_tlb(RID); 100];
+    queued.push(wait(1));
+    guest.queue(&queued);
+    let mut most = 0;
+    while guest.slice() == Slice::More {
+        most = most.max(guest.calls().len());
+        assert_eq!(guest.status(), 0);
+    }
+    assert!((1..=32).contains(&most), "{most} in one slice");
+    assert_eq!((guest.status(), guest.calls().len()), (1, 4));
 }
