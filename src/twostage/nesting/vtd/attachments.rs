@@ -153,6 +153,11 @@ impl State {
             if let Some(device) = self.devices.get_mut(&requester.rid) {
                 device.page_requests = false;
             }
+            // Once, as it is not tried again.
+            if let Err(error) = &result {
+                let rid = requester.rid;
+                log::info!("{rid}: the host takes no page requests of it, and gets none: {error}");
+            }
             return without;
         }
         result

@@ -15,6 +15,7 @@ use super::control::UnderWay;
 use super::evaluation::{PASID_GONE, PASSING};
 use super::fault_log::FaultLog;
 use super::host_side::{Invalidation, Progress, VtdHostSide};
+use super::page_requests::PageQueue;
 use super::policy::{blocked_config, is_possible};
 use super::requesters::{can_keep, Given};
 use super::state::{FunctionState, PasidState, Registers, VtdState, MODEL};
@@ -245,6 +246,7 @@ fn check(state: &VtdState, caps: &Capabilities) -> Result<(), String> {
     if head != 0 && !registers.gsts.qies() {
         return Err(format!("IQH is {head:#x}, but the queue is disabled"));
     }
+    check_page_queue(&state.page_requests, config.page_requests)?;
     if !interrupt_entries.is_sorted_by(|one, next| one.index < next.index) {
         return Err("the cached interrupt entries do not ascend".into());
     }
@@ -252,6 +254,20 @@ fn check(state: &VtdState, caps: &Capabilities) -> Result<(), String> {
         return Err("the functions do not ascend".into());
     }
     functions.iter().try_for_each(|function| check_function(function, caps, config.pasids()))
+}
+
+/// Whether a unit that offers page requests, or not, can have this queue.
+fn check_page_queue(queue: &PageQueue, offered: bool) -> Result<(), String> {
+    for (name, pointer) in [("PQH", queue.head), ("PQT", queue.tail)] {
+        let value = pointer.into_bits();
+        if value & !PageQueue::POINTER != 0 {
+            return Err(format!("{name} is {value:#x}, which is no place of a descriptor"));
+        }
+    }
+    if !offered && *queue != PageQueue::default() {
+        return Err("there is a page request queue, but no page requests are offered".into());
+    }
+    Ok(())
 }
 
 /// Whether a function can have these decisions.

@@ -307,6 +307,21 @@ fn a_restored_unit_has_the_queue_and_no_open_group() {
 }
 
 #[test]
+fn a_queue_that_cannot_be_is_not_restored() {
+    let refused = |state: VtdState| state.check().unwrap_err().to_string();
+    let mut state = serving().iommu.snapshot().unwrap();
+    state.check().unwrap();
+    state.page_requests.tail = regs::QueuePointer::from_bits(0x30);
+    let told = refused(state.clone());
+    assert!(told.ends_with("PQT is 0x30, which is no place of a descriptor"), "{told}");
+    state.page_requests = PageQueue::default();
+    state.page_requests.address = regs::Pqa::from_bits(PAGES);
+    state.config.page_requests = false;
+    let told = refused(state);
+    assert!(told.ends_with("but no page requests are offered"), "{told}");
+}
+
+#[test]
 fn a_wait_drains_what_the_host_has() {
     let guest = serving();
     let wait = |drain_page_requests| Descriptor::Wait {
