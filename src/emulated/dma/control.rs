@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::units::engine::Engine;
+use crate::units::engine::{Engine, Request};
 use crate::units::gate::Gate;
 use crate::units::page_requests::PageRequests;
 use twostage::iommufd::PageResponseCode;
@@ -40,6 +40,16 @@ impl DeviceControl {
 
     pub(super) fn page_requests(&self) -> &PageRequests {
         &self.page_requests
+    }
+
+    /// Requests the page of `request`, as [`PageRequests::ask`]. The gate must have been left.
+    pub(super) fn request_page(&self, request: &Request) -> Option<u16> {
+        if !self.page_requests.are_served(self.rid) {
+            return None;
+        }
+        // Before whoever serves it changes the tables.
+        self.gate.write(|Engine { common, own }| own.page_requested(&mut common.caches, request));
+        self.page_requests.ask(request)
     }
 
     /// Enables the device TLB, which is empty then, or disables it: from now on its DMA uses the

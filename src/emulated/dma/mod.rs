@@ -273,8 +273,8 @@ impl DmaPort {
             Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
             Err(Blocked::Fault(fault)) => {
                 drop(engine);
-                let requests = self.services.page_requests.then(|| self.control.page_requests());
-                Err(stopped(requests, &self.counters, &request, &fault))
+                let control = self.services.page_requests.then_some(&self.control);
+                Err(stopped(control, &self.counters, &request, &fault))
             }
         }
     }
@@ -371,13 +371,13 @@ fn by_device(
 #[cold]
 #[inline(never)]
 fn stopped(
-    page_requests: Option<&PageRequests>,
+    control: Option<&DeviceControl>,
     counters: &LocalCounters,
     request: &Request,
     fault: &Fault,
 ) -> DmaError {
-    let page_requests = page_requests.filter(|_| fault.asks_for_page);
-    match page_requests.and_then(|page_requests| page_requests.ask(request)) {
+    let control = control.filter(|_| fault.asks_for_page);
+    match control.and_then(|control| control.request_page(request)) {
         Some(group) => DmaError::PageRequested { address: request.address, group },
         None => {
             report(counters, fault);

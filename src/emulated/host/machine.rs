@@ -284,6 +284,7 @@ impl Machine {
     /// # Errors
     /// There is no such device, or one of its group is bound.
     pub fn remove_device(&self, name: &str) -> Result<(), MachineError> {
+        let port = self.dma_port(name);
         let mut state = self.state();
         let Some(place) = state.places.get(name) else {
             return Err(MachineError::NoSuchDevice(name.to_owned()));
@@ -293,6 +294,11 @@ impl Machine {
         }
         let removed = state.places.remove(name);
         drop(state);
+        if let Some(device) = port.map(|port| port.control()) {
+            // Another device may get its Requester ID.
+            device.set_device_tlb(false);
+            device.set_silent(false);
+        }
         if let Some(Place { part, .. }) = removed {
             part.driver.removed(&part.requester);
         }

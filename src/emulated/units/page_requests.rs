@@ -7,7 +7,7 @@
 //!
 //! The lock here is the innermost: nothing is called with it held.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Arc, MutexGuard};
 use twostage::sync::{Condvar, Mutex};
@@ -45,6 +45,9 @@ struct Interface {
     sink: Option<Arc<dyn PageRequestSink>>,
     /// The open groups by index, and their responses.
     groups: BTreeMap<u16, Option<PageResponseCode>>,
+    /// Open groups that the device has forgotten: their indices are not free before the response,
+    /// which would be taken for another group's.
+    forgotten: BTreeSet<u16>,
     /// The index after the last one used: indices are not reused soon, so that no response is taken
     /// for another.
     next: u16,
@@ -59,7 +62,13 @@ impl PageRequests {
         let interface = devices.entry(rid).or_default();
         interface.sink = sink;
         interface.groups.clear();
+        interface.forgotten.clear();
         self.answered.notify_all();
+    }
+
+    /// Whether somebody serves the requests of `rid`.
+    pub fn are_served(&self, rid: u16) -> bool {
+        self.devices().get(&rid).is_some_and(|interface| interface.sink.is_some())
     }
 
     /// Requests the page of `request`: returns the index of the group; none if nobody serves it, or
@@ -79,8 +88,9 @@ impl PageRequests {
     pub fn answer(&self, rid: u16, group: u32, code: PageResponseCode) {
         let Ok(group) = u16::try_from(group) else { return };
         let mut devices = self.devices();
-        let interface = devices.get_mut(&rid);
-        if let Some(answer) = interface.and_then(|interface| interface.groups.get_mut(&group)) {
+        let Some(interface) = devices.get_mut(&rid) else { return };
+        interface.forgotten.remove(&group);
+        if let Some(answer) = interface.groups.get_mut(&group) {
             *answer = Some(code);
             self.answered.notify_all();
         }
@@ -106,8 +116,10 @@ impl PageRequests {
     /// Forgets the requests of `rid`: whoever waits for a response is told that the page was
     /// refused, and what comes for them later is ignored (PCIe 6.0 §10.5.2.2, Reset).
     pub fn reset(&self, rid: u16) {
-        if let Some(interface) = self.devices().get_mut(&rid) {
-            interface.groups.clear();
+        if let Some(Interface { groups, forgotten, .. }) = self.devices().get_mut(&rid) {
+            let open = groups.iter().filter(|(_, answer)| answer.is_none());
+            forgotten.extend(open.map(|(group, _)| group));
+            groups.clear();
             self.answered.notify_all();
         }
     }
@@ -123,7 +135,8 @@ impl PageRequests {
         let interface = devices.get_mut(&rid)?;
         let sink = interface.sink.clone()?;
         let mut all = (0..MAX_GROUPS).map(|number| (interface.next + number) % MAX_GROUPS);
-        let group = all.find(|group| !interface.groups.contains_key(group))?;
+        let Interface { groups, forgotten, .. } = &*interface;
+        let group = all.find(|group| !groups.contains_key(group) && !forgotten.contains(group))?;
         interface.next = (group + 1) % MAX_GROUPS;
         interface.groups.insert(group, None);
         Some((group, sink))
@@ -132,6 +145,7 @@ impl PageRequests {
     fn close(&self, rid: u16, group: u16) {
         if let Some(interface) = self.devices().get_mut(&rid) {
             interface.groups.remove(&group);
+            interface.forgotten.remove(&group);
         }
     }
 
@@ -164,5 +178,38 @@ fn page_request(request: &Request, group: u16) -> PageRequest {
             .with_execute(kind.execute())
             .with_privileged(kind.privileged()),
         address: address & !(PAGE_SIZE - 1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::engine::RequestKind;
+
+    /// Takes every request.
+    #[derive(Debug)]
+    struct Software;
+
+    impl PageRequestSink for Software {
+        fn page_request(&self, _: PageRequest) -> Outcome<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_forgotten_groups_index_is_not_another_ones_before_the_response() {
+        let requests = PageRequests::default();
+        requests.set_sink(7, Some(Arc::new(Software)));
+        let kind = RequestKind::new(false, false, false);
+        let request = Request { rid: 7, pasid: None, address: 0, kind };
+        assert_eq!(requests.ask(&request), Some(0));
+        requests.reset(7);
+        for group in 1..MAX_GROUPS {
+            assert_eq!(requests.ask(&request), Some(group));
+        }
+        assert_eq!(requests.ask(&request), None);
+        requests.answer(7, 0, PageResponseCode::Success);
+        assert_eq!((requests.outstanding(7), requests.ask(&request)), (511, Some(0)));
+        assert_eq!(requests.take_answer(7, 0), None, "that was the response to the first one");
     }
 }

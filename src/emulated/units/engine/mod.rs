@@ -61,6 +61,12 @@ pub(crate) struct Engine<A: ?Sized = dyn Architecture> {
 
 /// An architecture's part of an engine.
 pub(crate) trait Architecture: Debug + Send + Sync {
+    /// The device of `request` is about to request its page: drops from `caches` what the
+    /// architecture says.
+    fn page_requested(&self, caches: &mut Caches, request: &Request) {
+        let _ = (caches, request);
+    }
+
     /// Translates `request` and caches what it used, also in `config`, the port's.
     fn translate(
         &self,
@@ -147,8 +153,12 @@ impl Engine {
         if let Some(sanitizer) = &self.common.sanitizer {
             // By the unit, which compares its own caches with the tables.
             let now = self.own.translate(&self.common, config, counters, request);
-            if !now.is_ok_and(|now| now.place == target.place) {
-                sanitizer.device_tlb_used(counters, &at, request);
+            match now {
+                // What follows may be elsewhere by now: it is another request.
+                Ok(now) if now.place == target.place => {
+                    return Some(Target { length: target.length.min(now.length), ..target });
+                }
+                _ => sanitizer.device_tlb_used(counters, &at, request),
             }
         }
         Some(target)

@@ -10,8 +10,8 @@ use super::nested::OverSecondStage;
 use super::sanitizer::Sanitizer;
 use super::tables::{Nested, Tables, PAGE_SHIFTS};
 use crate::units::engine::{
-    ascending, device_space, Architecture, Blocked, Common, ConfigCache, Engine, IovaRange, Known,
-    LocalCounters, Lookup, OverHost, Request, Rights, Scope, Spaces, Target, Walk,
+    ascending, device_space, Architecture, Blocked, Caches, Common, ConfigCache, Engine, IovaRange,
+    Known, LocalCounters, Lookup, OverHost, Request, Rights, Scope, Spaces, Target, Walk,
 };
 use crate::units::hardware::{CacheRange, CacheTag, Translation};
 use twostage::spec::vtd::fault::FaultReason;
@@ -91,6 +91,18 @@ impl Vtd {
 }
 
 impl Architecture for Vtd {
+    /// The page, and the way to it: software that adds permissions need not invalidate, so the
+    /// device would be refused what its request has got it.
+    fn page_requested(&self, caches: &mut Caches, request: &Request) {
+        let found = self.pasid_table.find(request.rid, request.pasid);
+        let Some((_, context)) = found else { return };
+        let source = context.source(request.pasid);
+        let scope = Scope { tag: source.tag(), spaces: Spaces::One(source.space()) };
+        let page = [IovaRange { first: request.address & !0xfff, last: request.address | 0xfff }];
+        caches.drop_pages(scope, &page, &PAGE_SHIFTS);
+        caches.drop_tables(scope, &page, &STRUCTURE_SHIFTS);
+    }
+
     fn lookup(
         &self,
         common: &Common,

@@ -2,8 +2,12 @@
 //! A device uses the translations that it has asked for until it is told to forget them.
 
 use super::*;
+use crate::host::refusal::Outcome as HostOutcome;
+use crate::units::page_requests::PageRequestSink;
+use crate::DmaServices;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
+use twostage::iommufd::PageRequest;
 
 const IOVA: u64 = 0x0000_1234_4020_0000;
 const OLD: u64 = HIGH;
@@ -224,5 +228,41 @@ proptest! {
                 }
             }
         }
+    }
+}
+
+/// Software that takes page requests.
+#[derive(Debug)]
+struct Software;
+
+impl PageRequestSink for Software {
+    fn page_request(&self, _: PageRequest) -> HostOutcome<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_page_request_forgets_the_way_to_the_page() {
+    for device_tlb in [false, true] {
+        let config = VtdUnitConfig::default().with_device_tlb(true).with_page_requests(true);
+        let machine = Machine::new(config);
+        let root = machine.table();
+        machine.map(root, 4, IOVA, 1, OLD, RW);
+        let entry = machine.entry(root, 4, IOVA, 2, TABLE);
+        let value = machine.peek(entry);
+        // The table is read-only, and cached as such; its leaf is not.
+        machine.poke(entry, value & !2);
+        machine.attach(None, 1, root, 4, 0);
+        machine.unit.page_requests().unwrap().set_sink(RID, Some(Arc::new(Software)));
+        let mut port = machine.port();
+        port.set_services(DmaServices { wait_for_pages: false, ..DmaServices::default() });
+        port.control().set_device_tlb(device_tlb);
+        machine.poke(OLD, 1);
+        assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
+        let asks = Err(DmaError::PageRequested { address: IOVA, group: 0 });
+        assert_eq!(port.write(PLAIN, IOVA, &5u64.to_le_bytes()), asks);
+        machine.poke(entry, value);
+        assert_eq!(port.write(PLAIN, IOVA, &5u64.to_le_bytes()), Ok(()));
+        assert_eq!(machine.peek(OLD), 5);
     }
 }
