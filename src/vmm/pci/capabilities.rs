@@ -188,7 +188,9 @@ impl AtsCapability {
 }
 
 /// A PRI extended capability. Response failures and unexpected responses never get to the device:
-/// IOMMUs answer it, and only what it has requested.
+/// IOMMUs answer it, and only what it has requested. A guest's response failure (code 15) comes as
+/// an invalid request (1), as user space of a host has no other: the device may ask again, and RF
+/// stays clear.
 #[derive(Debug, Clone, Copy)]
 pub struct PriCapability {
     offset: u16,
