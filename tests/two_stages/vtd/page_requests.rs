@@ -16,7 +16,7 @@ use twostage::patience::{wait_for, wait_until};
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::page_request::{PageRequest, PageResponse};
-use twostage::spec::vtd::qi::{AddressMask, Descriptor};
+use twostage::spec::vtd::qi::{AddressMask, Descriptor, DeviceTlbRange};
 use twostage::spec::vtd::regs::{self, Prs};
 use twostage::viommu::vtd::VtdConfig;
 use twostage_emulated::kit::vtd::{Completion, Entry};
@@ -392,7 +392,18 @@ impl Life<'_> {
                     pasid: pasid(it),
                     range: Some(AddressMask { address, mask: 0, leaf: true }),
                 };
-                assert_eq!(guest.submit(&PASIDS.map(of)), Completion::Done);
+                let devices = [A, B].into_iter().flat_map(|source| {
+                    PASIDS.map(|it| Descriptor::PasidDeviceTlb {
+                        source,
+                        pasid: pasid(it),
+                        global: false,
+                        physical_function: 0,
+                        max_pending: 0,
+                        range: DeviceTlbRange { address, size: false },
+                    })
+                });
+                let all: Vec<_> = PASIDS.map(of).into_iter().chain(devices).collect();
+                assert_eq!(guest.submit(&all), Completion::Done);
                 guest.store(gpa, FREED);
             }
             Step::Attach { rid, pasid, table } => self.set(rid, pasid, Some(table)),
@@ -424,6 +435,7 @@ proptest! {
         steps in prop::collection::vec(step(), 100..400)
     ) {
         let (machine, _) = machine();
+        [A, B].into_iter().for_each(|rid| machine.port(rid).control().set_device_tlb(true));
         let on = [(); 2].map(|()| [(); 2].map(|()| On::new(vec![BTreeSet::new()])));
         let tables = [(); TABLES].map(|()| machine.guest.page());
         let (pages, late) = ([[None; PAGES as usize]; TABLES], Vec::new());
@@ -452,6 +464,7 @@ proptest! {
             });
         });
         prop_assert!(machine.iommu.counters().page_requests > 0);
+        prop_assert!(machine.unit.counters().device_tlb_misses > 0);
         prop_assert_eq!(machine.end(), 0);
     }
 }
