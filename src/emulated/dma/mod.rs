@@ -342,7 +342,9 @@ impl Translated<'_> {
 /// Translates `request` of a device whose ATS is enabled: by its TLB, or by a translation request.
 /// The answer to that is no fault where software could mend the tables, as it need not be what the
 /// device needs in the end: it gives no permission, and the device may request the page (PCIe 6.0
-/// §10.2.3; VT-d §7.1.3). Never inlined, to keep [`DmaPort::translate`] small.
+/// §10.2.3; VT-d §7.1.3). If there is no answer but Unsupported Request, the device makes an
+/// untranslated request instead, as one without ATS. Never inlined, to keep [`DmaPort::translate`]
+/// small.
 #[cold]
 #[inline(never)]
 fn by_device(
@@ -354,7 +356,12 @@ fn by_device(
     if let Some(target) = engine.device_translation(config, counters, request) {
         return Ok(target);
     }
-    match walk(engine, config, counters, request) {
+    let found = walk(engine, config, counters, request);
+    // Only now, as something else may have been attached meanwhile.
+    if !engine.own.answers_translation_requests(request.rid) {
+        return found;
+    }
+    match found {
         Ok(target) => {
             engine.fill_device_tlb(config, counters, request);
             Ok(target)

@@ -330,6 +330,14 @@ impl<M: Mmio> Driver<M> {
         self.store(context, low.into_bits());
     }
 
+    /// Has the context entry of `rid`, whose tables exist, say that it may have a device-TLB (DTE),
+    /// or not.
+    pub fn set_device_tlb(&self, rid: Bdf, enabled: bool) {
+        let context = self.context_slot(rid);
+        let low = ScalableContextLow::from_bits(self.load(context));
+        self.store(context, low.with_dte(enabled).into_bits());
+    }
+
     /// Has the context entry of `rid`, whose tables exist, say that it may have a device-TLB (DTE)
     /// and make page requests (PRE), or not.
     pub fn set_page_requests(&self, rid: Bdf, enabled: bool) {

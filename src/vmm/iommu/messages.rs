@@ -363,8 +363,9 @@ mod tests {
 
     #[test]
     fn a_dma_that_ends_at_the_doorbell_interrupts_whether_the_device_has_a_tlb_or_not() {
-        for ats in [false, true] {
+        for (ats, eats) in [(false, false), (true, true), (true, false)] {
             let mut guest = Guest::with(SmmuV3Options { ats, ..SmmuV3Options::default() });
+            guest.ats = eats;
             guest.enable(StreamConfig::Stage1);
             let nowhere: Arc<dyn InterruptSink> = Arc::new(Arrived::default());
             let mut dma = guest.iommu().dma_master(FUNCTION.bdf, nowhere).unwrap();
@@ -378,12 +379,12 @@ mod tests {
             guest.map(Some(guest.gpa(PAGE)));
             write(10).unwrap();
             assert_eq!((guest.arrived(), guest.load(PAGE + 0x40)), (vec![], 10));
-            // A device with a TLB uses what it has.
+            // A device with a TLB uses what it has, which is nothing without EATS.
             guest.map(None);
             let range = AddressRange::at(IOVA);
             guest.submit(Command::TlbiNhVa { vmid: 0, asid: ASID, range });
-            assert_eq!(write(11).is_ok(), ats);
-            assert_eq!(guest.load(PAGE + 0x40), if ats { 11 } else { 10 });
+            assert_eq!(write(11).is_ok(), eats);
+            assert_eq!(guest.load(PAGE + 0x40), if eats { 11 } else { 10 });
             // No message has another length, or is read.
             guest.map(Some(DOORBELL & !0xfff));
             let stream = FUNCTION.bdf.into();

@@ -16,9 +16,9 @@ const DOMAIN: u16 = 3;
 const IOVA: u64 = 0x7f12_3456_7000;
 const RANGE: DeviceTlbRange = DeviceTlbRange { address: IOVA, size: false };
 
-/// A machine whose device A has a TLB; `IOVA` of its requests with [`PASID`] maps to a page that
-/// starts with 1. The table.
-fn machine() -> (Machine, u64) {
+/// A machine whose device A has a TLB, of which the guest knows or not (DTE); `IOVA` of its
+/// requests with [`PASID`] maps to a page that starts with 1. The table.
+fn machine(known: bool) -> (Machine, u64) {
     let unit = VtdUnitConfig::default().with_device_tlb(true).with_sanitize(true);
     let machine = Machine::with(unit, vtd_config().with_device_iotlb(true));
     let guest = &machine.guest;
@@ -26,6 +26,7 @@ fn machine() -> (Machine, u64) {
     guest.store(page, 1);
     guest.map(table, IOVA, page, 1, true);
     guest.set_entry(A, PASID, Entry::FirstStage { table, domain: DOMAIN });
+    guest.set_device_tlb(A, known);
     guest.enable();
     machine.port(A).control().set_device_tlb(true);
     assert_eq!(machine.read(A, Some(PASID), IOVA), Ok(1));
@@ -52,8 +53,12 @@ fn a_device_uses_what_it_has_until_the_guest_has_invalidated_it() {
     let page_of = AddressMask { address: IOVA, mask: 0, leaf: true };
     let of_iotlb = pasid_pages(DOMAIN, PASID, Some(page_of));
     let hits = |machine: &Machine| machine.unit.counters().device_tlb_hits;
-    for last in [of_device(Some(PASID)), of_device(None)] {
-        let (machine, table) = machine();
+    // The host is not told of DTE, so the device has a TLB whatever the guest says, and gets what
+    // is sent to it; a guest that does not know of it needs to send nothing.
+    let known = [of_device(Some(PASID)), of_device(None)].map(|last| (true, last));
+    let unknown = [of_device(Some(PASID)), of_iotlb].map(|last| (false, last));
+    for (known, last) in known.into_iter().chain(unknown) {
+        let (machine, table) = machine(known);
         let guest = &machine.guest;
         let page = guest.page();
         guest.store(page, 2);
@@ -74,7 +79,7 @@ fn a_device_uses_what_it_has_until_the_guest_has_invalidated_it() {
 
 #[test]
 fn a_wait_behind_a_device_that_does_not_answer_is_aborted() {
-    let (machine, _) = machine();
+    let (machine, _) = machine(false);
     let guest = &machine.guest;
     machine.port(A).control().set_silent(true);
     for pasid in [None, Some(PASID)] {

@@ -93,11 +93,12 @@ impl SmmuDriver {
         stream: &StreamState,
     ) -> Outcome<Prepared> {
         let paging = own_paging::<SmmuPaging>(&*domain.paging)?;
-        let host = |stage1| StreamEntry {
+        let host = |stage1, ats| StreamEntry {
             tag: paging.tag(),
             stage2: domain.stage2.clone(),
             dirty: paging.dirty_log().cloned(),
             stage1,
+            ats,
         };
         let Some(nested) = &domain.nested else {
             paging.check_unit(&self.unit)?;
@@ -116,7 +117,7 @@ impl SmmuDriver {
                 }
                 _ => {}
             }
-            let (stage, entry) = (paging.stage(), Some(host(None)));
+            let (stage, entry) = (paging.stage(), Some(host(None, true)));
             return Ok(Prepared { entry, stage, vmaster: None });
         };
         let nested = own_nested::<SmmuNested>(&**nested)?;
@@ -128,7 +129,7 @@ impl SmmuDriver {
             return refuse(Errno::EBUSY, "the device has PASIDs attached");
         }
         let vmaster = nested.vmaster(device)?;
-        let entry = nested.stream_stage1().map(host);
+        let entry = nested.stream_stage1().map(|stage1| host(stage1, nested.ats()));
         Ok(Prepared { entry, stage: Stage::Two, vmaster })
     }
 }

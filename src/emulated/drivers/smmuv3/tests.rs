@@ -32,6 +32,8 @@ const SECOND: u64 = 0x9000;
 const IOVA: u64 = 0x12_3456_7000;
 /// A stream table entry of stage 1 at [`CONTEXT`].
 const STAGE1: [u64; 2] = [1 | 5 << 1 | CONTEXT, 0];
+/// The same, with ATS (EATS).
+const STAGE1_ATS: [u64; 2] = [STAGE1[0], 1 << 28];
 const BYPASS: [u64; 2] = [1 | 4 << 1, 0];
 const ABORT: [u64; 2] = [1, 0];
 
@@ -120,9 +122,14 @@ impl Bench {
         let viommu = self.viommu(self.parent());
         self.host.vdevice_alloc(viommu, self.dev, VSID).unwrap();
         self.lead(page);
-        let nested = self.nested(viommu, STAGE1).unwrap();
-        self.host.device_attach(self.dev, None, nested).unwrap();
+        self.attach(viommu, STAGE1);
         viommu
+    }
+
+    /// The user's stream table entry is `ste` from now on.
+    fn attach(&self, viommu: ObjectId, ste: [u64; 2]) {
+        let nested = self.nested(viommu, ste).unwrap();
+        self.host.device_attach(self.dev, None, nested).unwrap();
     }
 }
 
@@ -264,6 +271,7 @@ fn a_device_has_its_own_translations_until_cmd_atc_inv() {
     bench.set(FIRST, 1);
     bench.set(SECOND, 2);
     let viommu = bench.translated(FIRST);
+    bench.attach(viommu, STAGE1_ATS);
     let device = bench.port().control();
     device.set_device_tlb(true);
     assert_eq!(bench.read(IOVA), Some(1));
@@ -282,6 +290,25 @@ fn a_device_has_its_own_translations_until_cmd_atc_inv() {
     assert_eq!(bench.read(IOVA), Some(2));
     device.set_silent(false);
     bench.invalidate(viommu, &[atc(None, 0, 52)]).unwrap();
+}
+
+#[test]
+fn a_device_has_none_of_a_user_that_has_not_set_eats() {
+    let bench = Bench::new(SmmuV3UnitConfig { ats: true, ..Default::default() });
+    for (page, word) in [(FIRST, 1), (SECOND, 2)] {
+        bench.set(page, word);
+    }
+    let viommu = bench.translated(FIRST);
+    bench.port().control().set_device_tlb(true);
+    for (ste, stale) in [(STAGE1_ATS, true), (STAGE1, false), (STAGE1_ATS, true)] {
+        bench.lead(FIRST);
+        bench.attach(viommu, ste);
+        bench.invalidate(viommu, &[tlbi()]).unwrap();
+        assert_eq!(bench.read(IOVA), Some(1), "nothing is left of another entry");
+        bench.lead(SECOND);
+        bench.invalidate(viommu, &[tlbi()]).unwrap();
+        assert_eq!(bench.read(IOVA), Some(if stale { 1 } else { 2 }));
+    }
 }
 
 #[test]

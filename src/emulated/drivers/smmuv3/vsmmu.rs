@@ -338,6 +338,8 @@ impl EventSink for Master {
 pub(super) struct SmmuNested {
     /// Words 0 and 1, without EATS.
     ste: [u64; 2],
+    /// See [`has_ats`].
+    ats: bool,
     /// The streams of the vIOMMU.
     streams: Arc<Streams>,
 }
@@ -349,7 +351,7 @@ impl SmmuNested {
     /// `EIO` it has fields that the user must not set, or a configuration that cannot be nested
     /// (`arm_smmu_validate_vste`).
     fn new(ste: [u64; 2], streams: &Arc<Streams>) -> Outcome<Self> {
-        Ok(Self { ste: validate(ste)?, streams: streams.clone() })
+        Ok(Self { ste: validate(ste)?, ats: has_ats(ste), streams: streams.clone() })
     }
 
     fn config(&self) -> StreamConfig {
@@ -376,6 +378,11 @@ impl SmmuNested {
             StreamConfig::Bypass => Some(None),
             _ => None,
         }
+    }
+
+    /// Whether its devices may have translations of their own.
+    pub fn ats(&self) -> bool {
+        self.ats
     }
 }
 
@@ -409,6 +416,14 @@ fn validate([low, high]: [u64; 2]) -> Outcome<[u64; 2]> {
         return refuse(Errno::EIO, format!("the stream table entry is {low:#x}, {high:#x}"));
     }
     Ok([low, word1.with_eats(0).into_bits()])
+}
+
+/// Whether devices may keep translations by the user's valid words: by stage 1 with EATS. Linux
+/// disables ATS of all other devices, as the user would not invalidate what they have.
+fn has_ats([low, high]: [u64; 2]) -> bool {
+    let word0 = Ste0::from_bits(low);
+    let stage1 = word0.v() && StreamConfig::from_bits(word0.config()).stage1();
+    stage1 && Ste1::from_bits(high).eats() != 0
 }
 
 /// The fields of word 0 that the user may set (`STRTAB_STE_0_NESTING_ALLOWED`).
@@ -462,5 +477,14 @@ mod tests {
         assert_eq!(validate(good).unwrap(), [good[0], 0xff]);
         assert_eq!(validate([1, 0]).unwrap(), [1, 0]);
         assert_eq!(validate([0xfff0, u64::MAX]).unwrap(), [0, 0], "not valid: nobody looks");
+    }
+
+    #[test]
+    fn ats_is_of_a_stage_1_that_has_it() {
+        let (stage1, eats) = (1 | 5 << 1, 1 << 28);
+        assert!(has_ats([stage1, eats]));
+        for ste in [[stage1, 0], [1 | 4 << 1, eats], [1, eats], [stage1 & !1, eats]] {
+            assert!(!has_ats(ste), "{ste:x?}");
+        }
     }
 }

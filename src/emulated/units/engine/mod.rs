@@ -84,6 +84,10 @@ pub(crate) trait Architecture: Debug + Send + Sync {
         counters: &LocalCounters,
         request: &Request,
     ) -> Result<Lookup, Blocked>;
+
+    /// Whether `rid` gets translations to keep (PCI ATS). Where not, its translation requests are
+    /// answered by Unsupported Request.
+    fn answers_translation_requests(&self, rid: u16) -> bool;
 }
 
 /// Why a request does not reach memory.

@@ -35,8 +35,9 @@ pub struct SmmuV3UnitConfig {
     pub two_level_cd: bool,
     /// Invalidation by range (IDR3.RIL).
     pub range_invalidation: bool,
-    /// Takes invalidations of address translation caches (IDR0.ATS). Devices of this process have
-    /// no such caches; the unit caches for them.
+    /// Has ATS (IDR0.ATS). A device of this process has a TLB while its ATS is enabled
+    /// ([`DeviceControl::set_device_tlb`](crate::DeviceControl::set_device_tlb)) and, if stage 1 is
+    /// the user's, the user's stream table entry allows it (EATS).
     pub ats: bool,
     /// Takes page requests, if it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them and
     /// supports only devices that stall, which PCI devices must not; here it serves page requests.

@@ -13,8 +13,8 @@ use super::streams::{
     Configuration, Configurations, Requester, Stream, StreamEntry, StreamTable, UserStage1,
 };
 use crate::units::engine::{
-    device_space, Architecture, Blocked, Common, ConfigCache, Engine, Known, LocalCounters, Lookup,
-    OverHost, Request, RequestKind, Rights, Sanitizer, Spaces, Target, Walk,
+    device_space, Architecture, Blocked, Common, ConfigCache, Engine, IovaRange, Known,
+    LocalCounters, Lookup, OverHost, Request, RequestKind, Rights, Sanitizer, Spaces, Target, Walk,
 };
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 
@@ -179,6 +179,12 @@ impl Architecture for SmmuV3 {
         Ok(configuration.lookup())
     }
 
+    /// By STE.EATS (§5.2), which is of the whole stream. Linux disables ATS of the device where
+    /// that is clear, so there is neither an F_BAD_ATS_TREQ nor an F_TRANSL_FORBIDDEN.
+    fn answers_translation_requests(&self, sid: u16) -> bool {
+        self.streams.get(sid, None).is_none_or(|stream| stream.ats)
+    }
+
     fn translate(
         &self,
         common: &Common,
@@ -247,12 +253,16 @@ impl Engine<SmmuV3> {
         self.changed(sid, old);
     }
 
-    /// An entry of `sid` has replaced `old`.
+    /// An entry of `sid` has replaced `old`. The device forgets what it has, as Linux's driver
+    /// tells it to (`arm_smmu_attach_commit`).
     fn changed(&mut self, sid: u16, old: Option<Stream>) {
         self.drop_configurations(|(of, _)| of == sid);
         let common = &mut self.common;
+        let dropped = common.caches.device_tlbs.drop_device(sid, None, IovaRange::ALL);
+        common.counters.invalidated_entries.add(dropped);
         if let Some(sanitizer) = &common.sanitizer {
             sanitizer.contexts_changed(sid, |_| true);
+            sanitizer.device_told(sid, None, IovaRange::ALL);
         }
         if let Some(old) = old {
             let gone = common.sharing.remove(old.tag, &old.host.stage2);

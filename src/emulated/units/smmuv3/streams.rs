@@ -33,6 +33,8 @@ pub(crate) struct StreamEntry {
     /// The first two words of the user's stream table entry, if stage 1 is the user's; otherwise
     /// only the host's tables translate.
     pub stage1: Option<[u64; 2]>,
+    /// The stream's translation requests are answered (EATS).
+    pub ats: bool,
 }
 
 /// An entry of the stream table.
@@ -44,6 +46,8 @@ pub(super) struct Stream {
     pub host: HostStage2,
     /// The user's stage 1, if there is one.
     pub stage1: Option<UserStage1>,
+    /// Its translation requests are answered.
+    pub ats: bool,
 }
 
 /// Stage 1 according to the user's stream table entry.
@@ -91,10 +95,10 @@ impl StreamTable {
         stage2_tag: u32,
         config: &SmmuV3UnitConfig,
     ) -> Option<Stream> {
-        let StreamEntry { tag, stage2, dirty, stage1 } = entry;
+        let StreamEntry { tag, stage2, dirty, stage1, ats } = entry;
         let stage1 = stage1.map(|words| UserStage1::new(words, config));
         let host = HostStage2::new(stage2, stage2_tag, dirty);
-        self.0.insert((sid, pasid), Stream { tag: tag.0, host, stage1 })
+        self.0.insert((sid, pasid), Stream { tag: tag.0, host, stage1, ats })
     }
 
     /// Removes the entry of `sid` (or its `pasid`).

@@ -115,6 +115,13 @@ impl Architecture for Vtd {
         Ok(context.lookup(request.pasid))
     }
 
+    /// Context entries are the host's, which sets DTE wherever there are device TLBs (as Linux
+    /// does): the uAPI does not say what the guest's have. It flushes device TLBs with the IOTLB,
+    /// so they follow a guest that has DTE clear, too.
+    fn answers_translation_requests(&self, _: u16) -> bool {
+        true
+    }
+
     fn translate(
         &self,
         common: &Common,

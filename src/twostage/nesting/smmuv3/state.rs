@@ -330,7 +330,9 @@ pub(super) fn translates(entry: Entry) -> bool {
     StreamConfig::from_bits(Ste0::from_bits(entry[0]).config()).stage1()
 }
 
-/// Whether devices may cache translations with `entry` (EATS).
+/// Whether devices may cache translations with `entry` (EATS). Without, the host disables ATS of
+/// the device, and has it forget what it has when such an entry is attached (Linux 7.2's
+/// `arm_smmu_attach_commit`): nothing is left that a CMD_ATC_INV could drop.
 pub(super) fn uses_ats(entry: Entry) -> bool {
     translates(entry) && Ste1::from_bits(entry[1]).eats() != 0
 }

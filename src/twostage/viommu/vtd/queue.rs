@@ -275,7 +275,8 @@ impl VtdIommu {
         (!progress.is_done()).then_some((progress, since))
     }
 
-    /// Adds a device-TLB invalidation to the batch; a device that is not there never answers.
+    /// Adds a device-TLB invalidation to the batch; a device that is not there never answers. DTE
+    /// does not matter: the host is not told of it, so a device may have a TLB without.
     fn tell_device(
         &self,
         registers: &mut Registers,

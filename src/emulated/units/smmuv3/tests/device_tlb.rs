@@ -36,3 +36,50 @@ fn a_translation_is_used_until_cmd_atc_inv() {
     let [stale] = report.stale[..] else { panic!("{report}") };
     assert_eq!((stale.invalidation, stale.invalidated_since), (TlbInvalidation::DeviceTlb, true));
 }
+
+#[test]
+fn a_device_keeps_nothing_of_a_stream_without_ats() {
+    let machine = Machine::new(SmmuV3UnitConfig::default().with_ats(true).with_sanitize(true));
+    let (tables, mut port) = (machine.tables(Granule::K4), machine.port());
+    let [old, new] = [HIGH, HIGH + 0x20_0000];
+    machine.poke(old, 1);
+    machine.poke(new, 2);
+    port.control().set_device_tlb(true);
+    let context = machine.table(CD_SIZE);
+    machine.poke_cd(context, &tables.cd());
+    let entry = ste(context, 0, S1Format::Linear, 0);
+    for ats in [true, false, true] {
+        machine.install_with(ats, None, VMID, Some(entry));
+        machine.invalidate(ALL);
+        tables.map(IOVA, 3, old, RW);
+        assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+        let before = machine.unit.counters();
+        tables.map(IOVA, 3, new, RW);
+        machine.invalidate(ALL);
+        let stale = if ats { 1 } else { 2 };
+        assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(stale), "ATS: {ats}");
+        let hits = machine.unit.counters().device_tlb_hits - before.device_tlb_hits;
+        assert_eq!(hits, u64::from(ats));
+        // Untranslated requests fault as those of a device without ATS, also where that would ask
+        // for the page.
+        let sink = machine.sink();
+        machine.read(&mut port, PLAIN, IOVA + 0x1000).unwrap_err();
+        assert_eq!(sink.take().len(), usize::from(!ats));
+    }
+}
+
+#[test]
+fn another_entry_of_the_stream_makes_its_device_forget() {
+    let machine = Machine::new(SmmuV3UnitConfig::default().with_ats(true).with_sanitize(true));
+    let mut port = machine.port();
+    machine.poke(HIGH, 1);
+    machine.poke(HIGH + 0x1000, 2);
+    port.control().set_device_tlb(true);
+    // Both have the VMID.
+    machine.install(None, VMID, None);
+    assert_eq!(machine.read(&mut port, PLAIN, HIGH), Ok(1));
+    let tables = machine.tables(Granule::K4);
+    tables.map(HIGH, 3, HIGH + 0x1000, RW);
+    assert_eq!(machine.read(&mut port, PLAIN, HIGH), Ok(2));
+    assert_eq!(machine.unit.sanitizer_report().unwrap().stale, []);
+}

@@ -67,8 +67,19 @@ impl Machine {
 
     /// Attaches the stream (or the host's substream `pasid` of it) to a stream table entry.
     pub fn install(&self, pasid: Option<u32>, tag: CacheTag, stage1: Option<[u64; 2]>) {
+        self.install_with(true, pasid, tag, stage1);
+    }
+
+    /// The same, to one that answers translation requests, or does not.
+    pub fn install_with(
+        &self,
+        ats: bool,
+        pasid: Option<u32>,
+        tag: CacheTag,
+        stage1: Option<[u64; 2]>,
+    ) {
         let stage2 = Arc::clone(&self.stage2);
-        self.unit.install(SID, pasid, StreamEntry { tag, stage2, dirty: None, stage1 });
+        self.unit.install(SID, pasid, StreamEntry { tag, stage2, dirty: None, stage1, ats });
     }
 
     /// Attaches the device to one context descriptor at a new place; returns its GPA.
