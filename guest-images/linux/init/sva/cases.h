@@ -6,7 +6,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-enum { SVA_PAGE = 4096 };
+// The number of untouched pages without twostage.sva.pages=.
+enum { SVA_PAGE = 4096, SVA_PAGES = 10000 };
 
 // What a case says of itself when it passes, as a printf format. It must be short.
 void sva_say(const char *format, ...) __attribute__((format(printf, 1, 2)));

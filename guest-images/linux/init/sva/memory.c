@@ -11,6 +11,7 @@
 #include "../devices/edu_sva.h"
 #include "../kernel/files.h"
 #include "../kernel/options.h"
+#include "../report.h"
 #include "cases.h"
 
 enum { CHUNK = 250 * SVA_PAGE, PRESENT = 50 * SVA_PAGE, ROUNDS = 25 };
@@ -48,7 +49,7 @@ static double fill(int file, char *to, unsigned seed, const char **error)
 
 const char *sva_untouched(void)
 {
-    size_t pages = option_number("sva.pages", 10000), chunks = (pages * SVA_PAGE + CHUNK - 1) / CHUNK;
+    size_t pages = option_number("sva.pages", SVA_PAGES), chunks = (pages * SVA_PAGE + CHUNK - 1) / CHUNK;
     double absent = 0, present = 0;
     const char *error = NULL;
     int file = sva_open(0);
@@ -60,6 +61,9 @@ const char *sva_untouched(void)
         if (!error)
             present += fill(file, to, 2 * chunk + 1, &error);
         munmap(to, CHUNK);
+        // Silence would be taken for a machine that hangs.
+        if (chunk % 4 == 3)
+            note("%u pages in %.0f s", (chunk + 1) * CHUNK / SVA_PAGE, absent);
     }
     pages = chunks * CHUNK / SVA_PAGE;
     sva_say("%zu pages in %.2f s, %.0f a second; when they are there, in %.2f s: a page request adds %.0f us", pages,
