@@ -25,8 +25,10 @@ pub(super) struct Refused {
     pub error: NestingError,
     /// Everything was flushed instead.
     pub flushed: bool,
-    /// All is done, but a device did not answer.
+    /// A device did not answer.
     pub unanswered: bool,
+    /// Nothing but that: all is done.
+    pub done: bool,
     /// A stream could not be blocked, and may continue to use stale translations.
     pub still_reachable: bool,
 }
@@ -37,8 +39,13 @@ impl State {
         self.counters.commands_in += batch.len() as u64;
         let (commands, foreign) = own(batch);
         let commands = self.needed(commands);
-        self.forward(&commands)?;
-        foreign.map_or(Ok(()), Err)
+        match (self.forward(&commands), foreign) {
+            // Of the two, only this one is not done.
+            (Err(silent), Some(foreign)) if silent.done => {
+                Err(Refused { unanswered: true, ..foreign })
+            }
+            (forwarded, foreign) => forwarded.and(foreign.map_or(Ok(()), Err)),
+        }
     }
 
     fn forward(&mut self, commands: &[Numbered]) -> Result<(), Refused> {
@@ -55,8 +62,15 @@ impl State {
                 Err(source) if self.done_despite_silence(&all, &source) => {
                     let error = NestingError::Host { what: "invalidating".into(), source };
                     let (number, still_reachable) = (0, false);
-                    let (flushed, unanswered) = (false, true);
-                    return Err(Refused { number, error, flushed, unanswered, still_reachable });
+                    let (flushed, unanswered, done) = (false, true, true);
+                    return Err(Refused {
+                        number,
+                        error,
+                        flushed,
+                        unanswered,
+                        done,
+                        still_reachable,
+                    });
                 }
                 Err(error) => refusal = Some(error),
             }
@@ -75,6 +89,7 @@ impl State {
             error: NestingError::Host { what: "invalidating".into(), source },
             flushed: true,
             unanswered: false,
+            done: false,
             still_reachable: false,
         })
     }
@@ -175,7 +190,14 @@ impl State {
                 still_reachable |= translates(self);
             }
         }
-        Refused { number: 0, error, flushed: false, unanswered: false, still_reachable }
+        Refused {
+            number: 0,
+            error,
+            flushed: false,
+            unanswered: false,
+            done: false,
+            still_reachable,
+        }
     }
 
     /// Has the host repeat `commands`, bisecting down to the one that it refuses. `None` if it
@@ -247,6 +269,7 @@ fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
         error: NestingError::NoInvalidation(command.name()),
         flushed: false,
         unanswered: false,
+        done: false,
         still_reachable: false,
     });
     (own, foreign)

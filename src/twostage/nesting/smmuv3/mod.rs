@@ -220,9 +220,9 @@ impl SmmuHostSide for SmmuNesting {
             Ok(()) => return Ok(()),
             Err(refused) => refused,
         };
-        let Refused { number, error, flushed, unanswered, still_reachable } = refused;
+        let Refused { number, error, flushed, unanswered, done, still_reachable } = refused;
         let error = error.for_viommu("invalidating".into(), still_reachable);
-        Err(SmmuInvalidateError { refused: number, flushed, unanswered, error })
+        Err(SmmuInvalidateError { refused: number, flushed, unanswered, done, error })
     }
 }
 

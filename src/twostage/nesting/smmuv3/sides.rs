@@ -76,13 +76,41 @@ fn both(
     other: Result<(), SmmuInvalidateError>,
 ) -> Result<(), SmmuInvalidateError> {
     match (one, other) {
-        (Err(one), Err(other)) if other.unanswered => Err(one),
-        (Err(one), Err(other)) if one.unanswered => Err(other),
         (Err(one), Err(other)) => {
-            let refused = one.refused.min(other.refused);
-            let error = join(one.error, &other.error);
-            Err(SmmuInvalidateError::new(refused, one.flushed && other.flushed, error))
+            let unanswered = one.unanswered || other.unanswered;
+            let error = match (one.done, other.done) {
+                (_, true) => one,
+                (true, false) => other,
+                (false, false) => {
+                    let refused = one.refused.min(other.refused);
+                    let error = join(one.error, &other.error);
+                    SmmuInvalidateError::new(refused, one.flushed && other.flushed, error)
+                }
+            };
+            Err(SmmuInvalidateError { unanswered, ..error })
         }
         (one, other) => one.and(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_device_of_one_side_is_told_with_the_refusal_of_another() {
+        let host = || HostSideError::new("test", false, Arc::new(std::io::Error::other("test")));
+        let silent = || Err(SmmuInvalidateError::unanswered(host()));
+        let refused = |number| Err(SmmuInvalidateError::new(number, false, host()));
+        for (one, other, told) in [
+            (silent(), refused(3), (3, true, false)),
+            (refused(3), silent(), (3, true, false)),
+            (silent(), silent(), (0, true, true)),
+            (refused(4), refused(3), (3, false, false)),
+            (silent(), Ok(()), (0, true, true)),
+        ] {
+            let error = both(one, other).unwrap_err();
+            assert_eq!((error.refused, error.unanswered, error.done), told);
+        }
     }
 }

@@ -185,7 +185,7 @@ impl Smmu {
         self.counters.batches.count();
         self.counters.invalidations.add(batch.len() as u64);
         self.host.invalidate(batch).inspect_err(|error| {
-            if error.unanswered {
+            if error.done {
                 self.log.warn(format_args!("SMMUv3: CMD_ATC_INV: {}", error.error));
                 return;
             }

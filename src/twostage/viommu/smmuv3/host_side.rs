@@ -70,8 +70,10 @@ pub struct SmmuInvalidateError {
     /// The host flushed everything instead, so that nothing named by the batch is still cached. The
     /// guest is told all the same: its commands were refused.
     pub flushed: bool,
-    /// Every command was done, but a device did not answer its CMD_ATC_INV in time.
+    /// A device did not answer its CMD_ATC_INV in time.
     pub unanswered: bool,
+    /// Nothing but that: every command was done.
+    pub done: bool,
     /// The error. What could not be invalidated is blocked, unless it says
     /// [`HostSideError::still_reachable`].
     #[source]
@@ -81,12 +83,12 @@ pub struct SmmuInvalidateError {
 impl SmmuInvalidateError {
     /// The host refused command number `refused`, with `error`; [`SmmuInvalidateError::flushed`].
     pub fn new(refused: usize, flushed: bool, error: HostSideError) -> Self {
-        Self { refused, flushed, unanswered: false, error }
+        Self { refused, flushed, unanswered: false, done: false, error }
     }
 
     /// A device did not answer its CMD_ATC_INV; [`SmmuInvalidateError::unanswered`].
     pub fn unanswered(error: HostSideError) -> Self {
-        Self { refused: 0, flushed: false, unanswered: true, error }
+        Self { refused: 0, flushed: false, unanswered: true, done: true, error }
     }
 }
 

@@ -189,11 +189,11 @@ impl Smmu {
         let batch = std::mem::take(&mut pass.batch);
         let indices = std::mem::take(&mut pass.indices);
         let blamed = indices.first().copied().unwrap_or(pass.fetch);
-        match self.invalidate_host(&batch) {
-            Err(error) if error.unanswered => registers.unanswered = true,
-            result => result.map_err(|error| {
-                Stop::Host(indices.get(error.refused).copied().unwrap_or(blamed))
-            })?,
+        if let Err(error) = self.invalidate_host(&batch) {
+            registers.unanswered |= error.unanswered;
+            if !error.done {
+                return Err(Stop::Host(indices.get(error.refused).copied().unwrap_or(blamed)));
+            }
         }
         self.reapply(registers).map_err(|not_applied| Stop::of(not_applied, blamed))?;
         registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::iommufd::{Errno, Verb, HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI};
+use crate::spec::smmuv3::command::SyncSignal;
 
 /// A flush of everything for [`Rig::nested`]: context descriptors, translations, A's device-TLB.
 const EVERYTHING: &str = "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x2800000006:0x0, 0x10:0x0, \
@@ -274,5 +275,15 @@ fn an_smmu_that_may_miss_invalidations_is_given_each_twice() {
     rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
     let all = "HWPT_INVALIDATE #5 [0x10:0x0]";
     assert_eq!(rig.host.take_log()[1..3], [all; 2]);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_silent_device_is_told_with_a_command_that_is_not_passed_on() {
+    let rig = Rig::nested();
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::ETIMEDOUT);
+    let foreign = Command::Sync { signal: SyncSignal::None };
+    let refused = rig.invalidate(&[va(1, 5), atc(STREAM_A), foreign]).unwrap_err();
+    assert_eq!((refused.refused, refused.unanswered, refused.done), (2, true, false));
     rig.ends_clean();
 }
