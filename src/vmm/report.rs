@@ -280,7 +280,7 @@ impl HostReport {
         if let Some(in_use) = &self.in_use {
             objects(f, &format!("{name} objects before the guest disabled translation"), in_use)?;
         }
-        if graph.objects == at_start.objects {
+        if graph.is_like(at_start) {
             writeln!(f, "{name} objects: as at the start")?;
         } else {
             objects(f, &format!("{name} objects"), graph)?;

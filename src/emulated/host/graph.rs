@@ -71,6 +71,32 @@ impl ObjectGraph {
         self.objects.iter().filter(move |object| object.kind == kind)
     }
 
+    /// Whether both have the same objects on the same ones. Automatic HWPTs may have other ids: they
+    /// come and go with the devices that use them.
+    pub fn is_like(&self, other: &Self) -> bool {
+        self.without_automatic_ids() == other.without_automatic_ids()
+    }
+
+    /// Each object with what it is on, where an automatic HWPT is known by its own IOAS; sorted.
+    fn without_automatic_ids(&self) -> Vec<(Option<ObjectId>, String, Vec<GraphEdge>)> {
+        let automatic: BTreeMap<_, _> = (self.objects.iter())
+            .filter(|object| object.flags.contains(&"AUTO"))
+            .filter_map(|object| Some((object.id, object.on.first()?.to)))
+            .collect();
+        let known = |object: &GraphObject| {
+            let id = Some(object.id).filter(|id| !automatic.contains_key(id));
+            let text = format!("{} {:?} {}", object.kind, object.flags, object.name);
+            let mut on = object.on.clone();
+            for edge in &mut on {
+                edge.to = automatic.get(&edge.to).copied().unwrap_or(edge.to);
+            }
+            (id, text, on)
+        };
+        let mut all: Vec<_> = self.objects.iter().map(known).collect();
+        all.sort_by_key(|(id, text, on)| (*id, text.clone(), on.first().map(|edge| edge.to)));
+        all
+    }
+
     /// The objects below each object, with the kind of reference. A guest can create 60,000
     /// objects.
     fn above(&self) -> Above<'_> {
@@ -194,11 +220,32 @@ fn flag_names(flags: HwptFlags) -> Vec<&'static str> {
     .collect()
 }
 
-#[cfg(all(test, feature = "serde"))]
+#[cfg(test)]
 mod tests {
-    use crate::EmulatedHost;
+    use crate::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
     use twostage::iommufd::HostIommu;
+    use twostage::spec::pci::Bdf;
 
+    #[test]
+    fn an_automatic_hwpt_may_have_another_id() {
+        let host = EmulatedHost::new();
+        let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+        host.add_device("a", unit, Bdf::new(0, 1, 0).unwrap(), DeviceConfig::default()).unwrap();
+        let (dev, ioas) = (host.device_bind("a").unwrap(), host.ioas_alloc().unwrap());
+        host.device_attach(dev, None, ioas).unwrap();
+        let before = host.graph();
+        host.device_detach(dev, None).unwrap();
+        let other = host.ioas_alloc().unwrap();
+        host.device_attach(dev, None, ioas).unwrap();
+        assert!(!host.graph().is_like(&before), "one IOAS more");
+        host.destroy(other).unwrap();
+        assert_ne!(host.graph(), before);
+        assert!(host.graph().is_like(&before));
+        host.device_detach(dev, None).unwrap();
+        assert!(!host.graph().is_like(&before), "not attached");
+    }
+
+    #[cfg(feature = "serde")]
     #[test]
     fn a_graph_is_reported_as_json() {
         let host = EmulatedHost::new();
