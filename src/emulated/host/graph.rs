@@ -71,8 +71,8 @@ impl ObjectGraph {
         self.objects.iter().filter(move |object| object.kind == kind)
     }
 
-    /// Whether both have the same objects on the same ones. Automatic HWPTs may have other ids: they
-    /// come and go with the devices that use them.
+    /// Whether both have the same objects on the same ones. Automatic HWPTs may have other ids:
+    /// they come and go with the devices that use them.
     pub fn is_like(&self, other: &Self) -> bool {
         self.without_automatic_ids() == other.without_automatic_ids()
     }
