@@ -262,10 +262,14 @@ impl<const MIRRORED: bool, const TABLES: u8> MachineOf<MIRRORED, TABLES> {
     /// Ends the machine, and returns the number of objects left in the host.
     pub fn end(self) -> usize {
         let Self { guest, iommu, nesting, host, devices, .. } = self;
+        // Ends the thread that delivers page requests, which may hold the virtual VT-d for a while.
+        // The requested failure may come as late as here.
+        if nesting.shutdown().is_err() {
+            nesting.shutdown().unwrap();
+        }
         drop((guest, iommu));
         assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
         for dev in devices {
-            // The requested failure may come as late as here.
             if host.device_unbind(dev).is_err() {
                 host.device_unbind(dev).unwrap();
             }
