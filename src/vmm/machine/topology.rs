@@ -311,7 +311,10 @@ impl Builder<'_> {
 /// The backend of the virtio device `number`, counted from 0, of `config`, with its files open.
 fn backend(number: usize, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
     Ok(match config {
-        DeviceConfig::Disk(disk) => Box::new(Block::new(Disk::open(&disk.path, disk.access)?)),
+        DeviceConfig::Disk(disk) => {
+            let opened = Disk::open(&disk.path, disk.access)?;
+            Box::new(Block::new(opened).map_err(Error::os("preparing a disk"))?)
+        }
         DeviceConfig::Net(net) => {
             let tap = match &net.tap {
                 TapConfig::Name(name) => Tap::open(name)?,

@@ -78,7 +78,7 @@ pub trait Backend: Send {
     ///
     /// # Errors
     /// The device needs a reset, or may not make requests now: it is then called again when it may,
-    /// and buffers that were popped and not returned are back in the queue.
+    /// and buffers that were popped, and neither kept nor returned, are back in the queue.
     fn serve(
         &mut self,
         number: usize,
@@ -90,4 +90,8 @@ pub trait Backend: Send {
     fn input_queue(&self) -> usize {
         0
     }
+
+    /// The device stops, for now. When this returns, nothing that it was asked for is under way at
+    /// the host, which this waits for.
+    fn stop(&mut self) {}
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What interrupts a request: bus mastering disabled, a reset, the end of the machine.
 
-use std::io::Write;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -155,39 +154,6 @@ fn the_end_of_the_machine_ends_a_request_between_two_pieces() {
         }
         drop(rig);
     }
-}
-
-#[test]
-fn a_large_request_to_a_disk_ends_between_two_pieces_and_is_done_again() {
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(&[0x11; 512]).unwrap();
-    const BUFFERS: u64 = 13;
-    const EACH: u32 = 512 << 10;
-    file.as_file().set_len(BUFFERS * u64::from(EACH)).unwrap();
-    let rig = Rig::new(
-        Place::Behind,
-        Box::new(Block::new(Disk::open(file.path(), DiskAccess::default()).unwrap())),
-    );
-    let [queue] = &mut rig.start(0)[..] else { panic!() };
-    // All but the first sector is zero.
-    let (header, status) = (0x8000, 0x9000);
-    rig.poke(header, &[0; 16]);
-    rig.poke(status, &[0xee]);
-    rig.poke(BUFFER, &MARK);
-    let mut buffers = vec![(header, 16, false)];
-    buffers.extend((0..BUFFERS).map(|_| (BUFFER, EACH, true)));
-    buffers.push((status, 1, true));
-    queue.add(&buffers);
-    queue.notify();
-    wait_for_a_write(&rig);
-    rig.write_config(4, &[2, 0]);
-    let before = (queue.used_index(), rig.peek(status, 1));
-    assert_quiet(&rig);
-    assert_eq!((queue.used_index(), rig.peek(status, 1)), before);
-    rig.write_config(4, &[6, 0]);
-    rig.wait("the request", || queue.used_index() == 1);
-    assert_eq!((rig.peek(status, 1), queue.used(0).1), (vec![0], BUFFERS as u32 * EACH + 1));
-    assert_eq!(rig.peek(BUFFER, 8), if before.0 == 0 { [0; 8] } else { MARK });
 }
 
 #[test]

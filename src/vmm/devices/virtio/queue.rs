@@ -44,7 +44,7 @@ pub struct Virtqueue {
     link: Arc<Link>,
     /// Its areas were checked to be accessible memory.
     checked: bool,
-    /// Chains popped and not returned.
+    /// Chains popped, and neither kept nor returned.
     taken: u16,
     /// A served chain that could not be returned yet: head, bytes written.
     served: Option<(u16, u32)>,
@@ -118,7 +118,13 @@ impl Virtqueue {
         Ok(Some(chain))
     }
 
-    /// Chains that were popped and not returned will be popped again.
+    /// The chain that was popped last is kept by the device, until it is returned: it will not be
+    /// popped again.
+    pub fn keep(&mut self) {
+        self.taken = self.taken.saturating_sub(1);
+    }
+
+    /// Chains that were popped, and neither kept nor returned, will be popped again.
     pub fn undo_pops(&mut self) {
         for _ in 0..std::mem::take(&mut self.taken) {
             self.queue.go_to_previous_position();
@@ -148,8 +154,8 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// Returns chains to the driver like [`Self::push`], in the order in which they were popped.
-    /// The driver sees all of them at once.
+    /// Returns chains to the driver like [`Self::push`], in this order, and with one interrupt at
+    /// most. The driver sees all of them at once.
     ///
     /// # Errors
     /// The used ring cannot be accessed; or no requests are allowed, and then none is returned.
@@ -217,7 +223,8 @@ impl Virtqueue {
     /// # Errors
     /// The used ring cannot be accessed, or no requests are allowed.
     pub fn disable_notification(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
-        if !self.queue.ready() {
+        // With event indices they are off as soon as there was one (§2.7.7.2).
+        if !self.queue.ready() || self.queue.event_idx_enabled() {
             return Ok(());
         }
         Ok(self.queue.disable_notification(&*memory.section()?)?)

@@ -212,6 +212,13 @@ struct Server<'a> {
     over: bool,
 }
 
+impl Drop for Server<'_> {
+    fn drop(&mut self) {
+        // However it ended: a disk may still be written for the driver that there was.
+        self.device.backend.stop();
+    }
+}
+
 impl Server<'_> {
     fn serve(&mut self, number: usize) {
         // A device that needs a reset does nothing until then.

@@ -5,8 +5,10 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::{image_file, BounceBuffer, PAGE_SIZE};
+use super::buffers::{BounceBuffer, PAGE_SIZE};
+use super::image_file;
 use crate::process::named_file;
 
 /// Bytes of a sector, the unit of addresses (virtio 1.3 §5.2.6).
@@ -107,7 +109,7 @@ pub struct DiskAccess {
 #[derive(Debug)]
 pub struct Disk {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     size: u64,
     block_size: u32,
     read_only: bool,
@@ -148,7 +150,7 @@ impl Disk {
             return Err(DiskError::Unaligned { path: path.to_owned(), size, block: block_size });
         }
         let id = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
-        let path = path.to_owned();
+        let (path, file) = (path.to_owned(), Arc::new(file));
         Ok(Self { path, file, size, block_size, read_only, id, _common: common })
     }
 
@@ -156,6 +158,7 @@ impl Disk {
     #[cfg(test)]
     pub(super) fn of(file: File, size: u64) -> Self {
         let (path, id) = ("test".into(), "0-0".into());
+        let file = Arc::new(file);
         Self { path, file, size, block_size: 512, read_only: false, id, _common: None }
     }
 
@@ -187,35 +190,14 @@ impl Disk {
         whole && end.is_some_and(|end| end <= self.size)
     }
 
-    /// Reads the bytes at `offset`.
-    ///
-    /// # Errors
-    /// The system's error; also when the image became shorter.
-    pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.named(self.file.read_exact_at(data, offset))
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// Writes the bytes at `offset`.
-    ///
-    /// # Errors
-    /// The system's error.
-    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.named(self.file.write_all_at(data, offset))
-    }
-
-    /// Returns when all written data is on the medium.
-    ///
-    /// # Errors
-    /// The system's error.
-    pub fn flush(&self) -> io::Result<()> {
-        self.named(self.file.sync_data())
-    }
-
-    /// Adds the name of the image to an error.
-    fn named(&self, result: io::Result<()>) -> io::Result<()> {
-        result.map_err(|error| {
-            io::Error::new(error.kind(), format!("{}: {error}", self.path.display()))
-        })
+    /// The file or block device.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
     }
 }
 
@@ -356,13 +338,6 @@ mod tests {
     }
 
     #[test]
-    fn an_error_names_the_disk() {
-        let disk = Disk::open(image(512).path(), READ_ONLY).unwrap();
-        let error = disk.write(0, &[0; 512]).unwrap_err().to_string();
-        assert!(error.starts_with(disk.path.to_str().unwrap()), "{error}");
-    }
-
-    #[test]
     fn one_writes_or_several_read() {
         let (file, open) = (image(512), |file: &tempfile::NamedTempFile, read_only| {
             Disk::open(file.path(), DiskAccess { read_only, ..DiskAccess::default() })
@@ -383,7 +358,7 @@ mod tests {
         assert!(disk.has(0, 4096) && disk.has(512, 0) && disk.has(3584, 512));
         assert!(!disk.has(3584, 1024) && !disk.has(1, 512) && !disk.has(0, 511));
         assert!(!disk.has(u64::MAX - 511, 512));
-        assert!(disk.write(0, &[1]).is_err());
+        assert!(disk.file().write_at(&[1], 0).is_err());
     }
 
     #[test]
@@ -403,12 +378,11 @@ mod tests {
             let mut buffer = BounceBuffer::new(8192);
             assert_eq!(buffer.bytes().as_ptr() as usize % 4096, 0);
             buffer.bytes().fill(u8::from(direct));
-            disk.write(4096, buffer.bytes()).unwrap();
-            disk.flush().unwrap();
+            disk.file().write_all_at(buffer.bytes(), 4096).unwrap();
             buffer.bytes().fill(9);
-            disk.read(8192, &mut buffer.bytes()[..4096]).unwrap();
+            disk.file().read_exact_at(&mut buffer.bytes()[..4096], 8192).unwrap();
             assert!(buffer.bytes()[..4096].iter().all(|byte| *byte == u8::from(direct)));
-            assert!(disk.read(16384, buffer.bytes()).is_err());
+            assert!(disk.file().read_exact_at(buffer.bytes(), 16384).is_err());
         }
     }
 

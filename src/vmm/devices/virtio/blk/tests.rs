@@ -3,6 +3,8 @@
 
 use std::io::Write;
 
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP};
+
 use super::*;
 use crate::devices::virtio::testing::{Place, Rig, TestBuffer, TestQueue, PLACES};
 
@@ -20,12 +22,16 @@ struct Machine {
 
 impl Machine {
     fn new(place: Place, read_only: bool) -> Self {
+        Self::of_size(place, read_only, 1 << 20)
+    }
+
+    fn of_size(place: Place, read_only: bool, size: u32) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        let content: Vec<u8> = (0..1u32 << 20).map(|at| (at / 512 + at) as u8).collect();
+        let content: Vec<u8> = (0..size).map(|at| (at / 512 + at) as u8).collect();
         file.write_all(&content).unwrap();
         let disk =
             Disk::open(file.path(), DiskAccess { read_only, ..DiskAccess::default() }).unwrap();
-        Self { rig: Rig::new(place, Box::new(Block::new(disk))), file }
+        Self { rig: Rig::new(place, Box::new(Block::new(disk).unwrap())), file }
     }
 
     fn content(&self) -> Vec<u8> {
@@ -88,16 +94,19 @@ fn data_is_written_read_and_flushed() {
 #[test]
 fn more_than_one_piece_is_transferred() {
     for place in PLACES {
-        let machine = Machine::new(place, false);
+        let machine = Machine::of_size(place, false, 4 << 20);
         let [queue] = &mut machine.rig.start(0)[..] else { panic!() };
-        let length = 2 * PIECE as u32 + 512;
-        let data: Vec<u8> = (0..length).map(|at| (at % 241) as u8).collect();
+        // More than the driver's memory: each buffer is the same.
+        let data: Vec<u8> = (0..512u32 << 10).map(|at| (at % 241) as u8).collect();
+        let buffers = |writable| [(DATA, data.len() as u32, writable); 5];
+        let length = 5 * data.len();
+        assert!(length > 2 * buffers::LARGEST);
         machine.rig.poke(DATA, &data);
-        assert_eq!(machine.request(queue, 1, 100, &[(DATA, length, false)]), (0, 1));
-        assert_eq!(machine.content()[51200..][..length as usize], data);
-        machine.rig.poke(DATA, &vec![0; length as usize]);
-        assert_eq!(machine.request(queue, 0, 100, &[(DATA, length, true)]), (0, length + 1));
-        assert_eq!(machine.rig.peek(DATA, length as usize), data);
+        assert_eq!(machine.request(queue, 1, 100, &buffers(false)), (0, 1));
+        assert_eq!(machine.content()[51200..][..length], data.repeat(5));
+        machine.rig.poke(DATA, &vec![0; data.len()]);
+        assert_eq!(machine.request(queue, 0, 100, &buffers(true)), (0, length as u32 + 1));
+        assert_eq!(machine.rig.peek(DATA, data.len()), data);
     }
 }
 
@@ -148,7 +157,7 @@ fn what_cannot_be_done_fails_and_changes_nothing() {
 #[test]
 fn a_full_disk_is_an_error_of_the_request_alone() {
     let full = std::fs::File::options().read(true).write(true).open("/dev/full").unwrap();
-    let rig = Rig::new(Place::Direct, Box::new(Block::new(Disk::of(full, 1 << 20))));
+    let rig = Rig::new(Place::Direct, Box::new(Block::new(Disk::of(full, 1 << 20)).unwrap()));
     let machine = Machine { rig, file: tempfile::NamedTempFile::new().unwrap() };
     let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
     machine.rig.poke(DATA, &[7; 512]);
