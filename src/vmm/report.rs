@@ -67,6 +67,9 @@ pub struct DeviceReport {
     pub model: &'static str,
     /// Its virtual IOMMU, if any.
     pub iommu: Option<String>,
+    /// What of the host serves a disk's requests: `io_uring`, `threads`, or `memory` if the image
+    /// is in memory.
+    pub served_by: Option<&'static str>,
     /// Completed transfers, if the device counts them: assigned ones do not.
     pub dma_done: Option<u64>,
     /// Refused transfers, likewise.
@@ -177,6 +180,7 @@ impl fmt::Display for Report {
         for device in &self.devices {
             let way = device.iommu.as_ref().map_or("no IOMMU", |id| id);
             write!(f, "{} {}, behind {way}", device.bdf, device.model)?;
+            device.served_by.iter().try_for_each(|by| write!(f, ", served by {by}"))?;
             match (device.dma_done, device.dma_failed) {
                 (Some(done), Some(failed)) => writeln!(f, ": DMA {done} done, {failed} refused")?,
                 _ => writeln!(f)?,
@@ -339,6 +343,7 @@ mod tests {
                 bdf: Bdf::from_raw(8),
                 model: "edu",
                 iommu: Some("vtd0".to_owned()),
+                served_by: None,
                 dma_done: Some(5),
                 dma_failed: Some(2),
                 queues: vec![QueueReport { notified: 3, used: 4, interrupts: 0 }],

@@ -9,7 +9,7 @@ use super::iommu_options::pasid_bits;
 use super::options::{named, on_off, parse_number, Pairs};
 use crate::config::{
     DeviceConfig, DiskConfig, EduConfig, IommuChoice, NetConfig, PciBridgeConfig, RngConfig,
-    RootPortConfig, TapConfig, VfioConfig,
+    RootPortConfig, TapConfig, VfioConfig, MAX_DISK_QUEUES,
 };
 use crate::devices::virtio::DiskAccess;
 use twostage::spec::pci::Pasid;
@@ -112,6 +112,14 @@ fn path(pairs: &mut Pairs<'_>, key: &'static str) -> Result<Option<PathBuf>, Str
     pairs.take(key, None, |text| Ok(Some(PathBuf::from(text))))
 }
 
+/// Parses the number of a disk's queues.
+fn disk_queues(text: &str) -> Result<u8, String> {
+    match text.parse() {
+        Ok(queues) if (1..=MAX_DISK_QUEUES).contains(&usize::from(queues)) => Ok(queues),
+        _ => Err(format!("'{text}': a disk has 1 to {MAX_DISK_QUEUES} queues")),
+    }
+}
+
 /// Parses the image format; only raw is supported.
 fn is_raw(text: &str) -> Result<bool, String> {
     match text {
@@ -133,6 +141,7 @@ impl FromStr for DiskConfig {
                 direct: pairs.take("direct", false, on_off)?,
                 raw: pairs.take("format", false, is_raw)?,
             },
+            queues: pairs.take("queues", 1, disk_queues)?,
             iommu: iommu(&mut pairs)?,
             bus: bus(&mut pairs)?,
         };
@@ -218,15 +227,17 @@ mod tests {
             Ok(DiskConfig {
                 path: "/a=b.img".into(),
                 access: DiskAccess::default(),
+                queues: 1,
                 iommu: IommuChoice::Unsaid,
                 bus: None,
             })
         );
         assert_eq!(
-            "direct=on,path=disk,readonly=on,format=raw,iommu=off".parse(),
+            "direct=on,path=disk,readonly=on,format=raw,queues=64,iommu=off".parse(),
             Ok(DiskConfig {
                 path: "disk".into(),
                 access: DiskAccess { read_only: true, direct: true, raw: true },
+                queues: 64,
                 iommu: IommuChoice::Off,
                 bus: None,
             })
@@ -263,6 +274,9 @@ mod tests {
         refused::<DiskConfig>("readonly=on", "path=FILE is missing");
         refused::<DiskConfig>("path=a,readonly=yes", "readonly: 'yes'");
         refused::<DiskConfig>("path=a,format=qcow2", "format: 'qcow2': disks are raw");
+        refused::<DiskConfig>("path=a,queues=0", "queues: '0': a disk has 1 to 64 queues");
+        refused::<DiskConfig>("path=a,queues=65", "'65': a disk has 1 to 64");
+        refused::<DiskConfig>("path=a,queues=many", "'many'");
         refused::<DiskConfig>("path=a,size=1", "unknown key 'size'");
         refused::<NetConfig>("mac=02:00:00:00:00:01", "tap=NAME or fd=NUMBER");
         refused::<NetConfig>("tap=a,fd=3", "both");

@@ -145,10 +145,12 @@ struct RunArgs {
     /// Virtio block device with a raw image or a block device; may be given several times, after
     /// every --device. format=raw: the image is raw whatever its contents look like. It has one
     /// writer, or several readers (readonly=on): the locks are those of QEMU and cloud-hypervisor,
-    /// and a writer of a block device claims it exclusively.
+    /// and a writer of a block device claims it exclusively. It has `queues` queues, by default 1
+    /// and at most 64, of which a guest uses no more than it has vCPUs. Requests are made by
+    /// io_uring, or where that is forbidden by threads; the report says which.
     #[arg(
         long = "disk",
-        value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,iommu=on|off|ID,bus=ID]"
+        value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,queues=N,iommu=on|off|ID,bus=ID]"
     )]
     disks: Vec<DiskConfig>,
 

@@ -238,8 +238,13 @@ mod tests {
         let text = refused(&|config| config.trace = Some(new.clone()), Some(&also_new));
         assert!(text.contains("--trace and --report"), "{text}");
         let iommu = IommuChoice::Unsaid;
-        let disk =
-            DiskConfig { path: new.clone(), access: DiskAccess::default(), iommu, bus: None };
+        let disk = DiskConfig {
+            path: new.clone(),
+            access: DiskAccess::default(),
+            queues: 1,
+            iommu,
+            bus: None,
+        };
         let text = refused(&|c| c.devices = vec![DeviceConfig::Disk(disk.clone())], Some(&new));
         assert!(text.contains("--disk and --report"), "{text}");
     }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use crate::devices::virtio::{DiskAccess, MacAddress};
 
+pub use crate::devices::virtio::MAX_QUEUES as MAX_DISK_QUEUES;
+
 /// The virtual IOMMU of a device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum IommuChoice {
@@ -92,6 +94,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// How it is opened.
     pub access: DiskAccess,
+    /// The number of its queues, 1 to [`MAX_DISK_QUEUES`].
+    pub queues: u8,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
     /// The id of the root port or bridge it is behind, if any.

@@ -16,6 +16,7 @@ use twostage::viommu::vtd::MMIO_SIZE;
 
 pub use devices::{
     DeviceConfig, DiskConfig, EduConfig, IommuChoice, NetConfig, RngConfig, TapConfig, VfioConfig,
+    MAX_DISK_QUEUES,
 };
 pub use error::ConfigError;
 #[cfg(target_arch = "x86_64")]

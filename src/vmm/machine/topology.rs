@@ -192,8 +192,12 @@ impl PciTopology {
                 }
                 Device::Edu(_) | Device::Vfio => Vec::new(),
             };
+            let served_by = match &placed.device {
+                Device::Virtio(virtio) => virtio.served_by(),
+                Device::Edu(_) | Device::Vfio => None,
+            };
             let (bdf, iommu) = (placed.bdf, placed.iommu.clone());
-            DeviceReport { bdf, model, iommu, dma_done, dma_failed, queues }
+            DeviceReport { bdf, model, iommu, served_by, dma_done, dma_failed, queues }
         };
         self.devices.iter().map(report).collect()
     }
@@ -313,7 +317,7 @@ fn backend(number: usize, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
     Ok(match config {
         DeviceConfig::Disk(disk) => {
             let opened = Disk::open(&disk.path, disk.access)?;
-            Box::new(Block::new(opened).map_err(Error::os("preparing a disk"))?)
+            Box::new(Block::new(opened, disk.queues.into()).map_err(Error::os("preparing a disk"))?)
         }
         DeviceConfig::Net(net) => {
             let tap = match &net.tap {

@@ -62,6 +62,11 @@ pub trait Backend: Send {
     /// The properties of the device; always the same.
     fn model(&self) -> Model;
 
+    /// What of the host serves its requests, for reports.
+    fn served_by(&self) -> Option<&'static str> {
+        None
+    }
+
     /// The driver is ready and accepted `features`.
     ///
     /// # Errors

@@ -5,6 +5,8 @@
 //! What a driver wrote is read once and validated; later changes by the driver have no effect.
 //! Buffers are translated anew for each copy.
 
+use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+
 use super::memory::{DeviceMemory, SectionMemory};
 use crate::devices::NotNow;
 
@@ -103,6 +105,33 @@ impl Chain {
         reached(rest.is_empty())
     }
 
+    /// Lends `with` the memory of `count` readable bytes at `offset`, which are translated and used
+    /// in one section: keep it short.
+    ///
+    /// # Errors
+    /// As for [`Chain::read`].
+    pub fn with_readable<R>(
+        &self,
+        memory: &mut DeviceMemory,
+        (offset, count): (u64, usize),
+        with: impl FnOnce(&[VolatileSlice<'_>]) -> R,
+    ) -> Result<R, NotCopied> {
+        with_slices(pieces(&self.readable, offset, count), memory, Permissions::Read, with)
+    }
+
+    /// The same for writable bytes.
+    ///
+    /// # Errors
+    /// As for [`Chain::read`].
+    pub fn with_writable<R>(
+        &self,
+        memory: &mut DeviceMemory,
+        (offset, count): (u64, usize),
+        with: impl FnOnce(&[VolatileSlice<'_>]) -> R,
+    ) -> Result<R, NotCopied> {
+        with_slices(pieces(&self.writable, offset, count), memory, Permissions::Write, with)
+    }
+
     /// Writes `data` to the writable bytes at `offset`, under one permit: keep it short.
     ///
     /// # Errors
@@ -122,6 +151,25 @@ impl Chain {
         }
         reached(rest.is_empty())
     }
+}
+
+/// Lends `with` the memory of `pieces` for `access`, all of it or none.
+fn with_slices<R>(
+    pieces: impl Iterator<Item = (Option<u64>, usize)>,
+    memory: &mut DeviceMemory,
+    access: Permissions,
+    with: impl FnOnce(&[VolatileSlice<'_>]) -> R,
+) -> Result<R, NotCopied> {
+    let section = memory.section()?;
+    let mut slices = Vec::with_capacity(pieces.size_hint().1.unwrap_or_default());
+    for (address, length) in pieces {
+        let address = address.map(GuestAddress).ok_or(NotCopied::Unreachable)?;
+        let found = section.get_slices(address, length, access);
+        for slice in found.map_err(|_| NotCopied::Unreachable)? {
+            slices.push(slice.map_err(|_| NotCopied::Unreachable)?);
+        }
+    }
+    Ok(with(&slices))
 }
 
 fn reached(reached: bool) -> Result<(), NotCopied> {

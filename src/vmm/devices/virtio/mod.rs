@@ -28,7 +28,7 @@ mod testing;
 mod worker;
 
 pub use backend::Backend;
-pub use blk::{Block, Disk, DiskAccess, DiskError};
+pub use blk::{Block, Disk, DiskAccess, DiskError, MAX_QUEUES};
 pub use link::{QueueCounters, QueueReport};
 pub use memory::DeviceMemory;
 pub use net::{MacAddress, Net, Tap, TapError};

@@ -113,6 +113,7 @@ pub struct Disk {
     size: u64,
     block_size: u32,
     read_only: bool,
+    in_memory: bool,
     id: String,
     /// Holds the lock of a block device, shared by all of its device nodes.
     _common: Option<File>,
@@ -150,8 +151,10 @@ impl Disk {
             return Err(DiskError::Unaligned { path: path.to_owned(), size, block: block_size });
         }
         let id = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
+        // If it is unknown, somebody waits for it.
+        let in_memory = image_file::is_memory(&file).unwrap_or_default();
         let (path, file) = (path.to_owned(), Arc::new(file));
-        Ok(Self { path, file, size, block_size, read_only, id, _common: common })
+        Ok(Self { path, file, size, block_size, read_only, in_memory, id, _common: common })
     }
 
     /// A disk backed by `file`, of any kind.
@@ -159,7 +162,16 @@ impl Disk {
     pub(super) fn of(file: File, size: u64) -> Self {
         let (path, id) = ("test".into(), "0-0".into());
         let file = Arc::new(file);
-        Self { path, file, size, block_size: 512, read_only: false, id, _common: None }
+        Self {
+            path,
+            file,
+            size,
+            block_size: 512,
+            read_only: false,
+            in_memory: false,
+            id,
+            _common: None,
+        }
     }
 
     /// Size in bytes: a multiple of the block size.
@@ -188,6 +200,11 @@ impl Disk {
         let end = offset.checked_add(length);
         let whole = offset.is_multiple_of(block) && length.is_multiple_of(block);
         whole && end.is_some_and(|end| end <= self.size)
+    }
+
+    /// Whether its contents are memory of the host, as the guest's are: no disk is waited for.
+    pub fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     /// Where it is.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The file of a disk image: its lock, and what the kernel reports if it is a block device.
+//! The file of a disk image: its lock, what the kernel reports of it, and transfers between it and
+//! the guest's memory.
 //!
 //! The lock is for one writer or several readers. Two protocols are followed at once. Both use
 //! advisory locks owned by the open file rather than the process, so that one process cannot open
@@ -13,14 +14,17 @@
 //! cloud-hypervisor locks the whole image: exclusively to write, shared to read. Here that covers
 //! everything but QEMU's bytes, where a lock would mean something else.
 //!
-//! Source for block devices: Linux `include/uapi/linux/fs.h`, and
-//! `Documentation/ABI/stable/sysfs-block`.
+//! Source for block devices and file systems: Linux `include/uapi/linux/fs.h`,
+//! `include/uapi/linux/magic.h`, and `Documentation/ABI/stable/sysfs-block`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::VolatileSlice;
 
 /// QEMU: the user has this permission ...
 const DOES: i64 = 100;
@@ -132,6 +136,86 @@ pub(super) fn common_file(file: &File) -> io::Result<File> {
     File::open(format!("/sys/dev/block/{major}:{minor}/dev"))
 }
 
+/// File systems whose files are memory.
+const RAMFS_MAGIC: u64 = 0x8584_58f6;
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// Whether the contents of `file` are memory, and no disk is behind it.
+///
+/// # Errors
+/// The system's error.
+pub(super) fn is_memory(file: &File) -> io::Result<bool> {
+    let kind = rustix::fs::fstatfs(file)?.f_type as u64;
+    Ok(matches!(kind, RAMFS_MAGIC | TMPFS_MAGIC))
+}
+
+/// The kernel takes no more pieces at once (`UIO_MAXIOV`).
+const MOST_PIECES: usize = 1024;
+
+/// Reads the bytes of `file` at `offset` into `slices`, which the guest may access meanwhile.
+/// Returns how many were read: perhaps not all.
+///
+/// # Errors
+/// The system's error.
+pub(super) fn read_into<B: BitmapSlice>(
+    file: &File,
+    offset: u64,
+    slices: &[VolatileSlice<'_, B>],
+) -> io::Result<usize> {
+    let pieces = merged(slices);
+    // SAFETY: the descriptor is open while `file` is borrowed; the pieces are those of slices,
+    // which can be written while they are borrowed, and no reference to what is in them exists.
+    let read = unsafe {
+        libc::preadv(file.as_raw_fd(), pieces.as_ptr(), pieces.len() as i32, offset as i64)
+    };
+    let read = count(read)?;
+    let mut left = read;
+    for slice in slices {
+        let length = left.min(slice.len());
+        slice.bitmap().mark_dirty(0, length);
+        left -= length;
+    }
+    Ok(read)
+}
+
+/// Writes `slices` to `file` at `offset`, likewise.
+///
+/// # Errors
+/// The system's error.
+pub(super) fn write_from<B: BitmapSlice>(
+    file: &File,
+    offset: u64,
+    slices: &[VolatileSlice<'_, B>],
+) -> io::Result<usize> {
+    let pieces = merged(slices);
+    // SAFETY: as above, and they can be read.
+    count(unsafe {
+        libc::pwritev(file.as_raw_fd(), pieces.as_ptr(), pieces.len() as i32, offset as i64)
+    })
+}
+
+/// The memory of `slices`: adjacent ones are one piece. At most [`MOST_PIECES`].
+fn merged<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Vec<libc::iovec> {
+    let mut pieces: Vec<libc::iovec> = Vec::with_capacity(slices.len().min(MOST_PIECES));
+    for slice in slices {
+        let start = slice.ptr_guard_mut().as_ptr();
+        let count = pieces.len();
+        match pieces.last_mut() {
+            Some(last) if last.iov_base as usize + last.iov_len == start as usize => {
+                last.iov_len += slice.len();
+            }
+            _ if count == MOST_PIECES => break,
+            _ => pieces.push(libc::iovec { iov_base: start.cast(), iov_len: slice.len() }),
+        }
+    }
+    pieces
+}
+
+/// What a transfer returned.
+fn count(returned: isize) -> io::Result<usize> {
+    usize::try_from(returned).map_err(|_| io::Error::last_os_error())
+}
+
 /// Issues a request that returns an `int`.
 fn ask(file: &File, request: libc::c_ulong) -> io::Result<libc::c_int> {
     let mut answer: libc::c_int = 0;
@@ -150,9 +234,53 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
+    use vm_memory::Bytes;
+
     use super::super::disk::reopen;
     use super::super::{Disk, DiskAccess, DiskError};
     use super::*;
+
+    #[test]
+    fn a_file_is_read_and_written_in_pieces_and_adjacent_ones_are_one() {
+        let file = tempfile::tempfile().unwrap();
+        let mut memory = [0u8; 64];
+        memory.iter_mut().zip(1..).for_each(|(byte, number)| *byte = number);
+        let all = VolatileSlice::from(&mut memory[..]);
+        let slices = [(8, 4), (12, 4), (0, 4), (40, 8), (48, 1)];
+        let slices = slices.map(|(at, length)| all.subslice(at, length).unwrap());
+        let lengths = |slices: &[VolatileSlice<'_>]| -> Vec<usize> {
+            merged(slices).iter().map(|piece| piece.iov_len).collect()
+        };
+        assert_eq!(lengths(&slices), [8, 4, 9]);
+        assert_eq!(write_from(&file, 3, &slices).unwrap(), 21);
+        let mut written = vec![0; 24];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut written, 0).unwrap();
+        let bytes = [9..17, 1..5, 41..50].into_iter().flatten();
+        assert_eq!(written, [0, 0, 0].into_iter().chain(bytes).collect::<Vec<u8>>());
+
+        let bytes = || -> Vec<u8> { (0..64).map(|at| all.read_obj(at).unwrap()).collect() };
+        let other = [(60, 4), (20, 16)].map(|(at, length)| all.subslice(at, length).unwrap());
+        // The file has no more.
+        assert_eq!(read_into(&file, 5, &other).unwrap(), 19);
+        assert_eq!(bytes()[60..], [11, 12, 13, 14]);
+        assert_eq!(bytes()[20..36], [15, 16, 1, 2, 3, 4, 41, 42, 43, 44, 45, 46, 47, 48, 49, 36]);
+        assert_eq!(bytes()[..8], [1, 2, 3, 4, 5, 6, 7, 8]);
+
+        let mut many = vec![0u8; 2 * MOST_PIECES + 2];
+        let all = VolatileSlice::from(&mut many[..]);
+        let scattered: Vec<_> =
+            (0..=MOST_PIECES).map(|n| all.subslice(2 * n, 1).unwrap()).collect();
+        assert_eq!(write_from(&file, 0, &scattered).unwrap(), MOST_PIECES);
+        let read_only = File::open("/proc/self/exe").unwrap();
+        assert!(write_from(&read_only, 0, &slices).is_err());
+    }
+
+    #[test]
+    fn a_file_in_memory_is_told_from_one_on_a_disk() {
+        let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(is_memory(&memory.into()).unwrap());
+        assert!(!is_memory(&File::open("/proc/self/exe").unwrap()).unwrap());
+    }
 
     /// How another program uses an image.
     #[derive(Debug, Clone, Copy, PartialEq)]

@@ -8,6 +8,11 @@
 //! data that arrives later is not copied. What was begun at the disk is waited for by the worker,
 //! before it ends: no write of an earlier driver reaches the disk after one of a later driver.
 //!
+//! An image in memory (tmpfs, a memfd) has no disk to wait for. There the kernel copies between the
+//! image and the guest's memory: a piece of a request, up to 1 MiB, is translated in one section,
+//! adjacent buffers are one, and one system call in that section does it, as bounded as a copy by
+//! this process. Where time goes is copies, and this is one instead of two.
+//!
 //! A request that is interrupted while its data is copied is not made again: its data waits in the
 //! buffer, and is copied when the device may make requests again.
 
@@ -26,10 +31,11 @@ use std::io;
 use std::os::fd::RawFd;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
 use super::backend::{Backend, Features, Model};
@@ -43,12 +49,18 @@ use under_way::{Over, UnderWay, DEPTH};
 
 pub use disk::{Disk, DiskAccess, DiskError, SECTOR_SIZE};
 
-/// Queue size.
-const QUEUE_SIZE: u16 = 256;
+/// Queues of a device at most.
+pub const MAX_QUEUES: usize = 64;
+/// Size of a queue: so that 1 MiB in pages is one request.
+const QUEUE_SIZE: u16 = 512;
+/// The sizes of as many queues as there may be.
+static QUEUE_SIZES: [u16; MAX_QUEUES] = [QUEUE_SIZE; MAX_QUEUES];
 /// Data buffers of a request: the queue size less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Requests that are returned to the driver at once, and with one interrupt, at most.
+/// Requests, and bytes of their data, that are returned to the driver at once, and with one
+/// interrupt, at most.
 const BATCH: usize = 32;
+const BATCH_BYTES: u64 = 1 << 20;
 
 /// The start of the configuration (§5.2.4): fields of features that are not offered are 0.
 #[derive(IntoBytes, Immutable)]
@@ -59,6 +71,10 @@ struct Config {
     seg_max: U32,
     geometry: U32,
     blk_size: U32,
+    topology: U64,
+    writeback: u8,
+    unused: u8,
+    num_queues: U16,
 }
 
 /// The block device.
@@ -79,27 +95,37 @@ struct OfQueue {
     filled: bool,
     /// Requests that are over, and not returned yet: head, bytes written.
     over: Vec<(u16, u32)>,
+    /// Bytes of their data.
+    bytes: u64,
 }
 
 impl Block {
-    /// A device backed by `disk`.
+    /// A device with `queues` queues, 1 to [`MAX_QUEUES`], backed by `disk`.
     ///
     /// # Errors
     /// The process is out of file descriptors.
-    pub fn new(disk: Disk) -> io::Result<Self> {
+    pub fn new(disk: Disk, queues: usize) -> io::Result<Self> {
         let engine = engine::best(disk.file(), DEPTH)?;
-        log::info!("{}: requests are made by {}", disk.path().display(), engine.name());
-        Ok(Self::with_engine(disk, engine))
+        let block = Self::with_engine(disk, queues, engine);
+        log::info!("{}: {} serves requests", block.disk.path().display(), block.served_by());
+        Ok(block)
     }
 
     /// A device whose operations on `disk` are performed by `engine`.
-    fn with_engine(disk: Disk, engine: Box<dyn Engine>) -> Self {
+    fn with_engine(disk: Disk, queues: usize, engine: Box<dyn Engine>) -> Self {
         Self {
             disk,
             under_way: UnderWay::new(engine),
-            queues: vec![OfQueue::default()],
+            queues: (0..queues).map(|_| OfQueue::default()).collect(),
             flushes: false,
             failures: RateLimit::default(),
+        }
+    }
+
+    fn served_by(&self) -> &'static str {
+        match self.disk.is_in_memory() {
+            true => "memory",
+            false => self.under_way.engine(),
         }
     }
 
@@ -143,7 +169,7 @@ impl Block {
                     let flush = !self.flushes;
                     let request = Request::new(memory, number, chain, &self.disk, flush)?;
                     queue.keep();
-                    self.under_way.add(request);
+                    self.under_way.add(request, &self.disk);
                     self.advance(queues, memory)?;
                 }
                 None if queue.enable_notification(memory)? => queue.disable_notification(memory)?,
@@ -165,9 +191,8 @@ impl Block {
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
     ) -> Result<(), Unserved> {
-        while let Some(Over { queue: number, head, written, failure }) =
-            self.under_way.advance(memory)?
-        {
+        while let Some(over) = self.under_way.advance(memory, &self.disk)? {
+            let Over { queue: number, head, written, length, failure } = over;
             if let Some(failure) = failure {
                 if let (Failure::NotCopied(_), Some(queue)) = (&failure, queues.get(number)) {
                     queue.counters().unreachable.count();
@@ -177,7 +202,8 @@ impl Block {
             }
             let Some(queue) = self.queues.get_mut(number) else { continue };
             queue.over.push((head, written));
-            if queue.over.len() >= BATCH {
+            queue.bytes = queue.bytes.saturating_add(length);
+            if queue.over.len() >= BATCH || queue.bytes >= BATCH_BYTES {
                 self.give_back(number, queues, memory)?;
             }
         }
@@ -194,6 +220,7 @@ impl Block {
         if let (Some(of_queue), Some(queue)) = (self.queues.get_mut(number), queues.get_mut(number))
         {
             queue.push_all(memory, &of_queue.over)?;
+            of_queue.bytes = 0;
             let counters = queue.counters();
             of_queue.over.drain(..).for_each(|_| counters.done.count());
         }
@@ -213,20 +240,30 @@ impl Backend for Block {
             .with(VIRTIO_BLK_F_SEG_MAX)
             .with(VIRTIO_BLK_F_BLK_SIZE)
             .with(VIRTIO_BLK_F_FLUSH);
+        let features = match self.queues.len() {
+            1 => features,
+            _ => features.with(VIRTIO_BLK_F_MQ),
+        };
+        let features = if disk.is_read_only() { features.with(VIRTIO_BLK_F_RO) } else { features };
         let config = Config {
             capacity: (disk.size() / SECTOR_SIZE).into(),
             size_max: 0.into(),
             seg_max: SEG_MAX.into(),
             geometry: 0.into(),
             blk_size: disk.block_size().into(),
+            topology: 0.into(),
+            writeback: 0,
+            unused: 0,
+            // At most MAX_QUEUES.
+            num_queues: (self.queues.len() as u16).into(),
         };
         Model {
             name: "blk",
             device_type: VIRTIO_ID_BLOCK as u16,
             // Mass storage, other.
             class: 0x01_8000,
-            features: if disk.is_read_only() { features.with(VIRTIO_BLK_F_RO) } else { features },
-            queue_sizes: &[QUEUE_SIZE],
+            features,
+            queue_sizes: QUEUE_SIZES.get(..self.queues.len()).unwrap_or(&QUEUE_SIZES),
             config: config.as_bytes().to_vec(),
         }
     }
@@ -234,6 +271,10 @@ impl Backend for Block {
     fn start(&mut self, features: Features) -> Result<(), Broken> {
         self.flushes = features.has(VIRTIO_BLK_F_FLUSH);
         Ok(())
+    }
+
+    fn served_by(&self) -> Option<&'static str> {
+        Some(Self::served_by(self))
     }
 
     fn input(&self) -> Option<RawFd> {

@@ -16,6 +16,8 @@ const DATA: u64 = 0x2_0000;
 const STATUS: u64 = 0x800;
 const PAGE: u64 = 0x1000;
 const UNTOUCHED: u8 = 0xee;
+/// Queues of the device.
+const QUEUES: usize = 3;
 /// Bytes of the disk.
 const SIZE: usize = 4 << 20;
 /// Kinds of requests.
@@ -33,7 +35,7 @@ fn contents() -> Vec<u8> {
 fn machine(place: Place) -> (Rig, FakeDisk) {
     let (disk, engine) = FakeDisk::new(contents());
     let file = tempfile::tempfile().unwrap();
-    let block = Block::with_engine(Disk::of(file, SIZE as u64), engine);
+    let block = Block::with_engine(Disk::of(file, SIZE as u64), QUEUES, engine);
     (Rig::new(place, Box::new(block)), disk)
 }
 
@@ -69,7 +71,7 @@ fn wait_for_used(rig: &Rig, queue: &TestQueue<'_>, index: u16) {
 fn requests_are_at_the_disk_together_and_finish_in_any_order() {
     for place in PLACES {
         let (rig, disk) = machine(place);
-        let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+        let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
         for number in 0..5 {
             add(&rig, queue, number, IN, 8 * number, 512);
         }
@@ -97,7 +99,7 @@ fn requests_are_at_the_disk_together_and_finish_in_any_order() {
 #[test]
 fn what_finishes_together_is_one_interrupt() {
     let (rig, disk) = machine(Place::Behind);
-    let [queue] = &mut rig.start(FLUSHES | EVENT_INDEX)[..] else { panic!() };
+    let [queue, ..] = &mut rig.start(FLUSHES | EVENT_INDEX)[..] else { panic!() };
     // The third request wants an interrupt.
     queue.set_used_event(2);
     for number in 0..5 {
@@ -119,10 +121,35 @@ fn what_finishes_together_is_one_interrupt() {
 }
 
 #[test]
+fn each_queue_has_its_requests_and_its_interrupts() {
+    for place in PLACES {
+        let (rig, disk) = machine(place);
+        assert_eq!(rig.read(0x2022, 2), QUEUES as u64);
+        let [first, second, third] = &mut rig.start(FLUSHES | 1 << VIRTIO_BLK_F_MQ)[..] else {
+            panic!()
+        };
+        for (number, queue) in [(0, &mut *first), (1, &mut *third), (2, &mut *second)] {
+            add(&rig, queue, number, IN, 8 * number, 512);
+            queue.notify();
+            disk.wait_for(number as usize + 1);
+        }
+        // All at once, and each returns to where it came from.
+        disk.finish_all();
+        for (vector, number, queue) in [(1, 0, first), (3, 1, third), (2, 2, second)] {
+            wait_for_used(&rig, queue, 1);
+            assert_eq!(queue.used(0), (0, 513));
+            rig.wait_for_interrupts(vector, 1);
+            let at = 4096 * number as usize;
+            assert_eq!(data(&rig, number, 512), contents()[at..at + 512]);
+        }
+    }
+}
+
+#[test]
 fn a_piece_that_fails_fails_its_request_alone() {
     for place in PLACES {
         let (rig, disk) = machine(place);
-        let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+        let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
         let long = (buffers::LARGEST + 4096) as u32;
         let far = [(HEADERS + STATUS, 1, true), (HEADERS, 16, false)];
         rig.poke(HEADERS, &[0; 16]);
@@ -152,7 +179,7 @@ fn a_piece_that_fails_fails_its_request_alone() {
 #[test]
 fn what_a_disk_does_in_part_is_continued_and_an_end_is_an_error() {
     let (rig, disk) = machine(Place::Behind);
-    let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+    let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
     for (number, kind) in [(0, IN), (1, OUT)] {
         rig.poke(DATA + PAGE, &[0x5a; 1024]);
         add(&rig, queue, number, kind, 4, 1024);
@@ -182,7 +209,7 @@ fn what_a_disk_does_in_part_is_continued_and_an_end_is_an_error() {
 #[test]
 fn a_write_is_flushed_for_a_driver_without_flushes() {
     let (rig, disk) = machine(Place::Direct);
-    let [queue] = &mut rig.start(0)[..] else { panic!() };
+    let [queue, ..] = &mut rig.start(0)[..] else { panic!() };
     add(&rig, queue, 0, OUT, 0, 512);
     queue.notify();
     assert_eq!(disk.wait_for(1), [(Write, 0, 512)]);
@@ -205,7 +232,7 @@ fn assert_quiet(rig: &Rig, queue: &TestQueue<'_>, length: usize) {
 fn data_that_arrives_while_the_device_may_make_no_requests_waits() {
     for place in PLACES {
         let (rig, disk) = machine(place);
-        let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+        let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
         rig.poke(DATA, &[UNTOUCHED; 1024]);
         add(&rig, queue, 0, IN, 2, 1024);
         queue.notify();
@@ -224,7 +251,7 @@ fn data_that_arrives_while_the_device_may_make_no_requests_waits() {
 #[test]
 fn an_unmapped_buffer_is_not_written_by_a_read_that_was_under_way() {
     let (rig, disk) = machine(Place::Behind);
-    let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+    let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
     rig.poke(DATA, &[UNTOUCHED; 512]);
     add(&rig, queue, 0, IN, 0, 512);
     queue.notify();
@@ -242,7 +269,7 @@ fn a_reset_is_over_when_the_disk_has_answered_and_nothing_is_written_to_memory()
     let resets: [fn(&Rig); 2] = [|rig| rig.write(0x14, 1, 0), Rig::reset_function];
     for (place, reset) in PLACES.into_iter().zip(resets) {
         let (rig, disk) = machine(place);
-        let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+        let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
         rig.poke(DATA, &[UNTOUCHED; 1024]);
         add(&rig, queue, 0, IN, 0, 1024);
         add(&rig, queue, 1, OUT, 9, 512);
@@ -257,7 +284,7 @@ fn a_reset_is_over_when_the_disk_has_answered_and_nothing_is_written_to_memory()
         disk.finish(0, 1024);
         rig.wait("the reset", || rig.status() == 0);
         assert_quiet(&rig, queue, 1024);
-        let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+        let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
         add(&rig, queue, 0, IN, 0, 512);
         queue.notify();
         assert_eq!(disk.wait_for(1), [(Read, 0, 512)]);
@@ -270,7 +297,7 @@ fn a_reset_is_over_when_the_disk_has_answered_and_nothing_is_written_to_memory()
 #[test]
 fn the_end_of_the_machine_does_not_wait_for_a_disk_that_hangs() {
     let (rig, disk) = machine(Place::Direct);
-    let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+    let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
     add(&rig, queue, 0, IN, 0, 512);
     queue.notify();
     disk.wait_for(1);
@@ -283,7 +310,7 @@ fn the_end_of_the_machine_does_not_wait_for_a_disk_that_hangs() {
 #[test]
 fn a_driver_has_no_more_requests_at_the_disk_than_there_is_room_for() {
     let (rig, disk) = machine(Place::Direct);
-    let [queue] = &mut rig.start(FLUSHES)[..] else { panic!() };
+    let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
     // The same chain again and again, as no honest driver would have it.
     add(&rig, queue, 0, IN, 0, 512);
     let rounds = DEPTH as u16 / TestQueue::SIZE + 1;

@@ -13,6 +13,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::buffers::{BounceBuffer, LARGEST};
 use super::disk::{Disk, SECTOR_SIZE};
 use super::engine::{Action, Finished, Operation};
+use super::image_file;
 use crate::devices::virtio::chain::{Broken, Chain, NotCopied, Unserved};
 use crate::devices::virtio::memory::DeviceMemory;
 use crate::devices::NotNow;
@@ -145,9 +146,10 @@ impl Request {
         Ok(Self { queue, chain, status_at, work, done: 0, buffer, step })
     }
 
-    /// Bytes of the largest buffer that it needs.
-    pub fn buffer_needed(&self) -> usize {
+    /// Bytes of the largest buffer that it needs for `disk`.
+    pub fn buffer_needed(&self, disk: &Disk) -> usize {
         match (self.work, &self.step) {
+            _ if disk.is_in_memory() => 0,
             // At most the size of a buffer.
             (Work::Read { length, .. } | Work::Write { length, .. }, Step::Next) => {
                 length.min(LARGEST as u64) as usize
@@ -166,6 +168,11 @@ impl Request {
         self.buffer
     }
 
+    /// Bytes of its data.
+    pub fn length(&self) -> u64 {
+        self.extent().1
+    }
+
     /// The number of its queue.
     pub fn queue(&self) -> usize {
         self.queue
@@ -181,9 +188,15 @@ impl Request {
     /// # Errors
     /// The status cannot be written, or the device may make no requests now: then it is advanced
     /// again when it may. A piece that was not copied as a whole is copied again.
-    pub fn advance(&mut self, memory: &mut DeviceMemory, tag: usize) -> Result<Advance, Unserved> {
+    pub fn advance(
+        &mut self,
+        memory: &mut DeviceMemory,
+        disk: &Disk,
+        tag: usize,
+    ) -> Result<Advance, Unserved> {
         loop {
             match &self.step {
+                Step::Next if disk.is_in_memory() => self.at_once(memory, disk)?,
                 Step::Next => {
                     if let Some(operation) = self.next(memory, tag)? {
                         self.step = Step::UnderWay;
@@ -207,12 +220,63 @@ impl Request {
         }
     }
 
-    /// The next operation; or none, and the next step is another.
-    fn next(&mut self, memory: &mut DeviceMemory, tag: usize) -> Result<Option<Operation>, NotNow> {
-        let (start, length) = match self.work {
+    /// Does the next piece at a disk in memory, or reports that there is none: the kernel copies
+    /// between that and the guest's memory, as bounded a piece of work as if this process did.
+    fn at_once(&mut self, memory: &mut DeviceMemory, disk: &Disk) -> Result<(), NotNow> {
+        let (start, length) = self.extent();
+        let left = length.saturating_sub(self.done);
+        // At most a piece.
+        let piece = left.min(LARGEST as u64) as usize;
+        let (file, at, chain) = (disk.file(), start + self.done, &self.chain);
+        let transferred = match self.work {
+            Work::Read { .. } if piece > 0 => {
+                chain.with_writable(memory, (self.done, piece), |to| {
+                    image_file::read_into(file, at, to)
+                })
+            }
+            Work::Write { .. } if piece > 0 => {
+                let from = size_of::<Header>() as u64 + self.done;
+                chain.with_readable(memory, (from, piece), |from| {
+                    image_file::write_from(file, at, from)
+                })
+            }
+            // Memory is the medium.
+            _ => {
+                self.step = Step::Report(Ok(()));
+                return Ok(());
+            }
+        };
+        match transferred {
+            Err(NotCopied::NotNow(not_now)) => return Err(not_now),
+            Err(error) => self.step = Step::Report(Err(Failure::NotCopied(error))),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(Err(error)) => self.step = Step::Report(Err(error.into())),
+            Ok(Ok(0)) => self.step = Step::Report(Err(self.no_progress())),
+            Ok(Ok(count)) => self.done += count as u64,
+        }
+        Ok(())
+    }
+
+    /// Where the data is on the disk, and how long it is.
+    fn extent(&self) -> (u64, u64) {
+        match self.work {
             Work::Read { start, length } | Work::Write { start, length, .. } => (start, length),
             Work::Flush | Work::Nothing => (0, 0),
+        }
+    }
+
+    /// The image became shorter, or there is no room.
+    fn no_progress(&self) -> Failure {
+        let kind = match self.work {
+            Work::Write { .. } => io::ErrorKind::WriteZero,
+            _ => io::ErrorKind::UnexpectedEof,
         };
+        io::Error::from(kind).into()
+    }
+
+    /// The next operation; or none, and the next step is another.
+    fn next(&mut self, memory: &mut DeviceMemory, tag: usize) -> Result<Option<Operation>, NotNow> {
+        let (start, length) = self.extent();
         let left = length.saturating_sub(self.done);
         // At most the length of the buffer.
         let piece = left.min(self.buffer.len() as u64) as usize;
@@ -248,14 +312,7 @@ impl Request {
         let part = operation.part.clone();
         self.step = match result {
             Err(error) => Step::Report(Err(error.into())),
-            // The image became shorter, or there is no room.
-            Ok(0) if wanted != 0 => {
-                let kind = match operation.action {
-                    Action::Write => io::ErrorKind::WriteZero,
-                    _ => io::ErrorKind::UnexpectedEof,
-                };
-                Step::Report(Err(io::Error::from(kind).into()))
-            }
+            Ok(0) if wanted != 0 => Step::Report(Err(self.no_progress())),
             Ok(count) if count < wanted => {
                 operation.part.start += count;
                 operation.offset += count as u64;

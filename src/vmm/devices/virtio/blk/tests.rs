@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The block device, seen from its driver.
 
-use std::io::Write;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP};
+use rustix::fs::{memfd_create, MemfdFlags};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 
 use super::*;
 use crate::devices::virtio::testing::{Place, Rig, TestBuffer, TestQueue, PLACES};
@@ -15,27 +18,45 @@ const DATA: u64 = 0xaf00;
 
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 
+/// What the image is on.
+#[derive(Debug, Clone, Copy)]
+enum Image {
+    Disk,
+    Memory,
+}
+
+const IMAGES: [Image; 2] = [Image::Disk, Image::Memory];
+
 struct Machine {
     rig: Rig,
-    file: tempfile::NamedTempFile,
+    file: File,
 }
 
 impl Machine {
     fn new(place: Place, read_only: bool) -> Self {
-        Self::of_size(place, read_only, 1 << 20)
+        Self::of_size(place, Image::Disk, read_only, 1 << 20)
     }
 
-    fn of_size(place: Place, read_only: bool, size: u32) -> Self {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
+    fn of_size(place: Place, image: Image, read_only: bool, size: u32) -> Self {
+        let file = match image {
+            Image::Disk => tempfile::tempfile().unwrap(),
+            Image::Memory => memfd_create("image", MemfdFlags::CLOEXEC).unwrap().into(),
+        };
         let content: Vec<u8> = (0..size).map(|at| (at / 512 + at) as u8).collect();
-        file.write_all(&content).unwrap();
-        let disk =
-            Disk::open(file.path(), DiskAccess { read_only, ..DiskAccess::default() }).unwrap();
-        Self { rig: Rig::new(place, Box::new(Block::new(disk).unwrap())), file }
+        file.write_all_at(&content, 0).unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let access = DiskAccess { read_only, ..DiskAccess::default() };
+        let disk = Disk::open(path.as_ref(), access).unwrap();
+        if let Image::Memory = image {
+            assert!(disk.is_in_memory());
+        }
+        Self { rig: Rig::new(place, Box::new(Block::new(disk, 1).unwrap())), file }
     }
 
     fn content(&self) -> Vec<u8> {
-        std::fs::read(self.file.path()).unwrap()
+        let mut content = vec![0; self.file.metadata().unwrap().len() as usize];
+        self.file.read_exact_at(&mut content, 0).unwrap();
+        content
     }
 
     /// Makes a request of `kind`; returns its status and the reported length.
@@ -59,10 +80,36 @@ impl Machine {
     }
 }
 
+fn everywhere() -> impl Iterator<Item = (Place, Image)> {
+    PLACES.into_iter().flat_map(|place| IMAGES.map(|image| (place, image)))
+}
+
+/// The image ends before the disk does: as if somebody had made it shorter.
+#[test]
+fn an_image_that_became_shorter_is_an_error_of_the_request_alone() {
+    for image in IMAGES {
+        let machine = Machine::of_size(Place::Behind, image, false, 1 << 20);
+        let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
+        machine.file.set_len(4096 + 512).unwrap();
+        for (sector, status) in
+            [(8, VIRTIO_BLK_S_OK), (7, VIRTIO_BLK_S_IOERR), (0, VIRTIO_BLK_S_OK)]
+        {
+            let (got, _) = machine.request(
+                queue,
+                0,
+                sector,
+                &[(DATA, 512 + 1024 * u32::from(sector == 7), true)],
+            );
+            assert_eq!(u32::from(got), status, "{image:?}, sector {sector}");
+        }
+        assert_eq!(machine.rig.status(), 0xf);
+    }
+}
+
 #[test]
 fn data_is_written_read_and_flushed() {
-    for place in PLACES {
-        let machine = Machine::new(place, false);
+    for (place, image) in everywhere() {
+        let machine = Machine::of_size(place, image, false, 1 << 20);
         let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
         let before = machine.content();
 
@@ -93,8 +140,8 @@ fn data_is_written_read_and_flushed() {
 
 #[test]
 fn more_than_one_piece_is_transferred() {
-    for place in PLACES {
-        let machine = Machine::of_size(place, false, 4 << 20);
+    for (place, image) in everywhere() {
+        let machine = Machine::of_size(place, image, false, 4 << 20);
         let [queue] = &mut machine.rig.start(0)[..] else { panic!() };
         // More than the driver's memory: each buffer is the same.
         let data: Vec<u8> = (0..512u32 << 10).map(|at| (at % 241) as u8).collect();
@@ -116,10 +163,12 @@ fn it_says_who_it_is() {
     let [queue] = &mut machine.rig.start(0)[..] else { panic!() };
     assert_eq!(machine.rig.read_config(0, 4), 0x1042_1af4);
     assert_eq!(machine.rig.read(0x2000, 8), 2048);
-    assert_eq!(machine.rig.read(0x200c, 4), 254);
+    assert_eq!(machine.rig.read(0x200c, 4), 510);
     assert_eq!(machine.rig.read(0x2014, 4), 512);
     assert_eq!(machine.rig.read(0x2018, 4), 0);
     assert_ne!(machine.rig.offered() & 1 << VIRTIO_BLK_F_RO, 0);
+    assert_eq!(machine.rig.offered() & 1 << VIRTIO_BLK_F_MQ, 0);
+    assert_eq!(machine.rig.read(0x2022, 2), 1);
     assert_eq!(machine.request(queue, 8, 0, &[(DATA, 20, true)]), (0, 21));
     let id = machine.rig.peek(DATA, 20);
     assert!(id[0].is_ascii_hexdigit() && id.contains(&b'-'), "{id:?}");
@@ -128,8 +177,8 @@ fn it_says_who_it_is() {
 
 #[test]
 fn what_cannot_be_done_fails_and_changes_nothing() {
-    for place in PLACES {
-        let machine = Machine::new(place, false);
+    for (place, image) in everywhere() {
+        let machine = Machine::of_size(place, image, false, 1 << 20);
         let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
         let before = machine.content();
         for (kind, sector, length, status) in [
@@ -157,8 +206,8 @@ fn what_cannot_be_done_fails_and_changes_nothing() {
 #[test]
 fn a_full_disk_is_an_error_of_the_request_alone() {
     let full = std::fs::File::options().read(true).write(true).open("/dev/full").unwrap();
-    let rig = Rig::new(Place::Direct, Box::new(Block::new(Disk::of(full, 1 << 20)).unwrap()));
-    let machine = Machine { rig, file: tempfile::NamedTempFile::new().unwrap() };
+    let rig = Rig::new(Place::Direct, Box::new(Block::new(Disk::of(full, 1 << 20), 1).unwrap()));
+    let machine = Machine { rig, file: tempfile::tempfile().unwrap() };
     let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
     machine.rig.poke(DATA, &[7; 512]);
     // More often than is logged.
@@ -173,7 +222,12 @@ fn a_full_disk_is_an_error_of_the_request_alone() {
 
 #[test]
 fn a_request_whose_buffer_the_iommu_blocks_fails() {
-    let machine = Machine::new(Place::Behind, false);
+    for image in IMAGES {
+        blocked(&Machine::of_size(Place::Behind, image, false, 1 << 20));
+    }
+}
+
+fn blocked(machine: &Machine) {
     let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
     let before = machine.content();
     machine.rig.unmap(0x2_0000);

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use super::buffers::Buffers;
+use super::disk::Disk;
 use super::engine::{Engine, Finished};
 use super::request::{Advance, Failure, Request};
 use crate::devices::virtio::chain::Unserved;
@@ -23,6 +24,8 @@ pub(super) struct Over {
     pub head: u16,
     /// Bytes written to its buffers.
     pub written: u32,
+    /// Bytes of its data.
+    pub length: u64,
     /// Why it failed, if it did.
     pub failure: Option<Failure>,
 }
@@ -61,9 +64,9 @@ impl UnderWay {
     }
 
     /// Adds a request, if there is room: the caller has looked.
-    pub fn add(&mut self, mut request: Request) {
+    pub fn add(&mut self, mut request: Request, disk: &Disk) {
         let Some(tag) = self.free.pop() else { return };
-        if let needed @ 1.. = request.buffer_needed() {
+        if let needed @ 1.. = request.buffer_needed(disk) {
             request.set_buffer(self.buffers.take(needed));
         }
         if let Some(place) = self.requests.get_mut(tag) {
@@ -92,10 +95,14 @@ impl UnderWay {
     ///
     /// # Errors
     /// As for [`Request::advance`]: the request that it concerns stays the next one.
-    pub fn advance(&mut self, memory: &mut DeviceMemory) -> Result<Option<Over>, Unserved> {
+    pub fn advance(
+        &mut self,
+        memory: &mut DeviceMemory,
+        disk: &Disk,
+    ) -> Result<Option<Over>, Unserved> {
         while let Some(tag) = self.ready.front().copied() {
             let advance = match self.requests.get_mut(tag) {
-                Some(Some(request)) => Some(request.advance(memory, tag)?),
+                Some(Some(request)) => Some(request.advance(memory, disk, tag)?),
                 _ => None,
             };
             self.ready.pop_front();
@@ -109,9 +116,9 @@ impl UnderWay {
                         continue;
                     };
                     self.free.push(tag);
-                    let (queue, head) = (request.queue(), request.head());
+                    let (queue, head, length) = (request.queue(), request.head(), request.length());
                     self.buffers.give_back(request.into_buffer());
-                    return Ok(Some(Over { queue, head, written, failure }));
+                    return Ok(Some(Over { queue, head, written, length, failure }));
                 }
                 None => {}
             }
@@ -150,6 +157,11 @@ impl UnderWay {
             self.buffers.give_back(request.into_buffer());
         }
         Ok(())
+    }
+
+    /// The name of the engine.
+    pub fn engine(&self) -> &'static str {
+        self.engine.name()
     }
 
     /// What becomes readable when the disk has finished something.

@@ -52,6 +52,7 @@ const RESET_PATIENCE: Duration = Duration::from_millis(200);
 /// Lock order: the transport, then configuration space. The worker takes neither.
 pub struct VirtioPci {
     model: Model,
+    served_by: Option<&'static str>,
     config: Mutex<ConfigSpace>,
     msix: MsixCapability,
     window: ConfigWindow,
@@ -90,7 +91,7 @@ impl VirtioPci {
         doorbells: Arc<dyn Doorbells>,
         trace: Option<Arc<Trace>>,
     ) -> Result<Self> {
-        let model = backend.model();
+        let (model, served_by) = (backend.model(), backend.served_by());
         let queues = model.queue_sizes.len();
         // One for each queue, one for the configuration.
         let vectors = queues + 1;
@@ -128,6 +129,7 @@ impl VirtioPci {
         let placements = config.bar_placements();
         let device = Self {
             model,
+            served_by,
             config: Mutex::new(config),
             msix,
             window,
@@ -144,6 +146,11 @@ impl VirtioPci {
     /// The device type, for reports.
     pub fn model(&self) -> &'static str {
         self.model.name
+    }
+
+    /// What of the host serves its requests, for reports.
+    pub fn served_by(&self) -> Option<&'static str> {
+        self.served_by
     }
 
     /// Request statistics.

@@ -308,7 +308,9 @@ fn backend(kind: u8) -> Box<dyn Backend> {
         1 => {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             file.write_all(&[1; 8192]).unwrap();
-            Box::new(Block::new(Disk::open(file.path(), DiskAccess::default()).unwrap()).unwrap())
+            Box::new(
+                Block::new(Disk::open(file.path(), DiskAccess::default()).unwrap(), 1).unwrap(),
+            )
         }
         _ => {
             let wire = Silence(EventFd::new(0).unwrap());
