@@ -18,7 +18,8 @@ use twostage::iommufd::{
 };
 use twostage::spec::pci::Bdf;
 use twostage_emulated::{
-    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit,
+    VtdUnitConfig,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 
@@ -31,19 +32,32 @@ const ROUNDS: usize = 1000;
 /// Rounds within which a lost write must be noticed, generously.
 const ROUNDS_TO_NOTICE: usize = 100_000;
 
+/// What the devices use.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Tables {
+    /// A second stage of VT-d.
+    Vtd,
+    /// First-stage tables over it.
+    VtdNested,
+    /// A stage 1 of the host's, of an SMMUv3: the only one in which Linux tracks dirty pages.
+    SmmuV3,
+}
+
 /// Guest memory, devices that write it, and the copy.
 struct Migration {
     host: Arc<EmulatedHost>,
-    parent: ObjectId,
+    tracked: ObjectId,
     memory: UserMemory,
     copy: Vec<u8>,
 }
 
 impl Migration {
-    /// `nested`: the devices use first-stage tables.
-    fn new(nested: bool) -> Self {
+    fn new(tables: Tables) -> Self {
         let host = EmulatedHost::new();
-        let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+        let unit = match tables {
+            Tables::SmmuV3 => host.add_unit(SmmuV3Unit::new(SmmuV3UnitConfig::default())),
+            _ => host.add_unit(VtdUnit::new(VtdUnitConfig::default())),
+        };
         let region =
             GuestRegionMmap::<()>::from_range(GuestAddress(0), (PAGES * PAGE) as usize, None)
                 .unwrap();
@@ -60,8 +74,9 @@ impl Migration {
         let alloc = |flags, pt, data| {
             host.hwpt_alloc(&HwptAlloc { flags, dev: devices[0], pt, data, fault: None }).unwrap()
         };
-        let flags = HwptFlags::new().with_nest_parent(true).with_dirty_tracking(true);
-        let parent = alloc(flags, ioas, HwptData::None);
+        let flags = HwptFlags::new().with_dirty_tracking(true);
+        let flags = flags.with_nest_parent(tables != Tables::SmmuV3);
+        let tracked = alloc(flags, ioas, HwptData::None);
         // One table per level, with an identity mapping.
         for level in 0..TABLES - 1 {
             write(&memory, level * PAGE, ((level + 1) * PAGE) | 7);
@@ -69,13 +84,16 @@ impl Migration {
         for page in 0..PAGES {
             write(&memory, (TABLES - 1) * PAGE + page * 8, (page * PAGE) | 7);
         }
-        let tables = HwptData::VtdS1(iommu_hwpt_vtd_s1 { addr_width: 48, ..Default::default() });
-        let hwpt = if nested { alloc(HwptFlags::new(), parent, tables) } else { parent };
+        let first = HwptData::VtdS1(iommu_hwpt_vtd_s1 { addr_width: 48, ..Default::default() });
+        let hwpt = match tables {
+            Tables::VtdNested => alloc(HwptFlags::new(), tracked, first),
+            _ => tracked,
+        };
         for dev in devices {
             host.device_attach(dev, None, hwpt).unwrap();
         }
-        host.hwpt_set_dirty_tracking(parent, true).unwrap();
-        let mut migration = Self { host, parent, memory, copy: vec![0; (PAGES * PAGE) as usize] };
+        host.hwpt_set_dirty_tracking(tracked, true).unwrap();
+        let mut migration = Self { host, tracked, memory, copy: vec![0; (PAGES * PAGE) as usize] };
         (0..PAGES).for_each(|page| migration.copy_page(page));
         migration
     }
@@ -94,7 +112,7 @@ impl Migration {
     fn dirty(&self, clear: bool) -> Vec<u64> {
         let range = DirtyRange { iova: 0, length: PAGES * PAGE, page_size: PAGE };
         let mut bitmap = [0; (PAGES / 64) as usize];
-        self.host.hwpt_get_dirty_bitmap(self.parent, &range, clear, &mut bitmap).unwrap();
+        self.host.hwpt_get_dirty_bitmap(self.tracked, &range, clear, &mut bitmap).unwrap();
         (0..PAGES).filter(|page| bitmap[*page as usize / 64] >> (page % 64) & 1 != 0).collect()
     }
 
@@ -148,17 +166,22 @@ fn write(memory: &UserMemory, place: u64, word: u64) {
 
 #[test]
 fn nothing_is_lost_through_a_second_stage_alone() {
-    assert!(Migration::new(false).run(ROUNDS, Migration::follow));
+    assert!(Migration::new(Tables::Vtd).run(ROUNDS, Migration::follow));
+}
+
+#[test]
+fn nothing_is_lost_through_stage_1_of_an_smmu() {
+    assert!(Migration::new(Tables::SmmuV3).run(ROUNDS, Migration::follow));
 }
 
 #[test]
 fn nothing_is_lost_through_nested_tables_whose_flags_are_set() {
-    assert!(Migration::new(true).run(ROUNDS, Migration::follow));
+    assert!(Migration::new(Tables::VtdNested).run(ROUNDS, Migration::follow));
 }
 
 #[test]
 fn a_copy_before_the_pages_are_cleared_is_caught() {
-    let mut migration = Migration::new(false);
+    let mut migration = Migration::new(Tables::Vtd);
     let lost = (0..ROUNDS_TO_NOTICE / 100).any(|_| !migration.run(100, Migration::copy_first));
     assert!(lost, "a lost write was not noticed");
 }

@@ -323,6 +323,7 @@ impl Machine {
             .with_guest_second_stage(all(|it| it.guest_second_stage))
             .with_fault_reports(all(|it| it.fault_reports))
             .with_device_tlbs(all(|it| it.device_tlbs))
+            .with_table_updates(all(|it| it.table_updates))
     }
 
     /// The drivers of all IOMMUs.

@@ -100,6 +100,8 @@ type Chunk = [u64; CHUNK_WORDS];
 #[derive(Debug)]
 pub(crate) struct DirtyLog {
     enabled: AtomicBool,
+    /// Tracking cannot be off.
+    always: bool,
     /// Size of a page, in bytes, as a power of two.
     shift: u32,
     /// Chunks by number; none is empty.
@@ -110,7 +112,13 @@ impl DirtyLog {
     /// For a page table whose smallest page is `page_size` bytes, a power of two. Tracking is off.
     pub fn new(page_size: u64) -> Self {
         let shift = page_size.trailing_zeros();
-        Self { enabled: AtomicBool::new(false), shift, chunks: Mutex::default() }
+        let enabled = AtomicBool::new(false);
+        Self { enabled, always: false, shift, chunks: Mutex::default() }
+    }
+
+    /// The same for a page table whose dirty flags are always set. Tracking is on, and stays on.
+    pub fn always(page_size: u64) -> Self {
+        Self { enabled: AtomicBool::new(true), always: true, ..Self::new(page_size) }
     }
 
     /// Whether pages are to be marked.
@@ -118,9 +126,9 @@ impl DirtyLog {
         self.enabled.load(Ordering::Acquire)
     }
 
-    /// Starts or stops to track.
+    /// Starts or stops to track, unless it always does.
     pub fn enable(&self, enabled: bool) {
-        self.enabled.store(enabled, Ordering::Release);
+        self.enabled.store(enabled || self.always, Ordering::Release);
     }
 
     /// Marks the pages that `iovas` touches. Takes time proportional to their number.

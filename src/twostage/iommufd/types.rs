@@ -337,6 +337,9 @@ pub struct Extensions {
     /// Supports [`super::HostIommu::device_tlb_invalidate`]. Others invalidate device TLBs together
     /// with their own, as Linux's VT-d driver does.
     pub device_tlbs: bool,
+    /// Sets the flags of a guest's stage 1, nested on an SMMUv3, as IDR0.HTTU says. (Linux 7.2's
+    /// uAPI lists HTTU among what its kernel does not support for nesting.)
+    pub table_updates: bool,
 }
 
 impl Extensions {
@@ -344,6 +347,7 @@ impl Extensions {
         with_guest_second_stage guest_second_stage: bool;
         with_fault_reports fault_reports: bool;
         with_device_tlbs device_tlbs: bool;
+        with_table_updates table_updates: bool;
     }
 }
 

@@ -21,8 +21,9 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::units::hardware::CacheTag;
 use crate::units::page_requests::PageRequests;
 use crate::units::smmuv3::{SmmuV3Unit, StreamEntry};
-use crate::units::stage2::Stage2;
+use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{Errno, Extensions, FaultSink, HwptFlags, ObjectId, ViommuKind};
+use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::translation::Granule;
 use vsmmu::{Master, SmmuNested, Vmaster, Vsmmu};
 
@@ -148,7 +149,7 @@ impl Driver for SmmuDriver {
     }
 
     fn extensions(&self) -> Extensions {
-        Extensions::default().with_fault_reports(true)
+        Extensions::default().with_fault_reports(true).with_table_updates(true)
     }
 
     fn pasid_bits(&self) -> u8 {
@@ -159,9 +160,9 @@ impl Driver for SmmuDriver {
         }
     }
 
+    /// With updates of the dirty state (`ARM_SMMU_FEAT_HD`); walks are always coherent.
     fn dirty_tracking(&self, _: &Requester) -> bool {
-        // Hardware updates of dirty state (IDR0.HTTU) are not emulated.
-        false
+        self.unit.config().httu == Httu::Dirty
     }
 
     fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
@@ -177,6 +178,8 @@ impl Driver for SmmuDriver {
         const PLAIN: HwptFlags = HwptFlags::new();
         const PARENT: HwptFlags = PLAIN.with_nest_parent(true);
         const PASID: HwptFlags = PLAIN.with_pasid(true);
+        const DIRTY: HwptFlags = PLAIN.with_dirty_tracking(true);
+        const DIRTY_PASID: HwptFlags = PASID.with_dirty_tracking(true);
         if data.is_some() {
             return refuse(Errno::EOPNOTSUPP, "a HWPT_PAGING takes no data");
         }
@@ -184,14 +187,14 @@ impl Driver for SmmuDriver {
             PLAIN if self.nests() => Stage::One,
             PLAIN => Stage::Two,
             PARENT if self.nests() => Stage::Two,
-            PASID if self.nests() => Stage::One,
+            PASID | DIRTY | DIRTY_PASID if self.nests() => Stage::One,
             _ => {
                 let detail =
                     format!("the SMMU has no page tables of flags {:#x}", flags.into_bits());
                 return refuse(Errno::EOPNOTSUPP, detail);
             }
         };
-        Ok(Arc::new(SmmuPaging::new(&self.unit, self.tags.next(), stage)?))
+        Ok(Arc::new(SmmuPaging::new(&self.unit, self.tags.next(), stage, flags.dirty_tracking())?))
     }
 
     fn nests_without_viommu(&self) -> bool {
@@ -314,20 +317,24 @@ struct SmmuPaging {
     tag: OwnedTag,
     stage: Stage,
     granule: Granule,
+    /// The dirty state of its pages, if that is updated.
+    dirty: Option<Arc<DirtyLog>>,
 }
 
 impl SmmuPaging {
-    /// Tables of `stage` for `unit`.
+    /// Tables of `stage` for `unit`, with updates of the dirty state if `dirty`.
     ///
     /// # Errors
     /// `ENOMEM` the SMMU has no granule, as in Linux.
-    fn new(unit: &Arc<SmmuV3Unit>, tag: OwnedTag, stage: Stage) -> Outcome<Self> {
+    fn new(unit: &Arc<SmmuV3Unit>, tag: OwnedTag, stage: Stage, dirty: bool) -> Outcome<Self> {
         // The granule of the host's pages if supported, otherwise the next larger.
         let has = |granule: &Granule| unit.config().has_granule(*granule);
         let Some(granule) = Granule::ALL.into_iter().find(has) else {
             return refuse(Errno::ENOMEM, "the SMMU has no granule");
         };
-        Ok(Self { unit: unit.clone(), tag, stage, granule })
+        // HA and HD are in the context descriptor from the start: there is no other switch.
+        let dirty = dirty.then(|| Arc::new(DirtyLog::always(granule.size())));
+        Ok(Self { unit: unit.clone(), tag, stage, granule, dirty })
     }
 
     /// Tag of what is cached of them: the VMID of a stage 2.
@@ -374,6 +381,10 @@ impl PagingDomain for SmmuPaging {
 
     fn only_writable(&self) -> bool {
         false
+    }
+
+    fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {
+        self.dirty.as_ref()
     }
 
     fn enforces_coherency(&self) -> bool {

@@ -183,8 +183,8 @@ pub(crate) trait TableFormat {
     /// Decodes an entry of `level`.
     fn decode(&self, word: u64, level: u8) -> Result<Entry, Self::Fault>;
 
-    /// The flags that must be set in an entry before a request uses it.
-    fn flags(&self, leaf: bool, write: bool) -> u64;
+    /// The entry `word` as it must be in memory before a request uses it: with its flags set.
+    fn used(&self, word: u64, leaf: bool, write: bool) -> u64;
 
     /// Whether a leaf `word` serves writes without setting flags.
     fn is_dirty(&self, word: u64) -> bool;

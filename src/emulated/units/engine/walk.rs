@@ -193,7 +193,7 @@ impl<L> Walk<'_, L> {
         for (table, path) in steps.iter().flatten().filter_map(Step::new_table) {
             self.caches.add_table(tables, (self.source, iova), table, path, self.counters);
         }
-        let leaf = leaf | tables.flags(true, kind.write());
+        let leaf = tables.used(leaf, true, kind.write());
         let rights = Rights::of(|kind| {
             tables.check_request(kind).is_ok()
                 && tables.check_path(path, kind).is_ok()
@@ -311,7 +311,7 @@ impl<L> Walk<'_, L> {
         L: LowerStage<F>,
     {
         for step in steps.iter_mut().flatten() {
-            let wanted = step.word | tables.flags(step.leaf, kind.write());
+            let wanted = tables.used(step.word, step.leaf, kind.write());
             if wanted == step.word {
                 continue;
             }

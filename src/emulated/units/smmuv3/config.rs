@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use crate::units::engine::CacheSizes;
 use twostage::iommufd::iommu_hw_info_arm_smmuv3;
-use twostage::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, Iidr};
+use twostage::spec::smmuv3::regs::{Aidr, Httu, Idr0, Idr1, Idr3, Idr5, Iidr};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::{address_size, ADDRESS_WIDTH};
 
@@ -17,8 +17,7 @@ const MAX_SSID_BITS: u8 = 20;
 
 /// The abilities and cache sizes of an emulated SMMUv3.
 ///
-/// Without stalls and updates of access flags (IDR0.STALL_MODEL = 0b01, HTTU = 0); ASIDs and VMIDs
-/// have 16 bits.
+/// Without stalls (IDR0.STALL_MODEL = 0b01); ASIDs and VMIDs have 16 bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SmmuV3UnitConfig {
@@ -42,6 +41,9 @@ pub struct SmmuV3UnitConfig {
     /// Takes page requests, if it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them and
     /// supports only devices that stall, which PCI devices must not; here it serves page requests.
     pub page_requests: bool,
+    /// The flags it sets in descriptors of stage 1 that it uses (IDR0.HTTU). With the dirty state,
+    /// the host tracks dirty pages, as far as Linux's driver does: in page tables of stage 1.
+    pub httu: Httu,
     /// Both stages at once (IDR0.S1P with S2P): user-owned stage 1 on the host's stage 2.
     pub nesting: bool,
     /// Stage 2 forces write-back (IDR3.FWB). Without this and `canwbs` Linux creates no vIOMMUs.
@@ -76,6 +78,7 @@ impl Default for SmmuV3UnitConfig {
             range_invalidation: true,
             ats: false,
             page_requests: false,
+            httu: Httu::Dirty,
             nesting: true,
             s2fwb: true,
             canwbs: false,
@@ -98,6 +101,7 @@ impl SmmuV3UnitConfig {
         with_range_invalidation range_invalidation: bool;
         with_ats ats: bool;
         with_page_requests page_requests: bool;
+        with_httu httu: Httu;
         with_nesting nesting: bool;
         with_s2fwb s2fwb: bool;
         with_canwbs canwbs: bool;
@@ -159,6 +163,7 @@ impl SmmuV3UnitConfig {
             .with_s1p(self.nesting)
             .with_ttf(0b10)
             .with_cohacc(true)
+            .with_httu(self.httu.into_bits())
             .with_ats(self.ats)
             .with_pri(self.page_requests())
             .with_asid16(true)
@@ -220,6 +225,7 @@ mod tests {
         assert!(idr5.gran64k() && !idr5.gran4k() && !idr5.gran16k());
         assert!(!Idr3::from_bits(info.idr[3]).fwb());
         assert_eq!(Idr1::from_bits(info.idr[1]).ssidsize(), 20);
-        assert_eq!(Idr0::from_bits(info.idr[0]).stall_model(), 1);
+        let idr0 = Idr0::from_bits(info.idr[0]);
+        assert_eq!((idr0.stall_model(), idr0.httu()), (1, 2));
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Context descriptors: fetched from the user's tables, through stage 2 (§3.3.2, §5.2, §5.3), and
-//! decoded (§5.4).
+//! Context descriptors: fetched from the user's tables, through stage 2 (§3.3.2, §5.2, §5.3),
+//! and decoded (§5.4).
 
 use std::sync::atomic::Ordering;
 
@@ -15,6 +15,7 @@ use twostage::spec::smmuv3::context::{
     Cd, L1ContextDescriptor, CD_SIZE, CD_WORDS, L1_DESCRIPTOR_SIZE,
 };
 use twostage::spec::smmuv3::event::{EventClass, EventId};
+use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::stream_table::{DefaultSubstream, Ste};
 use twostage::spec::smmuv3::translation::Granule;
 
@@ -38,18 +39,24 @@ impl AddressSpace {
     /// Decodes `cd`; none if it is not valid, or ILLEGAL for an SMMU of `config`.
     pub fn new(cd: &Cd, config: &SmmuV3UnitConfig) -> Option<Self> {
         let word = cd.qw0;
-        // TERM_MODEL is 1, STALL_MODEL 0b01, TTENDIAN 0b10, TTF 0b10 and HTTU 0.
+        // TERM_MODEL is 1, STALL_MODEL 0b01, TTENDIAN 0b10 and TTF 0b10.
         let endless = word.epd0() && word.epd1();
         let legal = word.v()
             && word.a()
             && !word.s()
             && (endless || !word.endi())
             && word.aa64()
-            && !word.ha()
-            && !word.hd();
+            && (!word.ha() || config.httu >= Httu::Access)
+            && (!word.hd() || config.httu >= Httu::Dirty);
         if !legal {
             return None;
         }
+        // HD without HA is reserved, and counts as neither.
+        let updates = match (word.ha(), word.hd()) {
+            (false, _) => Httu::None,
+            (true, false) => Httu::Access,
+            (true, true) => Httu::Dirty,
+        };
         let output_bits = address_size(word.ips())
             .map_or(config.output_bits(), |it| it.min(config.output_bits()));
         let half = |upper, disabled, table, granule: Option<Granule>, size: u8| {
@@ -68,6 +75,7 @@ impl AddressSpace {
                 upper,
                 output_bits,
                 access_flag_ignored: word.affd(),
+                updates,
                 write_no_execute: word.wxn(),
                 privileged_access_never: word.pan(),
                 recorded: word.r(),
@@ -233,8 +241,6 @@ mod tests {
             |word| word.with_s(true),
             |word| word.with_endi(true),
             |word| word.with_aa64(false),
-            |word| word.with_ha(true),
-            |word| word.with_hd(true),
             |word| word.with_t0sz(15),
             |word| word.with_t0sz(40),
             |word| word.with_t1sz(15),
@@ -256,6 +262,27 @@ mod tests {
             ..good()
         };
         assert!(legal(near(1)) && !legal(near(0)), "beyond IPS");
+    }
+
+    #[test]
+    fn ha_and_hd_are_legal_as_far_as_httu_says() {
+        use Httu::{Access, Dirty, None as Nothing};
+        let illegal = None;
+        for (httu, [none, ha, hd, both]) in [
+            (Nothing, [Some(Nothing), illegal, illegal, illegal]),
+            (Access, [Some(Nothing), Some(Access), illegal, illegal]),
+            (Dirty, [Some(Nothing), Some(Access), Some(Nothing), Some(Dirty)]),
+        ] {
+            let config = SmmuV3UnitConfig { httu, ..Default::default() };
+            for (ha, hd, expected) in
+                [(false, false, none), (true, false, ha), (false, true, hd), (true, true, both)]
+            {
+                let cd = Cd { qw0: good().qw0.with_ha(ha).with_hd(hd), ..good() };
+                let space = AddressSpace::new(&cd, &config);
+                let found = space.map(|space| space.half(0).1.unwrap().updates);
+                assert_eq!(found, expected, "{httu:?}, HA {ha}, HD {hd}");
+            }
+        }
     }
 
     #[test]

@@ -63,6 +63,8 @@ pub(crate) enum Fault {
         class: EventClass,
         /// IPA or FetchAddr, in bytes, if the event has one.
         second_address: u64,
+        /// Flags of a descriptor were to be written.
+        update: bool,
         /// It is recorded: not if CD.R says otherwise.
         recorded: bool,
     },
@@ -71,19 +73,20 @@ pub(crate) enum Fault {
 impl Fault {
     /// A fault of the stream's configuration.
     pub fn config(id: EventId) -> Self {
-        let class = EventClass::Cd;
-        Self::Event { id, stage2: false, class, second_address: 0, recorded: true }
+        let (class, update) = (EventClass::Cd, false);
+        Self::Event { id, stage2: false, class, second_address: 0, update, recorded: true }
     }
 
     /// A stage-1 fault caused by the transaction's address.
     pub fn stage1(id: EventId, recorded: bool) -> Self {
-        let class = EventClass::Input;
-        Self::Event { id, stage2: false, class, second_address: 0, recorded }
+        let (class, update) = (EventClass::Input, false);
+        Self::Event { id, stage2: false, class, second_address: 0, update, recorded }
     }
 
     /// A fetch from `address` failed.
     pub fn fetch(id: EventId, class: EventClass, address: u64) -> Self {
-        Self::Event { id, stage2: false, class, second_address: address, recorded: true }
+        let (second_address, update) = (address, false);
+        Self::Event { id, stage2: false, class, second_address, update, recorded: true }
     }
 
     /// Stage 2 does not allow an access to `ipa`.
@@ -92,7 +95,20 @@ impl Fault {
             Stage2Refusal::Beyond | Stage2Refusal::Absent => EventId::Translation,
             Stage2Refusal::Denied => EventId::Permission,
         };
-        Self::Event { id, stage2: true, class, second_address: ipa, recorded: true }
+        let (second_address, update) = (ipa, false);
+        Self::Event { id, stage2: true, class, second_address, update, recorded: true }
+    }
+
+    /// Stage 2 does not allow writing the flags of the descriptor at `ipa` (§3.13.5).
+    pub fn stage2_update(ipa: u64) -> Self {
+        Self::Event {
+            id: EventId::Permission,
+            stage2: true,
+            class: EventClass::TranslationTable,
+            second_address: ipa,
+            update: true,
+            recorded: true,
+        }
     }
 
     /// The fault of `request`, for its port; `sinks` are those of the unit.
@@ -123,7 +139,8 @@ impl Fault {
 
     /// The event record of the fault of `request`, if any.
     fn record(&self, request: &Request) -> Option<EventRecord> {
-        let Self::Event { id, stage2, class, second_address, recorded: true } = *self else {
+        let Self::Event { id, stage2, class, second_address, update, recorded: true } = *self
+        else {
             return None;
         };
         let stream = StreamId(request.rid.into());
@@ -141,8 +158,11 @@ impl Fault {
         let of_walk = id == EventId::WalkExternalAbort;
         if of_walk || id.second_address() == SecondAddress::Ipa {
             let of_table = id == EventId::Permission && class == EventClass::TranslationTable;
-            record.qw1 =
-                record.qw1.with_s2(stage2).with_class(class.into_bits()).with_ttrnw(of_table);
+            record.qw1 = record
+                .qw1
+                .with_s2(stage2)
+                .with_class(class.into_bits())
+                .with_ttrnw(of_table && !update);
         }
         record.second_address = match id.second_address() {
             SecondAddress::None => 0,
@@ -183,6 +203,14 @@ mod tests {
         let record = fault.record(&request(true, None)).unwrap();
         assert_eq!(record.second_address, 0x4_5000);
         assert!(record.qw1.s2() && record.qw1.ttrnw() && !record.qw1.rnw() && !record.qw1.ind());
+        assert_eq!(record.qw1.class(), 1);
+    }
+
+    #[test]
+    fn a_descriptor_that_may_not_be_updated_was_to_be_written() {
+        let record = Fault::stage2_update(0x4_5678).record(&request(false, None)).unwrap();
+        assert_eq!((record.id(), record.second_address), (Some(EventId::Permission), 0x4_5000));
+        assert!(record.qw1.s2() && !record.qw1.ttrnw() && record.qw1.rnw());
         assert_eq!(record.qw1.class(), 1);
     }
 

@@ -4,6 +4,7 @@
 use super::fault::Fault;
 use crate::units::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
 use twostage::spec::smmuv3::event::{EventClass, EventId};
+use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::translation::{Descriptor, DescriptorKind, Granule};
 
 /// The walker numbers levels from 1 at the pages; in the architecture pages are level 3.
@@ -26,6 +27,8 @@ pub(super) struct Stage1 {
     pub output_bits: u8,
     /// AFFD: a clear access flag is no fault.
     pub access_flag_ignored: bool,
+    /// The flags that are set when descriptors are used (HA, HD).
+    pub updates: Httu,
     /// WXN: writable pages are not executable.
     pub write_no_execute: bool,
     /// PAN: privileged requests cannot access unprivileged pages.
@@ -51,6 +54,12 @@ impl Stage1 {
 
     fn start_level(&self) -> u8 {
         self.granule.start_level(self.input_bits.into())
+    }
+
+    /// Whether a write would make the page or block dirty: it is read-only, but DBM says that it is
+    /// to be written (§3.13.3).
+    fn is_clean(&self, leaf: Descriptor) -> bool {
+        self.updates == Httu::Dirty && leaf.dbm() && leaf.ap_read_only()
     }
 }
 
@@ -107,23 +116,29 @@ impl TableFormat for Stage1 {
                 .with_execute_privileged(!limits.pxn_table());
             return Ok(Entry { leaf: false, address, path, global: false });
         }
-        if !descriptor.af() && !self.access_flag_ignored {
+        // HA has precedence over AFFD.
+        if !descriptor.af() && !self.access_flag_ignored && self.updates == Httu::None {
             return Err(self.fault(EventId::Access));
         }
+        // A clean page counts as writable for all permissions, also where that forbids (WXN).
         let path = Path::UNLIMITED
-            .with_write(!descriptor.ap_read_only())
+            .with_write(!descriptor.ap_read_only() || self.is_clean(descriptor))
             .with_user(descriptor.ap_unprivileged())
             .with_execute(!descriptor.uxn())
             .with_execute_privileged(!descriptor.pxn());
         Ok(Entry { leaf: true, address, path, global: !descriptor.ng() })
     }
 
-    fn flags(&self, _: bool, _: bool) -> u64 {
-        0
+    fn used(&self, word: u64, leaf: bool, write: bool) -> u64 {
+        if !leaf || self.updates == Httu::None {
+            return word;
+        }
+        let written = write && self.is_clean(Descriptor::from_bits(word));
+        word & !if written { Descriptor::AP_READ_ONLY } else { 0 } | Descriptor::AF
     }
 
-    fn is_dirty(&self, _: u64) -> bool {
-        true
+    fn is_dirty(&self, word: u64) -> bool {
+        !self.is_clean(Descriptor::from_bits(word))
     }
 
     fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Fault> {
@@ -153,10 +168,8 @@ impl TableFormat for Stage1 {
         Fault::fetch(EventId::WalkExternalAbort, EventClass::TranslationTable, address)
     }
 
-    // Flags are never written: IDR0.HTTU is 0.
-
     fn flags_refused(&self, at: At) -> Fault {
-        self.entry_unreadable(at)
+        Fault::stage2_update(at.gpa.unwrap_or_default())
     }
 
     fn flags_unsettled(&self) -> Fault {
@@ -333,7 +346,7 @@ mod tests {
         let cd = tables.cd();
         machine.attach(&Cd { qw0: cd.qw0.with_affd(true), ..cd });
         assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(0));
-        assert_eq!(machine.peek(leaf) & Descriptor::AF, 0, "no flag is ever written");
+        assert_eq!(machine.peek(leaf) & Descriptor::AF, 0, "no flag is written without HA");
     }
 
     #[test]

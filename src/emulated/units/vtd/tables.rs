@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! User-owned tables for the walker: of the first stage (§3.6, §9.7) and the second (§3.7, §9.8).
+//! User-owned tables for the walker: of the first stage (§3.6, §9.7), and of the second (§3.7,
+//! §9.8).
 
 use super::config::{AddressWidth, VtdUnitConfig};
 use super::fault::{page_refused, Fault, Reasons};
@@ -171,10 +172,10 @@ impl TableFormat for FirstStage {
         })
     }
 
-    fn flags(&self, leaf: bool, write: bool) -> u64 {
+    fn used(&self, word: u64, leaf: bool, write: bool) -> u64 {
         let dirty = if leaf && write { FirstStageEntry::D } else { 0 };
         let extended = if self.extended_accessed { FirstStageEntry::EA } else { 0 };
-        FirstStageEntry::A | dirty | extended
+        word | FirstStageEntry::A | dirty | extended
     }
 
     fn is_dirty(&self, word: u64) -> bool {
@@ -313,10 +314,12 @@ impl TableFormat for SecondStage {
         })
     }
 
-    fn flags(&self, leaf: bool, write: bool) -> u64 {
+    fn used(&self, word: u64, leaf: bool, write: bool) -> u64 {
         match self.accessed_dirty {
-            true => SecondStageEntry::A | if leaf && write { SecondStageEntry::D } else { 0 },
-            false => 0,
+            true => {
+                word | SecondStageEntry::A | if leaf && write { SecondStageEntry::D } else { 0 }
+            }
+            false => word,
         }
     }
 

@@ -8,12 +8,16 @@ use proptest::prelude::*;
 use vm_memory::Bytes;
 
 use super::fake::{memory, s1, Bench, Failure, Told, PARENT, PLAIN};
-use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
+use crate::{
+    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig, UnitId,
+    VtdUnit, VtdUnitConfig,
+};
 use twostage::iommufd::{
     DirtyRange, Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection,
     UserMemory,
 };
 use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::regs::Httu;
 
 const DIRTY: HwptFlags = HwptFlags::new().with_dirty_tracking(true);
 const RW: Protection = Protection::READ_WRITE;
@@ -33,10 +37,16 @@ struct Rig {
     memory: UserMemory,
 }
 
+/// Adds a unit of one architecture.
+type AddUnit = fn(&EmulatedHost) -> UnitId;
+
+const VTD: AddUnit = |host| host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+const SMMU_V3: AddUnit = |host| host.add_unit(SmmuV3Unit::new(SmmuV3UnitConfig::default()));
+
 /// A device on a HWPT with `flags` and dirty tracking.
-fn rig(flags: HwptFlags) -> Rig {
+fn rig(unit: AddUnit, flags: HwptFlags) -> Rig {
     let host = EmulatedHost::new();
-    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    let unit = unit(&host);
     host.add_device("edu", unit, Bdf::from_raw(0x20), DeviceConfig::default()).unwrap();
     let port = host.dma_port("edu").unwrap();
     let (dev, ioas) = (host.device_bind("edu").unwrap(), host.ioas_alloc().unwrap());
@@ -78,7 +88,7 @@ fn bits(host: &EmulatedHost, hwpt: ObjectId, range: &DirtyRange, clear: bool) ->
 
 #[test]
 fn what_is_written_is_dirty_until_it_is_cleared() {
-    let mut rig = rig(PLAIN);
+    let mut rig = rig(VTD, PLAIN);
     rig.write(BASE, 8);
     assert_eq!(rig.dirty(true), NONE, "nothing is tracked yet");
     rig.track(true);
@@ -99,19 +109,60 @@ fn what_is_written_is_dirty_until_it_is_cleared() {
     assert_eq!(rig.dirty(true), NONE, "a clean start");
 }
 
+/// As in Linux, whose driver has HA and HD in the context descriptor from the start
+/// (`arm_smmu_set_dirty_tracking`).
 #[test]
-fn a_page_that_is_mapped_anew_is_clean() {
-    let mut rig = rig(PLAIN);
+fn an_smmu_tracks_from_the_start_to_the_end() {
+    let mut rig = rig(SMMU_V3, PLAIN);
+    rig.write(BASE, 8);
+    rig.read(BASE + PAGE);
+    assert_eq!(rig.dirty(false), [0]);
     rig.track(true);
+    assert_eq!(rig.dirty(true), NONE, "a clean start");
+    rig.write(BASE, 8);
+    rig.write(BASE + PAGE, 8);
+    rig.write(BASE + 5 * PAGE - 1, 2);
+    assert_eq!(rig.dirty(false), [0, 1, 4, 5], "what was cached as dirty was dropped");
+    assert_eq!(rig.dirty(true), [0, 1, 4, 5], "they were not cleared");
+    assert_eq!(rig.dirty(true), NONE);
+    rig.write(BASE + 2 * PAGE, 8);
+    rig.track(false);
     rig.write(BASE + 3 * PAGE, 8);
-    rig.host.ioas_unmap(rig.ioas, BASE, PAGES * PAGE).unwrap();
-    rig.host.ioas_map(rig.ioas, &rig.memory, MapTarget::Fixed(BASE), RW).unwrap();
+    assert_eq!(rig.dirty(true), [2, 3]);
+    rig.track(true);
     assert_eq!(rig.dirty(true), NONE);
 }
 
 #[test]
+fn an_smmu_tracks_with_updates_of_the_dirty_state_only() {
+    for httu in [Httu::None, Httu::Access, Httu::Dirty] {
+        let host = EmulatedHost::new();
+        let unit = host.add_unit(SmmuV3Unit::new(SmmuV3UnitConfig::default().with_httu(httu)));
+        host.add_device("edu", unit, Bdf::from_raw(0x20), DeviceConfig::default()).unwrap();
+        let (dev, pt) = (host.device_bind("edu").unwrap(), host.ioas_alloc().unwrap());
+        let can = host.get_hw_info(dev).unwrap().capabilities.dirty_tracking();
+        let args = HwptAlloc { flags: DIRTY, dev, pt, data: HwptData::None, fault: None };
+        let outcome = host.hwpt_alloc(&args);
+        assert_eq!((can, outcome.is_ok()), (httu == Httu::Dirty, httu == Httu::Dirty), "{httu:?}");
+        assert!(can || outcome.errno() == Errno::EOPNOTSUPP);
+    }
+}
+
+#[test]
+fn a_page_that_is_mapped_anew_is_clean() {
+    for unit in [VTD, SMMU_V3] {
+        let mut rig = rig(unit, PLAIN);
+        rig.track(true);
+        rig.write(BASE + 3 * PAGE, 8);
+        rig.host.ioas_unmap(rig.ioas, BASE, PAGES * PAGE).unwrap();
+        rig.host.ioas_map(rig.ioas, &rig.memory, MapTarget::Fixed(BASE), RW).unwrap();
+        assert_eq!(rig.dirty(true), NONE);
+    }
+}
+
+#[test]
 fn writes_through_nested_tables_make_pages_of_the_parent_dirty() {
-    let mut rig = rig(PARENT);
+    let mut rig = rig(VTD, PARENT);
     // Tables of one page each, from the start of the memory on, that map IOVA 0 to page 8.
     let entry = |page: u64| (BASE + page * PAGE) | 7;
     for (table, next) in [(0, 1), (1, 2), (2, 3), (3, 8)] {
@@ -179,7 +230,7 @@ fn what_is_refused() {
 
 #[test]
 fn a_hole_ends_the_bitmap_and_a_large_page_is_dirty_by_any_of_it() {
-    let mut rig = rig(PLAIN);
+    let mut rig = rig(VTD, PLAIN);
     rig.host.ioas_unmap(rig.ioas, BASE, PAGES * PAGE).unwrap();
     for first in [0, 4, 8] {
         let memory = rig.memory.part(0, 2 * PAGE).unwrap();
@@ -205,12 +256,13 @@ proptest! {
 
     #[test]
     fn dirty_pages_are_as_in_a_set(
+        unit in prop::sample::select(vec![VTD, SMMU_V3]),
         pieces in prop::collection::vec(1u64..0x200, 1..4),
         steps in prop::collection::vec(
             (0u64..PAGES * PAGE - 0x3000, 1usize..0x3000, 0u8..4, 0u64..3), 1..40,
         ),
     ) {
-        let mut rig = rig(PLAIN);
+        let mut rig = rig(unit, PLAIN);
         // The same memory, in areas that a range may span.
         rig.host.ioas_unmap(rig.ioas, BASE, PAGES * PAGE).unwrap();
         let mut at = 0;

@@ -3,6 +3,7 @@
 
 mod attachments;
 mod device_tlb;
+mod flags;
 mod reference;
 mod sanitizer;
 mod staleness;

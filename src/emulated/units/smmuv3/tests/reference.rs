@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The unit against a walker as plain as the architecture's description: no caches, no shared code,
-//! bits by their numbers (DDI 0487, D8; IHI 0070 §3.4, §7.3.22).
+//! bits by their numbers (DDI 0487, D8; IHI 0070 §3.4, §3.13, §7.3.22).
 
 use proptest::prelude::*;
 
@@ -27,10 +27,19 @@ struct Setup {
     affd: bool,
     wxn: bool,
     pan: bool,
+    ha: bool,
+    hd: bool,
 }
 
-/// Where the reference sends `iova` from the table at `root`: the GPA, or the event.
-fn walk(machine: &Machine, setup: Setup, root: u64, iova: u64, want: Want) -> Result<u64, Outcome> {
+/// Where the reference sends `iova` from the table at `root`: the GPA, the leaf's address, and the
+/// leaf afterwards; or the event.
+fn walk(
+    machine: &Machine,
+    setup: Setup,
+    root: u64,
+    iova: u64,
+    want: Want,
+) -> Result<(u64, u64, u64), Outcome> {
     let fault = |id| Err(stage1_event(id));
     if iova >> setup.bits != 0 {
         return fault(EventId::Translation);
@@ -80,10 +89,12 @@ fn walk(machine: &Machine, setup: Setup, root: u64, iova: u64, want: Want) -> Re
             table = address;
             continue;
         }
-        if !bit(10) && !setup.affd {
+        if !bit(10) && !setup.affd && !setup.ha {
             return fault(EventId::Access);
         }
-        let writable = !no_write && !bit(7);
+        // HD means nothing without HA.
+        let clean = setup.ha && setup.hd && bit(51) && bit(7);
+        let writable = !no_write && (clean || !bit(7));
         let user = !no_user && bit(6);
         let execute_user = !no_user_execute && !bit(54);
         let execute_privileged = !no_privileged_execute && !bit(53);
@@ -110,7 +121,11 @@ fn walk(machine: &Machine, setup: Setup, root: u64, iova: u64, want: Want) -> Re
             Some(mapping) if want.write && !mapping.protection.write => {
                 Err(stage2_event(EventId::Permission))
             }
-            Some(_) => Ok(gpa),
+            Some(_) => {
+                let accessed = if setup.ha { word | 1 << 10 } else { word };
+                let dirty = if clean && want.write { accessed & !(1 << 7) } else { accessed };
+                Ok((gpa, at, dirty))
+            }
             None => Err(stage2_event(EventId::Translation)),
         };
     }
@@ -135,13 +150,13 @@ const IOVAS: [u64; 6] =
 
 fn mapped() -> impl Strategy<Value = Mapped> {
     let gpa = prop::sample::select(vec![HIGH, HIGH + 0x1_0000, READ_ONLY, NOWHERE, LOW, 1 << 44]);
-    // AP, AF, nG, PXN, UXN, and the valid bit: mostly valid.
+    // AP, AF, nG, DBM, PXN, UXN, and the valid bit: mostly valid.
     let attributes = (any::<u64>(), 0u32..8).prop_map(|(bits, much)| {
         let good = RW.into_bits();
-        let changed = 1 | 3 << 6 | 1 << 10 | 1 << 11 | 3 << 53;
+        let changed = 1 | 3 << 6 | 1 << 10 | 1 << 11 | 1 << 51 | 3 << 53;
         match much {
             0 => bits & changed,
-            1..=3 => good ^ bits & (1 << 7 | 3 << 53),
+            1..=3 => good ^ bits & (1 << 7 | 1 << 10 | 1 << 51 | 3 << 53),
             _ => good,
         }
     });
@@ -159,7 +174,7 @@ proptest! {
         granule in prop::sample::select(&Granule::ALL),
         bits in prop::sample::select(vec![39u32, 42, 47, 48]),
         output in prop::sample::select(vec![(5u8, 48u32), (2, 40)]),
-        flags in (any::<bool>(), any::<bool>(), any::<bool>()),
+        flags in any::<[bool; 5]>(),
         maps in prop::collection::vec(mapped(), 1..12),
         requests in prop::collection::vec(
             (0..IOVAS.len(), 0u64..0x2_0000, any::<(bool, bool, bool)>()),
@@ -175,10 +190,11 @@ proptest! {
             ..Default::default()
         };
         let machine = Machine::new(config);
-        let (affd, wxn, pan) = flags;
+        let [affd, wxn, pan, ha, hd] = flags;
         let tables = machine.tables_of(granule, bits, false);
         let cd = tables.cd();
         let qw0 = cd.qw0.with_ips(output.0).with_affd(affd).with_wxn(wxn).with_pan(pan);
+        let qw0 = qw0.with_ha(ha).with_hd(hd);
         let table = machine.table(0x1000);
         machine.poke_cd(table + CD_SIZE, &Cd { qw0, ..cd });
         machine.install(None, VMID, Some(ste(table, 1, S1Format::Linear, 0)));
@@ -199,7 +215,8 @@ proptest! {
                 machine.poke(pointer, machine.peek(pointer) | limits);
             }
         }
-        let setup = Setup { granule: granule.shift(), bits, output: output.1, affd, wxn, pan };
+        let (granule, output) = (granule.shift(), output.1);
+        let setup = Setup { granule, bits, output, affd, wxn, pan, ha, hd };
         let mut port = machine.port();
         for (place, offset, (write, privileged, execute)) in requests {
             let iova = IOVAS[place] + offset;
@@ -209,9 +226,10 @@ proptest! {
             let expected = walk(&machine, setup, tables.root, iova, want);
             let found = port.translate(attributes, iova, 1, access);
             match (found, expected) {
-                (Ok(found), Ok(gpa)) => {
+                (Ok(found), Ok((gpa, leaf, word))) => {
                     let place = found.slice().ptr_guard().as_ptr().addr();
                     prop_assert_eq!(place, machine.address(gpa), "{:#x}", iova);
+                    prop_assert_eq!(machine.peek(leaf), word, "{:#x} {:?}", iova, want);
                 }
                 (Err(error), Err(expected)) => {
                     prop_assert_eq!(Err(event(error)), expected, "{:#x} {:?}", iova, want);

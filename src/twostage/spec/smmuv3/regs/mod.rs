@@ -4,6 +4,8 @@
 
 mod control;
 
+use std::fmt;
+
 use twostage_bits::bitfield;
 
 use crate::spec::smmuv3::address_size;
@@ -121,6 +123,46 @@ pub const STALL_OR_TERMINATE: u8 = 0b00;
 /// [`Idr0::st_level`]: linear and 2-level stream tables.
 pub const ST_LEVEL_2: u8 = 0b01;
 
+/// [`Idr0::httu`]: which flags of translation tables an SMMU sets when it uses them (§3.13).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Httu {
+    /// 0b00: none.
+    #[default]
+    None,
+    /// 0b01: access flags.
+    Access,
+    /// 0b10: access flags, and the dirty state.
+    Dirty,
+}
+
+impl Httu {
+    /// Decodes `bits`; 0b11, which also has access flags in table descriptors, counts as
+    /// [`Httu::Dirty`].
+    pub const fn from_bits(bits: u8) -> Self {
+        match bits {
+            0 => Self::None,
+            1 => Self::Access,
+            _ => Self::Dirty,
+        }
+    }
+
+    /// The bits of the field.
+    pub const fn into_bits(self) -> u8 {
+        self as u8
+    }
+}
+
+impl fmt::Display for Httu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "off",
+            Self::Access => "access",
+            Self::Dirty => "dirty",
+        })
+    }
+}
+
 /// Identification register 0.
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
@@ -136,7 +178,7 @@ pub struct Idr0 {
     pub cohacc: bool,
     /// BTM: broadcast TLB maintenance.
     pub btm: bool,
-    /// HTTU: hardware updates of translation tables; 1 access flag, 2 and dirty state.
+    /// HTTU: hardware updates of translation tables, as bits; see [`Httu`].
     #[bits(2)]
     pub httu: u8,
     /// DORMHINT: hint that the SMMU is dormant.
