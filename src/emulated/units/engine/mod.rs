@@ -76,6 +76,17 @@ pub(crate) trait Architecture: Debug + Send + Sync {
         request: &Request,
     ) -> Result<Target, Blocked>;
 
+    /// For the sanitizer: where the unit would send `request`, if anywhere, by its caches or by the
+    /// tables as they are now. Nobody requests that, so no flag in a table is set, and no
+    /// translation is cached.
+    fn would_send(
+        &self,
+        common: &Common,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Option<Target>;
+
     /// Where the caches have the translation of `request`, by its configuration.
     fn lookup(
         &self,
@@ -156,10 +167,10 @@ impl Engine {
         counters.device_tlb_hits.count();
         if let Some(sanitizer) = &self.common.sanitizer {
             // By the unit, which compares its own caches with the tables.
-            let now = self.own.translate(&self.common, config, counters, request);
+            let now = self.own.would_send(&self.common, config, counters, request);
             match now {
                 // What follows may be elsewhere by now: it is another request.
-                Ok(now) if now.place == target.place => {
+                Some(now) if now.place == target.place => {
                     return Some(Target { length: target.length.min(now.length), ..target });
                 }
                 _ => sanitizer.device_tlb_used(counters, &at, request),

@@ -166,6 +166,27 @@ impl SmmuV3 {
 }
 
 impl Architecture for SmmuV3 {
+    fn would_send(
+        &self,
+        common: &Common,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Option<Target> {
+        let sanitizer = common.sanitizer.as_ref()?;
+        let configuration = self.configuration(common, config, counters, request).ok()?;
+        let configuration = &*configuration;
+        let caches = &common.caches;
+        let same = self.compare_context(common, sanitizer, configuration, counters, request);
+        match caches.translation(&configuration.lookup(), request.address, request.kind) {
+            Some(target) if same => {
+                Some(sanitizer::check(sanitizer, caches, configuration, counters, request, target))
+            }
+            Some(target) => Some(target),
+            None => sanitizer::now(sanitizer, caches, configuration, request),
+        }
+    }
+
     fn lookup(
         &self,
         common: &Common,

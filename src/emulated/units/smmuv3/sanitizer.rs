@@ -9,6 +9,7 @@ use super::context::AddressSpace;
 use super::fault::Fault;
 use super::invalidation::{known_range, Invalidation, GLOBAL};
 use super::streams::Configuration;
+use super::tables::Stage1;
 use crate::units::engine::{
     Caches, ContextInvalidation, DmaWay, LocalCounters, Request, Sanitizer, Scope, Source, Spaces,
     StaleContext, Target, TlbInvalidation, Used,
@@ -57,10 +58,39 @@ pub(super) fn check(
     request: &Request,
     target: Target,
 ) -> Target {
-    let Configuration { tag, space, host } = configuration;
     // Stage 2 is the host's, which drops what it changes.
-    let Some(space) = space else { return target };
-    let (address, Some(tables)) = space.half(request.address) else { return target };
+    let Some(space) = &configuration.space else { return target };
+    match used(configuration, space, request) {
+        Some((used, request)) => sanitizer.check(caches, &used, counters, &request, target),
+        None => target,
+    }
+}
+
+/// Where the tables of `configuration` send `request` now, if anywhere.
+pub(super) fn now(
+    sanitizer: &Sanitizer,
+    caches: &Caches,
+    configuration: &Configuration,
+    request: &Request,
+) -> Option<Target> {
+    let Some(space) = &configuration.space else {
+        let page = caches.stage2_now(&configuration.host, request.address)?;
+        let allowed = page.allows(request.kind);
+        return allowed.then_some(Target { place: page.place, length: page.length });
+    };
+    let (used, request) = used(configuration, space, request)?;
+    sanitizer.now(caches, &used, &request)
+}
+
+/// The tables of `space` that `request` uses, if any, and the request as they take it.
+fn used<'a>(
+    configuration: &'a Configuration,
+    space: &'a AddressSpace,
+    request: &Request,
+) -> Option<(Used<'a, Stage1>, Request)> {
+    let Configuration { tag, host, .. } = configuration;
+    let (address, tables) = space.half(request.address);
+    let tables = tables?;
     let used = Used {
         tables,
         lower: None,
@@ -70,7 +100,7 @@ pub(super) fn check(
         shifts: tables.shifts(),
         invalidation: TlbInvalidation::SmmuV3TlbiNhVa { asid: space.asid },
     };
-    sanitizer.check(caches, &used, counters, &Request { address, ..*request }, target)
+    Some((used, Request { address, ..*request }))
 }
 
 /// Informs `sanitizer` of `invalidation`, of an SMMU with or without range support.

@@ -103,6 +103,22 @@ impl Architecture for Vtd {
         caches.drop_tables(scope, &page, &STRUCTURE_SHIFTS);
     }
 
+    fn would_send(
+        &self,
+        common: &Common,
+        pasid_cache: &mut ConfigCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Option<Target> {
+        let sanitizer = self.sanitizer.as_ref()?;
+        let context = self.context(common, pasid_cache, counters, request).ok()?;
+        let (caches, at) = (&common.caches, context.lookup(request.pasid));
+        match caches.translation(&at, request.address, request.kind) {
+            Some(target) => Some(sanitizer.check(caches, context, counters, request, target)),
+            None => sanitizer.now(caches, context, counters, request),
+        }
+    }
+
     fn lookup(
         &self,
         common: &Common,

@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock, Weak};
 
 use super::context::Context;
-use super::tables::{Nested, Tables, PAGE_SHIFTS};
+use super::tables::{FirstStage, Nested, SecondStage, Tables, PAGE_SHIFTS};
 use crate::units::engine::{
     self, Caches, ContextInvalidation, ContextTables, DmaWay, LocalCounters, Lower, Request,
     StaleContext, TableFormat, Target, TlbInvalidation, Used,
@@ -38,30 +38,68 @@ impl Sanitizer {
         request: &Request,
         target: Target,
     ) -> Target {
-        if let Some(stale) = self.stale_context(context, request) {
-            self.common.context_used(counters, stale);
+        if self.compare_context(context, counters, request) {
             // The current state of tables that are no longer in use is irrelevant.
             return target;
         }
+        let pasid = request.pasid;
+        let check_first = |used: &Used<'_, FirstStage>| {
+            self.common.check(caches, used, counters, request, target)
+        };
         match &context.tables {
             // Stage 2 is the host's, which drops what it changes.
             Tables::None | Tables::Unsupported => target,
-            Tables::FirstStage(tables) => {
-                let used = used(context, request.pasid, tables, TlbInvalidation::VtdPasidIotlb);
+            Tables::FirstStage(tables) => check_first(&first_stage(context, pasid, tables)),
+            Tables::SecondStage(tables) => {
+                let used = second_stage(context, pasid, tables);
                 self.common.check(caches, &used, counters, request, target)
+            }
+            Tables::Nested(tables) => check_first(&nested(context, pasid, tables)),
+        }
+    }
+
+    /// Where the tables of `context` send `request` now, if anywhere.
+    pub fn now(
+        &self,
+        caches: &Caches,
+        context: &Context,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Option<Target> {
+        self.compare_context(context, counters, request);
+        let Request { pasid, address, kind, .. } = *request;
+        match &context.tables {
+            Tables::None => {
+                let page = caches.stage2_now(&context.host, address)?;
+                let served = page.allows(kind) && !kind.execute();
+                served.then_some(Target { place: page.place, length: page.length })
+            }
+            Tables::FirstStage(tables) => {
+                self.common.now(caches, &first_stage(context, pasid, tables), request)
             }
             Tables::SecondStage(tables) => {
-                let used = used(context, request.pasid, tables, TlbInvalidation::VtdIotlb);
-                self.common.check(caches, &used, counters, request, target)
+                self.common.now(caches, &second_stage(context, pasid, tables), request)
             }
-            Tables::Nested(Nested { first, second }) => {
-                let source = context.second_stage_source();
-                let invalidation = TlbInvalidation::VtdIotlb;
-                let lower = Some(Lower { tables: second, source, invalidation });
-                let used = used(context, request.pasid, first, TlbInvalidation::VtdPasidIotlb);
-                self.common.check(caches, &Used { lower, ..used }, counters, request, target)
+            Tables::Nested(tables) => {
+                self.common.now(caches, &nested(context, pasid, tables), request)
             }
+            Tables::Unsupported => None,
         }
+    }
+
+    /// Compares `context`, by which `request` is translated, with the guest's tables. Returns
+    /// whether they differ.
+    fn compare_context(
+        &self,
+        context: &Context,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> bool {
+        let stale = self.stale_context(context, request);
+        if let Some(stale) = stale {
+            self.common.context_used(counters, stale);
+        }
+        stale.is_some()
     }
 
     /// The finding, if any, that the guest's tables translate `request` differently from `context`.
@@ -74,6 +112,32 @@ impl Sanitizer {
             StaleContext { rid, pasid, old, new, needed, uses: 1, invalidated_since: false };
         (old != new).then_some(stale)
     }
+}
+
+fn first_stage<'a>(
+    context: &'a Context,
+    pasid: Option<u32>,
+    tables: &'a FirstStage,
+) -> Used<'a, FirstStage> {
+    used(context, pasid, tables, TlbInvalidation::VtdPasidIotlb)
+}
+
+fn second_stage<'a>(
+    context: &'a Context,
+    pasid: Option<u32>,
+    tables: &'a SecondStage,
+) -> Used<'a, SecondStage> {
+    used(context, pasid, tables, TlbInvalidation::VtdIotlb)
+}
+
+fn nested<'a>(
+    context: &'a Context,
+    pasid: Option<u32>,
+    tables: &'a Nested,
+) -> Used<'a, FirstStage> {
+    let source = context.second_stage_source();
+    let lower = Lower { tables: &tables.second, source, invalidation: TlbInvalidation::VtdIotlb };
+    Used { lower: Some(lower), ..first_stage(context, pasid, &tables.first) }
 }
 
 fn used<'a, F: TableFormat>(

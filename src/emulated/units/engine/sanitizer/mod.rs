@@ -34,7 +34,7 @@ pub use report::{
     ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
     StaleUse, TlbInvalidation,
 };
-use tables::{read_tables, Differs};
+use tables::{read_tables, Differs, Now};
 pub(crate) use tables::{Lower, Used};
 use twostage::spec::pci::Bdf;
 
@@ -88,6 +88,20 @@ impl Sanitizer {
         let page = size(shift);
         let to_end = page - (request.address & (page - 1));
         Target { length: target.length.min(to_end), ..target }
+    }
+
+    /// Where the tables send `request` now, if anywhere.
+    pub fn now<F: TableFormat>(
+        &self,
+        caches: &Caches,
+        used: &Used<'_, F>,
+        request: &Request,
+    ) -> Option<Target> {
+        let Request { address, kind, .. } = *request;
+        let Now { shift, page, .. } = read_tables(caches, used, address, kind);
+        let page = page.filter(|page| page.allows(kind))?;
+        let to_end = size(shift) - (address & (size(shift) - 1));
+        Some(Target { place: page.place, length: page.length.min(to_end) })
     }
 
     fn compare<F: TableFormat>(

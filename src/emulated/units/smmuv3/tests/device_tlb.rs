@@ -38,6 +38,29 @@ fn a_translation_is_used_until_cmd_atc_inv() {
 }
 
 #[test]
+fn the_sanitizer_sets_no_flags_for_what_a_device_has() {
+    let config = SmmuV3UnitConfig::default().with_ats(true).with_sanitize(true);
+    let machine = Machine::new(config);
+    let (tables, mut port) = (machine.tables(Granule::K4), machine.port());
+    port.control().set_device_tlb(true);
+    let cd = tables.cd();
+    machine.attach(&Cd { qw0: cd.qw0.with_ha(true).with_hd(true), ..cd });
+    let clean = RW.with_af(false).with_ap_read_only(true).with_dbm(true);
+    let leaf = tables.map(IOVA, 3, HIGH, clean);
+    let untouched = machine.peek(leaf);
+    assert_eq!(machine.write(&mut port, PLAIN, IOVA, 5), Ok(5));
+    assert_eq!(machine.peek(leaf), untouched & !Descriptor::AP_READ_ONLY | Descriptor::AF);
+    // Software clears them, and has not told the device yet.
+    machine.poke(leaf, untouched);
+    machine.invalidate(ALL);
+    let hits = machine.unit.counters().device_tlb_hits;
+    assert_eq!(machine.write(&mut port, PLAIN, IOVA, 6), Ok(6));
+    assert_eq!(machine.unit.counters().device_tlb_hits, hits + 1);
+    assert_eq!(machine.peek(leaf), untouched, "the device asked for nothing");
+    assert_eq!(machine.unit.sanitizer_report().unwrap().stale, []);
+}
+
+#[test]
 fn a_device_keeps_nothing_of_a_stream_without_ats() {
     let machine = Machine::new(SmmuV3UnitConfig::default().with_ats(true).with_sanitize(true));
     let (tables, mut port) = (machine.tables(Granule::K4), machine.port());

@@ -129,6 +129,26 @@ fn a_page_that_is_not_present_is_no_fault_for_a_device_that_asks() {
 }
 
 #[test]
+fn the_sanitizer_sets_no_flags_for_what_a_device_has() {
+    let (machine, leaf) = machine(1, true);
+    let mut port = machine.port();
+    assert_eq!(machine.write_u64(&mut port, PLAIN, IOVA, 5), Ok(5));
+    let flags = FirstStageEntry::A | FirstStageEntry::D;
+    assert_eq!(machine.peek(leaf) & flags, flags);
+    // Software clears them, without an invalidation yet; the IOTLB forgets the page.
+    machine.poke(leaf, machine.peek(leaf) & !flags);
+    let mut other = machine.unit.port(OTHER);
+    for page in 1..64 {
+        machine.read_u64(&mut other, PLAIN, IOVA + (page << 30)).unwrap();
+    }
+    let hits = machine.unit.counters().device_tlb_hits;
+    assert_eq!(machine.write_u64(&mut port, PLAIN, IOVA, 6), Ok(6));
+    assert_eq!(machine.unit.counters().device_tlb_hits, hits + 1);
+    assert_eq!(machine.peek(leaf) & flags, 0, "the device asked for nothing");
+    assert_eq!(machine.unit.sanitizer_report().unwrap().stale, []);
+}
+
+#[test]
 fn the_host_takes_memory_back_from_devices_too() {
     let (machine, _) = machine(1, false);
     let mut port = machine.port();
