@@ -14,6 +14,8 @@ use std::ops::RangeInclusive;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use crate::spec::smmuv3::regs::Httu;
+
 /// Why a node cannot be in a table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -326,6 +328,7 @@ pub struct Smmuv3 {
 
 impl Smmuv3 {
     const COHACC_OVERRIDE: u32 = 1 << 0;
+    const HTTU_OVERRIDE: u32 = 1;
     const PROXIMITY_VALID: u32 = 1 << 3;
     const DEVICE_ID_VALID: u32 = 1 << 4;
 
@@ -350,6 +353,12 @@ impl Smmuv3 {
     /// Its own messages have `device_id` at the ITSs of `its`.
     pub fn messages(mut self, device_id: u32, its: ItsGroupOffset) -> Self {
         self.messages = Some((device_id, its));
+        self
+    }
+
+    /// It sets these flags in the guest's tables. Linux goes by this, not by IDR0.HTTU.
+    pub fn httu(mut self, httu: Httu) -> Self {
+        self.flags |= u32::from(httu.into_bits()) << Self::HTTU_OVERRIDE;
         self
     }
 

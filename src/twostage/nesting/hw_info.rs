@@ -10,7 +10,7 @@ use crate::iommufd::{
     HW_INFO_VTD_ERRATA_772415_SPR17,
 };
 use crate::spec::pci::Bdf;
-use crate::spec::smmuv3::regs::{Idr0, STALL_OR_TERMINATE};
+use crate::spec::smmuv3::regs::{Httu, Idr0, STALL_OR_TERMINATE};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::smmuv3::HostSmmu;
 use crate::viommu::vtd::HostVtd;
@@ -26,10 +26,15 @@ pub fn host_vtd(device: String, info: &HwInfo, extensions: Extensions) -> Option
 }
 
 /// The SMMUv3 in front of the device called `device`; `None` if that is not an SMMUv3.
-pub fn host_smmu(device: String, info: &HwInfo) -> Option<HostSmmu> {
+pub fn host_smmu(device: String, info: &HwInfo, extensions: Extensions) -> Option<HostSmmu> {
     let HwInfoData::ArmSmmuV3(registers) = info.data else { return None };
     let ats = !info.capabilities.pci_ats_not_supported();
-    Some(HostSmmu::new(device, registers.idr, registers.aidr, ats))
+    let [idr0, ..] = registers.idr;
+    let httu = match extensions.table_updates {
+        true => Httu::from_bits(Idr0::from_bits(idr0).httu()),
+        false => Httu::None,
+    };
+    Some(HostSmmu::new(device, registers.idr, registers.aidr, ats).with_httu(httu))
 }
 
 /// Whether an IOMMU may write through a read-only stage 2 when nesting (VT-d erratum 772415).
@@ -117,6 +122,17 @@ mod tests {
             [vtd(7), smmu(5), info(HwInfoData::None)].map(|it| unknown_flags(&it)),
             [6, 4, 0]
         );
+    }
+
+    #[test]
+    fn only_an_extension_updates_the_tables_of_a_guest() {
+        let idr = [Idr0::new().with_httu(2).into_bits(), 0, 0, 0, 0, 0];
+        let data = HwInfoData::ArmSmmuV3(iommu_hw_info_arm_smmuv3 { idr, ..Default::default() });
+        let unit = |extensions| host_smmu("edu0".into(), &info(data), extensions).unwrap();
+        let kernel = unit(Extensions::default());
+        let emulated = unit(Extensions::default().with_table_updates(true));
+        assert_eq!(emulated, kernel.clone().with_httu(Httu::Dirty));
+        assert_ne!(emulated, kernel);
     }
 
     #[test]

@@ -269,7 +269,8 @@ fn take_in(sides: &Sides<SmmuNesting>, device: &NewDevice) -> Result<HostSmmu, A
         NestingError::NoSmmu(_) => wrong(),
         source => AddError::Nesting { device: name.clone(), source },
     });
-    added.and_then(|(info, _)| host_smmu(name.clone(), &info).ok_or_else(wrong))
+    added
+        .and_then(|(info, extensions)| host_smmu(name.clone(), &info, extensions).ok_or_else(wrong))
 }
 
 /// A virtual SMMUv3 with its host side and devices.

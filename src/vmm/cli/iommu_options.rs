@@ -6,6 +6,7 @@ use std::str::FromStr;
 use super::options::{named, on_off, parse_number, small, Pairs};
 use crate::config::{HostChoice, IommuConfig, IommuModel, SmmuV3Options, VtdOptions, DEV_IOMMU};
 use twostage::nesting::vtd::Nesting;
+use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
@@ -139,6 +140,7 @@ fn smmuv3(pairs: &mut Pairs<'_>, emulated: bool) -> Result<SmmuV3Options, String
             .take("ril", default.range_invalidation, |text| on_off(text).map(Some))?,
         substream_bits: pairs
             .take("pasid-bits", default.substream_bits, |text| pasid_bits(text).map(Some))?,
+        httu: pairs.take("httu", default.httu, |text| httu(text).map(Some))?,
         ats: pairs.take("ats", default.ats, on_off)?,
         sanitize: sanitize(pairs, emulated)?,
     };
@@ -158,6 +160,13 @@ fn granules(text: &str) -> Result<Vec<Granule>, String> {
         _ => Err(format!("'{size}' is none of 4K, 16K, 64K; join several with +")),
     };
     text.split('+').map(granule).collect()
+}
+
+/// Flags that are updated in the guest's tables.
+fn httu(text: &str) -> Result<Httu, String> {
+    let known = [Httu::None, Httu::Access, Httu::Dirty];
+    let found = known.into_iter().find(|httu| httu.to_string() == text);
+    found.ok_or_else(|| format!("'{text}' is none of off, access, dirty"))
 }
 
 /// Width of PASIDs.
@@ -245,7 +254,7 @@ mod tests {
         assert_eq!("smmuv3,sanitize=on".parse(), Ok(IommuConfig::from(sanitize)));
         assert_eq!(
             "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,\
-             granules=4K+64K,ril=off"
+             granules=4K+64K,ril=off,httu=access"
                 .parse(),
             Ok(IommuConfig {
                 id: Some("s".to_owned()),
@@ -256,6 +265,7 @@ mod tests {
                     granules: Some(vec![Granule::K4, Granule::K64]),
                     range_invalidation: Some(false),
                     substream_bits: Some(4),
+                    httu: Some(Httu::Access),
                     ats: true,
                     sanitize: false,
                 }),
@@ -280,6 +290,7 @@ mod tests {
         refused::<IommuConfig>("smmuv3,granules=4K+8K", "granules: '8K' is none of 4K, 16K, 64K");
         refused::<IommuConfig>("smmuv3,granules=4K,aw=52", "add 64K to granules=");
         refused::<IommuConfig>("smmuv3,ril=auto", "ril: 'auto'");
+        refused::<IommuConfig>("smmuv3,httu=on", "httu: 'on' is none of off, access, dirty");
         refused::<IommuConfig>("vtd,aw=39", "aw: '39'");
         refused::<IommuConfig>("vtd,pasid-bits=21", "21 is more");
         refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");

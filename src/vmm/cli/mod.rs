@@ -98,22 +98,22 @@ struct RunArgs {
     /// `vtd`, arm64 has `smmuv3`. With `iommu=off` a device's DMA is not translated; MSIs of virtio
     /// devices are remapped nevertheless. PASIDs have `pasid-bits` bits, at most 20: by default up
     /// to 8 behind a vtd, and what the devices' SMMU has behind an smmuv3. IOVAs have `aw` bits.
-    /// Granules and invalidation by range (`ril`) default to what the devices' SMMU has, which must
-    /// support what is given. Interrupt remapping is for all units or none, and moves the IOAPIC
-    /// out of the kernel; `intremap=off` leaves it there, and `intremap=on` fails if KVM does not
-    /// support that. A guest that is a host for assigned devices nests their tables with `nest=on`
-    /// (ECAP.NEST). With `host=/dev/iommu` the kernel translates for assigned devices (--vfio); for
-    /// others behind the same IOMMU this process does. Where hardware cannot nest the tables of
-    /// a vtd's guest, or with `nesting=off`, they are mirrored, with at most `shadow-pieces`
-    /// mappings. With `pri=on`, and `ats=on`, devices ask a vtd's guest for pages that are not
-    /// there (page requests).
+    /// Granules, invalidation by range (`ril`) and updates of flags in the guest's tables (`httu`)
+    /// default to what the devices' SMMU has, which must support what is given. Interrupt remapping
+    /// is for all units or none, and moves the IOAPIC out of the kernel; `intremap=off` leaves it
+    /// there, and `intremap=on` fails if KVM does not support that. A guest that is a host for
+    /// assigned devices nests their tables with `nest=on` (ECAP.NEST). With `host=/dev/iommu` the
+    /// kernel translates for assigned devices (--vfio); for others behind the same IOMMU this
+    /// process does. Where hardware cannot nest the tables of a vtd's guest, or with `nesting=off`,
+    /// they are mirrored, with at most `shadow-pieces` mappings. With `pri=on`, and `ats=on`,
+    /// devices ask a vtd's guest for pages that are not there (page requests).
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,first-stage=on|off,second-stage=on|off,\
             nest=on|off,nesting=auto|on|off,shadow-pieces=N,ats=on|off,pri=on|off,caching-mode=on|off,\
             intremap=on|off,host=emulated|PATH,\
             sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,\
-            ril=on|off,host=emulated|PATH,sanitize=on|off]"
+            ril=on|off,httu=off|access|dirty,host=emulated|PATH,sanitize=on|off]"
     )]
     iommus: Vec<IommuConfig>,
 

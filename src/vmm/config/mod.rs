@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use crate::arch::layout::IOMMU_REGISTERS;
 use twostage::nesting::vtd::Nesting;
-use twostage::spec::smmuv3::regs;
+use twostage::spec::smmuv3::regs::{self, Httu};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::viommu::vtd::MMIO_SIZE;
 
@@ -293,6 +293,8 @@ pub struct SmmuV3Options {
     pub range_invalidation: Option<bool>,
     /// Width of SubstreamIDs (PASIDs), in bits; by default the host's.
     pub substream_bits: Option<u8>,
+    /// Offers updates of flags in the guest's tables; by default those that all hosts make.
+    pub httu: Option<Httu>,
     /// Offers device TLBs (ATS).
     pub ats: bool,
     /// Compares every DMA with the guest's tables and reports uses of stale ones.
@@ -306,6 +308,7 @@ impl Default for SmmuV3Options {
             granules: None,
             range_invalidation: None,
             substream_bits: None,
+            httu: None,
             ats: false,
             sanitize: false,
         }

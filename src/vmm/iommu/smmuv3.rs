@@ -213,11 +213,15 @@ fn message_windows(
     functions.iter().filter_map(window).collect()
 }
 
+/// Width of output addresses in bits: no less than that of the processors.
+const OUTPUT_BITS: u8 = 52;
+
 /// The emulated unit that can serve `options`.
 fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
     let unit = SmmuV3UnitConfig::default();
     let ssid_bits = unit.ssid_bits.max(options.substream_bits.unwrap_or_default());
-    unit.with_va_52(options.address_width == 52)
+    unit.with_address_width(OUTPUT_BITS)
+        .with_va_52(options.address_width == 52)
         .with_ssid_bits(ssid_bits)
         .with_ats(options.ats)
         .with_msi_doorbell(Some(MESSAGE_RANGE))
@@ -230,6 +234,7 @@ fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
         |granule| options.granules.as_ref().is_none_or(|granules| granules.contains(&granule));
     SmmuConfig::default()
         .with_input_bits(options.address_width)
+        .with_output_bits(OUTPUT_BITS)
         .with_granule_4k(offered(Granule::K4))
         .with_granule_16k(offered(Granule::K16))
         .with_granule_64k(offered(Granule::K64))
@@ -237,5 +242,6 @@ fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
         .with_range_invalidation(options.range_invalidation.unwrap_or(true))
         .with_require_range_invalidation(options.range_invalidation == Some(true))
         .with_substream_bits(options.substream_bits)
+        .with_httu(options.httu)
         .with_ats(options.ats)
 }

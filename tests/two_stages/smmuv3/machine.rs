@@ -103,6 +103,7 @@ impl Ground {
 impl Machine {
     /// Builds everything on `host`, as a VMM does before it starts its guest.
     pub fn on(host: Arc<Host>, unit: Arc<SmmuV3Unit>) -> Result<Self, String> {
+        let extensions = host.extensions();
         let ground = Ground::new(host, unit, |ioas| {
             Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
         })?;
@@ -110,7 +111,7 @@ impl Machine {
         let units: Vec<_> = nesting
             .hw_infos()
             .iter()
-            .filter_map(|device| host_smmu(device.rid.to_string(), &device.info))
+            .filter_map(|device| host_smmu(device.rid.to_string(), &device.info, extensions))
             .collect();
         let config = SmmuConfig::default().intersect(&units).map_err(text)?;
         let messages = Arc::<Messages>::default();

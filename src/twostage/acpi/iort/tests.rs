@@ -83,6 +83,7 @@ fn machine() -> IORT {
     let mut smmu = Smmuv3::new(0x1_0905_0000)
         .interrupts(interrupts)
         .messages(0x1_0002, its)
+        .httu(Httu::Dirty)
         .proximity_domain(3);
     smmu.add_mapping(IdMapping::to_its(0..=0xffff, 0, its));
     let smmu = iort.add_smmuv3(&smmu).unwrap();
@@ -110,7 +111,7 @@ fn the_machine_is_laid_out_as_the_specification_has_it() {
         1, 0, 0, 0, 7, 0, 0, 0,
         // At 0x48: the SMMU. Registers, flags, VATOS, model, interrupts, domain, index.
         4, 108, 0, 5, 1, 0, 0, 0, 2, 0, 0, 0, 68, 0, 0, 0,
-        0, 0, 5, 9, 1, 0, 0, 0, 0b1_1001, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        0, 0, 5, 9, 1, 0, 0, 0, 0b1_1101, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         0x6a, 0, 0, 0, 0x6b, 0, 0, 0, 0x6d, 0, 0, 0, 0x6c, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0,
         0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0x30, 0, 0, 0, 0, 0, 0, 0,
         0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 0x30, 0, 0, 0, 1, 0, 0, 0,

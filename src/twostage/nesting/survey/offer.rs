@@ -231,7 +231,7 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
 fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
     let mut hosts = Vec::new();
     for device in facts {
-        let host = host_smmu(device.name.clone(), &device.info);
+        let host = host_smmu(device.name.clone(), &device.info, Extensions::default());
         let host = host.ok_or_else(|| mixed(first, device))?;
         if device.smmu != first.smmu {
             return Err(OfferError::TwoSmmus(first.name.clone(), device.name.clone()));

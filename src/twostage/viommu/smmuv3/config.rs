@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use crate::spec::smmuv3::regs::{
-    Aidr, Idr0, Idr1, Idr3, Idr5, Iidr, STALL_NONE, ST_LEVEL_2, TTF_AARCH64,
+    Aidr, Httu, Idr0, Idr1, Idr3, Idr5, Iidr, STALL_NONE, ST_LEVEL_2, TTF_AARCH64,
 };
 use crate::spec::smmuv3::translation::Granule;
 use crate::spec::smmuv3::SubstreamId;
@@ -14,6 +14,8 @@ use crate::spec::smmuv3::SubstreamId;
 const MAX_QUEUE_BITS: u8 = 19;
 /// The smallest queue that Linux's driver accepts: more commands than one of its batches has.
 const MIN_QUEUE_BITS: u8 = 7;
+/// IDR5.OAS: 48 bits, the most that an SMMUv3.0 can have.
+const OAS_48: u8 = 0b101;
 /// IDR0.TTENDIAN: translation tables are little-endian.
 const LITTLE_ENDIAN: u8 = 0b10;
 
@@ -41,7 +43,9 @@ pub struct SmmuConfig {
     pub substream_bits: Option<u8>,
     /// Width of input addresses (VAX) in bits: 48, or 52 with the 64 KiB granule.
     pub input_bits: u8,
-    /// Width of output addresses (OAS) in bits: 32, 36, 40, 42, 44, 48 or 52. They are GPAs.
+    /// Width of output addresses (OAS) in bits: 32, 36, 40, 42, 44, 48 or 52; no more than 48 in an
+    /// SMMUv3.0. They are GPAs. Linux shares address spaces of processes with devices only if the
+    /// guest's processors have no wider ones.
     pub output_bits: u8,
     /// Offer the 4 KiB granule.
     pub granule_4k: bool,
@@ -63,6 +67,9 @@ pub struct SmmuConfig {
     pub require_range_invalidation: bool,
     /// Level of support for changing block sizes without break-before-make (BBML), 0 to 2.
     pub break_before_make_level: u8,
+    /// The flags of stage 1 that are updated in the guest's tables when it is used (HTTU). `None`:
+    /// as far as all hosts do that.
+    pub httu: Option<Httu>,
     /// Offer ATS, for devices that have the capability in configuration space.
     pub ats: bool,
     /// Send interrupts as messages (MSI).
@@ -97,6 +104,7 @@ impl Default for SmmuConfig {
             range_invalidation: true,
             require_range_invalidation: false,
             break_before_make_level: 2,
+            httu: None,
             ats: false,
             msi: true,
             // Linux makes queues as large as possible: 64 KiB of commands, 128 KiB of events.
@@ -161,6 +169,7 @@ impl SmmuConfig {
         with_range_invalidation range_invalidation: bool;
         with_require_range_invalidation require_range_invalidation: bool;
         with_break_before_make_level break_before_make_level: u8;
+        with_httu httu: Option<Httu>;
         with_ats ats: bool;
         with_msi msi: bool;
         with_command_queue_bits command_queue_bits: u8;
@@ -257,8 +266,7 @@ impl Capabilities {
 
 impl SmmuConfig {
     /// The identification registers for this configuration. All other features read as absent:
-    /// stage 2, EL2, stalls, page requests, hardware updates of tables, broadcast maintenance,
-    /// address translation operations.
+    /// stage 2, EL2, stalls, page requests, broadcast maintenance, address translation operations.
     ///
     /// # Errors
     /// The configuration is impossible ([`SmmuConfig::check`]).
@@ -268,6 +276,7 @@ impl SmmuConfig {
             .with_s1p(true)
             .with_ttf(TTF_AARCH64)
             .with_cohacc(true)
+            .with_httu(self.httu.unwrap_or_default().into_bits())
             .with_ats(self.ats)
             .with_asid16(self.asid16)
             .with_msi(self.msi)
@@ -283,8 +292,9 @@ impl SmmuConfig {
             .with_cmdqs(self.command_queue_bits);
         let idr3 =
             Idr3::new().with_ril(self.range_invalidation).with_bbml(self.break_before_make_level);
+        let widest = if self.minor_revision == 0 { OAS_48 } else { u8::MAX };
         let idr5 = Idr5::new()
-            .with_oas(self.oas().unwrap_or_default())
+            .with_oas(self.oas().unwrap_or_default().min(widest))
             .with_gran4k(self.granule_4k)
             .with_gran16k(self.granule_16k)
             .with_gran64k(self.granule_64k)

@@ -6,7 +6,9 @@
 //! an error that names the bit and the device, and what to request.
 
 use super::config::SmmuConfig;
-use crate::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, STALL_OR_TERMINATE, TTF_AARCH64};
+use crate::spec::smmuv3::regs::{
+    Aidr, Httu, Idr0, Idr1, Idr3, Idr5, STALL_OR_TERMINATE, TTF_AARCH64,
+};
 use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::host_side::OFFERED_BEFORE;
 use crate::viommu::{CapabilityConflict, IntersectError};
@@ -27,6 +29,8 @@ pub struct HostSmmu {
     aidr: Aidr,
     /// The device can use ATS, which no register reports.
     ats: bool,
+    /// The flags that it sets in the guest's tables, which no kernel does.
+    httu: Httu,
 }
 
 impl HostSmmu {
@@ -67,7 +71,15 @@ impl HostSmmu {
             idr5: Idr5::from_bits(idr5 & mask5),
             aidr: Aidr::from_bits(aidr),
             ats,
+            httu: Httu::None,
         }
+    }
+
+    /// It sets these flags in the guest's tables
+    /// ([`crate::iommufd::Extensions::table_updates`]).
+    pub fn with_httu(mut self, httu: Httu) -> Self {
+        self.httu = httu;
+        self
     }
 
     /// The x of its SMMUv3.x. A later major revision has all features of the last minor one.
@@ -134,6 +146,7 @@ impl SmmuConfig {
         }
         let least = hosts.iter().map(|host| host.idr1.ssidsize()).min();
         lowered.substream_bits = self.substream_bits.or(least);
+        lowered.httu = self.httu.or(hosts.iter().map(|host| host.httu).min());
         Ok(lowered)
     }
 
@@ -211,6 +224,10 @@ impl SmmuConfig {
         if self.require_range_invalidation && !host.idr3.ril() {
             return Err(host.lacks("IDR3.RIL", "ril=on was requested; say ril=off".into()));
         }
+        if let Some(asked) = self.httu.filter(|asked| *asked > host.httu) {
+            let needed_for = format!("httu={asked} was requested; say httu={}", host.httu);
+            return Err(host.lacks("IDR0.HTTU", needed_for));
+        }
         Ok(())
     }
 }
@@ -273,7 +290,12 @@ mod tests {
         let lowered = SmmuConfig::default().intersect(std::slice::from_ref(&full)).unwrap();
         assert_eq!(
             lowered,
-            SmmuConfig { substream_bits: Some(20), host_stalls: true, ..Default::default() }
+            SmmuConfig {
+                substream_bits: Some(20),
+                httu: Some(Httu::None),
+                host_stalls: true,
+                ..Default::default()
+            }
         );
         let poor = host("edu1", |idr| {
             idr[0] &= !(1 << 12 | 1 << 19);
@@ -288,6 +310,22 @@ mod tests {
         // Of one that can stall, it is kept from that.
         assert!(lowered.always_abort && lowered.host_stalls);
         assert_eq!((lowered.substream_bits, lowered.break_before_make_level), (Some(0), 1));
+    }
+
+    #[test]
+    fn flags_are_updated_as_far_as_all_hosts_do_or_as_was_requested() {
+        let hosts = [Httu::Dirty, Httu::Access].map(|httu| host("a", |_| ()).with_httu(httu));
+        let httu = |asked, hosts: &[HostSmmu]| {
+            let config = SmmuConfig { httu: asked, ..Default::default() };
+            config.intersect(hosts).map(|config| config.capabilities().unwrap().idr0.httu())
+        };
+        assert_eq!((httu(None, &hosts[..1]), httu(None, &hosts)), (Ok(2), Ok(1)));
+        assert_eq!(httu(Some(Httu::None), &hosts), Ok(0));
+        assert_eq!(httu(Some(Httu::Access), &hosts), Ok(1));
+        assert_eq!(
+            httu(Some(Httu::Dirty), &hosts).unwrap_err().to_string(),
+            "the IOMMU of a lacks IDR0.HTTU: httu=dirty was requested; say httu=access"
+        );
     }
 
     #[test]
@@ -315,6 +353,11 @@ mod tests {
         assert_eq!(minor(Aidr::new()), 0);
         assert_eq!(minor(Aidr::new().with_minor(4)), 2);
         assert_eq!(minor(Aidr::new().with_major(1)), 2);
+        let oas = |minor_revision| {
+            let config = SmmuConfig { output_bits: 52, minor_revision, ..Default::default() };
+            config.capabilities().unwrap().idr5.oas()
+        };
+        assert_eq!((oas(0), oas(1)), (5, 6));
     }
 
     #[test]
