@@ -8,7 +8,7 @@ void check_boot(void);      // processors, memory, devices that are there
 void check_iommu(void);     // the units, DMA domains, interrupts
 void check_blk(void);       // every disk: sequential and random writes, read back
 void check_md5(void);       // what an NVMe disk holds, to compare outside
-void check_queues(void);    // an NVMe controller's queues, each with its interrupt
+void check_queues(void);    // the queues of disks that have one for each processor, and their interrupts
 void check_net(void);       // ping, bulk transfer both ways
 void check_rng(void);       // /dev/hwrng
 void check_rebind(void);    // every device: its driver and its PCI driver let go and take it again

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// An NVMe controller has a queue for each processor, each with its own MSI-X vector. The interrupts
-// of a processor's reads are those of one queue: as many as reads, and few more.
+// A disk has a queue for each processor, each with its own MSI-X vector: an NVMe controller, or a
+// virtio disk with as many. The interrupts of a processor's reads are those of one queue: as many as
+// reads, and few more.
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -18,15 +19,23 @@
 // Duplicate interrupts, or those of another queue, would be many more.
 enum { READS = 64, OTHERS = 8, BLOCK = 4096, MAX_QUEUES = 64 };
 
+// What a disk's interrupts are called.
+struct controller {
+    char name[32];  // nvme0q, virtio1-req
+    char mark;      // the last one of these is followed by the number
+    unsigned first; // queue for reads: those before it are the controller's own
+};
+
 struct queues {
+    char mark;
     unsigned count;
-    unsigned long interrupts[MAX_QUEUES]; // the first queue is the controller's own
+    unsigned long interrupts[MAX_QUEUES];
 };
 
 static void take_queue(const char *text, unsigned long count, void *context)
 {
     struct queues *queues = context;
-    const char *number = strrchr(text, 'q');
+    const char *number = strrchr(text, queues->mark);
 
     if (!number)
         return;
@@ -36,11 +45,11 @@ static void take_queue(const char *text, unsigned long count, void *context)
     queues->count++;
 }
 
-static struct queues find_queues(const char *controller)
+static struct queues find_queues(const struct controller *controller)
 {
-    struct queues queues = {0};
+    struct queues queues = {.mark = controller->mark};
 
-    for_each_interrupt(controller, take_queue, &queues);
+    for_each_interrupt(controller->name, take_queue, &queues);
     return queues;
 }
 
@@ -67,68 +76,100 @@ static bool is_of_the_reads(unsigned long before, unsigned long after)
 }
 
 // Reads on each processor, and looks for the queue with these interrupts.
-static void check_controller(const char *controller, int disk, char *block)
+static void check_controller(const struct controller *controller, int disk, char *block)
 {
-    unsigned processors = (unsigned)sysconf(_SC_NPROCESSORS_ONLN);
+    unsigned processors = (unsigned)sysconf(_SC_NPROCESSORS_ONLN), first = controller->first;
     struct queues before = find_queues(controller);
     bool used[MAX_QUEUES] = {false};
 
     if (processors >= MAX_QUEUES) {
-        failed("queues", "%s: %u processors, and this looks at %u queues", controller, processors, MAX_QUEUES - 1);
+        failed("queues", "%s: %u processors, and this looks at %u queues", controller->name, processors,
+               MAX_QUEUES - 1);
         return;
     }
-    if (before.count != processors + 1) {
-        failed("queues", "%s: %u interrupts, with %u processors", controller, before.count, processors);
+    if (before.count != first + processors) {
+        failed("queues", "%s: %u interrupts, with %u processors", controller->name, before.count, processors);
         return;
     }
-    if (before.interrupts[0] == 0) {
-        failed("queues", "%s: no interrupt of its own queue", controller);
-        return;
+    for (unsigned queue = 0; queue < first; queue++) {
+        if (before.interrupts[queue] == 0) {
+            failed("queues", "%s: no interrupt of its own queue", controller->name);
+            return;
+        }
     }
     for (unsigned processor = 0; processor < processors; processor++) {
         const char *wrong = read_on(processor, disk, block);
         if (wrong) {
-            failed("queues", "%s: processor %u: %s", controller, processor, wrong);
+            failed("queues", "%s: processor %u: %s", controller->name, processor, wrong);
             return;
         }
         struct queues after = find_queues(controller);
-        unsigned queue = 1;
-        while (queue <= processors &&
+        unsigned queue = first;
+        while (queue < first + processors &&
                (used[queue] || !is_of_the_reads(before.interrupts[queue], after.interrupts[queue])))
             queue++;
-        if (queue > processors) {
-            failed("queues", "%s: %u reads on processor %u are not as many interrupts of a queue", controller, READS,
-                   processor);
+        if (queue == first + processors) {
+            failed("queues", "%s: %u reads on processor %u are not as many interrupts of a queue", controller->name,
+                   READS, processor);
             return;
         }
         used[queue] = true;
         before = after;
     }
-    passed("queues", "%s: %u queues and its own, each with a message; %u reads, as many interrupts, on each processor",
-           controller, processors, READS);
+    passed("queues", "%s: %u queues, each with a message; %u reads, as many interrupts, on each processor",
+           controller->name, processors, READS);
+}
+
+// Whether `device` is a disk that should have a queue for each processor.
+static bool has_queues(const struct device *device, struct controller *controller)
+{
+    if (!is_disk(device) || !device->node[0])
+        return false;
+    if (device->virtio[0]) {
+        snprintf(controller->name, sizeof(controller->name), "%s-req", device->virtio);
+        controller->mark = '.';
+        controller->first = 0;
+        // One queue for all processors is what the machine was told.
+        return find_queues(controller).count > 1;
+    }
+    // The controller's part of a name such as nvme0n1, which is also in its queues' names.
+    snprintf(controller->name, sizeof(controller->name), "%s", device->node);
+    strcpy(strrchr(controller->name, 'n'), "q");
+    controller->mark = 'q';
+    controller->first = 1;
+    return true;
+}
+
+static void check_disk(const struct device *device, const struct controller *controller)
+{
+    cpu_set_t all;
+    char path[64], *block = NULL;
+
+    snprintf(path, sizeof(path), "/dev/%s", device->node);
+    int disk = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+    if (disk < 0 || posix_memalign((void **)&block, BLOCK, BLOCK) || sched_getaffinity(0, sizeof(all), &all) < 0) {
+        failed("queues", "%s: %s", device->node, strerror(errno));
+    } else {
+        check_controller(controller, disk, block);
+        sched_setaffinity(0, sizeof(all), &all);
+    }
+    if (disk >= 0)
+        close(disk);
+    free(block);
 }
 
 void check_queues(void)
 {
-    struct device device;
-    cpu_set_t all;
-    char path[64], controller[24], *block;
+    struct device devices[MAX_DEVICES];
+    struct controller controller;
+    unsigned count = find_devices(devices), disks = 0;
 
-    if (!find_device("nvme", &device) || !device.node[0]) {
-        failed("queues", "there is no NVMe disk");
-        return;
+    for (unsigned i = 0; i < count; i++) {
+        if (has_queues(&devices[i], &controller)) {
+            check_disk(&devices[i], &controller);
+            disks++;
+        }
     }
-    snprintf(path, sizeof(path), "/dev/%s", device.node);
-    int disk = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
-    if (disk < 0 || posix_memalign((void **)&block, BLOCK, BLOCK) || sched_getaffinity(0, sizeof(all), &all) < 0) {
-        failed("queues", "%s: %s", device.node, strerror(errno));
-        return;
-    }
-    // The controller's part of a name such as nvme0n1, which is also in its queues' names.
-    snprintf(controller, sizeof(controller), "%s", device.node);
-    strcpy(strrchr(controller, 'n'), "q");
-    check_controller(controller, disk, block);
-    sched_setaffinity(0, sizeof(all), &all);
-    close(disk);
-    free(block);
+    if (!disks)
+        failed("queues", "there is no disk with a queue for each processor");
 }

@@ -3,9 +3,9 @@
 //! that end serving a queue.
 //!
 //! What a driver wrote is read once and validated; later changes by the driver have no effect.
-//! Buffers are translated anew for each copy.
+//! Buffers are translated anew for each copy, all of it in one section.
 
-use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::memory::{DeviceMemory, SectionMemory};
 use crate::devices::NotNow;
@@ -85,7 +85,7 @@ impl Chain {
         length(&self.writable)
     }
 
-    /// Fills `data` from the readable bytes at `offset`, under one permit: keep it short.
+    /// Fills `data` from the readable bytes at `offset`, in one section: keep it short.
     ///
     /// # Errors
     /// A buffer cannot be accessed, the chain is too short, or no requests are allowed.
@@ -95,11 +95,12 @@ impl Chain {
         offset: u64,
         data: &mut [u8],
     ) -> Result<(), NotCopied> {
-        let mut memory = memory.buffers()?;
+        let section = memory.section()?;
         let mut rest = data;
         for (address, length) in pieces(&self.readable, offset, rest.len()) {
             let (piece, after) = rest.split_at_mut_checked(length).ok_or(NotCopied::Unreachable)?;
-            reached(address.is_some_and(|address| memory.read(address, piece)))?;
+            let address = address.map(GuestAddress).ok_or(NotCopied::Unreachable)?;
+            section.read_slice(piece, address).map_err(|_| NotCopied::Unreachable)?;
             rest = after;
         }
         reached(rest.is_empty())
@@ -132,7 +133,7 @@ impl Chain {
         with_slices(pieces(&self.writable, offset, count), memory, Permissions::Write, with)
     }
 
-    /// Writes `data` to the writable bytes at `offset`, under one permit: keep it short.
+    /// Writes `data` to the writable bytes at `offset`, in one section: keep it short.
     ///
     /// # Errors
     /// As for [`Chain::read`]; some bytes may have been written.
@@ -142,11 +143,12 @@ impl Chain {
         offset: u64,
         data: &[u8],
     ) -> Result<(), NotCopied> {
-        let mut memory = memory.buffers()?;
+        let section = memory.section()?;
         let mut rest = data;
         for (address, length) in pieces(&self.writable, offset, rest.len()) {
             let (piece, after) = rest.split_at_checked(length).ok_or(NotCopied::Unreachable)?;
-            reached(address.is_some_and(|address| memory.write(address, piece)))?;
+            let address = address.map(GuestAddress).ok_or(NotCopied::Unreachable)?;
+            section.write_slice(piece, address).map_err(|_| NotCopied::Unreachable)?;
             rest = after;
         }
         reached(rest.is_empty())
@@ -241,10 +243,8 @@ impl From<virtio_queue::Error> for Unserved {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-    use vm_memory::GuestAddress;
-
     use super::*;
+    use proptest::prelude::*;
 
     fn buffers(lengths: &[u32]) -> Vec<Buffer> {
         let mut address = 0x1000;

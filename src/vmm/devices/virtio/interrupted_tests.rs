@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::backend::{Features, Model};
 use super::chain::{Broken, Chain, NotCopied, Unserved};
-use super::queue::Virtqueue;
+use super::queue::{Interrupts, Virtqueue};
 use super::testing::{Place, Rig, TestQueue, PLACES};
 use super::*;
 use crate::devices::NotNow;
@@ -46,7 +46,7 @@ impl Backend for Device {
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
     ) -> Result<bool, Unserved> {
-        queues[number].drain(memory, &mut self.0)
+        queues[number].drain(memory, Interrupts::Each, &mut self.0)
     }
 }
 

@@ -57,17 +57,7 @@ impl DeviceMemory {
         self.memory.is_behind_iommu()
     }
 
-    /// Access to buffers: until it is dropped, revoking the permission to make requests waits. It
-    /// is for one bounded piece of work, without I/O or other waiting.
-    ///
-    /// # Errors
-    /// The device may make no requests now.
-    pub fn buffers(&mut self) -> Result<Buffers<'_>, NotNow> {
-        let permit = self.gate.enter()?;
-        Ok(Buffers { memory: &mut self.memory, _permit: permit })
-    }
-
-    /// Starts a section, for rings: until it is dropped, invalidations wait, and so does revoking
+    /// Starts a section: until it is dropped, invalidations wait, and so does revoking
     /// the permission to make requests. It is for one bounded piece of work, without I/O or other
     /// waiting. Faults are reported at its end.
     ///
@@ -76,25 +66,5 @@ impl DeviceMemory {
     pub fn section(&mut self) -> Result<Section<'_>, NotNow> {
         let permit = self.gate.enter()?;
         Ok(Section { memory: self.memory.section(), _permit: permit })
-    }
-}
-
-/// The buffers of a device. Behind an IOMMU, IOVAs are translated by the port only.
-#[derive(Debug)]
-pub struct Buffers<'a> {
-    memory: &'a mut DmaMemory<GuestMemoryMmap>,
-    _permit: Permit<'a>,
-}
-
-impl Buffers<'_> {
-    /// Reads memory at `address` into `data`. Returns whether it can be accessed.
-    pub fn read(&mut self, address: u64, data: &mut [u8]) -> bool {
-        self.memory.read(address, data).is_ok()
-    }
-
-    /// Writes `data` to memory at `address`. Returns whether it can be accessed; if not, some bytes
-    /// may have been written.
-    pub fn write(&mut self, address: u64, data: &[u8]) -> bool {
-        self.memory.write(address, data).is_ok()
     }
 }

@@ -3,11 +3,11 @@
 //!
 //! vCPU threads work on the transport ([`VirtioPci`]); from DRIVER_OK to the reset, a worker thread
 //! owns the device's [`Backend`] and queues. A device accesses memory only through its
-//! [`DeviceMemory`]: rings in sections and buffers through the IOMMU's port, in bounded pieces of
-//! work that do not wait, each permitted by the device's [`RequestGate`](super::RequestGate). So an
-//! invalidation of the IOMMU returns when no copy by an older translation is under way, clearing
-//! bus mastering or a reset stops the device in the middle of a request, and none of them waits for
-//! a disk or a network.
+//! [`DeviceMemory`]: rings and buffers in sections, which are bounded pieces of work that do not
+//! wait, each permitted by the device's [`RequestGate`](super::RequestGate). So an invalidation of
+//! the IOMMU returns when no copy by an older translation is under way, clearing bus mastering or a
+//! reset stops the device in the middle of a request, and none of them waits for a disk or a
+//! network.
 //!
 //! Mistakes of the driver in registers are ignored; mistakes in queues make the device need a
 //! reset.

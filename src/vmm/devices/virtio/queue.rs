@@ -36,6 +36,18 @@ pub struct QueueSetup {
     pub used: u64,
 }
 
+/// When a driver is interrupted for chains that are served one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interrupts {
+    /// For each, as the next one may take long.
+    Each,
+    /// Once for several, as none takes long.
+    Together,
+}
+
+/// Chains with one interrupt at most, if they have one together.
+pub const BATCH: u16 = 64;
+
 /// A virtqueue in use. A queue that the driver did not enable is always empty.
 #[derive(Debug)]
 pub struct Virtqueue {
@@ -46,6 +58,8 @@ pub struct Virtqueue {
     checked: bool,
     /// Chains popped, and neither kept nor returned.
     taken: u16,
+    /// The used index before the first chain that was returned and that the driver was not told of.
+    untold: Option<u16>,
     /// A served chain that could not be returned yet: head, bytes written.
     served: Option<(u16, u32)>,
 }
@@ -70,7 +84,7 @@ impl Virtqueue {
             queue.set_event_idx(event_index);
             queue.set_ready(true);
         }
-        Ok(Self { queue, number, link, checked: false, taken: 0, served: None })
+        Ok(Self { queue, number, link, checked: false, taken: 0, untold: None, served: None })
     }
 
     /// Checks once whether the device can access the queue's areas, before anything else is done.
@@ -131,35 +145,28 @@ impl Virtqueue {
         }
     }
 
-    /// Returns the chain with first descriptor `head` to the driver, with `written` bytes written
-    /// to the start of its buffers, and interrupts the driver if it wants that.
+    /// Returns chains to the driver, and interrupts it once if it wants that: as
+    /// [`Self::give_back`] and [`Self::interrupt`].
     ///
     /// # Errors
-    /// The used ring cannot be accessed, or no requests are allowed.
-    pub fn push(
+    /// The used ring cannot be accessed; or no requests are allowed: then none is returned, or the
+    /// interrupt is still owed.
+    pub fn push_all(
         &mut self,
         memory: &mut DeviceMemory,
-        head: u16,
-        written: u32,
+        used: &[(u16, u32)],
     ) -> Result<(), Unserved> {
-        let section = memory.section()?;
-        self.queue.add_used(&*section, head, written)?;
-        self.taken = self.taken.saturating_sub(1);
-        self.used(head, written);
-        let interrupt = self.queue.needs_notification(&*section)?;
-        drop(section);
-        if interrupt {
-            self.link.queue_used(self.number);
-        }
-        Ok(())
+        self.give_back(memory, used)?;
+        self.interrupt(memory)
     }
 
-    /// Returns chains to the driver like [`Self::push`], in this order, and with one interrupt at
-    /// most. The driver sees all of them at once.
+    /// Returns chains to the driver, which sees all of them at once: the first descriptor of each,
+    /// and how many bytes were written to the start of its buffers. Leaves the interrupt to
+    /// [`Self::interrupt`].
     ///
     /// # Errors
     /// The used ring cannot be accessed; or no requests are allowed, and then none is returned.
-    pub fn push_all(
+    pub fn give_back(
         &mut self,
         memory: &mut DeviceMemory,
         used: &[(u16, u32)],
@@ -182,12 +189,23 @@ impl Virtqueue {
         // The last one moves the index past all of them.
         self.queue.set_next_used(at);
         self.queue.add_used(&*section, *head, *written)?;
+        self.untold.get_or_insert(old);
         // No more than there are descriptors.
         self.taken = self.taken.saturating_sub(used.len() as u16);
         self.used(*head, *written);
+        Ok(())
+    }
+
+    /// Interrupts the driver if chains were returned that it was not told of, and it wants to know.
+    ///
+    /// # Errors
+    /// The available ring cannot be accessed, or no requests are allowed.
+    pub fn interrupt(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
+        let Some(old) = self.untold else { return Ok(()) };
+        let section = memory.section()?;
         let mut interrupt = self.queue.needs_notification(&*section)?;
         if self.queue.event_idx_enabled() {
-            // The check above covered only the last one (§2.7.7.2).
+            // The check above covered only the last one of several (§2.7.7.2).
             let offset = AVAILABLE_RING + AVAILABLE_ELEMENT * u64::from(self.queue.size());
             let address = GuestAddress(self.queue.avail_ring().saturating_add(offset));
             let event = section.load::<u16>(address, Ordering::Relaxed);
@@ -196,6 +214,7 @@ impl Virtqueue {
             interrupt |= new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old);
         }
         drop(section);
+        self.untold = None;
         if interrupt {
             self.link.queue_used(self.number);
         }
@@ -239,17 +258,34 @@ impl Virtqueue {
     pub fn drain(
         &mut self,
         memory: &mut DeviceMemory,
+        interrupts: Interrupts,
+        serve: impl FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Unserved>,
+    ) -> Result<bool, Unserved> {
+        let served = self.serve(memory, interrupts, serve);
+        // Also of what was returned before an error.
+        let told = self.interrupt(memory);
+        let more = served?;
+        told.map(|()| more)
+    }
+
+    fn serve(
+        &mut self,
+        memory: &mut DeviceMemory,
+        interrupts: Interrupts,
         mut serve: impl FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Unserved>,
     ) -> Result<bool, Unserved> {
         self.return_served(memory)?;
         self.disable_notification(memory)?;
-        for _ in 0..self.queue.size() {
+        for number in 1..=self.queue.size() {
             match self.pop(memory)? {
                 Some(chain) => {
                     let written = serve(memory, &chain)?;
                     self.taken = self.taken.saturating_sub(1);
                     self.served = Some((chain.head(), written));
                     self.return_served(memory)?;
+                    if interrupts == Interrupts::Each || number % BATCH == 0 {
+                        self.interrupt(memory)?;
+                    }
                 }
                 None if self.enable_notification(memory)? => {
                     self.disable_notification(memory)?;
@@ -263,10 +299,13 @@ impl Virtqueue {
     /// Returns the served chain to the driver, if there is one.
     fn return_served(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
         if let Some((head, written)) = self.served {
-            self.push(memory, head, written)?;
+            self.give_back(memory, &[(head, written)])?;
             self.served = None;
             self.link.counters.done.count();
         }
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

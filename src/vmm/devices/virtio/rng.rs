@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::backend::{Backend, Features, Model};
 use super::chain::{Broken, NotCopied, Unserved};
 use super::memory::DeviceMemory;
-use super::queue::Virtqueue;
+use super::queue::{Interrupts, Virtqueue};
 use crate::process::named_file;
 
 /// Bytes for one request at most; drivers accept less than they ask for.
@@ -64,7 +64,8 @@ impl Backend for Rng {
         let Some(queue) = queues.get_mut(number) else { return Ok(false) };
         let counters = queue.counters();
         let mut buffer = [0; MAX_REQUEST];
-        queue.drain(memory, |memory, chain| {
+        // Its source may take long.
+        queue.drain(memory, Interrupts::Each, |memory, chain| {
             let length = chain.writable().min(MAX_REQUEST as u64) as usize;
             // At most the length of the buffer.
             let data = &mut buffer[..length];

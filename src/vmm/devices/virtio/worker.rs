@@ -260,11 +260,12 @@ impl Server<'_> {
     fn watch(&self, ops: &mut EventOps) -> Result<(), Broken> {
         let failed = |error| Broken::Device(format!("event loop: {error:?}"));
         ops.add(Events::with_data(&self.stop, STOP, EventSet::IN)).map_err(failed)?;
+        // Every signal is an edge, also of an event that nobody has read: none is.
+        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
         for (number, event) in (0..).zip(self.link.queue_events()) {
-            ops.add(Events::with_data(event, number, EventSet::IN)).map_err(failed)?;
+            ops.add(Events::with_data(event, number, edges)).map_err(failed)?;
         }
         if let Some(input) = self.device.backend.input() {
-            let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
             ops.add(Events::with_data_raw(input, INPUT, edges)).map_err(failed)?;
             let timer = self.late.timer.as_raw_fd();
             ops.add(Events::with_data_raw(timer, LOOK, EventSet::IN)).map_err(failed)?;
@@ -299,10 +300,6 @@ impl MutEventSubscriber for Server<'_> {
             }
             number => {
                 let number = number as usize;
-                if let Some(event) = self.link.queue_events().get(number) {
-                    // Without a count it is spurious, and looking does no harm.
-                    let _ = event.read();
-                }
                 self.link.count(number, |queue| &queue.notified);
                 self.link.trace("notified", number, || json!({}));
                 self.serve(number);

@@ -23,7 +23,7 @@ use virtio_bindings::virtio_net::{
 use super::backend::{Backend, Features, Model};
 use super::chain::{Broken, Chain, NotCopied, Unserved};
 use super::memory::DeviceMemory;
-use super::queue::Virtqueue;
+use super::queue::{Interrupts, Virtqueue, BATCH};
 use twostage::ratelimit::RateLimit;
 
 pub use tap::{Tap, TapError};
@@ -98,15 +98,31 @@ impl<L: FrameLink> Net<L> {
         }
     }
 
-    /// Delivers received frames to the driver while it has buffers, at most one queue full.
+    /// Delivers received frames to the driver while it has buffers, at most one queue full, and
+    /// interrupts it for all of them together.
     fn receive(
+        &mut self,
+        queue: &mut Virtqueue,
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Unserved> {
+        let received = self.receive_frames(queue, memory);
+        // Also of what was delivered before an error.
+        let told = queue.interrupt(memory);
+        let more = received?;
+        told.map(|()| more)
+    }
+
+    fn receive_frames(
         &mut self,
         queue: &mut Virtqueue,
         memory: &mut DeviceMemory,
     ) -> Result<bool, Unserved> {
         queue.disable_notification(memory)?;
         let mut failed = 0;
-        for _ in 0..QUEUE_SIZE {
+        for number in 0..QUEUE_SIZE {
+            if number % BATCH == 0 {
+                queue.interrupt(memory)?;
+            }
             if self.incoming_length == 0 {
                 match self.next_frame() {
                     Arrival::Frame => {}
@@ -179,8 +195,9 @@ impl<L: FrameLink> Net<L> {
         Ok(Buffers::NeverEnough)
     }
 
-    /// Writes the frame to the buffers of `chains`, and returns them to the driver together. A
-    /// frame whose buffers cannot be accessed is dropped; one that may not be delivered now waits.
+    /// Writes the frame to the buffers of `chains`, and returns them to the driver together, which
+    /// is to be interrupted. A frame whose buffers cannot be accessed is dropped; one that may not
+    /// be delivered now waits.
     fn deliver(
         &mut self,
         chains: &[Chain],
@@ -209,7 +226,7 @@ impl<L: FrameLink> Net<L> {
         if !reached {
             used.iter_mut().for_each(|(_, written)| *written = 0);
         }
-        queue.push_all(memory, &used)?;
+        queue.give_back(memory, &used)?;
         self.incoming_length = 0;
         let counters = queue.counters();
         if reached { &counters.done } else { &counters.unreachable }.count();
@@ -224,7 +241,7 @@ impl<L: FrameLink> Net<L> {
         memory: &mut DeviceMemory,
     ) -> Result<bool, Unserved> {
         let counters = queue.counters();
-        queue.drain(memory, |memory, chain| {
+        queue.drain(memory, Interrupts::Together, |memory, chain| {
             let length = chain.readable();
             if length <= Tap::HEADER_SIZE as u64 || length > MAX_FRAME as u64 {
                 return Ok(0);
