@@ -140,11 +140,15 @@ pub(super) fn common_file(file: &File) -> io::Result<File> {
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// Whether the contents of `file` are memory, and no disk is behind it.
+/// Whether the contents of `file` are memory, and no disk is behind it. What a device has is no
+/// contents of the file system that its node is on, which often is memory.
 ///
 /// # Errors
 /// The system's error.
 pub(super) fn is_memory(file: &File) -> io::Result<bool> {
+    if !file.metadata()?.is_file() {
+        return Ok(false);
+    }
     let kind = rustix::fs::fstatfs(file)?.f_type as u64;
     Ok(matches!(kind, RAMFS_MAGIC | TMPFS_MAGIC))
 }
@@ -280,6 +284,17 @@ mod tests {
         let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         assert!(is_memory(&memory.into()).unwrap());
         assert!(!is_memory(&File::open("/proc/self/exe").unwrap()).unwrap());
+    }
+
+    #[test]
+    fn a_device_is_not_in_memory_because_its_node_is() {
+        // Any node does: here one that is always there.
+        let node = File::open("/dev/null").unwrap();
+        let kind = rustix::fs::fstatfs(&node).unwrap().f_type as u64;
+        assert!(matches!(kind, RAMFS_MAGIC | TMPFS_MAGIC), "nodes are in memory");
+        assert!(!is_memory(&node).unwrap());
+        let Some(device) = Loop::new(&[]) else { return };
+        assert!(!open(&device.path, false).unwrap().is_in_memory());
     }
 
     /// How another program uses an image.
