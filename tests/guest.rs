@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Runs the bare-metal test guest under the `twostage` command on `/dev/kvm`; every check of the
-//! guest must pass.
-//!
-//! The images are built here if necessary. Without KVM these tests fail, unless `TWOSTAGE_KVM=off`
-//! skips them.
+//! guest must pass. The images are built here if necessary. Without KVM these tests fail, unless
+//! `TWOSTAGE_KVM=off` skips them.
 
 #[path = "common/child.rs"]
 mod child;
 #[path = "guest/devices.rs"]
 mod devices;
+#[path = "guest/side_core.rs"]
+mod side_core;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -186,7 +186,6 @@ fn assert_nested(outcome: &Outcome, units: usize, devices: usize) {
     }
 }
 
-/// As numbers.
 fn ids<'a>(ids: impl IntoIterator<Item = &'a Value>) -> BTreeSet<u64> {
     ids.into_iter().map(|id| id.as_u64().unwrap()).collect()
 }

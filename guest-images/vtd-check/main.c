@@ -36,6 +36,7 @@ extern const struct check_group shared_checks;
 extern const struct check_group last_checks;
 extern const struct check_group two_units_checks;
 extern const struct check_group forget_checks;
+extern const struct check_group unmaps_checks;
 extern const struct check_group virtio_checks;
 
 // A driver that keeps its device busy until the machine is ended from outside, or resets itself.
@@ -108,12 +109,13 @@ static void check_unit(void)
 }
 
 // Runs every group of checks; with `vtd=0` on the command line, those that need no unit; with
-// `forget=`, that one. With two units, a device is behind each.
+// `forget=` or `unmaps=`, that one. With two units, a device is behind each.
 static void run_checks(void)
 {
     bool forget = cmdline_number("forget", UNSAID) != UNSAID;
+    bool unmaps = cmdline_number("unmaps", 0) != 0;
 
-    if (!forget)
+    if (!forget && !unmaps)
         check_run(&edu_checks);
     if (!cmdline_number("vtd", 1)) {
         print("# vtd=0: no remapping unit, its checks are left out\n");
@@ -126,6 +128,10 @@ static void run_checks(void)
     if (forget) {
         for (u64 left = cmdline_number("times", 1); left; left--)
             check_run(&forget_checks);
+        return;
+    }
+    if (unmaps) {
+        check_run(&unmaps_checks);
         return;
     }
     if (vtd_count == 1) {

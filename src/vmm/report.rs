@@ -7,6 +7,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::devices::virtio::QueueReport;
+pub use crate::iommu::SideCoreReport;
 use twostage::counters::CounterSet;
 use twostage::nesting::smmuv3::{SmmuNestingCounters, SmmuObjects};
 use twostage::nesting::survey::hexadecimal;
@@ -27,6 +28,8 @@ pub struct Report {
     pub devices: Vec<DeviceReport>,
     /// The virtual IOMMUs.
     pub iommus: Vec<IommuReport>,
+    /// The side core that serves them, if there is one.
+    pub side_core: Option<SideCoreReport>,
     /// The host behind them, if there are any.
     pub host: Option<HostReport>,
     /// The emulated host beside it: that of emulated devices, if the other one is the kernel's and
@@ -190,6 +193,7 @@ impl fmt::Display for Report {
             }
         }
         self.iommus.iter().try_for_each(|iommu| iommu.fmt(f))?;
+        self.side_core.iter().try_for_each(|side_core| side_core.fmt(f))?;
         self.host.iter().try_for_each(|host| host.write(f, "host"))?;
         self.emulated_host.iter().try_for_each(|host| host.write(f, "emulated host"))
     }

@@ -97,6 +97,8 @@ fn contradictory_and_impossible_options_are_usage_errors() {
         (&["--iommu", "vtd,aw=39"], "neither 48 nor 57"),
         (&["--iommu", "vtd,addr=0x1000"], "overlaps RAM"),
         (&["--iommu", "vtd,nest=on,host=/dev/iommu"], "nest=on needs host=emulated"),
+        (&["--iommu", "vtd,side-cpu=0"], "say side-core=on or auto"),
+        (&["--iommu", "vtd,side-core=on", "--iommu", "vtd,side-core=auto"], "side-core= must be"),
         (&["--device", "edu,iommu=on"], "there is no --iommu"),
         (&["--device", "edu,pasid=on"], "behind an IOMMU"),
         (&["--iommu", "vtd", "--device", "edu,pasid=on,iommu=off"], "behind an IOMMU"),

@@ -21,7 +21,8 @@ use crate::viommu::smmuv3::{
     EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuConfigError, SmmuInterrupts, SmmuState,
 };
 use crate::viommu::{
-    HostSideError, InterruptListener, InterruptRemapper, Observer, SnapshotError, TableMemory,
+    HostSideError, InterruptListener, InterruptRemapper, Observer, PagedRegisters, SnapshotError,
+    TableMemory,
 };
 
 const MODEL: &str = "SMMUv3";
@@ -358,6 +359,11 @@ impl Smmuv3 {
     /// Writes registers. See [`Smmu::mmio_write`].
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         self.model.mmio_write(offset, data);
+    }
+
+    /// The registers as memory of the guest, for a VMM whose guest is to use them without exits.
+    pub fn paged_registers(&self) -> Arc<dyn PagedRegisters> {
+        self.model.clone()
     }
 
     /// Adds `dev`, a device bound to the host, as the guest's `rid`, which is its StreamID: it

@@ -18,8 +18,8 @@ use crate::sync::Mutex;
 use crate::threads::{StdThreads, ThreadStart};
 use crate::viommu::vtd::{FaultTarget, HostVtd, VtdConfig, VtdConfigError, VtdIommu, VtdState};
 use crate::viommu::{
-    HostSideError, InterruptListener, InterruptRemapper, InterruptSink, Observer, SnapshotError,
-    TableMemory,
+    HostSideError, InterruptListener, InterruptRemapper, InterruptSink, Observer, PagedRegisters,
+    SnapshotError, TableMemory,
 };
 
 const MODEL: &str = "VT-d";
@@ -361,6 +361,11 @@ impl Vtd {
     /// Writes registers. See [`VtdIommu::mmio_write`].
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         self.model.mmio_write(offset, data);
+    }
+
+    /// The registers as memory of the guest, for a VMM whose guest is to use them without exits.
+    pub fn paged_registers(&self) -> Arc<dyn PagedRegisters> {
+        self.model.clone()
     }
 
     /// Adds `dev`, a device bound to the host, as the guest's `rid`: it passes while translation is

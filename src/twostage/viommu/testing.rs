@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Shared by the tests of both models: refusals of the host, and a guest's access to registers and
-//! memory.
+//! memory, and to registers as memory.
 
 use crate::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::thread;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::HostSideError;
+use super::{HostSideError, PageLender};
 
 /// Guest memory for tables, queues and status words.
 pub(super) const MEMORY_SIZE: u64 = 0x10_0000;
@@ -161,6 +162,50 @@ pub(super) trait GuestAccess {
         } else {
             self.mmio_read(access.offset, &mut data[..access.size]);
         }
+    }
+}
+
+/// A guest's access to the page, as a hypervisor gives it: to memory, or by exits.
+#[derive(Default)]
+pub(super) struct Slot {
+    pub there: RwLock<bool>,
+    /// It is being taken away: some accesses exit already.
+    pub going: AtomicBool,
+    pub refuses: AtomicBool,
+    pub lends: AtomicU64,
+}
+
+impl PageLender for Slot {
+    fn lend(&self) -> bool {
+        if self.refuses.load(Ordering::Relaxed) {
+            return false;
+        }
+        *self.there.write().unwrap() = true;
+        self.lends.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    fn take_back(&self) {
+        self.going.store(true, Ordering::Release);
+        thread::yield_now();
+        *self.there.write().unwrap() = false;
+        self.going.store(false, Ordering::Release);
+    }
+}
+
+impl Slot {
+    pub fn is_there(&self) -> bool {
+        *self.there.read().unwrap()
+    }
+
+    /// A vCPU makes an access: `memory` if the page is there, or else `exit`.
+    pub fn access<T>(&self, memory: impl FnOnce() -> T, exit: impl FnOnce() -> T) -> T {
+        let there = self.there.read().unwrap();
+        if *there && !self.going.load(Ordering::Acquire) {
+            return memory();
+        }
+        drop(there);
+        exit()
     }
 }
 

@@ -36,6 +36,6 @@ pub use x86_64 as current;
 
 pub use current::{boot, layout, probe};
 pub(super) use current::{
-    create_vm, decoded_message, firmware, Board, EdgeLine, IrqChip, Lines, Processor, Processors,
-    IOMMU, KVM_CAPABILITIES,
+    create_vm, decoded_message, firmware, keep_other_slots, memory_is_coherent, Board, EdgeLine,
+    IrqChip, Lines, Processor, Processors, IOMMU, KVM_CAPABILITIES,
 };

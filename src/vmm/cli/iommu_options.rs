@@ -4,7 +4,10 @@
 use std::str::FromStr;
 
 use super::options::{named, on_off, parse_number, small, Pairs};
-use crate::config::{HostChoice, IommuConfig, IommuModel, SmmuV3Options, VtdOptions, DEV_IOMMU};
+use crate::config::{
+    HostChoice, IommuConfig, IommuModel, SideCoreChoice, SideCoreConfig, SmmuV3Options, VtdOptions,
+    DEV_IOMMU,
+};
 use twostage::nesting::vtd::Nesting;
 use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::translation::Granule;
@@ -18,13 +21,31 @@ impl FromStr for IommuConfig {
         let id = pairs.take("id", None, |text| id(text).map(Some))?;
         let address = pairs.take("addr", None, |text| register_page(text).map(Some))?;
         let host = pairs.take("host", HostChoice::default(), host)?;
+        let side_core = side_core(&mut pairs)?;
         let model = match model {
             "vtd" => IommuModel::Vtd(vtd(&mut pairs, host == HostChoice::Emulated)?),
             "smmuv3" => IommuModel::SmmuV3(smmuv3(&mut pairs, host == HostChoice::Emulated)?),
             _ => return Err(format!("unknown IOMMU '{model}'; known: smmuv3, vtd")),
         };
         pairs.finish()?;
-        Ok(Self { id, address, host, model })
+        Ok(Self { id, address, host, model, side_core })
+    }
+}
+
+fn side_core(pairs: &mut Pairs<'_>) -> Result<SideCoreConfig, String> {
+    let choice = pairs.take("side-core", SideCoreChoice::Off, |text| match text {
+        "off" => Ok(SideCoreChoice::Off),
+        "on" => Ok(SideCoreChoice::On),
+        "auto" => Ok(SideCoreChoice::Auto),
+        _ => Err(format!("'{text}' is none of off, on, auto")),
+    })?;
+    let number = |text: &str| usize::try_from(parse_number(text)?).map_err(|e| e.to_string());
+    let cpu = pairs.take("side-cpu", None, |text| number(text).map(Some))?;
+    match (choice, cpu) {
+        (SideCoreChoice::Off, Some(_)) => {
+            Err("side-cpu= is for the side core: say side-core=on or auto".into())
+        }
+        _ => Ok(SideCoreConfig { choice, cpu }),
     }
 }
 
@@ -234,6 +255,7 @@ mod tests {
                     interrupt_remapping: Some(true),
                     sanitize: true,
                 }),
+                side_core: SideCoreConfig::default(),
             })
         );
         let nest = VtdOptions { nest: true, ..VtdOptions::default() };
@@ -254,7 +276,7 @@ mod tests {
         assert_eq!("smmuv3,sanitize=on".parse(), Ok(IommuConfig::from(sanitize)));
         assert_eq!(
             "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,\
-             granules=4K+64K,ril=off,httu=access"
+             granules=4K+64K,ril=off,httu=access,side-core=auto,side-cpu=1"
                 .parse(),
             Ok(IommuConfig {
                 id: Some("s".to_owned()),
@@ -269,6 +291,7 @@ mod tests {
                     ats: true,
                     sanitize: false,
                 }),
+                side_core: SideCoreConfig { choice: SideCoreChoice::Auto, cpu: Some(1) },
             })
         );
     }
@@ -298,6 +321,8 @@ mod tests {
         refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
         refused::<IommuConfig>("vtd,pri=on", "pri=on needs ats=on");
         refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
+        refused::<IommuConfig>("vtd,side-core=yes", "'yes' is none of off, on, auto");
+        refused::<IommuConfig>("vtd,side-cpu=1", "say side-core=on or auto");
         refused::<IommuConfig>("vtd,", "key=value");
         refused::<IommuConfig>("vtd,id=on", "id: 'on'");
         refused::<IommuConfig>("vtd,host=kernel", "neither emulated nor a path");

@@ -4,7 +4,10 @@
 use std::collections::BTreeMap;
 
 use super::error::ConfigError;
-use super::{DeviceConfig, HostChoice, IommuChoice, IommuModel, MachineConfig, Place, DEV_IOMMU};
+use super::{
+    DeviceConfig, HostChoice, IommuChoice, IommuModel, MachineConfig, Place, SideCoreChoice,
+    DEV_IOMMU,
+};
 use crate::arch;
 use crate::memory;
 use twostage::viommu::bridges::conventional;
@@ -52,6 +55,21 @@ impl MachineConfig {
             let remapping = iommu.model.vtd().and_then(|vtd| vtd.interrupt_remapping);
             if remapping.is_some() && remapping != self.interrupt_remapping() {
                 return Err(ConfigError::SomeInterruptsRemapped);
+            }
+        }
+        self.validate_side_core()
+    }
+
+    fn validate_side_core(&self) -> Result<(), ConfigError> {
+        let all = self.iommus.iter().map(|iommu| iommu.side_core);
+        let mut served = all.filter(|side_core| side_core.choice != SideCoreChoice::Off);
+        let Some(first) = served.next() else { return Ok(()) };
+        for other in served {
+            if other.choice != first.choice {
+                return Err(ConfigError::SeveralSideCores("side-core="));
+            }
+            if other.cpu != first.cpu {
+                return Err(ConfigError::SeveralSideCores("side-cpu="));
             }
         }
         Ok(())

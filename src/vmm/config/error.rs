@@ -28,6 +28,9 @@ pub enum ConfigError {
     /// Two virtual IOMMUs have the same name.
     #[error("--iommu: there are two with id={0}")]
     SameIommu(String),
+    /// One side core serves all virtual IOMMUs that have one.
+    #[error("--iommu: {0} must be the same for all with a side core: it is one thread")]
+    SeveralSideCores(&'static str),
     /// Linux, for example, remaps the interrupts of all units or of none.
     #[error("--iommu: intremap=on and intremap=off contradict each other; it applies to all")]
     SomeInterruptsRemapped,

@@ -150,6 +150,29 @@ pub struct IommuConfig {
     pub host: HostChoice,
     /// Its model.
     pub model: IommuModel,
+    /// Whether a side core serves it.
+    pub side_core: SideCoreConfig,
+}
+
+/// A side core: a thread that serves the queues of virtual IOMMUs, instead of vCPUs that exit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SideCoreConfig {
+    /// When it does.
+    pub choice: SideCoreChoice,
+    /// The processor that the thread is bound to, if any.
+    pub cpu: Option<usize>,
+}
+
+/// When a side core serves a virtual IOMMU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SideCoreChoice {
+    /// Never.
+    #[default]
+    Off,
+    /// While the guest invalidates anything.
+    On,
+    /// While the guest invalidates a lot, and a processor is free for it.
+    Auto,
 }
 
 /// The model of a virtual IOMMU.

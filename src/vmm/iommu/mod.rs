@@ -11,6 +11,7 @@
 mod host;
 mod messages;
 mod plan;
+mod side_core;
 mod smmuv3;
 mod vtd;
 
@@ -27,6 +28,8 @@ use crate::{Error, Result};
 use host::unbind;
 pub(super) use host::{BoundDevice, DirectDevices, Host};
 use plan::{no_function_here, Plan, VirtualIommu};
+pub(super) use side_core::SideCore;
+pub use side_core::SideCoreReport;
 use smmuv3::SmmuV3;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptSink, Observer};

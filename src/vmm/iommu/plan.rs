@@ -16,7 +16,7 @@ use twostage::iommufd::Errno;
 use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::unit::{AddError, BuildError};
-use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
+use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, PagedRegisters};
 use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, DmaServices, EmulatedHost, UnitId};
 
 /// What a virtual IOMMU is built from.
@@ -61,6 +61,9 @@ impl Plan<'_> {
 pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     /// Its registers.
     fn registers(&self) -> Arc<dyn BusDevice>;
+
+    /// The same as memory of the guest.
+    fn paged_registers(&self) -> Arc<dyn PagedRegisters>;
 
     /// The machine stops: threads that are in here on behalf of the guest return soon.
     fn halt(&self);

@@ -28,7 +28,7 @@ use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::StreamId;
 use twostage::unit::{Smmuv3, Smmuv3Builder};
 use twostage::viommu::smmuv3::{Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
-use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
+use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, PagedRegisters};
 use twostage::warn_limited;
 use twostage_emulated::{DmaPort, SmmuV3Unit, SmmuV3UnitConfig};
 
@@ -101,6 +101,10 @@ impl SmmuV3 {
 impl VirtualIommu for SmmuV3 {
     fn registers(&self) -> Arc<dyn BusDevice> {
         self.smmu.model().clone()
+    }
+
+    fn paged_registers(&self) -> Arc<dyn PagedRegisters> {
+        self.smmu.paged_registers()
     }
 
     fn halt(&self) {

@@ -16,7 +16,9 @@ use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::unit::{self, VtdBuilder};
 use twostage::viommu::vtd::{Policy, Stage1, VtdConfig, VtdIommu, VtdNested};
-use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, Requester};
+use twostage::viommu::{
+    InterruptListener, InterruptRemapper, InterruptSink, PagedRegisters, Requester,
+};
 use twostage_emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
 
 /// A virtual VT-d.
@@ -74,6 +76,10 @@ impl Vtd {
 impl VirtualIommu for Vtd {
     fn registers(&self) -> Arc<dyn BusDevice> {
         self.vtd.model().clone()
+    }
+
+    fn paged_registers(&self) -> Arc<dyn PagedRegisters> {
+        self.vtd.paged_registers()
     }
 
     fn halt(&self) {

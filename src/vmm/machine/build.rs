@@ -9,11 +9,11 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::topology::{assigned_functions, direct_functions, BoundFile, PciTopology};
 use crate::arch::layout::{iommu_interrupts, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
-use crate::arch::{self, IrqChip};
+use crate::arch::{self, IrqChip, Processor};
 use crate::bus::Bus;
 use crate::config::MachineConfig;
 use crate::interrupts::{Interrupts, Messages, Ways};
-use crate::iommu::{BoundDevice, DirectDevices, Host, Iommu, Iommus};
+use crate::iommu::{BoundDevice, DirectDevices, Host, Iommu, Iommus, SideCore};
 use crate::memory::MachineMemory;
 use crate::pci::{Ecam, PciMemory};
 use crate::trace::Trace;
@@ -121,6 +121,19 @@ pub(super) fn interrupts(ways: Ways, iommus: &[Iommu]) -> Result<Arc<Interrupts>
     Ok(interrupts)
 }
 
+/// The side core of `iommus`, if the configuration asks for one. `slots` of `vm` are used.
+pub(super) fn side_core(
+    vm: &Arc<VmFd>,
+    config: &MachineConfig,
+    iommus: &[Iommu],
+    processors: &[Processor],
+    slots: u32,
+) -> Result<Option<SideCore>> {
+    // A machine has at least one.
+    let Some(first) = processors.first() else { return Ok(None) };
+    SideCore::new(vm, config, iommus, first.raw_fd(), slots)
+}
+
 /// The files of the devices of `kernel`, and what `vfio-ioctls` takes besides: the iommufd, with an
 /// IOAS that nothing uses.
 pub(super) fn device_files(
@@ -139,14 +152,24 @@ pub(super) fn device_files(
 }
 
 /// Everything that answers in the memory space, except the board.
-pub(super) fn mmio(config: &MachineConfig, pci: &PciTopology, iommus: &[Iommu]) -> Result<Bus> {
+pub(super) fn mmio(
+    config: &MachineConfig,
+    pci: &PciTopology,
+    iommus: &[Iommu],
+    side_core: Option<&SideCore>,
+) -> Result<Bus> {
     let mut mmio = Bus::default();
     mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
     let ecam = ECAM_START..=ECAM_START + ((config.buses() << 20) - 1);
     mmio.insert(ecam, Arc::new(Ecam(pci.bus.clone())))?;
     for (number, (iommu, of)) in iommus.iter().zip(&config.iommus).enumerate() {
         let first = config.iommu_address(number);
-        mmio.insert(first..=first + (of.model.registers() - 1), iommu.model.registers())?;
+        let registers = iommu.model.registers();
+        let registers = match side_core {
+            Some(side_core) => side_core.registers(first, registers),
+            None => registers,
+        };
+        mmio.insert(first..=first + (of.model.registers() - 1), registers)?;
     }
     Ok(mmio)
 }

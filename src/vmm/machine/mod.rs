@@ -23,7 +23,7 @@ use crate::console::serial::SerialPort;
 use crate::console::Console;
 use crate::devices::virtio::KvmDoorbells;
 use crate::interrupts::{Interrupts, Messages, Ways};
-use crate::iommu::{DirectDevices, Host, Iommu, Iommus};
+use crate::iommu::{DirectDevices, Host, Iommu, Iommus, SideCore};
 use crate::machine::topology::{PciTopology, Wiring};
 use crate::memory::MachineMemory;
 use crate::process::event_loop::{EventLoop, Wake};
@@ -44,6 +44,7 @@ pub struct Machine {
     exits: Arc<Exits>,
     pci: PciTopology,
     iommus: Option<Iommus>,
+    side_core: Option<SideCore>,
     direct: Option<DirectDevices>,
     serial: Arc<SerialPort>,
     interrupts: Arc<Interrupts>,
@@ -81,17 +82,19 @@ impl Machine {
         let ways = Ways { vm: vm.clone(), chip, messages, trace: trace.clone() };
         let iommus_or_none = iommus.as_ref().map_or(&[][..], Iommus::all);
         let interrupts = build::interrupts(ways, iommus_or_none)?;
+        let slots = memory.slots();
+        let side_core = build::side_core(&vm, config, iommus_or_none, &processors, slots)?;
         let wiring = Wiring {
             interrupts: interrupts.clone(),
             doorbells: Arc::new(KvmDoorbells(vm.clone())),
-            lender: Arc::new(KvmSlots::new(vm, memory.slots())),
+            lender: Arc::new(KvmSlots::new(vm, slots + iommus_or_none.len() as u32)),
             files: build::device_files(host.as_ref(), iommus_or_none, direct.as_ref())?,
             trace: trace.clone(),
         };
         let pci = PciTopology::new(config, &memory, iommus_or_none, wiring)?;
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts)?;
-        let mut mmio = build::mmio(config, &pci, iommus_or_none)?;
+        let mut mmio = build::mmio(config, &pci, iommus_or_none, side_core.as_ref())?;
         let board = Board::new(&mut mmio, serial.clone(), &pci.bus, interrupts.lines(), &stopper)?;
         arch::firmware::write(&memory, config, chip, &start)?;
         let exits = Arc::new(Exits { mmio, board, counters: ExitCounters::default() });
@@ -101,6 +104,7 @@ impl Machine {
             exits,
             pci,
             iommus,
+            side_core,
             direct,
             serial,
             interrupts,
@@ -126,6 +130,9 @@ impl Machine {
         for subscriber in board.into_iter().chain(self.pci.take_subscribers()) {
             events.add(subscriber);
         }
+        if let Some(side_core) = &mut self.side_core {
+            side_core.start()?;
+        }
         let mut threads = Vec::new();
         let processors = std::mem::take(&mut self.processors);
         let result = self.serve(processors, &mut threads, &mut events, on_report);
@@ -137,6 +144,9 @@ impl Machine {
         // A vCPU may be processing the invalidation queue; it must not go on to the end of it.
         for iommu in self.iommus() {
             iommu.model.halt();
+        }
+        if let Some(side_core) = &mut self.side_core {
+            side_core.stop();
         }
         // Nor may a vCPU that resets a device wait until the device is done with its requests.
         self.pci.halt();
@@ -157,8 +167,8 @@ impl Machine {
     /// the host.
     fn close(self, limit: Option<Instant>) -> Released<Option<ObjectGraph>> {
         // Whoever uses the IOMMUs goes before them, and the memory goes last.
-        let Self { exits, pci, iommus, direct, memory, .. } = self;
-        drop((exits, pci));
+        let Self { exits, pci, side_core, iommus, direct, memory, .. } = self;
+        drop((exits, pci, side_core));
         let work = move || {
             drop(direct);
             let left = iommus.and_then(Iommus::close);
@@ -203,6 +213,7 @@ impl Machine {
             exits: ExitKind::ALL.iter().map(count).collect(),
             devices: self.pci.report(),
             iommus: self.iommus.as_ref().map(Iommus::reports).unwrap_or_default(),
+            side_core: self.side_core.as_ref().map(SideCore::report),
             host: self.iommus.as_ref().map(Iommus::host_report).or_else(|| {
                 // Without virtual IOMMUs only direct devices use the host.
                 self.direct.as_ref().map(DirectDevices::host_report)

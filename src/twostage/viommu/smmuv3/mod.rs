@@ -19,7 +19,9 @@
 //! queues behind those that wait for them. Event queue and global errors have a lock of their own,
 //! and so have the published policies: both are taken after the registers, for a moment, and are
 //! the only locks that [`EventTarget`] takes. An event may therefore come from any thread, even
-//! while another thread waits in the host for DMA to end.
+//! while another thread waits in the host for DMA to end. Where the registers are memory of the
+//! guest, each of these shows its state there before it is unlocked, and the loan of that memory
+//! has the last lock.
 
 mod apply;
 mod config;
@@ -28,6 +30,7 @@ mod fault_log;
 mod faults;
 pub(super) mod host_side;
 mod host_unit;
+mod page;
 mod policy;
 mod queue;
 mod registers;
@@ -38,7 +41,7 @@ mod state;
 use crate::sync::Mutex;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, OnceLock};
 
 pub use config::{Capabilities, SmmuConfig, SmmuConfigError};
 pub use fault_log::{
@@ -52,6 +55,7 @@ pub use policy::ConfigFault;
 pub use state::{DecisionState, Registers, SmmuCounters, SmmuState, StreamState, TableRegisters};
 
 use super::ledger::Applied;
+use super::register_page::{RegisterPage, Shown};
 use super::registers::FairMutex;
 use super::{HostSideError, Observer, TableMemory};
 use crate::ratelimit::RateLimit;
@@ -62,6 +66,9 @@ use policy::{policy_while_disabled, StreamTable};
 use queue::Slice;
 use requesters::{Decision, Streams};
 use state::Counters;
+
+/// Locked state of an SMMU.
+type Locked<'a, T> = Shown<'a, T, Smmu>;
 
 /// A virtual SMMUv3.
 ///
@@ -113,6 +120,7 @@ pub struct Smmu {
     interrupts: Arc<dyn SmmuInterrupts>,
     observer: Option<Arc<dyn Observer>>,
     registers: FairMutex<Registers>,
+    page: OnceLock<Arc<RegisterPage>>,
     halted: AtomicBool,
     faults: Mutex<FaultLog>,
     streams: Streams,
@@ -153,6 +161,7 @@ impl Smmu {
             interrupts,
             observer,
             registers: FairMutex::default(),
+            page: OnceLock::new(),
             halted: AtomicBool::new(false),
             faults: Mutex::default(),
             streams: Streams::default(),
@@ -249,12 +258,12 @@ impl Smmu {
         self.counters.snapshot()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock()
+    fn lock(&self) -> Locked<'_, Registers> {
+        Shown::new(self, self.registers.lock())
     }
 
-    fn fault_log(&self) -> MutexGuard<'_, FaultLog> {
-        self.faults.lock()
+    fn fault_log(&self) -> Locked<'_, FaultLog> {
+        Shown::new(self, self.faults.lock())
     }
 
     /// The stream table at `registers`.

@@ -29,6 +29,7 @@ use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SI
 use crate::spec::smmuv3::regs::{Gerror, STALL_NONE};
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::ledger::NotApplied;
+use crate::viommu::register_page::Show;
 
 /// The maximum cost of a slice, and so of a host call, in commands; commands that may make a host
 /// search its whole cache count four times, as more would hold the registers for long.
@@ -149,6 +150,8 @@ impl Smmu {
                 registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
             }
             if let Action::Sync(signal) = action {
+                // Whoever sees the signal finds the index behind the command.
+                self.show(registers);
                 self.complete_sync(signal);
             }
             if matches!(action, Action::Configure(_) | Action::Sync(_)) {
@@ -228,6 +231,8 @@ impl Smmu {
         self.counters.command_errors.count();
         self.log.warn(format_args!("SMMUv3: {error} at {:#x}", pass.queue.address(index)));
         registers.cmdq_cons = CmdqCons::new().with_rd(index).with_err(error.code());
+        // Whoever sees the error finds where it is.
+        self.show(registers);
         self.raise(Gerror::new().with_cmdq_err(true));
     }
 }

@@ -5,7 +5,7 @@
 //! both are ignored. So are writes to registers that are fixed while the part they concern is
 //! enabled.
 
-use super::fault_log::InterruptConfig;
+use super::fault_log::{FaultLog, InterruptConfig};
 use super::state::Registers;
 use super::Smmu;
 use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, OutputCons, OutputProd, QueueBase};
@@ -22,6 +22,7 @@ impl Smmu {
         data.fill(0);
         let size = data.len();
         let Some(access) = SlotAccess::new(offset, size, regs::SIZE) else { return };
+        self.settle();
         let registers = self.lock();
         let value = access.extract(self.read_slot(&registers, access.slot));
         for (byte, from) in data.iter_mut().zip(value.to_le_bytes()) {
@@ -38,6 +39,7 @@ impl Smmu {
             self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
             return;
         };
+        self.settle();
         let value = access.place(data);
         let mut registers = self.lock();
         self.observe_access(offset, data.len(), access.extract(value), true);
@@ -50,7 +52,7 @@ impl Smmu {
         }
     }
 
-    fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
+    pub(super) fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
         if let Some(observer) = &self.observer {
             let name = regs::name(offset);
             // `SlotAccess::new` accepts 4 or 8.
@@ -60,8 +62,14 @@ impl Smmu {
     }
 
     fn read_slot(&self, registers: &Registers, slot: u64) -> u64 {
+        let register = self.register_slot(registers, slot);
+        register.unwrap_or_else(|| fault_slot(&self.fault_log(), slot))
+    }
+
+    /// The slot of a register that has nothing to do with events and errors.
+    pub(super) fn register_slot(&self, registers: &Registers, slot: u64) -> Option<u64> {
         let caps = &self.caps;
-        match slot {
+        Some(match slot {
             regs::IDR0 => pair(caps.idr0.into_bits(), caps.idr1.into_bits()),
             regs::IDR2 => pair(0, caps.idr3.into_bits()),
             regs::IDR4 => pair(0, caps.idr5.into_bits()),
@@ -75,33 +83,12 @@ impl Smmu {
             regs::CMDQ_PROD => {
                 pair(registers.cmdq_prod.into_bits(), registers.cmdq_cons.into_bits())
             }
-            slot => self.read_fault_slot(slot),
-        }
-    }
-
-    fn read_fault_slot(&self, slot: u64) -> u64 {
-        let log = self.fault_log();
-        match slot {
-            regs::IRQ_CTRL => {
-                let irq_ctrl = log.irq_ctrl.into_bits();
-                pair(irq_ctrl, irq_ctrl)
-            }
-            regs::GERROR => {
-                let errors = log.errors;
-                pair(errors.gerror.into_bits(), errors.gerrorn.into_bits())
-            }
-            regs::GERROR_IRQ_CFG0 => log.errors_interrupt.address.into_bits(),
-            regs::GERROR_IRQ_CFG1 => log.errors_interrupt.message_words(),
-            regs::EVENTQ_BASE => log.events.base.into_bits(),
-            regs::EVENTQ_IRQ_CFG0 => log.events_interrupt.address.into_bits(),
-            regs::EVENTQ_IRQ_CFG1 => log.events_interrupt.message_words(),
-            regs::EVENTQ_PROD => pair(log.events.prod.into_bits(), log.events.cons.into_bits()),
-            _ => 0,
-        }
+            _ => return None,
+        })
     }
 
     /// `value` has the bits of the access at their place in the slot.
-    fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
+    pub(super) fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
         let (low, high) = access.halves(value);
         match access.slot {
             regs::CR0 => {
@@ -217,5 +204,26 @@ impl Smmu {
         config.data = data.unwrap_or(config.data);
         config.attributes = attributes
             .map_or(config.attributes, |attributes| attributes & InterruptConfig::ATTRIBUTES);
+    }
+}
+
+/// The slot of a register of events and errors.
+pub(super) fn fault_slot(log: &FaultLog, slot: u64) -> u64 {
+    match slot {
+        regs::IRQ_CTRL => {
+            let irq_ctrl = log.irq_ctrl.into_bits();
+            pair(irq_ctrl, irq_ctrl)
+        }
+        regs::GERROR => {
+            let errors = log.errors;
+            pair(errors.gerror.into_bits(), errors.gerrorn.into_bits())
+        }
+        regs::GERROR_IRQ_CFG0 => log.errors_interrupt.address.into_bits(),
+        regs::GERROR_IRQ_CFG1 => log.errors_interrupt.message_words(),
+        regs::EVENTQ_BASE => log.events.base.into_bits(),
+        regs::EVENTQ_IRQ_CFG0 => log.events_interrupt.address.into_bits(),
+        regs::EVENTQ_IRQ_CFG1 => log.events_interrupt.message_words(),
+        regs::EVENTQ_PROD => pair(log.events.prod.into_bits(), log.events.cons.into_bits()),
+        _ => 0,
     }
 }

@@ -18,7 +18,9 @@ use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::event::EventId;
 use crate::viommu::ledger::Entries;
 use crate::viommu::restore::{check_version, give_all};
-use crate::viommu::{HostSideError, Observer, RestoreError, SnapshotError, TableMemory};
+use crate::viommu::{
+    HostSideError, Observer, PagedRegisters, RestoreError, SnapshotError, TableMemory,
+};
 
 impl Smmu {
     /// The state at one moment, for [`Smmu::restore`].
@@ -30,6 +32,7 @@ impl Smmu {
     /// # Errors
     /// The SMMU is halted: it may have dropped a command that the guest waits for.
     pub fn snapshot(&self) -> Result<SmmuState, SnapshotError> {
+        self.take_page_back();
         let registers = self.lock();
         if self.is_halted() {
             return Err(SnapshotError::Halted { model: MODEL });
@@ -113,6 +116,7 @@ impl Smmu {
     /// error says [`HostSideError::still_reachable`]. Until a repeated reset succeeds, nothing else
     /// may be done with the SMMU.
     pub fn reset(&self) -> Result<(), HostSideError> {
+        self.take_page_back();
         let mut registers = self.lock();
         if let (Some(observer), true) = (&self.observer, registers.cr0ack.smmuen()) {
             observer.disabling_translation();

@@ -16,7 +16,7 @@ use super::evaluation::{Budget, By, Evaluation};
 use super::host_side::{Invalidation, Progress};
 use super::queue::{iotlb, Pass, Slice};
 use super::state::Registers;
-use super::VtdIommu;
+use super::{Locked, VtdIommu};
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::qi::{AddressMask, ContextScope, IotlbScope};
 use crate::spec::vtd::regs::{
@@ -84,7 +84,7 @@ impl VtdIommu {
     }
 
     /// Locks the registers once no command is under way.
-    pub(super) fn lock_idle(&self) -> MutexGuard<'_, Registers> {
+    pub(super) fn lock_idle(&self) -> Locked<'_, Registers> {
         loop {
             let mut registers = self.lock();
             if self.run_command(&mut registers) == Slice::Done {

@@ -23,7 +23,9 @@
 //! while another thread waits in the host for DMA to end. Without caching mode, a blocked request
 //! may also take the registers before it becomes a fault ([`FaultTarget::served_late`]). Interrupt
 //! remapping has a lock of its own, between the registers and the fault log, and so have page
-//! requests: these and interrupts may come from any thread, too.
+//! requests: these and interrupts may come from any thread, too. Where the registers are memory
+//! of the guest, each of these shows its state there before it is unlocked, and the loan of that
+//! memory has the last lock.
 
 mod apply;
 mod config;
@@ -33,6 +35,7 @@ mod fault_log;
 mod faults;
 pub(super) mod host_side;
 mod host_unit;
+mod page;
 mod page_requests;
 mod policy;
 mod queue;
@@ -46,7 +49,7 @@ pub(crate) mod walk;
 use crate::sync::Mutex;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 pub use config::{Capabilities, VtdConfig, VtdConfigError, MMIO_SIZE};
@@ -63,6 +66,7 @@ pub use state::{
 };
 
 use super::ledger::Applied;
+use super::register_page::{RegisterPage, Shown};
 use super::registers::FairMutex;
 use super::{HostSideError, InterruptSink, MsiMessage, Observer, Requester, TableMemory};
 use crate::ratelimit::RateLimit;
@@ -83,6 +87,9 @@ const REMOVED_AT_ONCE: u32 = 32;
 /// How long a thread waits for page requests before it looks at the queue again: the unit may be
 /// halted or the queue disabled.
 const DRAINED_AT_ONCE: Duration = Duration::from_millis(10);
+
+/// Locked state of a unit.
+type Locked<'a, T> = Shown<'a, T, VtdIommu>;
 
 /// A virtual VT-d unit.
 ///
@@ -127,6 +134,7 @@ pub struct VtdIommu {
     interrupts: Arc<dyn InterruptSink>,
     observer: Option<Arc<dyn Observer>>,
     registers: FairMutex<Registers>,
+    page: OnceLock<Arc<RegisterPage>>,
     under_way: Mutex<UnderWay>,
     halted: AtomicBool,
     faults: Mutex<FaultLog>,
@@ -170,6 +178,7 @@ impl VtdIommu {
             interrupts,
             observer,
             registers: FairMutex::default(),
+            page: OnceLock::new(),
             under_way: Mutex::default(),
             halted: AtomicBool::new(false),
             faults: Mutex::new(FaultLog::new(config.fault_records)),
@@ -217,7 +226,7 @@ impl VtdIommu {
     }
 
     /// Gives the host all requesters of a function that has just been added.
-    fn evaluate_new<'a>(&'a self, rid: Bdf, mut registers: MutexGuard<'a, Registers>) {
+    fn evaluate_new<'a>(&'a self, rid: Bdf, mut registers: Locked<'a, Registers>) {
         let mut evaluation = Evaluation::of_function(rid, by(&registers));
         // If translation was enabled or disabled meanwhile, that covered this function, too.
         while by(&registers) == evaluation.by() {
@@ -310,12 +319,12 @@ impl VtdIommu {
         self.counters.snapshot()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock()
+    fn lock(&self) -> Locked<'_, Registers> {
+        Shown::new(self, self.registers.lock())
     }
 
-    fn fault_log(&self) -> MutexGuard<'_, FaultLog> {
-        self.faults.lock()
+    fn fault_log(&self) -> Locked<'_, FaultLog> {
+        Shown::new(self, self.faults.lock())
     }
 
     fn send(&self, msi: Option<MsiMessage>) {

@@ -18,15 +18,15 @@
 //! it.
 
 use std::collections::BTreeMap;
-use std::sync::MutexGuard;
 
 use super::fault_log::EventRegisters;
 use super::host_side::{PageTicket, Policy};
 use super::policy::Blocked;
-use super::VtdIommu;
+use super::{Locked, VtdIommu};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::page_request::{PageRequest, PageResponse, PAGE_REQUEST_SIZE};
 use crate::spec::vtd::regs::{Pqa, Prs, QueuePointer};
+use crate::viommu::register_page::Shown;
 use crate::viommu::{MsiMessage, Requester, TableMemory};
 
 /// The registers of the page request queue.
@@ -145,8 +145,8 @@ impl PageRequests {
 }
 
 impl VtdIommu {
-    pub(super) fn pages(&self) -> MutexGuard<'_, PageRequests> {
-        self.pages.lock()
+    pub(super) fn pages(&self) -> Locked<'_, PageRequests> {
+        Shown::new(self, self.pages.lock())
     }
 
     /// See [`super::FaultTarget::page_requests`].

@@ -29,6 +29,7 @@ use crate::spec::vtd::qi::{
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
 use crate::spec::vtd::PageRange;
 use crate::viommu::ledger::NotApplied;
+use crate::viommu::register_page::Show;
 use crate::viommu::Requester;
 
 /// What is left of the queue after a slice.
@@ -185,8 +186,13 @@ impl VtdIommu {
             if let Some(observer) = &self.observer {
                 observer.descriptor(descriptor.name(), &descriptor);
             }
+            let next = (pass.fetch + step) % size;
+            if matches!(descriptor, Descriptor::Wait { .. }) {
+                // Whoever sees its status finds the head behind it.
+                registers.iqh = QueuePointer::from_offset(next);
+            }
             self.perform(registers, pass, &descriptor);
-            pass.fetch = (pass.fetch + step) % size;
+            pass.fetch = next;
             if pass.is_empty() {
                 registers.iqh = QueuePointer::from_offset(pass.fetch);
             }
@@ -348,6 +354,7 @@ impl VtdIommu {
         status: Option<StatusWrite>,
         interrupt: bool,
     ) {
+        self.show(registers);
         if let Some(StatusWrite { address, data }) = status {
             if let Err(error) = self.memory.store_u32(address, data) {
                 self.guest_error(format_args!("the status of a wait cannot be written: {error}"));
@@ -355,11 +362,15 @@ impl VtdIommu {
         }
         if interrupt && !registers.ics.iwc() {
             registers.ics.set_iwc(true);
-            self.send(registers.invalidation_event.raise());
+            let msi = registers.invalidation_event.raise();
+            self.show(registers);
+            self.send(msi);
         }
     }
 
-    fn raise_queue_error(&self, error: QueueError) {
+    fn raise_queue_error(&self, registers: &Registers, error: QueueError) {
+        // Whoever sees the error finds where it is.
+        self.show(registers);
         let msi = self.fault_log().queue_error(error);
         self.send(msi);
     }
@@ -387,14 +398,14 @@ impl VtdIommu {
         match stop {
             Stop::Guest(info) => {
                 registers.iqercd.set_iqei(info.code());
-                self.raise_queue_error(QueueError::Queue);
+                self.raise_queue_error(registers, QueueError::Queue);
                 self.log
                     .warn(format_args!("VT-d: invalidation queue error at {head:#x}: {info:?}"));
             }
             Stop::Host => {
                 // The specification has no code for a failure of the unit itself.
                 registers.iqercd.set_iqei(0);
-                self.raise_queue_error(QueueError::Queue);
+                self.raise_queue_error(registers, QueueError::Queue);
                 self.log.warn(format_args!("VT-d: the invalidations at {head:#x} failed"));
             }
             Stop::TimeOut(device) => {
@@ -405,7 +416,7 @@ impl VtdIommu {
         }
         if let Some(device) = unanswered {
             registers.iqercd.set_itesid(device.raw());
-            self.raise_queue_error(QueueError::TimeOut);
+            self.raise_queue_error(registers, QueueError::TimeOut);
             self.log.warn(format_args!("VT-d: device-TLB invalidation of {device} timed out"));
         }
         Slice::Done

@@ -2,6 +2,7 @@
 //! The register page: reads, and writes with their effects (§11.4).
 
 use super::config::MMIO_SIZE;
+use super::fault_log::FaultLog;
 use super::page_requests::PageQueue;
 use super::queue::Slice;
 use super::state::Registers;
@@ -9,6 +10,7 @@ use super::VtdIommu;
 use crate::spec::vtd::regs::{
     self, Ccmd, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, Pqa, QueuePointer, Rtaddr, FRCD_SIZE,
 };
+use crate::viommu::register_page::Show;
 use crate::viommu::registers::{pair, SlotAccess};
 use crate::viommu::RegisterAccess;
 
@@ -16,9 +18,9 @@ use crate::viommu::RegisterAccess;
 const VERSION: u32 = 0x40;
 
 /// The slots whose upper halves are FSTS, ICS and PRS; their lower halves are reserved.
-const FSTS_SLOT: u64 = regs::FSTS - 4;
-const ICS_SLOT: u64 = regs::ICS - 4;
-const PRS_SLOT: u64 = regs::PRS - 4;
+pub(super) const FSTS_SLOT: u64 = regs::FSTS - 4;
+pub(super) const ICS_SLOT: u64 = regs::ICS - 4;
+pub(super) const PRS_SLOT: u64 = regs::PRS - 4;
 
 impl VtdIommu {
     /// The guest reads `data.len()` bytes at `offset` of the register page. Aligned 32- and 64-bit
@@ -30,6 +32,7 @@ impl VtdIommu {
             data.fill(0xff);
             return;
         };
+        self.settle();
         let registers = self.lock();
         let value = access.extract(self.read_slot(&registers, access.slot));
         for (byte, from) in data.iter_mut().zip(value.to_le_bytes()) {
@@ -46,9 +49,9 @@ impl VtdIommu {
             self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
             return;
         };
+        self.settle();
         let value = access.place(data);
-        let command =
-            matches!(access.slot, regs::GCMD | regs::CCMD) || access.slot == self.iotlb_slot();
+        let command = self.is_command(access.slot);
         // One command at a time.
         let mut registers = if command { self.lock_idle() } else { self.lock() };
         self.observe_access(offset, data.len(), access.extract(value), true);
@@ -64,7 +67,7 @@ impl VtdIommu {
         }
     }
 
-    fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
+    pub(super) fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
         if let Some(observer) = &self.observer {
             let name = regs::name(offset, self.caps.cap, self.caps.ecap);
             // `SlotAccess::new` accepts 4 or 8.
@@ -74,23 +77,22 @@ impl VtdIommu {
     }
 
     fn read_slot(&self, registers: &Registers, slot: u64) -> u64 {
+        self.register_slot(registers, slot)
+            .or_else(|| page_slot(&self.pages().queue, slot))
+            .or_else(|| self.fault_slot(&self.fault_log(), slot))
+            .unwrap_or(0)
+    }
+
+    /// The slot of a register that is neither of faults nor of page requests.
+    pub(super) fn register_slot(&self, registers: &Registers, slot: u64) -> Option<u64> {
         let event = &registers.invalidation_event;
-        match slot {
+        Some(match slot {
             regs::VER => pair(VERSION, 0),
             regs::CAP => self.caps.cap.into_bits(),
             regs::ECAP => self.caps.ecap.into_bits(),
             regs::GCMD => pair(0, registers.gsts.into_bits()),
             regs::RTADDR => registers.rtaddr.into_bits(),
             regs::CCMD => registers.ccmd.into_bits(),
-            FSTS_SLOT => pair(0, self.fault_log().status.into_bits()),
-            regs::FECTL => {
-                let event = self.fault_log().event;
-                pair(event.control.into_bits(), event.data)
-            }
-            regs::FEADDR => {
-                let event = self.fault_log().event;
-                pair(event.address, event.upper_address)
-            }
             regs::IQH => registers.iqh.into_bits(),
             regs::IQT => registers.iqt.into_bits(),
             regs::IQA => registers.iqa.into_bits(),
@@ -99,29 +101,25 @@ impl VtdIommu {
             regs::IEADDR => pair(event.address, event.upper_address),
             regs::IQERCD => registers.iqercd.into_bits(),
             regs::IRTA => registers.irta.into_bits(),
-            // As after reset where page requests are not offered.
-            regs::PQH => self.pages().queue.head.into_bits(),
-            regs::PQT => self.pages().queue.tail.into_bits(),
-            regs::PQA => self.pages().queue.address.into_bits(),
-            PRS_SLOT => pair(0, self.pages().queue.status.into_bits()),
-            regs::PECTL => {
-                let event = self.pages().queue.event;
-                pair(event.control.into_bits(), event.data)
-            }
-            regs::PEADDR => {
-                let event = self.pages().queue.event;
-                pair(event.address, event.upper_address)
-            }
             slot if slot == self.iva_slot() => registers.iva.into_bits(),
             slot if slot == self.iotlb_slot() => registers.iotlb.into_bits(),
-            slot => {
-                self.fault_record_word(slot).map_or(0, |word| self.fault_log().record_word(word))
-            }
-        }
+            _ => return None,
+        })
+    }
+
+    /// The slot of a register of faults.
+    pub(super) fn fault_slot(&self, log: &FaultLog, slot: u64) -> Option<u64> {
+        let event = &log.event;
+        Some(match slot {
+            FSTS_SLOT => pair(0, log.status.into_bits()),
+            regs::FECTL => pair(event.control.into_bits(), event.data),
+            regs::FEADDR => pair(event.address, event.upper_address),
+            slot => log.record_word(self.fault_record_word(slot)?),
+        })
     }
 
     /// `value` has the bits of the access at their place in the slot.
-    fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
+    pub(super) fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
         let (low, high) = access.halves(value);
         let event = &mut registers.invalidation_event;
         match access.slot {
@@ -168,7 +166,11 @@ impl VtdIommu {
                     event.clear();
                 }
             }
-            regs::IECTL => self.send(event.write_control(low, high)),
+            regs::IECTL => {
+                let msi = event.write_control(low, high);
+                self.show(registers);
+                self.send(msi);
+            }
             regs::IEADDR => event.write_address(low, high),
             regs::IRTA => {
                 let new = access.merge(registers.irta.into_bits(), value, Irta::WRITABLE);
@@ -224,11 +226,16 @@ impl VtdIommu {
         }
     }
 
-    fn iva_slot(&self) -> u64 {
+    /// Whether writing the slot may start a command.
+    pub(super) fn is_command(&self, slot: u64) -> bool {
+        matches!(slot, regs::GCMD | regs::CCMD) || slot == self.iotlb_slot()
+    }
+
+    pub(super) fn iva_slot(&self) -> u64 {
         self.caps.ecap.iotlb_offset() + regs::IVA
     }
 
-    fn iotlb_slot(&self) -> u64 {
+    pub(super) fn iotlb_slot(&self) -> u64 {
         self.caps.ecap.iotlb_offset() + regs::IOTLB
     }
 
@@ -238,4 +245,18 @@ impl VtdIommu {
         let inside = offset < self.caps.cap.fault_records() * FRCD_SIZE;
         inside.then_some(offset as usize / 8)
     }
+}
+
+/// The slot of a register of page requests: as after reset where they are not offered.
+pub(super) fn page_slot(queue: &PageQueue, slot: u64) -> Option<u64> {
+    let event = &queue.event;
+    Some(match slot {
+        regs::PQH => queue.head.into_bits(),
+        regs::PQT => queue.tail.into_bits(),
+        regs::PQA => queue.address.into_bits(),
+        PRS_SLOT => pair(0, queue.status.into_bits()),
+        regs::PECTL => pair(event.control.into_bits(), event.data),
+        regs::PEADDR => pair(event.address, event.upper_address),
+        _ => return None,
+    })
 }

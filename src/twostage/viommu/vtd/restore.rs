@@ -25,7 +25,8 @@ use crate::spec::vtd::fault::FaultReason;
 use crate::viommu::ledger::Entries;
 use crate::viommu::restore::{check_version, give_all};
 use crate::viommu::{
-    HostSideError, InterruptSink, Observer, Requester, RestoreError, SnapshotError, TableMemory,
+    HostSideError, InterruptSink, Observer, PagedRegisters, Requester, RestoreError, SnapshotError,
+    TableMemory,
 };
 
 impl VtdIommu {
@@ -39,6 +40,7 @@ impl VtdIommu {
     /// # Errors
     /// The unit is halted: it may have dropped a command that the guest waits for.
     pub fn snapshot(&self) -> Result<VtdState, SnapshotError> {
+        self.take_page_back();
         let registers = self.lock_idle();
         if self.is_halted() {
             return Err(SnapshotError::Halted { model: MODEL });
@@ -130,6 +132,7 @@ impl VtdIommu {
     /// error says [`HostSideError::still_reachable`]. Until a repeated reset succeeds, nothing else
     /// may be done with the unit: it does not hold up the guest for what the host still owes.
     pub fn reset(&self) -> Result<(), HostSideError> {
+        self.take_page_back();
         let mut registers = self.lock();
         if let (Some(observer), true) = (&self.observer, registers.gsts.tes()) {
             observer.disabling_translation();

@@ -3,6 +3,7 @@
 
 use std::mem::offset_of;
 use std::ops::ControlFlow;
+use std::os::fd::{AsRawFd, RawFd};
 
 use kvm_bindings::{
     kvm_regs, kvm_vcpu_init, user_pt_regs, KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2,
@@ -75,6 +76,11 @@ impl Processor {
             }
         }
         Ok(Self { id, fd })
+    }
+
+    /// Its file, while it exists.
+    pub fn raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     /// Its number, from 0.

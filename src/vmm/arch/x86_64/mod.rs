@@ -16,6 +16,7 @@ pub mod probe;
 mod processor;
 mod timers;
 
+use kvm_bindings::{kvm_enable_cap, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde_json::{json, Value};
 
@@ -45,6 +46,23 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     // Ignored by processors that need no such segment; KVM requires it before any vCPU.
     vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
     Ok(vm)
+}
+
+/// Whether the guest's accesses to registers in memory, which it maps uncached, and those of this
+/// process see each other.
+pub(crate) fn memory_is_coherent(_: &VmFd) -> bool {
+    // Uncached accesses snoop caches.
+    true
+}
+
+/// From now on, a memory slot that `vm` loses does not take the page tables of all others with it.
+/// Returns whether that is so.
+pub(crate) fn keep_other_slots(vm: &VmFd) -> bool {
+    let quirk = KVM_X86_QUIRK_SLOT_ZAP_ALL;
+    let known = vm.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into()) as u32;
+    let mut disable = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, ..Default::default() };
+    disable.args[0] = quirk.into();
+    known & quirk != 0 && vm.enable_cap(&disable).is_ok()
 }
 
 /// An interrupt's `message`, decoded for traces: in remappable format an interrupt index; otherwise

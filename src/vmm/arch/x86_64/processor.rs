@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::ops::ControlFlow;
+use std::os::fd::{AsRawFd, RawFd};
 
 use kvm_bindings::{kvm_msr_entry, kvm_run, Msrs, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
@@ -81,6 +82,11 @@ impl Processor {
             fd.set_regs(&start.regs()).map_err(Error::kvm("setting registers"))?;
         }
         Ok(Self { id, fd })
+    }
+
+    /// Its file, while it exists.
+    pub fn raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     /// Its number, from 0.

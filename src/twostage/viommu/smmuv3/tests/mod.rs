@@ -4,6 +4,7 @@
 mod configuration;
 mod faults;
 mod linux;
+mod page;
 mod properties;
 mod queue;
 mod registers;

@@ -4,10 +4,12 @@
 mod control;
 mod faults;
 mod late;
+mod page;
 mod page_requests;
 mod policies;
 mod properties;
 mod queue;
+mod races;
 mod registers;
 mod remapping;
 mod restore;

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The thread of the side core: parked, or polling.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::kvm::Mapped;
+use super::pace::{Parked, Watch};
+use super::processors::{self, Preemptions};
+use super::{Shared, Unit};
+use twostage::viommu::Look;
+
+/// Rounds between two looks at the clock.
+const ROUNDS: u32 = 64;
+
+/// How often KVM may refuse a zone before the thread ends.
+const REFUSALS: u32 = 3;
+
+impl Shared {
+    /// Until the machine stops.
+    pub(super) fn run(&self) {
+        if let Some(cpu) = self.cpu {
+            if let Err(error) = processors::bind(cpu) {
+                log::warn!("the side core is not bound to processor {cpu}: {error}");
+            }
+        }
+        let mut refusals = 0;
+        while self.wait() {
+            let start = Instant::now();
+            let parked = if self.auto && processors::usable() <= self.vcpus {
+                Parked::NoProcessor
+            } else {
+                match self.poll() {
+                    Ok(parked) => parked,
+                    Err(error) => {
+                        refusals += 1;
+                        log::warn!("KVM does not coalesce writes: {error}");
+                        if refusals >= REFUSALS {
+                            return;
+                        }
+                        Parked::NoProcessor
+                    }
+                }
+            };
+            let now = Instant::now();
+            let polled = now.saturating_duration_since(start);
+            let count = self.parked.get(parked as usize);
+            count.into_iter().for_each(|count| _ = count.fetch_add(1, Ordering::Relaxed));
+            self.polled_ms.fetch_add(polled.as_millis() as u64, Ordering::Relaxed);
+            let mut state = self.state.lock();
+            state.rest.parked(now, parked, polled);
+            state.wanted = false;
+        }
+    }
+
+    /// Parked, until there is something to poll for. Returns `false` when the machine stops.
+    fn wait(&self) -> bool {
+        let state = self.state.lock();
+        let state = self.changed.wait_while(state, |state| !state.wanted && !state.ended);
+        !state.ended
+    }
+
+    /// Polls until it parks.
+    fn poll(&self) -> Result<Parked, kvm_ioctls::Error> {
+        let tails = || self.units.iter().map(Unit::tails).sum();
+        let result = self.register_zones().map(|()| {
+            self.polls.fetch_add(1, Ordering::Relaxed);
+            self.polling.store(true, Ordering::Relaxed);
+            let mut preemptions = Preemptions::new();
+            let mut watch = Watch::new(self.auto, Instant::now(), tails());
+            let alone = processors::usable() < 2;
+            loop {
+                for _ in 0..ROUNDS {
+                    if !self.serve() {
+                        if alone {
+                            std::thread::yield_now();
+                        }
+                        std::hint::spin_loop();
+                    }
+                }
+                if self.state.lock().ended {
+                    return Parked::Idle;
+                }
+                let parked = watch.park(Instant::now(), tails(), || preemptions.since());
+                if let Some(parked) = parked {
+                    return parked;
+                }
+            }
+        });
+        self.polling.store(false, Ordering::Relaxed);
+        self.unregister_zones();
+        for unit in &self.units {
+            unit.take_back(self.abilities.read_only);
+        }
+        // From here on, tail writes exit.
+        self.empty_ring();
+        result
+    }
+
+    /// One round. Returns whether there was anything to do.
+    fn serve(&self) -> bool {
+        let mut worked = self.empty_ring();
+        if !self.abilities.lending {
+            return worked;
+        }
+        for unit in &self.units {
+            worked |= unit.serve();
+        }
+        worked
+    }
+
+    fn register_zones(&self) -> Result<(), kvm_ioctls::Error> {
+        self.units.iter().try_for_each(|unit| {
+            let (address, length) = unit.zone();
+            self.vm.register_coalesced_mmio(address, length)
+        })
+    }
+
+    fn unregister_zones(&self) {
+        for unit in &self.units {
+            let (address, length) = unit.zone();
+            while let Err(error) = self.vm.unregister_coalesced_mmio(address, length) {
+                // With the zone there, tail writes would wait in the ring for another access.
+                log::error!("KVM goes on coalescing writes: {error}; trying again");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+impl Unit {
+    /// Lends the page if it is time, or looks at it while it is lent.
+    fn serve(&self) -> bool {
+        let mut loan = self.loan.lock();
+        let tails = self.tails();
+        if let Some(since) = loan.lent_after {
+            return match self.registers.look_at_page() {
+                Look::Nothing => false,
+                Look::Tail => {
+                    self.in_memory.fetch_add(1, Ordering::Relaxed);
+                    true
+                }
+                Look::NotLent => {
+                    (loan.lent_after, loan.seen) = (None, tails);
+                    loan.patience.came_back(tails - since);
+                    self.read_only();
+                    true
+                }
+            };
+        }
+        if self.disturbed.swap(false, Ordering::Relaxed) {
+            loan.patience.disturbed();
+        }
+        let new = tails - loan.seen;
+        loan.seen = tails;
+        if new == 0 || !loan.patience.quiet(new) {
+            return false;
+        }
+        if self.registers.lend_page(self.slot.clone()) {
+            loan.lent_after = Some(tails);
+        } else {
+            loan.patience.disturbed();
+            // KVM may have refused it.
+            self.registers.take_page_back();
+            self.read_only();
+        }
+        true
+    }
+
+    /// Takes the page back, if it is lent.
+    fn take_back(&self, read_only: bool) {
+        let mut loan = self.loan.lock();
+        if let Some(since) = loan.lent_after.take() {
+            self.registers.take_page_back();
+            let tails = self.tails();
+            loan.seen = tails;
+            loan.patience.came_back(tails - since);
+            if read_only {
+                self.read_only();
+            }
+        }
+    }
+
+    /// Reads are free again.
+    fn read_only(&self) {
+        if let Err(error) = self.slot.map(Some(Mapped::ReadOnly)) {
+            log::warn!("KVM does not map registers: {error}; they are read with exits");
+        }
+    }
+}

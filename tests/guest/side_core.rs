@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The same guest with a side core that serves its invalidations.
+
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
+
+use twostage::patience::wait_until;
+
+use super::child::{with_default_signals, Running, TWOSTAGE};
+use super::{assert_nested, groups, images, kvm, number, Machine, EITHER_OR, MACHINE};
+
+const SIDE_CORE: &str = "vtd,aw=57,pasid-bits=20,side-core=on";
+
+#[test]
+fn every_check_holds_with_a_side_core() {
+    if !kvm() {
+        return;
+    }
+    let outcome = Machine { iommus: &[SIDE_CORE], ..MACHINE }.run();
+    let skipped = groups(&EITHER_OR);
+    assert_eq!(outcome.skipped, &skipped | &groups(&["malformed_tables"]));
+    assert!(outcome.passed > 160, "{} checks", outcome.passed);
+    assert_nested(&outcome, 1, 2);
+    assert_ne!(number(&outcome.report, "/side_core/tails_coalesced"), 0);
+}
+
+#[test]
+fn every_check_holds_with_one_side_core_for_two_units() {
+    if !kvm() {
+        return;
+    }
+    let outcome = Machine {
+        cmdline: "vtd2=0xfed91000",
+        iommus: &["vtd,id=a,pasid-bits=20,side-core=auto", "vtd,id=b,pasid-bits=20,side-core=auto"],
+        devices: &[
+            "edu,pasid=on,dma-mask=0xffffffffffffffff",
+            "edu,iommu=b,pasid=on,dma-mask=0xffffffffffffffff",
+        ],
+        ..MACHINE
+    }
+    .run();
+    assert!(outcome.passed > 2 * 160, "{} checks", outcome.passed);
+    assert_nested(&outcome, 2, 2);
+    assert_eq!(outcome.report["side_core"]["mode"], "auto");
+}
+
+/// Counts, not times: exits of a guest that unmaps one page after the other.
+#[test]
+fn an_unmap_costs_no_exit_to_this_process() {
+    const UNMAPS: u64 = 4000;
+    if !kvm() {
+        return;
+    }
+    let cmdline = &format!("unmaps={UNMAPS}");
+    let writes = |iommu: &str| {
+        let outcome = Machine { cmdline, iommus: &[iommu], ..MACHINE }.run();
+        let exits = |kind: &str| number(&outcome.report, &format!("/exits/{kind}"));
+        (exits("mmio-write"), exits("mmio-read"), outcome)
+    };
+    let (without, reads, _) = writes("vtd,aw=57,pasid-bits=20");
+    assert!(without > UNMAPS && reads > 0, "{without} {reads}");
+    let (with, reads, outcome) = writes(SIDE_CORE);
+    assert!(with < UNMAPS / 10 && reads < UNMAPS / 10, "{with} {reads}");
+    let of = |counter: &str| number(&outcome.report, &format!("/side_core/{counter}"));
+    assert!(of("tails_coalesced") + of("tails_in_memory") > UNMAPS / 10 * 9);
+    if outcome.report["side_core"]["lends"] == true {
+        assert_ne!(of("lent"), 0);
+    }
+}
+
+#[test]
+fn a_processor_that_is_not_there_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let mut command = Command::new(TWOSTAGE);
+    command.args(["run", "--kernel"]).arg(images().join(MACHINE.image));
+    command.args(["--iommu", "vtd,side-core=on,side-cpu=99999", "--serial", "null"]);
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(69), "{error}");
+    assert!(error.contains("side-cpu=99999: this process may use"), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+/// What a guest has that does nothing: next to no time of a processor, after it has been busy.
+#[test]
+fn an_idle_guest_costs_nothing() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let serial = directory.path().join("serial");
+    let mut command = with_default_signals(TWOSTAGE);
+    command.args(["run", "--kernel"]).arg(images().join(MACHINE.image));
+    command.args(["--cmdline", "unmaps=2000 idle=1", "--memory", "size=256M"]);
+    command.args(["--iommu", "vtd,side-core=on", "--device", "edu", "--report", "none"]);
+    command.arg("--serial").arg(format!("file={}", serial.display()));
+    let running = Running::new(&mut command);
+    wait_until("the guest's unmaps", || {
+        std::fs::read_to_string(&serial).is_ok_and(|text| text.contains(" unmaps, "))
+    });
+    // For a while it polls on.
+    let busy = running.ticks();
+    let mut before = busy;
+    wait_until("the side core's rest", || {
+        sleep(Duration::from_secs(1));
+        let ticks = running.ticks();
+        std::mem::replace(&mut before, ticks) == ticks
+    });
+    sleep(Duration::from_secs(3));
+    let used = running.ticks() - before;
+    assert!(used <= 3, "{used} ticks of 10 ms in 3 s; {busy} before");
+}
