@@ -37,6 +37,7 @@ extern const struct check_group last_checks;
 extern const struct check_group two_units_checks;
 extern const struct check_group forget_checks;
 extern const struct check_group unmaps_checks;
+extern const struct check_group loans_checks;
 extern const struct check_group virtio_checks;
 
 // A driver that keeps its device busy until the machine is ended from outside, or resets itself.
@@ -131,7 +132,7 @@ static void run_checks(void)
         return;
     }
     if (unmaps) {
-        check_run(&unmaps_checks);
+        check_run(cmdline_number("loans", 0) ? &loans_checks : &unmaps_checks);
         return;
     }
     if (vtd_count == 1) {

@@ -363,6 +363,7 @@ mod tests {
                     ..VtdReport::default()
                 }),
             }],
+            side_core: None,
             host: Some(HostReport {
                 calls: BTreeMap::from([
                     ("HWPT_ALLOC", CallReport { calls: 9, failures: 1 }),

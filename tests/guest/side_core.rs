@@ -8,7 +8,7 @@ use std::time::Duration;
 use twostage::patience::wait_until;
 
 use super::child::{with_default_signals, Running, TWOSTAGE};
-use super::{assert_nested, groups, images, kvm, number, Machine, EITHER_OR, MACHINE};
+use super::{assert_nested, groups, images, kvm, number, Machine, Value, EITHER_OR, MACHINE};
 
 const SIDE_CORE: &str = "vtd,aw=57,pasid-bits=20,side-core=on";
 
@@ -69,6 +69,23 @@ fn an_unmap_costs_no_exit_to_this_process() {
     }
 }
 
+/// Each run of unmaps is long enough for the page to be lent, and worth it: the side core goes on
+/// lending it.
+#[test]
+fn what_memory_cannot_express_holds_with_pages_that_are_lent() {
+    if !kvm() {
+        return;
+    }
+    let (cmdline, rounds) = ("unmaps=1500 loans=1", 24);
+    let plain = Machine { cmdline, ..MACHINE }.run();
+    let outcome = Machine { cmdline, iommus: &[SIDE_CORE], ..MACHINE }.run();
+    assert_eq!((outcome.passed, &outcome.skipped), (plain.passed, &plain.skipped));
+    if outcome.report["side_core"]["lends"] == true {
+        let lent = number(&outcome.report, "/side_core/lent");
+        assert!(lent >= rounds / 2, "lent {lent} times: {:#}", outcome.report["side_core"]);
+    }
+}
+
 #[test]
 fn a_processor_that_is_not_there_is_refused() {
     if !kvm() {
@@ -82,6 +99,26 @@ fn a_processor_that_is_not_there_is_refused() {
     assert_eq!(output.status.code(), Some(69), "{error}");
     assert!(error.contains("side-cpu=99999: this process may use"), "{error}");
     assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+#[test]
+fn one_processor_is_told_what_it_costs() {
+    if !kvm() {
+        return;
+    }
+    let polls = |choice: &str| {
+        let mut command = Command::new("taskset");
+        command.args(["-c", "0", TWOSTAGE, "run", "--kernel"]).arg(images().join(MACHINE.image));
+        command.args(["--cmdline", "unmaps=100", "--memory", "size=256M", "--serial", "null"]);
+        command.args(["--iommu", &format!("vtd,side-core={choice}"), "--device", "edu"]);
+        let output = command.args(["--report", "json"]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{text}");
+        let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+        let warned = text.contains("side-core=on, but this process has one processor");
+        (warned, number(&report, "/side_core/polls") > 0)
+    };
+    assert_eq!((polls("on"), polls("auto")), ((true, true), (false, false)));
 }
 
 /// What a guest has that does nothing: next to no time of a processor, after it has been busy.

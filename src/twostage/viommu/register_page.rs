@@ -103,6 +103,7 @@ pub trait PagedRegisters: Send + Sync {
     /// Lends the page if the state can be expressed in memory: nothing is pending that the guest
     /// clears by writing 1, no command is under way, and the queue is enabled. Returns whether it
     /// is lent.
+    /// Not to be called during a snapshot or a reset, which take it back.
     fn lend_page(&self, lender: Arc<dyn PageLender>) -> bool;
 
     /// Looks at the page while it is lent, and does what the guest wrote; one thread at a time.
