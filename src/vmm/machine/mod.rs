@@ -28,7 +28,7 @@ use crate::machine::topology::{PciTopology, Wiring};
 use crate::memory::MachineMemory;
 use crate::process::event_loop::{EventLoop, Wake};
 use crate::process::signals::{self, kick_signal};
-use crate::process::stop::{StopReason, Stopper};
+use crate::process::stop::{PanicGuard, StopReason, Stopper};
 use crate::report::Report;
 use crate::trace::Trace;
 use crate::vfio::KvmSlots;
@@ -131,7 +131,7 @@ impl Machine {
             events.add(subscriber);
         }
         if let Some(side_core) = &mut self.side_core {
-            side_core.start()?;
+            side_core.start(self.stopper.clone())?;
         }
         let mut threads = Vec::new();
         let processors = std::mem::take(&mut self.processors);
@@ -246,7 +246,7 @@ fn spawn_vcpu(
     let handle = thread::Builder::new()
         .name(format!("vcpu{}", processor.id()))
         .spawn(move || {
-            let _guard = PanicGuard(&stopper);
+            let _guard = PanicGuard(&stopper, "a vCPU thread");
             run_vcpu(processor, &exits, &memory, &stopper);
         })
         .map_err(Error::os("vCPU thread"))?;
@@ -267,17 +267,6 @@ fn run_vcpu(mut processor: Processor, exits: &Exits, memory: &MachineMemory, sto
                 let stuck = format!("vCPU {}: KVM_RUN: {error}", processor.id());
                 stopper.stop(StopReason::Stuck(stuck));
             }
-        }
-    }
-}
-
-/// Stops the machine when the thread that holds it panics.
-struct PanicGuard<'a>(&'a Stopper);
-
-impl Drop for PanicGuard<'_> {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            self.0.stop(StopReason::Software("a vCPU thread panicked".to_owned()));
         }
     }
 }

@@ -152,6 +152,17 @@ impl Stopper {
     }
 }
 
+/// Stops the machine when the thread that holds it panics, which is called so.
+pub(crate) struct PanicGuard<'a>(pub &'a Stopper, pub &'static str);
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop(StopReason::Software(format!("{} panicked", self.1)));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,6 +175,20 @@ mod tests {
         assert!(!stopper.stop(StopReason::Signal(15)));
         assert_eq!(stopper.reason(), Some(&StopReason::DebugExit(3)));
         assert_eq!(stopper.event().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_panic_stops_the_machine() {
+        let stopper = Stopper::new().unwrap();
+        drop(PanicGuard(&stopper, "nobody"));
+        assert_eq!(stopper.reason(), None);
+        let thread = stopper.clone();
+        let thread = std::thread::spawn(move || {
+            let _guard = PanicGuard(&thread, "a test");
+            panic!("on purpose");
+        });
+        assert!(thread.join().is_err());
+        assert_eq!(stopper.reason(), Some(&StopReason::Software("a test panicked".to_owned())));
     }
 
     #[test]

@@ -34,6 +34,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use super::Iommu;
 use crate::bus::BusDevice;
 use crate::config::{MachineConfig, SideCoreChoice};
+use crate::process::stop::{PanicGuard, Stopper};
 use crate::{Error, Result};
 use kvm::{Abilities, Mapped, PageSlot, Ring};
 use pace::{Arrivals, Parked, Patience, Rest};
@@ -204,15 +205,19 @@ impl SideCore {
         }
     }
 
-    /// Starts the thread.
+    /// Starts the thread, which stops the machine if it panics.
     ///
     /// # Errors
     /// There is no thread.
-    pub fn start(&mut self) -> Result<()> {
+    pub fn start(&mut self, stopper: Stopper) -> Result<()> {
         let shared = self.shared.clone();
+        let run = move || {
+            // A guest would wait for it in vain.
+            let _guard = PanicGuard(&stopper, "the side core");
+            shared.run();
+        };
         let thread = std::thread::Builder::new().name("side-core".into());
-        let thread = thread.spawn(move || shared.run()).map_err(Error::os("side core's thread"))?;
-        self.thread = Some(thread);
+        self.thread = Some(thread.spawn(run).map_err(Error::os("the side core's thread"))?);
         Ok(())
     }
 

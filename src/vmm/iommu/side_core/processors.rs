@@ -5,18 +5,20 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use rustix::process::getpid;
 use rustix::thread::{sched_getaffinity, sched_setaffinity, CpuSet};
 
-/// The processors that this process may use at the same time: those of its affinity, as far as its
-/// control group has time for them.
+/// The processors that this process may use at the same time: those of its affinity (that of its
+/// first thread, as the side core may be bound to one of them), as far as its control group has
+/// time for them.
 pub(super) fn usable() -> usize {
-    let allowed = sched_getaffinity(None).map_or(1, |set| set.count() as usize);
+    let allowed = sched_getaffinity(Some(getpid())).map_or(1, |set| set.count() as usize);
     allowed.min(quota().unwrap_or(allowed))
 }
 
 /// The numbers of the processors of its affinity, as text, if `processor` is not one of them.
 pub(super) fn check(processor: usize) -> Result<(), String> {
-    let Ok(set) = sched_getaffinity(None) else { return Ok(()) };
+    let Ok(set) = sched_getaffinity(Some(getpid())) else { return Ok(()) };
     let has = |number: usize| number < CpuSet::MAX_CPU && set.is_set(number);
     if has(processor) {
         return Ok(());
