@@ -48,7 +48,7 @@ fn every_check_holds_with_one_side_core_for_two_units() {
 /// Counts, not times: exits of a guest that unmaps one page after the other.
 #[test]
 fn an_unmap_costs_no_exit_to_this_process() {
-    const UNMAPS: u64 = 4000;
+    const UNMAPS: u64 = 2000;
     if !kvm() {
         return;
     }
@@ -76,7 +76,7 @@ fn what_memory_cannot_express_holds_with_pages_that_are_lent() {
     if !kvm() {
         return;
     }
-    let (cmdline, rounds) = ("unmaps=1500 loans=1", 24);
+    let (cmdline, rounds) = ("unmaps=900 loans=1", 12);
     let plain = Machine { cmdline, ..MACHINE }.run();
     let outcome = Machine { cmdline, iommus: &[SIDE_CORE], ..MACHINE }.run();
     assert_eq!((outcome.passed, &outcome.skipped), (plain.passed, &plain.skipped));
@@ -131,7 +131,7 @@ fn an_idle_guest_costs_nothing() {
     let serial = directory.path().join("serial");
     let mut command = with_default_signals(TWOSTAGE);
     command.args(["run", "--kernel"]).arg(images().join(MACHINE.image));
-    command.args(["--cmdline", "unmaps=2000 idle=1", "--memory", "size=256M"]);
+    command.args(["--cmdline", "unmaps=500 idle=1", "--memory", "size=256M"]);
     command.args(["--iommu", "vtd,side-core=on", "--device", "edu", "--report", "none"]);
     command.arg("--serial").arg(format!("file={}", serial.display()));
     let running = Running::new(&mut command);

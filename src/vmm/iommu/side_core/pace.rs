@@ -23,6 +23,9 @@ const LONGEST_REST: Duration = Duration::from_secs(10);
 /// Quiet operations before a page is lent: at first, and at most.
 const PATIENCE: u64 = 256;
 const MOST_PATIENCE: u64 = 1 << 16;
+/// Operations without exits for which it was worth to lend the page: that and taking it back cost
+/// 15 to 50 exits.
+const PAID: u64 = 512;
 
 /// Why a side core does not poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -162,7 +165,7 @@ impl Patience {
     /// is lent again.
     pub fn came_back(&mut self, tails: u64) {
         self.quiet = 0;
-        let paid = tails >= 4 * PATIENCE;
+        let paid = tails >= PAID;
         self.needed = if paid { PATIENCE } else { (self.needed * 2).min(MOST_PATIENCE) };
     }
 }
@@ -222,7 +225,7 @@ mod tests {
         assert!(!patience.quiet(255));
         patience.came_back(10);
         assert!(!patience.quiet(511) && patience.quiet(1));
-        patience.came_back(1024);
+        patience.came_back(PAID);
         assert!(patience.quiet(256));
         (0..20).for_each(|_| patience.came_back(0));
         assert!(patience.quiet(MOST_PATIENCE));

@@ -68,15 +68,16 @@ impl Shared {
             self.polling.store(true, Ordering::Relaxed);
             let mut preemptions = Preemptions::new();
             let mut watch = Watch::new(self.auto, Instant::now(), tails());
-            let alone = processors::usable() < 2;
             loop {
+                let mut worked = false;
                 for _ in 0..ROUNDS {
-                    if !self.serve() {
-                        if alone {
-                            std::thread::yield_now();
-                        }
-                        std::hint::spin_loop();
-                    }
+                    worked |= self.serve();
+                    std::hint::spin_loop();
+                }
+                if !worked {
+                    // Where others wait for this processor, perhaps the guest itself, one of them
+                    // gets it, which counts as a preemption.
+                    std::thread::yield_now();
                 }
                 if self.state.lock().ended {
                     return Parked::Idle;
