@@ -3,14 +3,14 @@
 //! each.
 //!
 //! ```text
-//!  boot ───────► boot::{Image, StartState}     kernel images, and what the first vCPU starts with
-//!  machine ────► create_vm, Processors         the virtual machine, vCPUs, interrupt controllers
-//!     │  ──────► Board                         the devices that are not on the PCI bus
-//!     │  ──────► firmware::write               what tells the guest all of it: ACPI, a device tree
-//!  interrupts ─► IrqChip, Lines, EdgeLine      the inputs of the interrupt controllers
-//!  memory, pci ► layout                        where everything is
-//!  cli ────────► probe::Probe                  what this machine's KVM can do
-//!  trace ──────► decoded_message               what an interrupt's message says
+//!  boot -------> boot::{Image, StartState}     kernel images, and what the first vCPU starts with
+//!  machine ----> create_vm, Processors         the virtual machine, vCPUs, interrupt controllers
+//!     |  ------> Board                         the devices that are not on the PCI bus
+//!     |  ------> firmware::write               what tells the guest all of it: ACPI, a device tree
+//!  interrupts -> IrqChip, Lines, EdgeLine      the inputs of the interrupt controllers
+//!  memory, pci -> layout                       where everything is
+//!  cli --------> probe::Probe                  what this machine's KVM can do
+//!  trace ------> decoded_message               what an interrupt's message says
 //! ```
 //!
 //! This is the only file that depends on the target architecture.
