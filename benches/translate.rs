@@ -12,13 +12,18 @@ use std::sync::{Arc, Barrier, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
+use criterion::measurement::WallTime;
+use criterion::{
+    criterion_group, criterion_main, BenchmarkGroup, BenchmarkId, Criterion, Throughput,
+};
 use twostage::iommufd::{
-    iommu_hwpt_vtd_s1, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, Protection, UserMemory,
+    iommu_hwpt_arm_smmuv3, iommu_hwpt_vtd_s1, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget,
+    ObjectId, Protection, UserMemory, ViommuKind,
 };
 use twostage::spec::pci::Bdf;
 use twostage_emulated::{
-    DeviceConfig, DmaAccess, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+    DeviceConfig, DmaAccess, DmaAttributes, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
+    UnitId, VtdUnit, VtdUnitConfig,
 };
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, IommuMemory, Iotlb, MemoryRegionAddress,
@@ -31,62 +36,123 @@ const IOVA: u64 = 0x12_0000_0000;
 /// Offset of the first table, after the mapped pages.
 const TABLES: u64 = 0x2000_0000;
 const MEMORY: usize = 0x2800_0000;
+/// Offset of the SMMUv3's context descriptor, before the tables.
+const CONTEXT: u64 = TABLES - PAGE;
 /// Numbers of pages that translations are spread over.
 const SPREADS: [u64; 3] = [64, 1 << 10, 64 << 10];
 
+type Group<'a> = BenchmarkGroup<'a, WallTime>;
+
+/// The IOMMU of a machine, with the entries of its IOTLB and its paging-structure cache.
+#[derive(Clone, Copy)]
+enum Unit {
+    Vtd { iotlb: usize, tables: usize },
+    SmmuV3 { iotlb: usize, tables: usize },
+}
+
 /// A host with one nested device, with `pages` IOVAs mapped in a shuffled order.
 struct Machine {
-    unit: Arc<VtdUnit>,
-    rid: Bdf,
     memory: Arc<GuestRegionMmap>,
-    _host: Arc<EmulatedHost>,
+    host: Arc<EmulatedHost>,
 }
 
 impl Machine {
-    fn new(pages: u64, config: VtdUnitConfig) -> Self {
-        let host = EmulatedHost::new();
-        let unit = VtdUnit::new(config);
-        let unit_id = host.add_unit(Arc::clone(&unit));
-        let rid = Bdf::new(0, 3, 0).unwrap();
-        host.add_device("device", unit_id, rid, DeviceConfig::default()).unwrap();
-        let dev = host.device_bind("device").unwrap();
-        let memory = GuestRegionMmap::<()>::from_range(GuestAddress(0), MEMORY, None).unwrap();
-        let memory = Arc::new(memory);
-        build_tables(&memory, pages);
-        let ioas = host.ioas_alloc().unwrap();
-        let whole = UserMemory::whole(memory.clone());
-        host.ioas_map(ioas, &whole, MapTarget::Fixed(0), Protection::READ_WRITE).unwrap();
-        let alloc = |flags, pt, data| {
-            host.hwpt_alloc(&HwptAlloc { flags, dev, pt, data, fault: None }).unwrap()
-        };
-        let parent = alloc(HwptFlags::new().with_nest_parent(true), ioas, HwptData::None);
+    fn new(pages: u64, unit: Unit) -> Self {
+        match unit {
+            Unit::Vtd { iotlb, tables } => {
+                let config = VtdUnitConfig::default()
+                    .with_iotlb_entries(iotlb)
+                    .with_paging_structure_entries(tables);
+                Self::vtd(pages, config)
+            }
+            Unit::SmmuV3 { iotlb, tables } => {
+                let config = SmmuV3UnitConfig::default()
+                    .with_iotlb_entries(iotlb)
+                    .with_paging_structure_entries(tables);
+                let machine = Self::of(|host| host.add_unit(SmmuV3Unit::new(config)));
+                // Pages of an ASID, with AF.
+                machine.build_tables(pages, 3, 0xc43);
+                machine.nest_smmuv3();
+                machine
+            }
+        }
+    }
+
+    fn vtd(pages: u64, config: VtdUnitConfig) -> Self {
+        let machine = Self::of(|host| host.add_unit(VtdUnit::new(config)));
+        machine.build_tables(pages, 0x27, 0x67);
+        let (dev, parent) = machine.parent();
         let data = iommu_hwpt_vtd_s1 { pgtbl_addr: TABLES, addr_width: 48, ..Default::default() };
-        let nested = alloc(HwptFlags::new(), parent, HwptData::VtdS1(data));
-        host.device_attach(dev, None, nested).unwrap();
-        Self { unit, rid, memory, _host: host }
+        machine.attach(dev, parent, HwptData::VtdS1(data));
+        machine
+    }
+
+    /// A host with the unit that `add` adds, and its device.
+    fn of(add: impl FnOnce(&Arc<EmulatedHost>) -> UnitId) -> Self {
+        let host = EmulatedHost::new();
+        let unit = add(&host);
+        let rid = Bdf::new(0, 3, 0).unwrap();
+        host.add_device("device", unit, rid, DeviceConfig::default()).unwrap();
+        let memory = GuestRegionMmap::<()>::from_range(GuestAddress(0), MEMORY, None).unwrap();
+        Self { memory: Arc::new(memory), host }
+    }
+
+    /// The device object, and a nesting parent with all of the memory.
+    fn parent(&self) -> (ObjectId, ObjectId) {
+        let dev = self.host.device_bind("device").unwrap();
+        let ioas = self.host.ioas_alloc().unwrap();
+        let whole = UserMemory::whole(self.memory.clone());
+        self.host.ioas_map(ioas, &whole, MapTarget::Fixed(0), Protection::READ_WRITE).unwrap();
+        let flags = HwptFlags::new().with_nest_parent(true);
+        let parent = HwptAlloc { flags, dev, pt: ioas, data: HwptData::None, fault: None };
+        (dev, self.host.hwpt_alloc(&parent).unwrap())
+    }
+
+    fn attach(&self, dev: ObjectId, pt: ObjectId, data: HwptData) {
+        let nested = HwptAlloc { flags: HwptFlags::new(), dev, pt, data, fault: None };
+        let nested = self.host.hwpt_alloc(&nested).unwrap();
+        self.host.device_attach(dev, None, nested).unwrap();
+    }
+
+    fn nest_smmuv3(&self) {
+        const ASID: u64 = 7;
+        // T0SZ is 16, EPD1, V, IPS is 48 bits, AA64, R and A.
+        let cd = 16 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 3 << 45 | ASID << 48;
+        self.store(CONTEXT, cd);
+        self.store(CONTEXT + 8, TABLES);
+        let (dev, parent) = self.parent();
+        let viommu = self.host.viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent).unwrap();
+        self.host.vdevice_alloc(viommu, dev, 0x18).unwrap();
+        // V, stage 1 only.
+        let ste = [1 | 5 << 1 | CONTEXT, 0];
+        self.attach(dev, viommu, HwptData::ArmSmmuV3(iommu_hwpt_arm_smmuv3 { ste }));
     }
 
     fn port(&self) -> DmaPort {
-        self.unit.port(self.rid.raw())
+        self.host.dma_port("device").unwrap()
     }
-}
 
-/// First-stage tables at [`TABLES`] for `pages` 4 KiB pages from [`IOVA`] on.
-fn build_tables(memory: &GuestRegionMmap, pages: u64) {
-    let store = |offset: u64, word: u64| {
-        memory.store(word.to_le(), MemoryRegionAddress(offset), Ordering::Relaxed).unwrap();
-    };
-    let index = |iova: u64, level: u64| iova >> (12 + 9 * (level - 1)) & 0x1ff;
-    // One table for each of the upper levels, then as many as the pages need.
-    let leaf_table = |page: u64| TABLES + (3 + page / 512) * PAGE;
-    store(TABLES + index(IOVA, 4) * 8, (TABLES + PAGE) | 0x27);
-    store(TABLES + PAGE + index(IOVA, 3) * 8, (TABLES + 2 * PAGE) | 0x27);
-    for page in 0..pages {
-        let iova = IOVA + page * PAGE;
-        if page.is_multiple_of(512) {
-            store(TABLES + 2 * PAGE + index(iova, 2) * 8, leaf_table(page) | 0x27);
+    fn store(&self, offset: u64, word: u64) {
+        self.memory.store(word.to_le(), MemoryRegionAddress(offset), Ordering::Relaxed).unwrap();
+    }
+
+    /// Four levels of tables at [`TABLES`] for `pages` 4 KiB pages from [`IOVA`] on, with these
+    /// bits in entries of tables and of pages.
+    fn build_tables(&self, pages: u64, table: u64, page: u64) {
+        let (of_table, of_page) = (table, page);
+        let index = |iova: u64, level: u64| iova >> (12 + 9 * (level - 1)) & 0x1ff;
+        // One table for each of the upper levels, then as many as the pages need.
+        let leaf_table = |page: u64| TABLES + (3 + page / 512) * PAGE;
+        self.store(TABLES + index(IOVA, 4) * 8, (TABLES + PAGE) | of_table);
+        self.store(TABLES + PAGE + index(IOVA, 3) * 8, (TABLES + 2 * PAGE) | of_table);
+        for page in 0..pages {
+            let iova = IOVA + page * PAGE;
+            if page.is_multiple_of(512) {
+                self.store(TABLES + 2 * PAGE + index(iova, 2) * 8, leaf_table(page) | of_table);
+            }
+            let to = shuffled(page, pages) * PAGE;
+            self.store(leaf_table(page) + index(iova, 1) * 8, to | of_page);
         }
-        store(leaf_table(page) + index(iova, 1) * 8, (shuffled(page, pages) * PAGE) | 0x67);
     }
 }
 
@@ -142,32 +208,27 @@ fn on_threads<T: Send>(
 }
 
 fn hits(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("hit");
-    for pages in SPREADS {
-        let config = VtdUnitConfig::default().with_iotlb_entries(256 << 10);
-        let machine = Machine::new(pages, config);
-        let addresses = addresses(pages);
-        let mut port = machine.port();
-        for page in 0..pages {
-            translate(&mut port, IOVA + page * PAGE);
+    let vtd = Unit::Vtd { iotlb: 256 << 10, tables: 1024 };
+    let smmu = Unit::SmmuV3 { iotlb: 256 << 10, tables: 1024 };
+    for (name, unit) in [("hit", vtd), ("SMMUv3 hit", smmu)] {
+        let mut group = criterion.benchmark_group(name);
+        for pages in SPREADS {
+            let machine = Machine::new(pages, unit);
+            let mut port = machine.port();
+            for page in 0..pages {
+                translate(&mut port, IOVA + page * PAGE);
+            }
+            random_pages(&mut group, "", &machine, pages);
         }
-        let at = |iteration: u64| addresses[iteration as usize & 0xffff];
-        for threads in [1, 2] {
-            let id = BenchmarkId::new(format!("{threads} thread(s), pages"), pages);
-            group.bench_function(id, |bencher| {
-                bencher.iter_custom(|iterations| {
-                    let ports = (0..threads).map(|_| machine.port()).collect();
-                    on_threads(iterations, ports, |port, it| translate(port, at(it)))
-                });
-            });
-        }
+        group.finish();
     }
-    let machine = Machine::new(1, VtdUnitConfig::default());
+    let mut group = criterion.benchmark_group("hit");
+    let machine = Machine::vtd(1, VtdUnitConfig::default());
     let mut port = machine.port();
     group.bench_function("the same page", |bencher| {
         bencher.iter(|| translate(&mut port, black_box(IOVA)));
     });
-    let machine = Machine::new(1, VtdUnitConfig::default().with_device_tlb(true));
+    let machine = Machine::vtd(1, VtdUnitConfig::default().with_device_tlb(true));
     let mut port = machine.port();
     port.control().set_device_tlb(true);
     group.bench_function("the same page, in the device TLB", |bencher| {
@@ -176,31 +237,38 @@ fn hits(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// Translations of random pages of `machine`, by one thread and by two.
+fn random_pages(group: &mut Group<'_>, name: &str, machine: &Machine, pages: u64) {
+    let addresses = addresses(pages);
+    let at = |iteration: u64| addresses[iteration as usize & 0xffff];
+    for threads in [1, 2] {
+        let id = BenchmarkId::new(format!("{name}{threads} thread(s), pages"), pages);
+        group.bench_function(id, |bencher| {
+            bencher.iter_custom(|iterations| {
+                let ports = (0..threads).map(|_| machine.port()).collect();
+                on_threads(iterations, ports, |port, it| translate(port, at(it)))
+            });
+        });
+    }
+}
+
 fn misses(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("miss");
-    for (name, paging_structure_entries) in [("warm", 4096), ("cold", 0)] {
-        for pages in SPREADS {
-            // Without an IOTLB every request walks.
-            let machine = Machine::new(
-                pages,
-                VtdUnitConfig::default()
-                    .with_iotlb_entries(0)
-                    .with_paging_structure_entries(paging_structure_entries),
-            );
-            let addresses = addresses(pages);
-            let at = |iteration: u64| addresses[iteration as usize & 0xffff];
-            for threads in [1, 2] {
-                let name = format!("{name} paging structures, {threads} thread(s), pages");
-                group.bench_function(BenchmarkId::new(name, pages), |bencher| {
-                    bencher.iter_custom(|iterations| {
-                        let ports = (0..threads).map(|_| machine.port()).collect();
-                        on_threads(iterations, ports, |port, it| translate(port, at(it)))
-                    });
-                });
+    let vtd: fn(usize, usize) -> Unit = |iotlb, tables| Unit::Vtd { iotlb, tables };
+    let smmu: fn(usize, usize) -> Unit = |iotlb, tables| Unit::SmmuV3 { iotlb, tables };
+    for (name, unit) in [("miss", vtd), ("SMMUv3 miss", smmu)] {
+        let mut group = criterion.benchmark_group(name);
+        // Without an IOTLB every request walks.
+        for (name, tables) in [("warm", 4096), ("cold", 0)] {
+            for pages in SPREADS {
+                let machine = Machine::new(pages, unit(0, tables));
+                random_pages(&mut group, &format!("{name} paging structures, "), &machine, pages);
             }
         }
+        // With one that is too small, nearly every request also replaces an entry.
+        let (pages, machine) = (64 << 10, Machine::new(64 << 10, unit(4096, 1024)));
+        random_pages(&mut group, "replacing one of 4096 entries, ", &machine, pages);
+        group.finish();
     }
-    group.finish();
 }
 
 /// Only the loads of a walk: each address depends on the word loaded before, and the last one is in
@@ -266,7 +334,7 @@ fn buffers(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("buffer");
     for (name, length) in [("4 KiB", 4 << 10), ("1 MiB", 1 << 20)] {
         group.throughput(Throughput::Bytes(length as u64));
-        let machine = Machine::new(length as u64 / PAGE, VtdUnitConfig::default());
+        let machine = Machine::vtd(length as u64 / PAGE, VtdUnitConfig::default());
         let memory = GuestMemoryMmap::from_arc_regions(vec![machine.memory.clone()]).unwrap();
         let (mut port, mut data) = (machine.port(), vec![0; length]);
         let pieces = || (IOVA..).step_by(AT_ONCE);

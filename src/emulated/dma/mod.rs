@@ -17,11 +17,11 @@ use std::sync::Arc;
 use vm_memory::Bytes;
 
 use control::{DeviceControl, DmaServices};
-use section::{error, report, request, walk, Interrupts, Section, Unreported};
+use section::{error, kind, report, request, walk, Interrupts, Section, Unreported};
 
 use crate::dma::error::DmaError;
 use crate::units::engine::{
-    Blocked, ConfigCache, Counters, Engine, Fault, LocalCounters, Request, Target,
+    Blocked, ConfigCache, Counters, Engine, Fault, LocalCounters, Missed, Request, Target,
 };
 use crate::units::gate::{Gate, ReadGuard, Reader};
 use crate::units::page_requests::PageRequests;
@@ -127,7 +127,7 @@ impl DmaPort {
             reader: gate.reader(),
             config: ConfigCache::default(),
             counters: counters.share(),
-            interrupts: Interrupts(interrupts),
+            interrupts: Interrupts::new(interrupts),
             all_counters: counters,
             control: DeviceControl::new(rid, page_requests, gate),
             services: DmaServices::default(),
@@ -253,30 +253,36 @@ impl DmaPort {
         access: DmaAccess,
     ) -> Result<Translated<'_>, DmaError> {
         self.interrupts.check(attributes, iova)?;
-        let request = request(self.rid, attributes, iova, access);
         let mut engine = self.reader.enter();
-        let found = if engine.common.caches.device_tlbs.has(self.rid) {
-            by_device(&mut engine, &mut self.config, &self.counters, &request)
-        } else {
-            // Separate and first, as it is all that most requests need.
-            if let Some(target) = engine.common.cached(&self.config, &self.counters, &request) {
-                let length = length.min(self.interrupts.piece(attributes, iova, target.length));
-                return Ok(Translated { engine, target, length });
+        // Separate and first, as it is all that most requests need.
+        let cached = match engine.common.caches.device_tlbs.has(self.rid) {
+            true => Err(None),
+            false => {
+                let request = (attributes.pasid, iova, kind(attributes, access));
+                engine.common.cached(&self.config, &self.counters, request).map_err(Some)
             }
-            walk(&mut engine, &mut self.config, &self.counters, &request)
         };
-        match found {
-            Ok(target) => {
-                let length = length.min(self.interrupts.piece(attributes, iova, target.length));
-                Ok(Translated { engine, target, length })
+        let target = match cached {
+            Ok(target) => target,
+            Err(missed) => {
+                let Self { rid, config, counters, .. } = self;
+                let of = (*rid, attributes, access);
+                match not_cached(&mut engine, config, counters, of, iova, missed) {
+                    Ok(target) => target,
+                    Err(Blocked::Interrupt(address)) => {
+                        return Err(DmaError::Interrupt { address })
+                    }
+                    Err(Blocked::Fault(fault)) => {
+                        drop(engine);
+                        let control = self.services.page_requests.then_some(&self.control);
+                        let request = request(self.rid, attributes, iova, access);
+                        return Err(stopped(control, &self.counters, &request, &fault));
+                    }
+                }
             }
-            Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
-            Err(Blocked::Fault(fault)) => {
-                drop(engine);
-                let control = self.services.page_requests.then_some(&self.control);
-                Err(stopped(control, &self.counters, &request, &fault))
-            }
-        }
+        };
+        let length = length.min(self.interrupts.piece(attributes, iova, target.length));
+        Ok(Translated { engine, target, length })
     }
 
     /// Takes the response to the page requests of `group` ([`DmaError::PageRequested`]), once;
@@ -339,6 +345,23 @@ impl Translated<'_> {
     }
 }
 
+/// Translates `iova` for a request that `missed`; nothing, if its device's ATS is enabled.
+#[inline(never)]
+fn not_cached(
+    engine: &mut ReadGuard<'_, Engine>,
+    config: &mut ConfigCache,
+    counters: &LocalCounters,
+    (rid, attributes, access): (u16, DmaAttributes, DmaAccess),
+    iova: u64,
+    missed: Option<Missed>,
+) -> Result<Target, Blocked> {
+    let request = request(rid, attributes, iova, access);
+    match missed {
+        Some(missed) => walk(engine, config, counters, &request, missed),
+        None => by_device(engine, config, counters, &request),
+    }
+}
+
 /// Translates `request` of a device whose ATS is enabled: by its TLB, or by a translation request.
 /// The answer to that is no fault where software could mend the tables, as it need not be what the
 /// device needs in the end: it gives no permission, and the device may request the page (PCIe 6.0
@@ -356,7 +379,7 @@ fn by_device(
     if let Some(target) = engine.device_translation(config, counters, request) {
         return Ok(target);
     }
-    let found = walk(engine, config, counters, request);
+    let found = walk(engine, config, counters, request, Missed::Config);
     // Only now, as something else may have been attached meanwhile.
     if !engine.own.answers_translation_requests(request.rid) {
         return found;

@@ -9,7 +9,7 @@ use vm_memory::{GuestAddress, Permissions};
 use super::{DmaAccess, DmaAttributes};
 use crate::dma::error::DmaError;
 use crate::units::engine::{
-    Blocked, ConfigCache, Engine, Fault, LocalCounters, Request, RequestKind, Target,
+    Blocked, ConfigCache, Engine, Fault, LocalCounters, Missed, Request, RequestKind, Target,
 };
 use crate::units::gate::ReadGuard;
 
@@ -102,15 +102,16 @@ impl Section<'_> {
         self.interrupts.check(attributes, iova)?;
         let request = request(self.rid, attributes, iova, access);
         let Self { engine, config, counters, .. } = self;
-        let found = match engine.common.cached(config, counters, &request) {
-            Some(target) => Ok(target),
+        let cached = engine.common.cached(config, counters, (request.pasid, iova, request.kind));
+        let found = match cached {
+            Ok(target) => Ok(target),
             // The earlier translation is valid until the section ends, so the section cannot be
             // left. It need not: the requester has something attached, unless requests differ in
             // PASID.
-            None if self.translated => {
-                engine.own.translate(&engine.common, config, counters, &request)
+            Err(missed) if self.translated => {
+                engine.own.translate(&engine.common, config, counters, &request, missed)
             }
-            None => walk(engine, config, counters, &request),
+            Err(missed) => walk(engine, config, counters, &request, missed),
         };
         match found {
             Ok(target) => {
@@ -142,7 +143,7 @@ impl Drop for Unreported<'_> {
     }
 }
 
-/// Translates `request` by tables, not by the caches. If nothing is attached for it, asks whoever
+/// Translates `request`, which `missed`, by tables. If nothing is attached for it, asks whoever
 /// may attach something, outside of the section, and tries again: only to be called while nothing
 /// read in the section is in use.
 #[inline]
@@ -151,13 +152,14 @@ pub(super) fn walk(
     config: &mut ConfigCache,
     counters: &LocalCounters,
     request: &Request,
+    missed: Missed,
 ) -> Result<Target, Blocked> {
-    match engine.own.translate(&engine.common, config, counters, request) {
-        Ok(target) => Ok(target),
-        Err(blocked) if attached_late(engine, &blocked) => {
-            engine.own.translate(&engine.common, config, counters, request)
+    let found = engine.own.translate(&engine.common, config, counters, request, missed);
+    match &found {
+        Err(blocked) if attached_late(engine, blocked) => {
+            engine.own.translate(&engine.common, config, counters, request, Missed::Config)
         }
-        Err(blocked) => Err(blocked),
+        _ => found,
     }
 }
 
@@ -193,23 +195,33 @@ pub(super) fn request(
     address: u64,
     access: DmaAccess,
 ) -> Request {
+    Request { rid, pasid: attributes.pasid, address, kind: kind(attributes, access) }
+}
+
+/// What a request with `attributes` for `access` is.
+#[inline]
+pub(super) fn kind(attributes: DmaAttributes, access: DmaAccess) -> RequestKind {
     let DmaAttributes { pasid, privileged, execute } = attributes;
-    let with_pasid = pasid.is_some();
-    let write = access == DmaAccess::Write;
-    let kind = RequestKind::new(write, with_pasid && privileged, with_pasid && execute);
-    Request { rid, pasid, address, kind }
+    let (with_pasid, write) = (pasid.is_some(), access == DmaAccess::Write);
+    RequestKind::new(write, with_pasid && privileged, with_pasid && execute)
 }
 
 /// IOVAs that are interrupt messages regardless of the configuration, in requests without PASID.
 #[derive(Debug, Clone)]
-pub(super) struct Interrupts(pub Option<RangeInclusive<u64>>);
+pub(super) struct Interrupts(Option<(u64, u64)>);
 
 impl Interrupts {
+    /// Those of `range`; none without one.
+    pub fn new(range: Option<RangeInclusive<u64>>) -> Self {
+        // Every request is compared with both ends.
+        Self(range.map(RangeInclusive::into_inner))
+    }
+
     /// Whether a request to `iova` is a memory access and not an interrupt message.
     #[inline]
     pub fn check(&self, attributes: DmaAttributes, iova: u64) -> Result<(), DmaError> {
-        match &self.0 {
-            Some(range) if attributes.pasid.is_none() && range.contains(&iova) => {
+        match self.0 {
+            Some((first, last)) if attributes.pasid.is_none() && first <= iova && iova <= last => {
                 Err(DmaError::Interrupt { address: iova })
             }
             _ => Ok(()),
@@ -221,9 +233,9 @@ impl Interrupts {
     #[inline]
     pub fn piece(&self, attributes: DmaAttributes, iova: u64, target: u64) -> usize {
         let length = target.min(MAX_PIECE as u64);
-        let length = match &self.0 {
-            Some(range) if attributes.pasid.is_none() && iova < *range.start() => {
-                length.min(*range.start() - iova)
+        let length = match self.0 {
+            Some((first, _)) if attributes.pasid.is_none() && iova < first => {
+                length.min(first - iova)
             }
             _ => length,
         };

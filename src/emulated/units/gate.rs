@@ -65,6 +65,9 @@ struct CachePadded<T>(T);
 /// Whether the reader is inside.
 type Slot = CachePadded<AtomicBool>;
 
+/// The value behind a gate.
+struct Value<T: ?Sized>(UnsafeCell<T>);
+
 /// See the [module's documentation](self).
 pub(crate) struct Gate<T: ?Sized> {
     /// A writer is inside or waits for readers to leave. Written with `slots` locked.
@@ -72,13 +75,13 @@ pub(crate) struct Gate<T: ?Sized> {
     /// Held by writers; the slots of all readers.
     slots: Mutex<Vec<Arc<Slot>>>,
     /// Last, so that a gate in front of a value is one in front of a trait object, too.
-    value: UnsafeCell<T>,
+    value: Value<T>,
 }
 
 // SAFETY: a gate hands out `&T` to readers on several threads at once (hence `T: Sync`) and `&mut
 // T` to one writer on any thread (hence `T: Send`), never both at a time: see the module's
 // documentation. Everything else in it is `Sync` by itself.
-unsafe impl<T: ?Sized + Send + Sync> Sync for Gate<T> {}
+unsafe impl<T: ?Sized + Send + Sync> Sync for Value<T> {}
 
 impl<T> Gate<T> {
     /// A gate in front of `value`, open.
@@ -86,7 +89,7 @@ impl<T> Gate<T> {
         Arc::new(Self {
             closed: CachePadded(AtomicBool::new(false)),
             slots: Mutex::new(Vec::new()),
-            value: UnsafeCell::new(value),
+            value: Value(UnsafeCell::new(value)),
         })
     }
 }
@@ -106,7 +109,7 @@ impl<T: ?Sized> Gate<T> {
         closed.wait_until_idle();
         // SAFETY: `closed` keeps other writers and new readers out until it is dropped, and every
         // reader that was inside has left: nobody else refers to the value.
-        change(unsafe { &mut *self.value.get() })
+        change(unsafe { &mut *self.value.0.get() })
     }
 
     /// Keeps other writers and new readers out until the result is dropped.
@@ -187,8 +190,9 @@ impl<T: ?Sized> Reader<T> {
     /// Starts a read section, which ends when the guard is dropped. Keep it short: writers wait.
     #[inline]
     pub fn enter(&mut self) -> ReadGuard<'_, T> {
-        enter(&self.gate, &self.slot);
-        ReadGuard { gate: &self.gate, slot: &self.slot }
+        let gate = &*self.gate;
+        enter(gate, &self.slot);
+        ReadGuard { gate, slot: &self.slot, value: &gate.value }
     }
 }
 
@@ -227,6 +231,8 @@ impl<T: ?Sized> fmt::Debug for Reader<T> {
 pub(crate) struct ReadGuard<'a, T: ?Sized> {
     gate: &'a Gate<T>,
     slot: &'a Slot,
+    /// The gate's: where it is in the gate of a trait object, only its vtable says.
+    value: &'a Value<T>,
 }
 
 impl<T: ?Sized> ReadGuard<'_, T> {
@@ -253,7 +259,7 @@ impl<T: ?Sized> Deref for ReadGuard<'_, T> {
     fn deref(&self) -> &T {
         // SAFETY: the slot is busy and was marked so before the gate was seen open (or with the
         // writers' mutex held), so no writer touches the value until this guard is dropped.
-        unsafe { &*self.gate.value.get() }
+        unsafe { &*self.value.0.get() }
     }
 }
 
@@ -341,7 +347,7 @@ mod tests {
                     closed.wait_until_idle();
                 }
                 // SAFETY: shared access only, as the readers have; the cell is atomic.
-                let inside = unsafe { &*gate.value.get() };
+                let inside = unsafe { &*gate.value.0.get() };
                 inside.store(true, Ordering::Relaxed);
                 std::hint::spin_loop();
                 inside.store(false, Ordering::Relaxed);

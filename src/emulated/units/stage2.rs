@@ -45,6 +45,15 @@ impl Stage2 {
         (address <= mapping.last).then(|| mapping.clone())
     }
 
+    /// All mappings, if there are at most `few`; otherwise none.
+    pub fn few(&self, few: usize) -> Vec<Mapping> {
+        let mappings = self.mappings.read();
+        if mappings.len() > few {
+            return Vec::new();
+        }
+        mappings.values().cloned().collect()
+    }
+
     /// Adds a mapping. The caller has checked that it overlaps none.
     pub fn insert(&self, mapping: Mapping) {
         self.mappings.write().insert(mapping.start, mapping);

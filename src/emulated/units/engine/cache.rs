@@ -10,7 +10,7 @@
 //! atomics, so a torn read is not a data race, merely a miss.
 
 use std::fmt;
-use std::sync::atomic::{fence, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{fence, AtomicU64, Ordering};
 
 use super::key::{IovaRange, Key, Scope, Source};
 
@@ -83,8 +83,9 @@ pub(crate) struct Cache {
     sets: Box<[Set]>,
     /// How far a hash is shifted to leave the index of a set.
     shift: u32,
-    /// Counts evictions, for round-robin replacement.
-    turn: AtomicUsize,
+    /// A bit for each shift that some entry may have: most caches have pages of one size only, and
+    /// need not be searched for others.
+    shifts: AtomicU64,
     /// How many sets were searched for entries to drop.
     #[cfg(test)]
     pub(super) looks: u64,
@@ -97,7 +98,7 @@ impl Cache {
         Self {
             sets: (0..sets).map(|_| Set::default()).collect(),
             shift: u64::BITS - sets.checked_ilog2().unwrap_or(1),
-            turn: AtomicUsize::new(0),
+            shifts: AtomicU64::new(0),
             #[cfg(test)]
             looks: 0,
         }
@@ -118,6 +119,13 @@ impl Cache {
         (hash >> self.shift) as usize
     }
 
+    /// Whether there may be entries of `shift` (below 64).
+    #[inline]
+    pub fn may_have(&self, shift: u8) -> bool {
+        // Whatever the order: a thread that does not see the bit yet has a miss.
+        self.shifts.load(Ordering::Relaxed) >> shift & 1 != 0
+    }
+
     /// The value of `key`, if there is one that `accept` accepts.
     #[inline]
     pub fn get(&self, key: Key, accept: impl Fn(u64) -> bool) -> Option<u64> {
@@ -126,42 +134,52 @@ impl Cache {
     }
 
     /// Caches `value` under `key`, in place of its old value or of another entry. Returns whether
-    /// another entry was evicted.
-    pub fn insert(&self, key: Key, value: u64) -> bool {
+    /// another entry was evicted: that is the one whose turn it is, by a number of the thread's
+    /// own, which counts evictions or the like.
+    #[inline]
+    pub fn insert(&self, key: Key, value: u64, turn: u64) -> bool {
         let Some(Set(ways)) = self.sets.get(self.index(key)) else { return false };
+        if !self.may_have(key.shift()) {
+            self.shifts.fetch_or(1 << key.shift(), Ordering::Relaxed);
+        }
         let held = ways.iter().find(|entry| entry.get(key).is_some());
         let empty = || ways.iter().find(|entry| entry.span.load(Ordering::Relaxed) == 0);
         if let Some(entry) = held.or_else(empty) {
             entry.set(key, value);
             return false;
         }
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        ways.iter().cycle().nth(turn % WAYS).is_some_and(|victim| victim.set(key, value))
+        let victim = ways.get(turn as usize % WAYS);
+        victim.is_some_and(|victim| victim.set(key, value))
     }
 
     /// Drops the entries of `scope` that translate an address in one of `ranges`, as made by
     /// [`ascending`](super::key::ascending), and have one of `shifts`; returns their number.
     /// However many ranges there are, no more sets are searched than the cache has.
     pub fn drop_ranges(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
+        let present = *self.shifts.get_mut();
+        let shifts = || shifts.iter().copied().filter(|shift| present >> shift & 1 != 0);
+        if shifts().next().is_none() {
+            return 0;
+        }
         // Probing each span of a shift in a range is cheaper than looking at all entries while
         // there are fewer of them than sets.
         let mut spans: u64 = 0;
         let sets = self.sets.len() as u64;
         for range in ranges {
-            for &shift in shifts {
+            for shift in shifts() {
                 spans = spans.saturating_add(range.spans(shift));
             }
             if spans > sets {
                 return self.drop_entries(|key, _| {
                     scope.has(key.source)
-                        && shifts.contains(&key.shift())
+                        && shifts().any(|shift| shift == key.shift())
                         && key.overlaps_any(0, ranges)
                 });
             }
         }
         let mut dropped = 0;
         for range in ranges {
-            for &shift in shifts {
+            for shift in shifts() {
                 for number in 0..range.spans(shift) {
                     // Cannot overflow: it is at most `last` rounded down.
                     let address = ((range.first >> shift) + number) << shift;
@@ -196,13 +214,17 @@ impl Cache {
     pub fn drop_entries(&mut self, mut condemned: impl FnMut(Key, u64) -> bool) -> u64 {
         #[cfg(test)]
         (self.looks += self.sets.len() as u64);
-        let mut dropped = 0;
+        let (mut dropped, mut shifts) = (0, 0);
         for entry in self.sets.iter_mut().flat_map(|Set(ways)| ways) {
-            if entry.occupant().is_some_and(|(key, value)| condemned(key, value)) {
+            let Some((key, value)) = entry.occupant() else { continue };
+            if condemned(key, value) {
                 entry.clear();
                 dropped += 1;
+            } else {
+                shifts |= 1 << key.shift();
             }
         }
+        *self.shifts.get_mut() = shifts;
         dropped
     }
 }
@@ -244,7 +266,7 @@ mod tests {
     #[test]
     fn an_entry_is_found_by_span_size_tag_and_space() {
         let cache = Cache::new(64);
-        cache.insert(key(1, 2, 0x20_0000, 21), 7);
+        cache.insert(key(1, 2, 0x20_0000, 21), 7, 0);
         assert_eq!(cache.get(key(1, 2, 0x3f_ffff, 21), any), Some(7));
         assert_eq!(cache.get(key(1, 2, 0x3f_ffff, 21), |value| value != 7), None);
         for other in [
@@ -255,7 +277,7 @@ mod tests {
         ] {
             assert_eq!(cache.get(other, any), None);
         }
-        cache.insert(key(1, 2, 0x20_0000, 21), 8);
+        cache.insert(key(1, 2, 0x20_0000, 21), 8, 0);
         assert_eq!(cache.get(key(1, 2, 0x20_0000, 21), any), Some(8));
     }
 
@@ -263,7 +285,7 @@ mod tests {
     fn a_full_cache_evicts_and_stays_in_bounds() {
         let mut cache = Cache::new(16);
         let evicted =
-            (0..1000).filter(|page| cache.insert(key(1, 0, page << 12, 12), *page)).count();
+            (0..1000).filter(|page| cache.insert(key(1, 0, page << 12, 12), *page, *page)).count();
         let held = cache.drop_entries(|_, _| true);
         assert!(held <= 16);
         assert_eq!(held + evicted as u64, 1000);
@@ -272,7 +294,7 @@ mod tests {
     #[test]
     fn a_cache_of_nothing_holds_nothing() {
         let mut cache = Cache::new(0);
-        assert!(!cache.insert(key(1, 0, 0, 12), 1));
+        assert!(!cache.insert(key(1, 0, 0, 12), 1, 0));
         assert_eq!(cache.get(key(1, 0, 0, 12), any), None);
         assert_eq!(cache.drop_ranges(ONE, &[IovaRange::ALL], &SHIFTS), 0);
     }
@@ -293,7 +315,7 @@ mod tests {
             let mut cache = Cache::new(1 << 12);
             let range = |&(first, length)| IovaRange { first, last: first + length - 1 };
             for &(tag, space, address, shift) in &entries {
-                cache.insert(key(tag, space, address, shift), 1);
+                cache.insert(key(tag, space, address, shift), 1, address);
             }
             let before: Vec<_> = entries
                 .iter()
@@ -328,7 +350,7 @@ mod tests {
             let mut cache = Cache::new(1 << 12);
             let ranges = (0..256u64).map(|at| at << 30);
             let ranges = ranges.map(|first| IovaRange { first, last: first + (pages << 12) - 1 });
-            (0..256).for_each(|at| assert!(!cache.insert(key(1, 0, at << 30, 12), 1)));
+            (0..256).for_each(|at| assert!(!cache.insert(key(1, 0, at << 30, 12), 1, at)));
             let ranges = ascending(ranges);
             assert_eq!(cache.drop_ranges(ONE, &ranges, &SHIFTS), 256);
             assert!(cache.looks <= 1 << 10, "{pages} pages: {} sets", cache.looks);
@@ -340,10 +362,10 @@ mod tests {
         for entries in [64, 1 << 12] {
             let mut cache = Cache::new(entries);
             let page = IovaRange { first: u64::MAX - 0xfff, last: u64::MAX };
-            cache.insert(key(1, 0, u64::MAX, 12), 1);
-            cache.insert(key(1, 0, u64::MAX, 30), 1);
+            cache.insert(key(1, 0, u64::MAX, 12), 1, 0);
+            cache.insert(key(1, 0, u64::MAX, 30), 1, 0);
             assert_eq!(cache.drop_ranges(ONE, &[page], &SHIFTS), 2);
-            cache.insert(key(1, 0, u64::MAX, 30), 1);
+            cache.insert(key(1, 0, u64::MAX, 30), 1, 0);
             assert_eq!(cache.drop_ranges(ONE, &[IovaRange::ALL], &SHIFTS), 1);
         }
     }
@@ -362,7 +384,7 @@ mod tests {
                     for _ in 0..200_000 {
                         random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
                         let (page, pasid) = (random >> 40 & 7, (random >> 50 & 3) as u32);
-                        cache.insert(key(1, pasid, page << 12, 12), value_of(page, pasid));
+                        cache.insert(key(1, pasid, page << 12, 12), value_of(page, pasid), random);
                     }
                     done.store(true, Ordering::Relaxed);
                 });

@@ -18,11 +18,8 @@ use super::host_stage2::{Gone, HostStage2};
 use super::key::{size, IovaRange, Key, Lookup, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::origins::{CachesOfWalk, Origins, Trail};
-use crate::units::stage2::Mapping;
+use super::stage2_cache::{now, Stage2Cache, Whole};
 use twostage::iommufd::{MemorySlice, MemoryWord};
-
-/// Sizes of the pieces of stage 2 that are cached, as powers of two: 4 KiB, 2 MiB, 1 GiB.
-const STAGE2_SHIFTS: [u8; 3] = [12, 21, 30];
 
 /// Sizes of stage-1 pages that may be larger than the cached piece, as powers of two; an IOTLB
 /// entry stores the index.
@@ -46,16 +43,13 @@ const TABLE_WRITABLE: u16 = 1 << 8;
 /// Position, above eight bits of [`Rights`], of an IOTLB entry's index of the stage-1 page size, if
 /// that is larger.
 const WHOLE_AT: u32 = 8;
-/// Flags of a cached stage-2 page.
-const STAGE2_READ: u16 = 1;
-const STAGE2_WRITE: u16 = 2;
 
 /// See the [module's documentation](self).
 #[derive(Debug)]
 pub(crate) struct Caches {
     iotlb: Cache,
     paging_structures: Cache,
-    stage2: Cache,
+    stage2: Stage2Cache,
     /// Those of the devices behind the unit.
     pub device_tlbs: DeviceTlbs,
     memories: Memories,
@@ -72,10 +66,12 @@ impl Caches {
     /// Empty caches, for guest addresses of so many bits; `origins` records what entries are made
     /// from.
     pub fn new(sizes: CacheSizes, guest_address_width: u8, origins: Option<Arc<Origins>>) -> Self {
+        // No shift overflows: widths are below 64.
+        let last = (1 << guest_address_width) - 1;
         Self {
             iotlb: Cache::new(sizes.iotlb),
             paging_structures: Cache::new(sizes.paging_structures),
-            stage2: Cache::new(sizes.stage2),
+            stage2: Stage2Cache::new(sizes.stage2, last),
             device_tlbs: DeviceTlbs::new(sizes.device_tlb),
             memories: Memories::new(),
             fragments: AtomicBool::new(false),
@@ -93,7 +89,10 @@ impl Caches {
         let (iova, shifts) = at.half(iova);
         let (value, shift) = match self.cached_page(shifts, at.source, iova, kind) {
             Some(found) => found,
-            None => self.global_page(shifts, at.global, iova, kind)?,
+            None if self.globals.load(Ordering::Relaxed) => {
+                self.global_page(shifts, at.global, iova, kind)?
+            }
+            None => return None,
         };
         let offset = iova & (size(shift) - 1);
         let place = CachedPlace::from_bits(value.get()).place(offset);
@@ -115,13 +114,15 @@ impl Caches {
     }
 
     /// The device of `request` caches what the IOTLB has for it, if that has something.
-    pub fn fill_device_tlb(&self, at: &Lookup, request: &Request) {
+    pub fn fill_device_tlb(&self, at: &Lookup, request: &Request, counters: &LocalCounters) {
         let (source, (iova, shifts)) = device_key(at, request);
         let found = self
             .cached_page(shifts, at.source, iova, request.kind)
             .or_else(|| self.global_page(shifts, at.global, iova, request.kind));
         if let (Some(tlb), Some((value, shift))) = (self.device_tlbs.get(request.rid), found) {
-            tlb.insert(Key::new(source, iova, shift), value.get());
+            // It has just missed there.
+            let turn = counters.device_tlb_misses.get();
+            tlb.insert(Key::new(source, iova, shift), value.get(), turn);
         }
     }
 
@@ -138,6 +139,9 @@ impl Caches {
         let allows = |value| Rights::from_flags(CachedPlace::from_bits(value).flags()).allow(kind);
         // A loop, as closures of iterators would be calls.
         for &shift in shifts {
+            if !self.iotlb.may_have(shift) {
+                continue;
+            }
             if let Some(value) = self.iotlb.get(Key::new(source, iova, shift), allows) {
                 return Some((NonZeroU64::new(value)?, shift));
             }
@@ -174,8 +178,8 @@ impl Caches {
         let rights = Rights::from_flags(value.flags());
         Some(Stage2Page {
             place: value.place(offset),
+            before: offset,
             length: size(shift) - offset,
-            shift: Some(shift),
             read: rights.allow(RequestKind::new(false, false, false)),
             write: rights.allow(RequestKind::new(true, false, false)),
         })
@@ -227,38 +231,46 @@ impl Caches {
         page: &CachedPage,
         counters: &LocalCounters,
     ) {
-        if global {
+        // Not stored again: others read what is beside.
+        if global && !self.globals.load(Ordering::Relaxed) {
             self.globals.store(true, Ordering::Relaxed);
         }
         let &CachedPage { place, shift, whole, rights } = page;
         let offset = iova & (size(shift) - 1);
         let mut flags = rights.flags();
         if whole > shift {
-            self.fragments.store(true, Ordering::Relaxed);
+            if !self.fragments.load(Ordering::Relaxed) {
+                self.fragments.store(true, Ordering::Relaxed);
+            }
             // Sizes without an index are not page sizes.
             let number = WHOLE_SHIFTS.iter().position(|&known| known == whole).unwrap_or_default();
             flags |= (number as u16) << WHOLE_AT;
         }
-        let evicted =
-            place.back(offset).and_then(|start| CachedPlace::of(start, flags)).is_some_and(
-                |value| self.iotlb.insert(Key::new(source, iova, shift), value.into_bits()),
-            );
+        let value = place.back(offset).and_then(|start| CachedPlace::of(start, flags));
+        let turn = counters.iotlb_evictions.get();
+        let evicted = value.is_some_and(|value| {
+            self.iotlb.insert(Key::new(source, iova, shift), value.into_bits(), turn)
+        });
         counters.iotlb_evictions.add(evicted.into());
     }
 
     /// The lowest cached table on the way to `iova`, and the combined permissions of the entries
     /// above it.
-    #[inline]
-    pub fn table<F: TableFormat>(
+    #[inline(always)]
+    pub fn cached_table<F: TableFormat>(
         &self,
         tables: &F,
         source: Source,
         iova: u64,
-        counters: &LocalCounters,
     ) -> Option<(Table, Path)> {
-        let found = (2..=tables.levels()).find_map(|level| {
-            let key = Key::new(source, iova, tables.shift(level));
-            let value = CachedPlace::from_bits(self.paging_structures.get(key, |_| true)?);
+        // A loop, as closures of iterators would be calls.
+        for level in 2..=tables.levels() {
+            let shift = tables.shift(level);
+            if !self.paging_structures.may_have(shift) {
+                continue;
+            }
+            let value = self.paging_structures.get(Key::new(source, iova, shift), |_| true);
+            let Some(value) = value.map(CachedPlace::from_bits) else { continue };
             let table = Table {
                 place: value.place(0),
                 level: level - 1,
@@ -266,13 +278,21 @@ impl Caches {
                 length: size(tables.shift(1)),
                 writable: value.flags() & TABLE_WRITABLE != 0,
             };
-            Some((table, Path::from_bits((value.flags() & !TABLE_WRITABLE) as u8)))
-        });
-        match found {
-            Some(_) => counters.paging_structure_hits.count(),
-            None => counters.paging_structure_misses.count(),
+            return Some((table, Path::from_bits((value.flags() & !TABLE_WRITABLE) as u8)));
         }
-        found
+        None
+    }
+
+    /// Whether tables can be cached.
+    #[inline]
+    pub fn keeps_tables(&self) -> bool {
+        self.paging_structures.entries() != 0
+    }
+
+    /// Whether what cache entries are made from is recorded.
+    #[inline]
+    pub fn records_origins(&self) -> bool {
+        self.origins.is_some()
     }
 
     /// Caches `table` as the one on the way to `iova`, with the combined permissions of the entries
@@ -290,11 +310,18 @@ impl Caches {
         }
         let writable = if table.writable { TABLE_WRITABLE } else { 0 };
         let flags = u16::from(path.into_bits()) | writable;
+        let turn = counters.paging_structure_evictions.get();
         let evicted = CachedPlace::of(table.place, flags).is_some_and(|value| {
             let key = Key::new(source, iova, tables.shift(table.level + 1));
-            self.paging_structures.insert(key, value.into_bits())
+            self.paging_structures.insert(key, value.into_bits(), turn)
         });
         counters.paging_structure_evictions.add(evicted.into());
+    }
+
+    /// What is cached as whole mappings of the stage 2 of `host`.
+    #[inline]
+    pub fn wholes(&self, host: &HostStage2) -> &[Whole] {
+        self.stage2.wholes(host)
     }
 
     /// The translation of `gpa` by the stage 2 of `host`.
@@ -308,71 +335,12 @@ impl Caches {
         if gpa >> self.guest_address_width != 0 {
             return Err(Stage2Refusal::Beyond);
         }
-        if let Some(page) = self.cached_stage2(host.source, gpa) {
-            counters.stage2_hits.count();
-            return Ok(page);
-        }
-        counters.stage2_misses.count();
-        let page = self.stage2_now(host, gpa).ok_or(Stage2Refusal::Absent)?;
-        self.add_stage2(host.source, gpa, &page, counters);
-        Ok(page)
+        self.stage2.get(&self.memories, host, gpa, counters).ok_or(Stage2Refusal::Absent)
     }
 
     /// The translation of `gpa` by the stage 2 of `host`, bypassing the cache.
     pub fn stage2_now(&self, host: &HostStage2, gpa: u64) -> Option<Stage2Page> {
-        let mapping = host.stage2.lookup(gpa)?;
-        self.page_in(&mapping, gpa)
-    }
-
-    fn cached_stage2(&self, source: Source, gpa: u64) -> Option<Stage2Page> {
-        // Guest memory comes in large pieces: the largest page first.
-        STAGE2_SHIFTS.into_iter().rev().find_map(|shift| {
-            let value = self.stage2.get(Key::new(source, gpa, shift), |_| true)?;
-            let value = CachedPlace::from_bits(value);
-            let offset = gpa & (size(shift) - 1);
-            Some(Stage2Page {
-                place: value.place(offset),
-                length: size(shift) - offset,
-                shift: Some(shift),
-                read: value.flags() & STAGE2_READ != 0,
-                write: value.flags() & STAGE2_WRITE != 0,
-            })
-        })
-    }
-
-    /// The largest page around `gpa` that `mapping` contains entirely.
-    fn page_in(&self, mapping: &Mapping, gpa: u64) -> Option<Stage2Page> {
-        let memory = self.memories.number(&mapping.memory)?;
-        let place = Place { memory, offset: mapping.target(gpa) };
-        let shift = STAGE2_SHIFTS.into_iter().rev().find(|&shift| {
-            let first = gpa & !(size(shift) - 1);
-            let last = gpa | (size(shift) - 1);
-            let starts_page = place.back(gpa - first).and_then(|start| CachedPlace::of(start, 0));
-            mapping.start <= first && last <= mapping.last && starts_page.is_some()
-        });
-        let last = shift.map_or(mapping.last, |shift| gpa | (size(shift) - 1));
-        Some(Stage2Page {
-            place,
-            // Does not overflow: addresses have fewer than 64 bits.
-            length: last - gpa + 1,
-            shift,
-            read: mapping.protection.read,
-            write: mapping.protection.write,
-        })
-    }
-
-    fn add_stage2(&self, source: Source, gpa: u64, page: &Stage2Page, counters: &LocalCounters) {
-        let Some(shift) = page.shift else { return };
-        let read = if page.read { STAGE2_READ } else { 0 };
-        let write = if page.write { STAGE2_WRITE } else { 0 };
-        let evicted = page
-            .place
-            .back(gpa & (size(shift) - 1))
-            .and_then(|start| CachedPlace::of(start, read | write))
-            .is_some_and(|value| {
-                self.stage2.insert(Key::new(source, gpa, shift), value.into_bits())
-            });
-        counters.stage2_evictions.add(evicted.into());
+        now(&self.memories, &host.stage2, gpa)
     }
 
     /// The 8-byte word at `place`, which is aligned; none if no memory is there.
@@ -449,14 +417,14 @@ impl Caches {
         let is_gone = |tag: u32| gone.tags.contains(&tag);
         let dropped = drop_from(&mut self.iotlb, &is_gone)
             + drop_from(&mut self.paging_structures, &is_gone)
-            + drop_from(&mut self.stage2, &|tag| Some(tag) == gone.stage2_tag)
             + self.device_tlbs.drop_entries(|key, value| {
                 let dropped = is_gone(key.source().tag());
                 if !dropped {
                     wanted.insert(CachedPlace::from_bits(value).place(0).memory);
                 }
                 dropped
-            });
+            })
+            + self.stage2.drop_gone(gone.stage2_tag, &mut wanted);
         self.memories.retain(|number| wanted.contains(&number));
         dropped
     }

@@ -60,6 +60,11 @@ impl DeviceTlbs {
         !self.tlbs.is_empty() && self.tlbs.contains_key(&rid)
     }
 
+    /// Whether ATS of no device is enabled.
+    pub fn is_empty(&self) -> bool {
+        self.tlbs.is_empty()
+    }
+
     /// The device TLB of `rid`, if it is enabled.
     pub fn get(&self, rid: u16) -> Option<&Cache> {
         self.tlbs.get(&rid)

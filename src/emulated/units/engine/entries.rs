@@ -2,6 +2,7 @@
 //! What walks find, and caches hold: pages and tables, and where they are in memory.
 
 use super::format::{RequestKind, Rights};
+use super::key::{size, Source};
 use super::memories::Place;
 
 /// Where the requested byte is, and how many follow it in the same page.
@@ -30,11 +31,10 @@ pub(crate) struct CachedPage {
 pub(crate) struct Stage2Page {
     /// Where the byte is.
     pub place: Place,
+    /// Bytes before it that are contiguous with it, as far as known.
+    pub before: u64,
     /// Bytes from it to the end of the contiguous range, as far as known.
     pub length: u64,
-    /// Size of the page around it that is contiguous and can be cached, as a power of two; none if
-    /// it is smaller than 4 KiB.
-    pub shift: Option<u8>,
     /// It serves reads, without a further walk.
     pub read: bool,
     /// It serves writes, without a further walk.
@@ -43,11 +43,75 @@ pub(crate) struct Stage2Page {
 
 impl Stage2Page {
     /// Whether it serves requests of `kind`.
+    #[inline]
     pub fn allows(&self, kind: RequestKind) -> bool {
         if kind.write() {
             self.write
         } else {
             self.read
+        }
+    }
+
+    /// The requests that it serves.
+    #[inline]
+    pub fn rights(&self) -> Rights {
+        Rights::of_access(self.read, self.write)
+    }
+
+    /// Size of the page around `address`, which this translates, that is contiguous and can be
+    /// cached, as a power of two, at most `limit`; none if it is smaller than 4 KiB. Stage 2 has
+    /// pages of 4 KiB, 2 MiB and 1 GiB.
+    #[inline(always)]
+    pub fn shift(&self, address: u64, limit: u8) -> Option<u8> {
+        // Entries hold places that start a 4 KiB page.
+        if (self.place.offset ^ address) & (size(12) - 1) != 0 {
+            return None;
+        }
+        let fits = |shift| {
+            let within = address & (size(shift) - 1);
+            within <= self.before && size(shift) - within <= self.length
+        };
+        if limit > 21 && fits(30) {
+            Some(limit.min(30))
+        } else if limit > 12 && fits(21) {
+            Some(limit.min(21))
+        } else {
+            fits(12).then_some(12)
+        }
+    }
+}
+
+/// The translation of an IOVA by tables and the stage below.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Output {
+    /// The lower stage's translation of the address that the tables lead to.
+    pub page: Stage2Page,
+    /// Bytes from the requested one to the end of what is contiguous in all stages.
+    pub length: u64,
+    /// Size of the page that is contiguous in all stages, as a power of two; none if it is smaller
+    /// than 4 KiB.
+    pub shift: Option<u8>,
+    /// Size of the page of the tables, as a power of two.
+    pub whole: u8,
+    /// The requests that all stages allow, without a further walk.
+    pub rights: Rights,
+    /// Source of the page.
+    pub source: Source,
+}
+
+impl Output {
+    /// `page` is the lower stage's translation of `gpa`, which the tables have in a page of `shift`
+    /// with `rights`.
+    #[inline(always)]
+    pub fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, source: Source) -> Self {
+        let within = gpa & (size(shift) - 1);
+        Self {
+            page: Stage2Page { before: page.before.min(within), ..page },
+            length: page.length.min(size(shift) - within),
+            shift: page.shift(gpa, shift),
+            whole: shift,
+            rights: rights & page.rights(),
+            source,
         }
     }
 }

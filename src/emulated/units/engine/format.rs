@@ -63,6 +63,21 @@ impl Rights {
     /// Every kind.
     pub const ALL: Self = Self(u8::MAX);
 
+    /// No kind.
+    const NONE: Self = Self(0);
+
+    /// Every kind of write, and every other kind.
+    const WRITES: Self = Self(0b1010_1010);
+    const READS: Self = Self(!Self::WRITES.0);
+
+    /// Every kind of read if `read`, and of write if `write`.
+    #[inline]
+    pub fn of_access(read: bool, write: bool) -> Self {
+        let reads = if read { Self::READS } else { Self::NONE };
+        let writes = if write { Self::WRITES } else { Self::NONE };
+        Self(reads.0 | writes.0)
+    }
+
     /// The kinds for which `allowed` holds.
     pub fn of(allowed: impl Fn(RequestKind) -> bool) -> Self {
         Self(
@@ -84,6 +99,44 @@ impl Rights {
     #[inline]
     pub fn allow(self, kind: RequestKind) -> bool {
         self.0 >> kind.0 & 1 != 0
+    }
+}
+
+impl BitAnd for Rights {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+}
+
+/// Combinations of permissions: a [`Path`] has so many meaningful values.
+const PATHS: usize = 1 << 5;
+
+/// The kinds of request that each combination of permissions allows in tables of one format. Made
+/// once for a context: asking the format for each kind is too slow for every walk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PathRights([Rights; PATHS]);
+
+impl PathRights {
+    /// Nothing is allowed.
+    pub const NONE: Self = Self([Rights::NONE; PATHS]);
+
+    /// What `tables` allow.
+    pub fn of<F: TableFormat>(tables: &F) -> Self {
+        Self(std::array::from_fn(|bits| {
+            let path = Path::from_bits(bits as u8);
+            Rights::of(|kind| {
+                tables.check_request(kind).is_ok() && tables.check_path(path, kind).is_ok()
+            })
+        }))
+    }
+
+    /// What is allowed by `path`.
+    #[inline]
+    pub fn get(&self, path: Path) -> Rights {
+        // In bounds: the remainder of a division by the length.
+        self.0[usize::from(path.into_bits()) % PATHS]
     }
 }
 
@@ -191,6 +244,10 @@ pub(crate) trait TableFormat {
 
     /// Whether entries with the combined permissions `path` allow a request.
     fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Self::Fault>;
+
+    /// The kinds of request that pass [`TableFormat::check_request`] and, with the combined
+    /// permissions `path`, [`TableFormat::check_path`].
+    fn rights(&self, path: Path) -> Rights;
 
     /// Stage 2 does not allow reading a table.
     fn table_refused(&self, at: At, why: Stage2Refusal) -> Self::Fault;

@@ -185,7 +185,18 @@ impl IovaRange {
 
 /// `ranges` in ascending order, with overlapping ones merged.
 pub(crate) fn ascending(ranges: impl Iterator<Item = IovaRange>) -> Vec<IovaRange> {
-    let mut ranges: Vec<_> = ranges.collect();
+    ascending_in(Vec::new(), ranges)
+}
+
+/// The same, in the memory of `list`, whose contents are lost.
+pub(crate) fn ascending_in(
+    list: Vec<IovaRange>,
+    ranges: impl Iterator<Item = IovaRange>,
+) -> Vec<IovaRange> {
+    let mut list = list;
+    list.clear();
+    list.extend(ranges);
+    let mut ranges = list;
     ranges.sort_unstable_by_key(|range| range.first);
     ranges.dedup_by(|next, range| {
         let overlaps = next.first <= range.last;

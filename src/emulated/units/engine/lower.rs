@@ -10,6 +10,7 @@ use super::format::{At, RequestKind, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
 use super::key::size;
 use super::origins::Trail;
+use super::stage2_cache::Whole;
 use crate::units::stage2::DirtyLog;
 
 /// Granularity of marking writes when dirty pages are tracked, as a power of two.
@@ -27,6 +28,10 @@ pub(crate) trait LowerStage<F: TableFormat> {
     /// The page at `address`, for a request of `kind`.
     fn page(&self, tables: &F, address: u64, kind: RequestKind) -> Result<Stage2Page, F::Fault>;
 
+    /// The page at `address` for a request of `kind` of whatever is there; none if it does not
+    /// serve that, or if that takes more than reading.
+    fn quick(&self, address: u64, kind: RequestKind) -> Option<Stage2Page>;
+
     /// For the sanitizer: what the page at `address`, as given out for a read or a write, was made
     /// from; none if it has no tables.
     fn origin(&self, _address: u64, _write: bool) -> Option<Trail> {
@@ -40,6 +45,8 @@ pub(crate) struct OverHost<'a> {
     caches: &'a Caches,
     host: &'a HostStage2,
     counters: &'a LocalCounters,
+    /// What is cached of it as whole mappings.
+    wholes: &'a [Whole],
     /// The log of written pages, if tracking is on.
     dirty: Option<&'a DirtyLog>,
 }
@@ -47,13 +54,11 @@ pub(crate) struct OverHost<'a> {
 impl<'a> OverHost<'a> {
     /// The stage 2 of `host`, cached in `caches`.
     pub fn new(caches: &'a Caches, host: &'a HostStage2, counters: &'a LocalCounters) -> Self {
-        Self { caches, host, counters, dirty: host.tracking() }
+        Self { caches, host, counters, wholes: caches.wholes(host), dirty: host.tracking() }
     }
 
     /// The page at `gpa`, for a request of `kind`. When dirty pages are tracked, it is one of 4
     /// KiB, which is marked by a write; after a read, the first write must ask again.
-    // Inlined: it is asked for each table.
-    #[inline(always)]
     pub fn access(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Stage2Refusal> {
         let page = self.caches.stage2(self.host, gpa, self.counters)?;
         if !page.allows(kind) {
@@ -63,9 +68,10 @@ impl<'a> OverHost<'a> {
         if kind.write() {
             log.mark(gpa..=gpa);
         }
+        let within = gpa & (size(DIRTY_SHIFT) - 1);
         Ok(Stage2Page {
-            length: page.length.min(size(DIRTY_SHIFT) - (gpa & (size(DIRTY_SHIFT) - 1))),
-            shift: page.shift.map(|_| DIRTY_SHIFT),
+            before: page.before.min(within),
+            length: page.length.min(size(DIRTY_SHIFT) - within),
             write: page.write && kind.write(),
             ..page
         })
@@ -78,7 +84,6 @@ pub(crate) fn own(write: bool) -> RequestKind {
 }
 
 impl<F: TableFormat> LowerStage<F> for OverHost<'_> {
-    #[inline]
     fn entry(&self, tables: &F, address: u64, top: bool) -> Result<Stage2Page, F::Fault> {
         let refused = |why| tables.table_refused(At { gpa: Some(address), top }, why);
         self.access(address, own(false)).map_err(refused)
@@ -89,8 +94,24 @@ impl<F: TableFormat> LowerStage<F> for OverHost<'_> {
         self.access(address, own(true)).map_err(refused)
     }
 
-    #[inline]
     fn page(&self, tables: &F, address: u64, kind: RequestKind) -> Result<Stage2Page, F::Fault> {
         self.access(address, kind).map_err(|why| tables.page_refused(address, why))
+    }
+
+    // Inlined: it is asked for each table.
+    #[inline(always)]
+    fn quick(&self, address: u64, kind: RequestKind) -> Option<Stage2Page> {
+        if self.dirty.is_some() {
+            return None;
+        }
+        // A loop, as closures of iterators would be calls.
+        for whole in self.wholes {
+            if let Some(page) = whole.page(address) {
+                self.counters.stage2_hits.count();
+                return page.allows(kind).then_some(page);
+            }
+        }
+        let page = self.caches.stage2(self.host, address, self.counters).ok()?;
+        page.allows(kind).then_some(page)
     }
 }

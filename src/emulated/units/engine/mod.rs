@@ -19,7 +19,9 @@ mod key;
 mod lower;
 mod memories;
 mod origins;
+mod quick_walk;
 mod sanitizer;
+mod stage2_cache;
 #[cfg(test)]
 pub(crate) mod testing;
 mod walk;
@@ -35,11 +37,12 @@ pub(crate) use counters::{Counters, LocalCounters, Totals};
 pub(crate) use device_tlb::device_space;
 pub(crate) use entries::{Stage2Page, Target};
 pub(crate) use format::{
-    At, Entry, Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat,
+    At, Entry, Path, PathRights, Request, RequestKind, Rights, Stage2Refusal, TableFormat,
 };
 pub(crate) use host_stage2::{Gone, HostStage2, Sharing};
 pub(crate) use key::{
-    ascending, half, size, without_top_byte, Half, IovaRange, Lookup, Scope, Source, Spaces,
+    ascending, ascending_in, half, size, without_top_byte, Half, IovaRange, Lookup, Scope, Source,
+    Spaces,
 };
 pub(crate) use lower::{own, LowerStage, OverHost};
 pub(crate) use origins::{Origins, Trail, Words, PAGE};
@@ -67,13 +70,15 @@ pub(crate) trait Architecture: Debug + Send + Sync {
         let _ = (caches, request);
     }
 
-    /// Translates `request` and caches what it used, also in `config`, the port's.
+    /// Translates `request` and caches what it used, also in `config`, the port's; `missed` is
+    /// what [`Common::cached`] has just found.
     fn translate(
         &self,
         common: &Common,
         config: &mut ConfigCache,
         counters: &LocalCounters,
         request: &Request,
+        missed: Missed,
     ) -> Result<Target, Blocked>;
 
     /// For the sanitizer: where the unit would send `request`, if anywhere, by its caches or by the
@@ -99,6 +104,15 @@ pub(crate) trait Architecture: Debug + Send + Sync {
     /// Whether `rid` gets translations to keep (PCI ATS). Where not, its translation requests are
     /// answered by Unsupported Request.
     fn answers_translation_requests(&self, rid: u16) -> bool;
+}
+
+/// What a request was not found in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missed {
+    /// The IOTLB: the port has the configuration.
+    Iotlb,
+    /// The port's configurations: the IOTLB may have it.
+    Config,
 }
 
 /// Why a request does not reach memory.
@@ -148,6 +162,8 @@ pub(crate) struct Common {
     pub sanitizer: Option<Arc<Sanitizer>>,
     /// Counts changes of the configurations that ports may have cached.
     generation: u64,
+    /// Memory for the ranges of an invalidation, so that one takes no allocation.
+    pub ranges: [Vec<IovaRange>; 2],
 }
 
 impl Engine {
@@ -187,7 +203,7 @@ impl Engine {
         request: &Request,
     ) {
         if let Ok(at) = self.own.lookup(&self.common, config, counters, request) {
-            self.common.caches.fill_device_tlb(&at, request);
+            self.common.caches.fill_device_tlb(&at, request, counters);
         }
     }
 }
@@ -202,25 +218,29 @@ impl Common {
     ) -> Self {
         let origins = sanitizer.as_ref().map(|sanitizer| sanitizer.origins());
         let caches = Caches::new(sizes, guest_address_width, origins);
-        Self { caches, sharing: Sharing::default(), counters, sanitizer, generation: 0 }
+        let (sharing, ranges) = (Sharing::default(), Default::default());
+        Self { caches, sharing, counters, sanitizer, generation: 0, ranges }
     }
 
-    /// Translates `request` if everything needed is cached.
-    #[inline]
+    /// Translates a request with `pasid` of `kind` for `address` if everything needed is cached.
+    #[inline(always)]
     pub fn cached(
         &self,
         config: &ConfigCache,
         counters: &LocalCounters,
-        request: &Request,
-    ) -> Option<Target> {
-        let known = config.get(self.generation, request.pasid)?;
-        let target = self.caches.translation(&known.lookup, request.address, request.kind)?;
+        // Not a `Request`: one that hits need not be in memory.
+        (pasid, address, kind): (Option<u32>, u64, RequestKind),
+    ) -> Result<Target, Missed> {
+        let known = config.get(self.generation, pasid).ok_or(Missed::Config)?;
+        let target = self.caches.translation(&known.lookup, address, kind);
+        let target = target.ok_or(Missed::Iotlb)?;
         counters.config_hits.count();
         counters.iotlb_hits.count();
-        Some(target)
+        Ok(target)
     }
 
     /// The number of the configuration of requests with `pasid`, if the port has it.
+    #[inline]
     pub fn known(&self, config: &ConfigCache, pasid: Option<u32>) -> Option<usize> {
         Some(config.get(self.generation, pasid)?.number)
     }
@@ -245,10 +265,20 @@ impl Common {
         self.generation += 1;
     }
 
-    /// The IOTLB's translation of `request`, whose configuration is that of `at`.
-    #[inline]
-    pub fn hit(&self, at: &Lookup, counters: &LocalCounters, request: &Request) -> Option<Target> {
-        let found = self.caches.translation(at, request.address, request.kind);
+    /// The IOTLB's translation of `request`, whose configuration is that of `at`, unless it
+    /// `missed`.
+    #[inline(always)]
+    pub fn hit(
+        &self,
+        at: impl Fn() -> Lookup,
+        counters: &LocalCounters,
+        request: &Request,
+        missed: Missed,
+    ) -> Option<Target> {
+        let found = match missed {
+            Missed::Iotlb => None,
+            Missed::Config => self.caches.translation(&at(), request.address, request.kind),
+        };
         match found {
             Some(_) => counters.iotlb_hits.count(),
             None => counters.iotlb_misses.count(),

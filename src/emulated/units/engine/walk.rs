@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::caches::Caches;
 use super::counters::LocalCounters;
-use super::entries::{CachedPage, Stage2Page, Table, Target};
+use super::entries::{CachedPage, Output, Stage2Page, Table, Target};
 use super::format::{At, Entry, Path, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::key::{size, Source};
 use super::lower::{own, LowerStage, OverHost};
@@ -17,43 +17,10 @@ use super::origins::WalkOrigin;
 const ATTEMPTS: u32 = 16;
 
 /// Levels of the deepest tables.
-const MAX_LEVELS: usize = 5;
+pub(super) const MAX_LEVELS: usize = 5;
 
 /// Size of the largest page that is cached, as a power of two: 1 GiB.
 const MAX_PAGE_SHIFT: u8 = 30;
-
-/// The translation of an IOVA by tables and the stage below.
-#[derive(Clone, Copy)]
-struct Output {
-    /// The lower stage's translation of the address that the tables lead to.
-    page: Stage2Page,
-    /// Bytes from the requested one to the end of what is contiguous in all stages.
-    length: u64,
-    /// Size of the page that is contiguous in all stages, as a power of two; none if it is smaller
-    /// than 4 KiB.
-    shift: Option<u8>,
-    /// Size of the page of the tables, as a power of two.
-    whole: u8,
-    /// The requests that all stages allow, without a further walk.
-    rights: Rights,
-    /// Source of the page.
-    source: Source,
-}
-
-impl Output {
-    /// `page` is the lower stage's translation of `gpa`, which the tables have in a page of `shift`
-    /// with `rights`.
-    fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, source: Source) -> Self {
-        Self {
-            page,
-            length: page.length.min(size(shift) - (gpa & (size(shift) - 1))),
-            shift: page.shift.map(|page_shift| page_shift.min(shift)),
-            whole: shift,
-            rights: Rights::of(|kind| rights.allow(kind) && page.allows(kind)),
-            source,
-        }
-    }
-}
 
 /// A walk through the tables of one context, over the stage `L`.
 #[derive(Debug)]
@@ -83,9 +50,11 @@ struct Step {
 }
 
 impl Step {
-    /// Its table, to be cached: the top table needs no caching, and a cached one still is.
-    fn new_table(&self) -> Option<(&Table, Path)> {
-        (self.at.gpa.is_some() && !self.at.top).then_some((&self.table, self.above))
+    /// Whether its table is to be cached: the top table needs no caching, and a cached one still
+    /// is.
+    #[inline]
+    fn is_new(at: At) -> bool {
+        at.gpa.is_some() && !at.top
     }
 }
 
@@ -101,11 +70,16 @@ struct Descent {
     leaf: u64,
     /// The leaf is global.
     global: bool,
+    /// Some entry lacks a flag that the request sets.
+    unset: bool,
+    /// Some table on the way is to be cached.
+    new_tables: bool,
 }
 
 impl<L> Walk<'_, L> {
     /// Translates `iova` for a request of `kind`, setting accessed and dirty flags, and caches the
     /// result.
+    #[inline(always)]
     pub fn walk<F: TableFormat>(
         &self,
         tables: &F,
@@ -136,12 +110,14 @@ impl<L> Walk<'_, L> {
         self.resolve(tables, address, own(write), |output| {
             let Target { place, length } = self.cache(output, address);
             let [read, write] = [false, true].map(|write| output.rights.allow(own(write)));
-            Stage2Page { place, length, shift: output.shift, read, write }
+            Stage2Page { place, before: output.page.before, length, read, write }
         })
     }
 
     /// Translates `iova` for a request of `kind`, setting accessed and dirty flags, and caches what
     /// is on the way; `result` is made of the translation.
+    // Inlined, like the quick walk: what a call passes would be in memory.
+    #[inline(always)]
     fn resolve<F: TableFormat, T>(
         &self,
         tables: &F,
@@ -155,6 +131,25 @@ impl<L> Walk<'_, L> {
         self.counters.walks.count();
         tables.check_request(kind)?;
         tables.check_address(iova)?;
+        match self.quick(tables, iova, kind) {
+            Some(output) => Ok(result(&output)),
+            None => self.thorough(tables, iova, kind, result),
+        }
+    }
+
+    /// The same, with everything that may be to do on the way.
+    #[cold]
+    #[inline(never)]
+    fn thorough<F: TableFormat, T>(
+        &self,
+        tables: &F,
+        iova: u64,
+        kind: RequestKind,
+        result: impl Fn(&Output) -> T,
+    ) -> Result<T, F::Fault>
+    where
+        L: LowerStage<F>,
+    {
         let mut cached = true;
         for _ in 0..ATTEMPTS {
             if let Some(found) = self.attempt(tables, iova, kind, cached, &result)? {
@@ -167,8 +162,6 @@ impl<L> Walk<'_, L> {
 
     /// One walk, from the lowest cached table if `cached`; none if an entry changed during it, or
     /// if it takes a walk from the top table to set its flags.
-    // Inlined, like what it asks the host's stage 2: calls cost a miss 4 to 8 % more instructions.
-    #[inline(always)]
     fn attempt<F: TableFormat, T>(
         &self,
         tables: &F,
@@ -181,24 +174,27 @@ impl<L> Walk<'_, L> {
         L: LowerStage<F>,
     {
         let mut steps = [const { None }; MAX_LEVELS];
-        let descent = self.descend(tables, iova, cached, &mut steps)?;
-        let Descent { path, gpa, level, leaf, global } = descent;
-        tables.check_path(path, kind)?;
+        let descent = self.descend(tables, iova, (kind, cached), &mut steps)?;
+        let Descent { path, gpa, level, leaf, global, unset, new_tables } = descent;
+        let rights = tables.rights(path);
+        if !rights.allow(kind) {
+            tables.check_path(path, kind)?;
+        }
         let page = self.lower.page(tables, gpa, kind)?;
         // Nothing blocks the request any more.
-        if !self.set_flags(tables, &mut steps, kind)? {
+        if unset && !self.set_flags(tables, &mut steps, kind)? {
             return Ok(None);
         }
         // Not earlier: an entry with a clear accessed flag must not be cached.
-        for (table, path) in steps.iter().flatten().filter_map(Step::new_table) {
-            self.caches.add_table(tables, (self.source, iova), table, path, self.counters);
+        if new_tables {
+            let new = steps.iter().flatten().filter(|step| Step::is_new(step.at));
+            for Step { table, above, .. } in new {
+                self.caches.add_table(tables, (self.source, iova), table, *above, self.counters);
+            }
         }
-        let leaf = tables.used(leaf, true, kind.write());
-        let rights = Rights::of(|kind| {
-            tables.check_request(kind).is_ok()
-                && tables.check_path(path, kind).is_ok()
-                && (!kind.write() || tables.is_dirty(leaf))
-        });
+        // A write without a flag to set may be followed by others.
+        let dirty = tables.is_dirty(tables.used(leaf, true, kind.write()));
+        let rights = rights & Rights::of_access(true, dirty);
         let source = if global { self.global } else { self.source };
         let output = Output::new(page, gpa, tables.shift(level), rights, source);
         self.caches.record_origin(|origins, caches| {
@@ -220,18 +216,25 @@ impl<L> Walk<'_, L> {
         &self,
         tables: &F,
         iova: u64,
-        cached: bool,
+        (kind, cached): (RequestKind, bool),
         steps: &mut [Option<Step>; MAX_LEVELS],
     ) -> Result<Descent, F::Fault>
     where
         L: LowerStage<F>,
     {
-        let cached =
-            cached.then(|| self.caches.table(tables, self.source, iova, self.counters)).flatten();
+        let cached = match cached {
+            true => self.caches.cached_table(tables, self.source, iova),
+            false => None,
+        };
+        match cached {
+            Some(_) => self.counters.paging_structure_hits.count(),
+            None => self.counters.paging_structure_misses.count(),
+        }
         let mut level = cached.map_or(tables.levels(), |(table, _)| table.level);
         let mut path = cached.map_or(Path::UNLIMITED, |(_, path)| path);
         let mut cached = cached.map(|(table, _)| table);
         let mut table_gpa = tables.table();
+        let (mut unset, mut new_tables) = (false, false);
         for slot in steps {
             let index = tables.index(iova, level);
             let top = level == tables.levels();
@@ -248,10 +251,12 @@ impl<L> Walk<'_, L> {
             let Entry { leaf, address, path: allowed, global } = tables.decode(word, level)?;
             let above = path;
             path = path & allowed;
+            unset |= tables.used(word, leaf, kind.write()) != word;
+            new_tables |= Step::is_new(at);
             *slot = Some(Step { place, at, word, leaf, table, above });
             if leaf {
                 let gpa = address | iova & (size(tables.shift(level)) - 1);
-                return Ok(Descent { path, gpa, level, leaf: word, global });
+                return Ok(Descent { path, gpa, level, leaf: word, global, unset, new_tables });
             }
             // Not below level 1: an entry of that level is a leaf.
             (level, table_gpa) = (level - 1, address);
@@ -289,8 +294,7 @@ impl<L> Walk<'_, L> {
         let entry_at = index * 8;
         let page = self.lower.entry(tables, gpa + entry_at, top)?;
         // The page of the lower stage may start in the middle of a large table.
-        let before = page.shift.map_or(0, |shift| (gpa + entry_at) & (size(shift) - 1));
-        let skipped = entry_at.saturating_sub(before);
+        let skipped = entry_at.saturating_sub(page.before);
         let at = At { gpa: Some(gpa + entry_at), top };
         let place = page.place.back(entry_at - skipped);
         let place = place.ok_or_else(|| tables.entry_unreadable(at))?;

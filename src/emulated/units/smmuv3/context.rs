@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 
 use super::config::SmmuV3UnitConfig;
 use super::fault::Fault;
-use super::tables::Stage1;
+use super::tables::{Shape, Stage1};
 use crate::units::engine::{
-    half, without_top_byte, Caches, Half, HostStage2, LocalCounters, Stage2Refusal,
+    half, without_top_byte, Caches, Half, HostStage2, LocalCounters, PathRights, Stage2Refusal,
 };
 use twostage::spec::smmuv3::address_size;
 use twostage::spec::smmuv3::context::{
@@ -68,7 +68,7 @@ impl AddressSpace {
             let fits = (MIN_INPUT_BITS..=config.input_bits(granule)).contains(&input_bits);
             // Only the 64K granule has tables above 2^48.
             let table_bits = if granule == Granule::K64 { 52 } else { 48 }.min(output_bits);
-            (fits && table >> table_bits == 0).then_some(Some(Stage1 {
+            let tables = Stage1 {
                 table,
                 granule,
                 input_bits,
@@ -79,7 +79,10 @@ impl AddressSpace {
                 write_no_execute: word.wxn(),
                 privileged_access_never: word.pan(),
                 recorded: word.r(),
-            }))
+                shape: Shape::new(granule, input_bits),
+                rights: PathRights::NONE,
+            };
+            (fits && table >> table_bits == 0).then(|| Some(tables.with_rights()))
         };
         let lower = half(false, word.epd0(), cd.table0(), cd.granule0(), word.t0sz())?;
         let upper = half(true, word.epd1(), cd.table1(), cd.granule1(), word.t1sz())?;

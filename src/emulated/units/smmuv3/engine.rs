@@ -14,7 +14,8 @@ use super::streams::{
 };
 use crate::units::engine::{
     device_space, Architecture, Blocked, Common, ConfigCache, Engine, IovaRange, Known,
-    LocalCounters, Lookup, OverHost, Request, RequestKind, Rights, Sanitizer, Spaces, Target, Walk,
+    LocalCounters, Lookup, Missed, OverHost, Request, RequestKind, Rights, Sanitizer, Spaces,
+    Target, Walk,
 };
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 
@@ -120,7 +121,7 @@ impl SmmuV3 {
                 let resolved = self.resolve(common, counters, rid, pasid)?;
                 match self.configurations.add(requester, resolved) {
                     Ok(number) => number,
-                    Err(uncached) => return Ok(Cow::Owned(uncached)),
+                    Err(uncached) => return Ok(Cow::Owned(*uncached)),
                 }
             }
         };
@@ -212,6 +213,7 @@ impl Architecture for SmmuV3 {
         config: &mut ConfigCache,
         counters: &LocalCounters,
         request: &Request,
+        missed: Missed,
     ) -> Result<Target, Blocked> {
         let blocked = |fault: Fault| Blocked::Fault(fault.of(request, &self.sinks));
         let configuration = self.configuration(common, config, counters, request);
@@ -219,7 +221,8 @@ impl Architecture for SmmuV3 {
         let compare_context = |sanitizer: &Sanitizer| {
             self.compare_context(common, sanitizer, configuration, counters, request)
         };
-        let target = match common.hit(&configuration.lookup(), counters, request) {
+        let lookup = || configuration.lookup();
+        let target = match common.hit(lookup, counters, request, missed) {
             Some(target) => target,
             None => self.walk(common, configuration, counters, request).map_err(|fault| {
                 let Some(message) = self.doorbell(&fault, request.kind) else {

@@ -181,7 +181,7 @@ impl Configurations {
         &self,
         requester: Requester,
         configuration: Configuration,
-    ) -> Result<usize, Configuration> {
+    ) -> Result<usize, Box<Configuration>> {
         let mut indices = self.indices.lock();
         if let Some(index) = indices.get(&requester) {
             // Another thread was faster.
@@ -197,7 +197,7 @@ impl Configurations {
                 Err(back) => configuration = back,
             }
         }
-        Err(configuration)
+        Err(Box::new(configuration))
     }
 
     /// Drops the configurations of the requesters for which `condemned` holds; all if the cache is

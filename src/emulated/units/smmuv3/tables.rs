@@ -2,7 +2,9 @@
 //! Stage-1 tables, VMSAv8-64, for the walker (§3.4, §5.4).
 
 use super::fault::Fault;
-use crate::units::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
+use crate::units::engine::{
+    size, At, Entry, Path, PathRights, RequestKind, Rights, Stage2Refusal, TableFormat,
+};
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::translation::{Descriptor, DescriptorKind, Granule};
@@ -10,6 +12,36 @@ use twostage::spec::smmuv3::translation::{Descriptor, DescriptorKind, Granule};
 /// The walker numbers levels from 1 at the pages; in the architecture pages are level 3.
 const fn architectural(level: u8) -> u8 {
     4u8.saturating_sub(level)
+}
+
+/// What follows from the granule and the size of the input addresses: for each walk, it is too slow
+/// to find out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Levels of tables.
+    levels: u8,
+    /// Size of a page, as a power of two.
+    page_shift: u8,
+    /// Bits of an address that index one table.
+    index_bits: u8,
+    /// Size of the top table, as a power of two: it is aligned to that, and to 64 bytes.
+    top_shift: u8,
+}
+
+impl Shape {
+    /// That of tables of `granule` for addresses of `input_bits` bits, at least one more than a
+    /// page has.
+    pub fn new(granule: Granule, input_bits: u8) -> Self {
+        let start = granule.start_level(input_bits.into());
+        let index_bits = u32::from(input_bits).saturating_sub(granule.level_shift(start));
+        Self {
+            levels: architectural(start),
+            // These are small: at most 16.
+            page_shift: granule.shift() as u8,
+            index_bits: granule.index_bits() as u8,
+            top_shift: (index_bits + 3).max(6) as u8,
+        }
+    }
 }
 
 /// The tables of one half of the address space, as described by a context descriptor.
@@ -35,9 +67,18 @@ pub(super) struct Stage1 {
     pub privileged_access_never: bool,
     /// R: faults are recorded.
     pub recorded: bool,
+    /// By granule and input bits.
+    pub shape: Shape,
+    /// By all of these.
+    pub rights: PathRights,
 }
 
 impl Stage1 {
+    /// The same, with rights by all that is in it.
+    pub fn with_rights(self) -> Self {
+        Self { rights: PathRights::of(&self), ..self }
+    }
+
     /// Sizes of IOTLB entries, as powers of two: pages of the granule, and pieces of them if stage
     /// 2 has smaller ones.
     pub const fn shifts(&self) -> &'static [u8] {
@@ -52,10 +93,6 @@ impl Stage1 {
         Fault::stage1(id, self.recorded)
     }
 
-    fn start_level(&self) -> u8 {
-        self.granule.start_level(self.input_bits.into())
-    }
-
     /// Whether a write would make the page or block dirty: it is read-only, but DBM says that it is
     /// to be written (§3.13.3).
     fn is_clean(&self, leaf: Descriptor) -> bool {
@@ -67,24 +104,27 @@ impl TableFormat for Stage1 {
     type Fault = Fault;
 
     fn table(&self) -> u64 {
-        // The table is aligned to its size, and to 64 bytes.
-        let bits = u32::from(self.input_bits);
-        let index_bits = bits.saturating_sub(self.granule.level_shift(self.start_level()));
-        self.table & !((1 << (index_bits + 3).max(6)) - 1)
+        self.table & !(size(self.shape.top_shift) - 1)
     }
 
     fn levels(&self) -> u8 {
-        architectural(self.start_level())
+        self.shape.levels
     }
 
     fn shift(&self, level: u8) -> u8 {
         // At most 55: the highest level of the 16K granule maps 2^47 bytes, of the 64K granule
         // 2^55.
-        self.granule.level_shift(architectural(level)) as u8
+        self.shape.page_shift + self.shape.index_bits * level.saturating_sub(1)
     }
 
     fn index(&self, iova: u64, level: u8) -> u64 {
-        self.granule.index(iova, architectural(level), self.input_bits.into())
+        // Bits above do not count; at most 52 do.
+        let below = iova & (size(self.input_bits) - 1);
+        let index = below >> self.shift(level);
+        match level < self.shape.levels {
+            true => index & (size(self.shape.index_bits) - 1),
+            false => index,
+        }
     }
 
     fn check_request(&self, _: RequestKind) -> Result<(), Fault> {
@@ -157,6 +197,10 @@ impl TableFormat for Stage1 {
             (true, _, _) => !(self.privileged_access_never && path.user()),
         };
         allowed.then_some(()).ok_or(self.fault(EventId::Permission))
+    }
+
+    fn rights(&self, path: Path) -> Rights {
+        self.rights.get(path)
     }
 
     fn table_refused(&self, at: At, why: Stage2Refusal) -> Fault {

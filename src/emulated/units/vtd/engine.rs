@@ -10,8 +10,9 @@ use super::nested::OverSecondStage;
 use super::sanitizer::Sanitizer;
 use super::tables::{Nested, Tables, PAGE_SHIFTS};
 use crate::units::engine::{
-    ascending, device_space, Architecture, Blocked, Caches, Common, ConfigCache, Engine, IovaRange,
-    Known, LocalCounters, Lookup, OverHost, Request, Rights, Scope, Spaces, Target, Walk,
+    ascending, ascending_in, device_space, Architecture, Blocked, Caches, Common, ConfigCache,
+    Engine, IovaRange, Known, LocalCounters, Lookup, Missed, OverHost, Request, Rights, Scope,
+    Spaces, Target, Walk,
 };
 use crate::units::hardware::{CacheRange, CacheTag, Translation};
 use twostage::spec::vtd::fault::FaultReason;
@@ -29,6 +30,7 @@ pub(super) struct Vtd {
 }
 
 impl Vtd {
+    #[inline(always)]
     fn context(
         &self,
         common: &Common,
@@ -144,10 +146,12 @@ impl Architecture for Vtd {
         pasid_cache: &mut ConfigCache,
         counters: &LocalCounters,
         request: &Request,
+        missed: Missed,
     ) -> Result<Target, Blocked> {
         let blocked = |fault: Fault| Blocked::Fault(fault.of(request, &self.sinks));
         let context = self.context(common, pasid_cache, counters, request).map_err(blocked)?;
-        let target = match common.hit(&context.lookup(request.pasid), counters, request) {
+        let lookup = || context.lookup(request.pasid);
+        let target = match common.hit(lookup, counters, request, missed) {
             Some(target) => target,
             None => self.walk(common, context, counters, request).map_err(blocked)?,
         };
@@ -240,6 +244,9 @@ impl Engine<Vtd> {
     /// device TLBs together with the IOTLB (`cache_tag_flush_range`). Returns the number of
     /// entries.
     fn drop_of_devices(&mut self, tag: CacheTag, ranges: &[CacheRange]) -> u64 {
+        if self.common.caches.device_tlbs.is_empty() {
+            return 0;
+        }
         let ranges = ascending(ranges.iter().map(|range| addresses(*range)));
         self.common.caches.device_tlbs.drop_tag(tag.0, &ranges)
     }
@@ -247,16 +254,18 @@ impl Engine<Vtd> {
     /// Drops what is cached of `tag` for `spaces` in all of `ranges`; returns the number of
     /// entries.
     fn drop_ranges(&mut self, tag: CacheTag, spaces: Spaces, ranges: &[CacheRange]) -> u64 {
-        let Common { caches, sanitizer, .. } = &mut self.common;
+        let Common { caches, sanitizer, ranges: [pages, tables], .. } = &mut self.common;
         let scope = Scope { tag: tag.0, spaces };
-        let pages = ascending(ranges.iter().map(|range| addresses(*range)));
+        let all = ranges.iter().map(|range| addresses(*range));
+        *pages = ascending_in(std::mem::take(pages), all);
         let without_leaves = ranges.iter().filter(|range| !is_leaf(**range));
-        let tables = ascending(without_leaves.map(|range| addresses(*range)));
+        let without_leaves = without_leaves.map(|range| addresses(*range));
+        *tables = ascending_in(std::mem::take(tables), without_leaves);
         if let Some(sanitizer) = sanitizer {
             ranges.iter().for_each(|range| sanitizer.invalidated(scope, *range));
         }
-        caches.drop_pages(scope, &pages, &PAGE_SHIFTS)
-            + caches.drop_tables(scope, &tables, &STRUCTURE_SHIFTS)
+        caches.drop_pages(scope, pages, &PAGE_SHIFTS)
+            + caches.drop_tables(scope, tables, &STRUCTURE_SHIFTS)
     }
 }
 

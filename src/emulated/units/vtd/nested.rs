@@ -38,6 +38,10 @@ impl LowerStage<FirstStage> for OverSecondStage<'_> {
         self.access(address, kind.write())
     }
 
+    fn quick(&self, address: u64, kind: RequestKind) -> Option<Stage2Page> {
+        self.access(address, kind.write()).ok()
+    }
+
     fn origin(&self, address: u64, write: bool) -> Option<Trail> {
         self.walk.caches.origin(self.walk.source, &PAGE_SHIFTS, address, own(write))
     }

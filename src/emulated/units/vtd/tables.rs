@@ -4,7 +4,9 @@
 
 use super::config::{AddressWidth, VtdUnitConfig};
 use super::fault::{page_refused, Fault, Reasons};
-use crate::units::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
+use crate::units::engine::{
+    At, Entry, Path, PathRights, RequestKind, Rights, Stage2Refusal, TableFormat,
+};
 use crate::units::hardware::UserTables;
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, HwptVtdNested, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
@@ -81,6 +83,8 @@ pub(super) struct FirstStage {
     pub execute_requests: bool,
     /// NXE: honour XD.
     pub no_execute: bool,
+    /// By all of these.
+    pub rights: PathRights,
 }
 
 impl FirstStage {
@@ -91,7 +95,7 @@ impl FirstStage {
             _ => return None,
         };
         let supervisor_requests = data.flags & VTD_S1_SRE != 0;
-        Some(Self {
+        let tables = Self {
             table: data.pgtbl_addr & !0xfff,
             levels,
             huge_pages: config.huge_pages,
@@ -102,7 +106,14 @@ impl FirstStage {
             // The uAPI has no flags for these two.
             execute_requests: false,
             no_execute: false,
-        })
+            rights: PathRights::NONE,
+        };
+        Some(tables.with_rights())
+    }
+
+    /// The same, with rights by all that is in it.
+    pub fn with_rights(self) -> Self {
+        Self { rights: PathRights::of(&self), ..self }
     }
 }
 
@@ -195,6 +206,10 @@ impl TableFormat for FirstStage {
         Ok(())
     }
 
+    fn rights(&self, path: Path) -> Rights {
+        self.rights.get(path)
+    }
+
     fn table_refused(&self, at: At, why: Stage2Refusal) -> Fault {
         FIRST_STAGE_REASONS.table_refused(at, why)
     }
@@ -227,6 +242,7 @@ pub(super) struct SecondStage {
     pub large_pages: u8,
     /// SSADE.
     pub accessed_dirty: bool,
+    rights: PathRights,
 }
 
 impl SecondStage {
@@ -237,12 +253,14 @@ impl SecondStage {
             57 if config.address_width == AddressWidth::Bits57 => 5,
             _ => return None,
         };
-        Some(Self {
+        let tables = Self {
             table: data.pgtbl_addr & !0xfff,
             levels,
             large_pages: config.second_stage_large_pages(),
             accessed_dirty: data.accessed_dirty,
-        })
+            rights: PathRights::NONE,
+        };
+        Some(Self { rights: PathRights::of(&tables), ..tables })
     }
 }
 
@@ -330,6 +348,10 @@ impl TableFormat for SecondStage {
     fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Fault> {
         let allowed = if kind.write() { path.write() } else { path.read() };
         allowed.then_some(()).ok_or(Fault::stage1(FaultReason::SecondStageDenied))
+    }
+
+    fn rights(&self, path: Path) -> Rights {
+        self.rights.get(path)
     }
 
     fn table_refused(&self, at: At, why: Stage2Refusal) -> Fault {

@@ -2,7 +2,7 @@
 //! The walk through first-stage tables nested on stage 2.
 
 use super::*;
-use crate::units::engine::{Caches, LocalCounters, OverHost, RequestKind, Walk};
+use crate::units::engine::{Caches, LocalCounters, OverHost, PathRights, RequestKind, Walk};
 use crate::units::vtd::context::Context;
 use crate::units::vtd::fault::Fault;
 use crate::units::vtd::tables::{FirstStage, Tables};
@@ -211,7 +211,9 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
         extended_accessed: false,
         execute_requests: true,
         no_execute: true,
+        rights: PathRights::NONE,
     };
+    let tables = tables.with_rights();
     let execute = RequestKind::new(false, false, true);
     let lookup = context.lookup(None);
     let cached = |kind| caches.translation(&lookup, IOVA, kind).is_some();
@@ -221,7 +223,7 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     assert_eq!(walk.walk(&tables, IOVA, execute), denied);
     let read = RequestKind::new(false, false, false);
     assert!(walk.walk(&tables, IOVA, read).is_ok() && cached(read) && !cached(execute));
-    let ignoring = FirstStage { no_execute: false, ..tables };
+    let ignoring = FirstStage { no_execute: false, ..tables }.with_rights();
     assert!(walk.walk(&ignoring, IOVA, execute).is_ok());
 }
 
