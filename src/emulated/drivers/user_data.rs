@@ -91,6 +91,12 @@ pub(crate) trait UserArray {
     /// # Errors
     /// `EFAULT`.
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Outcome<()>;
+
+    /// The entries, if a caller in this process has given them as VT-d's: they need not be brought
+    /// into the uAPI's layout and back.
+    fn vtd_entries(&self) -> Option<&[iommu_hwpt_vtd_s1_invalidate]> {
+        None
+    }
 }
 
 impl dyn UserArray + '_ {
@@ -163,52 +169,75 @@ impl UserData for OwnData {
     }
 }
 
-/// An array made by a caller in this process.
+/// An array made by a caller in this process, who keeps it: each entry is brought into the uAPI's
+/// layout when it is read.
 #[derive(Debug)]
-pub(crate) struct OwnArray {
-    data_type: u64,
-    count: usize,
-    entry_length: usize,
-    bytes: Vec<u8>,
-}
+pub(crate) struct OwnArray<'a>(InvalidateData<'a>);
 
-impl OwnArray {
+impl<'a> OwnArray<'a> {
     /// `data` in the uAPI's layout.
-    pub fn of_invalidations(data: &InvalidateData<'_>) -> Self {
-        let (data_type, entries) = match *data {
-            InvalidateData::VtdS1(entries) => (VTD_S1_INVALIDATE, entries),
-            InvalidateData::VtdSecondStage(entries) => (VTD_SECOND_STAGE_INVALIDATE, entries),
-            InvalidateData::ArmSmmuV3(commands) => {
-                return Self {
-                    data_type: ARM_SMMUV3_INVALIDATE,
-                    count: commands.len(),
-                    entry_length: size_of::<iommu_viommu_arm_smmuv3_invalidate>(),
-                    bytes: commands.iter().flat_map(|command| words(command.cmd)).collect(),
-                };
+    pub fn of_invalidations(data: InvalidateData<'a>) -> Self {
+        Self(data)
+    }
+
+    /// The bytes of the entry number `index`, if there is one. Those after its length are none.
+    fn entry(&self, index: usize) -> Option<[u8; 24]> {
+        match self.0 {
+            InvalidateData::VtdS1(entries) | InvalidateData::VtdSecondStage(entries) => {
+                entries.get(index).map(invalidation_bytes)
             }
-            _ => (UNKNOWN, [].as_slice()),
-        };
-        let bytes = entries.iter().flat_map(invalidation_bytes).collect();
-        let entry_length = size_of::<iommu_hwpt_vtd_s1_invalidate>();
-        Self { data_type, count: entries.len(), entry_length, bytes }
+            InvalidateData::ArmSmmuV3(commands) => {
+                let [low, high] = commands.get(index)?.cmd;
+                Some(zerocopy::transmute!([low.to_le(), high.to_le(), 0]))
+            }
+            _ => None,
+        }
     }
 }
 
-impl UserArray for OwnArray {
+impl UserArray for OwnArray<'_> {
     fn data_type(&self) -> u64 {
-        self.data_type
+        match self.0 {
+            InvalidateData::VtdS1(_) => VTD_S1_INVALIDATE,
+            InvalidateData::VtdSecondStage(_) => VTD_SECOND_STAGE_INVALIDATE,
+            InvalidateData::ArmSmmuV3(_) => ARM_SMMUV3_INVALIDATE,
+            _ => UNKNOWN,
+        }
     }
 
     fn entry_length(&self) -> usize {
-        self.entry_length
+        match self.0 {
+            InvalidateData::ArmSmmuV3(_) => size_of::<iommu_viommu_arm_smmuv3_invalidate>(),
+            _ => size_of::<iommu_hwpt_vtd_s1_invalidate>(),
+        }
     }
 
     fn count(&self) -> usize {
-        self.count
+        match self.0 {
+            InvalidateData::VtdS1(entries) | InvalidateData::VtdSecondStage(entries) => {
+                entries.len()
+            }
+            InvalidateData::ArmSmmuV3(commands) => commands.len(),
+            _ => 0,
+        }
     }
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Outcome<()> {
-        copy(&self.bytes, offset, bytes)
+        let length = self.entry_length() as u64;
+        let (index, within) = (offset / length, offset % length);
+        // Entries are read one at a time, from their start.
+        let entry = usize::try_from(index).ok().and_then(|index| self.entry(index));
+        let entry = entry.as_ref().and_then(|entry| entry.get(..length as usize));
+        copy(entry.unwrap_or_default(), within, bytes)
+    }
+
+    fn vtd_entries(&self) -> Option<&[iommu_hwpt_vtd_s1_invalidate]> {
+        match self.0 {
+            InvalidateData::VtdS1(entries) | InvalidateData::VtdSecondStage(entries) => {
+                Some(entries)
+            }
+            _ => None,
+        }
     }
 }
 
@@ -320,7 +349,7 @@ mod tests {
     fn entries_are_found_by_their_number() {
         let entry = |addr| iommu_hwpt_vtd_s1_invalidate { addr, ..Default::default() };
         let list = [entry(1), entry(2)];
-        let array = OwnArray::of_invalidations(&InvalidateData::VtdS1(&list));
+        let array = OwnArray::of_invalidations(InvalidateData::VtdS1(&list));
         let array: &dyn UserArray = &array;
         let read = |index| array.read_entry(VTD_S1_INVALIDATE, index, 24);
         assert_eq!(split(&read(1).unwrap()), (2, 0, 0, 0));

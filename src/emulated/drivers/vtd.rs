@@ -2,6 +2,7 @@
 //! The driver of a VT-d unit, like Linux's: page tables filled from an IOAS take no data, the
 //! user's first-stage tables are nested on a second stage, and there are no vIOMMUs.
 
+use std::cell::Cell;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
@@ -72,6 +73,14 @@ struct VtdNested {
 /// Number of attachments of tables behind each unit; no count is 0. Units are few, and tables many.
 type Attached = Vec<(Arc<dyn Hardware>, u32)>;
 
+/// The memory that a thread keeps for ranges, in entries: what a caller merges into one call.
+const MAX_KEPT: usize = 1024;
+
+thread_local! {
+    /// Memory for the ranges of one call, so that one takes no allocation.
+    static RANGES: Cell<Vec<CacheRange>> = const { Cell::new(Vec::new()) };
+}
+
 /// Drops what a unit has cached.
 type Invalidate = fn(&dyn Hardware, CacheTag, &[CacheRange]);
 
@@ -124,12 +133,15 @@ impl NestedDomain for VtdNested {
             return refuse(Errno::EINVAL, detail).map_err(Partial::from);
         };
         // One call for all entries: each call stops DMA.
-        let mut ranges = Vec::with_capacity(entries.count());
+        let mut ranges = RANGES.take();
+        ranges.clear();
+        let own = entries.vtd_entries();
         let mut read = |index| {
-            ranges.push(cache_range(
-                &invalidation(&entries.read_entry(data_type, index, 24)?),
-                index,
-            )?);
+            let entry = match own.and_then(|own| own.get(index)) {
+                Some(entry) => *entry,
+                None => invalidation(&entries.read_entry(data_type, index, 24)?),
+            };
+            ranges.push(cache_range(&entry, index)?);
             Ok(())
         };
         let refused = (0..entries.count()).find_map(|index| read(index).err());
@@ -138,7 +150,11 @@ impl NestedDomain for VtdNested {
                 invalidate(&**hardware, self.tag.tag(), &ranges);
             }
         }
-        refused.map_or(Ok(()), |refusal| Err(Partial { done: ranges.len(), refusal }))
+        let done = ranges.len();
+        if ranges.capacity() <= MAX_KEPT {
+            RANGES.set(ranges);
+        }
+        refused.map_or(Ok(()), |refusal| Err(Partial { done, refusal }))
     }
 
     fn describe(&self) -> String {

@@ -312,7 +312,7 @@ impl HostIommu for EmulatedHost {
         hwpt: ObjectId,
         data: InvalidateData<'_>,
     ) -> Result<(), InvalidateError> {
-        let entries = OwnArray::of_invalidations(&data);
+        let entries = OwnArray::of_invalidations(data);
         self.objects().hwpt_invalidate(hwpt, &entries).map_err(|Partial { done, refusal }| {
             InvalidateError::new(done, refusal.of(Verb::HwptInvalidate, hwpt))
         })

@@ -186,6 +186,11 @@ impl<M: Mmio> Driver<M> {
 
     /// As [`Self::submit`], with descriptors of any contents.
     pub fn submit_words(&self, descriptors: &[[u64; 4]]) -> Completion {
+        self.ring(self.put_words(descriptors))
+    }
+
+    /// Puts `descriptors` and a wait into the queue, for [`Self::ring`] with the result.
+    pub fn put_words(&self, descriptors: &[[u64; 4]]) -> QueuePointer {
         self.store(self.status, 0);
         let wait = Descriptor::Wait {
             status: Some(StatusWrite { address: self.status, data: DONE }),
@@ -198,7 +203,12 @@ impl<M: Mmio> Driver<M> {
             self.store_words(self.queue + tail, descriptor);
             tail = (tail + 32) % PAGE;
         }
-        self.registers.write64(regs::IQT, QueuePointer::from_offset(tail).into_bits());
+        QueuePointer::from_offset(tail)
+    }
+
+    /// Writes the tail.
+    pub fn ring(&self, tail: QueuePointer) -> Completion {
+        self.registers.write64(regs::IQT, tail.into_bits());
         self.completion()
     }
 

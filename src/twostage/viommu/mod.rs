@@ -31,6 +31,7 @@ macro_rules! setters {
     )*};
 }
 
+mod ahead;
 pub mod bridges;
 mod host_side;
 mod ledger;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The ranges to invalidate in one HWPT, as few as possible.
 
-use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, VTD_INV_FLAGS_LEAF};
+use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, ObjectId, VTD_INV_FLAGS_LEAF};
 use crate::spec::vtd::PageRange;
+use crate::viommu::vtd::Stage;
 
 /// More ranges than this become one flush of everything: each costs the host a descriptor of its
 /// own, and refilling a cache is cheaper than that many. Far below the limit of one call
@@ -60,6 +61,12 @@ impl FlushSet {
         self.add_everything();
     }
 
+    /// Empties it; its memory is kept.
+    pub(super) fn clear(&mut self) {
+        (self.everything, self.added) = (false, 0);
+        self.ranges.clear();
+    }
+
     fn push(&mut self, range: PageRange) {
         if self.everything {
             return;
@@ -91,7 +98,7 @@ impl FlushSet {
 
     fn add_everything(&mut self) {
         self.everything = true;
-        self.ranges = Vec::new();
+        self.ranges.clear();
     }
 
     /// The entries of one host call: ascending, neither overlapping nor adjacent, and not wrapping.
@@ -99,11 +106,19 @@ impl FlushSet {
     /// that flushing everything is cheaper. An entry leaves paging-structure caches alone only if
     /// each range in it does.
     pub fn into_entries(mut self) -> Vec<iommu_hwpt_vtd_s1_invalidate> {
+        let mut entries = Vec::new();
+        self.write_entries(&mut entries);
+        entries
+    }
+
+    /// The same as the contents of `entries`.
+    pub(super) fn write_entries(&mut self, entries: &mut Vec<iommu_hwpt_vtd_s1_invalidate>) {
         self.merge();
-        if self.everything {
-            return vec![EVERYTHING];
+        entries.clear();
+        match self.everything {
+            true => entries.push(EVERYTHING),
+            false => entries.extend(self.ranges.iter().copied().map(entry)),
         }
-        self.ranges.into_iter().map(entry).collect()
     }
 }
 
@@ -113,6 +128,48 @@ fn entry(range: PageRange) -> iommu_hwpt_vtd_s1_invalidate {
         npages: range.pages(),
         flags: if range.leaf() { VTD_INV_FLAGS_LEAF } else { 0 },
         __reserved: 0,
+    }
+}
+
+/// Memory that batches use one after the other, so that one takes no allocation. No part has more
+/// than some hundred entries, whatever the batch.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    pub hwpts: Vec<ObjectId>,
+    pub flush: Flush,
+    pub entries: Vec<iommu_hwpt_vtd_s1_invalidate>,
+}
+
+/// What to invalidate in one HWPT, by addresses of either stage.
+#[derive(Debug, Default)]
+pub(super) struct Flush {
+    pub first: FlushSet,
+    pub second: FlushSet,
+}
+
+impl Flush {
+    /// Empties both.
+    pub fn clear(&mut self) {
+        self.first.clear();
+        self.second.clear();
+    }
+
+    /// The ranges of `stage`.
+    pub fn of(&mut self, stage: Stage) -> &mut FlushSet {
+        match stage {
+            Stage::First => &mut self.first,
+            Stage::Second => &mut self.second,
+        }
+    }
+
+    /// The ranges of one call. Whatever address of the second stage is invalidated, nothing is left
+    /// of the first: so only one of the two needs a call.
+    pub fn ranges(&mut self) -> (Stage, &mut FlushSet) {
+        if self.second.added() > 0 {
+            (Stage::Second, &mut self.second)
+        } else {
+            (Stage::First, &mut self.first)
+        }
     }
 }
 

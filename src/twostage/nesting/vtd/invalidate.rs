@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::flush_set::{FlushSet, EVERYTHING};
+use super::flush_set::{FlushSet, Scratch, EVERYTHING};
 use super::nested::Nested;
 use super::state::State;
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateError, ObjectId};
@@ -98,43 +98,74 @@ impl State {
             // It was an id when it was stored.
             Some(next) => ObjectId(next as u32),
         };
-        // A guest that waits for each of its invalidations sends one at a time. There is nothing to
-        // merge then, and merging is what costs most.
-        let left = if let [one] = batch {
-            let mut named = self.nested.named(one.domain, one.pasid, from);
-            let hwpts: Vec<_> = named.by_ref().take(AT_ONCE).collect();
-            let left = named.next();
-            drop(named);
-            for hwpt in hwpts {
-                let mut flush = Flush::default();
-                match self.stage(hwpt, one) {
-                    Some(stage) => flush.of(stage).add(one.range),
-                    None => flush.first.add(None),
-                }
-                self.forget(hwpt, flush, refused);
-            }
-            left
-        } else {
-            let by_name = by_name(batch, false);
-            let (plan, mut left) = plan(&by_name, &self.nested, from);
-            let mut entries = 0;
-            for (hwpt, sets) in plan {
-                if entries >= AT_ONCE {
-                    left = Some(hwpt);
-                    break;
-                }
-                let mut flush = Flush::default();
-                for ((domain, pasid), set) in sets {
-                    match self.stage(hwpt, &Invalidation { domain, pasid, range: None }) {
-                        Some(stage) => flush.of(stage).extend(set),
-                        None => flush.first.extend_to_everything(set),
-                    }
-                }
-                entries += self.forget(hwpt, flush, refused);
-            }
-            left
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let left = match of_one_name(batch) {
+            Some(name) => self.invalidate_named(name, batch, from, &mut scratch, refused),
+            None => self.invalidate_mixed(batch, from, &mut scratch, refused),
         };
+        self.scratch = scratch;
         progress.go_on_at(left.map(|hwpt| hwpt.0.into()));
+    }
+
+    /// A piece of a batch that names one thing only, as most do: nothing need be grouped.
+    fn invalidate_named(
+        &mut self,
+        (domain, pasid): Name,
+        batch: &[Invalidation],
+        from: ObjectId,
+        scratch: &mut Scratch,
+        refused: &mut Option<Refused>,
+    ) -> Option<ObjectId> {
+        let mut hwpts = std::mem::take(&mut scratch.hwpts);
+        let mut left = self.nested.name_some((domain, pasid), from, AT_ONCE, &mut hwpts);
+        let mut entries = 0;
+        for &hwpt in &hwpts {
+            if entries >= AT_ONCE {
+                left = Some(hwpt);
+                break;
+            }
+            let flush = &mut scratch.flush;
+            flush.clear();
+            match self.stage(hwpt, &Invalidation { domain, pasid, range: None }) {
+                Some(stage) => {
+                    let set = flush.of(stage);
+                    batch.iter().for_each(|invalidation| set.add(invalidation.range));
+                }
+                None => batch.iter().for_each(|_| flush.first.add(None)),
+            }
+            entries += self.forget(hwpt, scratch, refused);
+        }
+        scratch.hwpts = hwpts;
+        left
+    }
+
+    /// A piece of any batch.
+    fn invalidate_mixed(
+        &mut self,
+        batch: &[Invalidation],
+        from: ObjectId,
+        scratch: &mut Scratch,
+        refused: &mut Option<Refused>,
+    ) -> Option<ObjectId> {
+        let by_name = by_name(batch, false);
+        let (plan, mut left) = plan(&by_name, &self.nested, from);
+        let mut entries = 0;
+        for (hwpt, sets) in plan {
+            if entries >= AT_ONCE {
+                left = Some(hwpt);
+                break;
+            }
+            let flush = &mut scratch.flush;
+            flush.clear();
+            for ((domain, pasid), set) in sets {
+                match self.stage(hwpt, &Invalidation { domain, pasid, range: None }) {
+                    Some(stage) => flush.of(stage).extend(set),
+                    None => flush.first.extend_to_everything(set),
+                }
+            }
+            entries += self.forget(hwpt, scratch, refused);
+        }
+        left
     }
 
     /// See [`Invalidation::stage`].
@@ -142,14 +173,20 @@ impl State {
         self.nested.stage1(hwpt).and_then(|stage1| invalidation.stage(&stage1))
     }
 
-    /// Does `flush` in `hwpt`; returns the number of ranges after merging. On failure, its users
-    /// are blocked and `refused` records it.
-    fn forget(&mut self, hwpt: ObjectId, flush: Flush, refused: &mut Option<Refused>) -> usize {
+    /// Does the flush of `scratch` in `hwpt`; returns the number of ranges after merging. On
+    /// failure, its users are blocked and `refused` records it.
+    fn forget(
+        &mut self,
+        hwpt: ObjectId,
+        scratch: &mut Scratch,
+        refused: &mut Option<Refused>,
+    ) -> usize {
+        let Scratch { flush, entries, .. } = scratch;
         let added = flush.first.added() + flush.second.added();
-        let (stage, ranges) = flush.into_ranges();
-        let entries = ranges.into_entries();
+        let (stage, ranges) = flush.ranges();
+        ranges.write_entries(entries);
         self.counters.merged += added - entries.len() as u64;
-        if let Err(error) = self.flush(hwpt, stage, &entries) {
+        if let Err(error) = self.flush(hwpt, stage, entries) {
             let refused = refused.get_or_insert(Refused { error, still_reachable: false });
             // What cannot be invalidated must not be used.
             for requester in self.nested.users(hwpt) {
@@ -220,28 +257,9 @@ fn is_suppressed() -> bool {
     number.is_some_and(|number| number == call.to_string())
 }
 
-/// What to invalidate in one HWPT, by addresses of either stage.
-#[derive(Debug, Default)]
-struct Flush {
-    first: FlushSet,
-    second: FlushSet,
-}
-
-impl Flush {
-    fn of(&mut self, stage: Stage) -> &mut FlushSet {
-        match stage {
-            Stage::First => &mut self.first,
-            Stage::Second => &mut self.second,
-        }
-    }
-
-    /// The ranges of one call. Whatever address of the second stage is invalidated, nothing is left
-    /// of the first: so only one of the two needs a call.
-    fn into_ranges(self) -> (Stage, FlushSet) {
-        if self.second.added() > 0 {
-            (Stage::Second, self.second)
-        } else {
-            (Stage::First, self.first)
-        }
-    }
+/// The name of all of `batch`, if they have the same.
+fn of_one_name(batch: &[Invalidation]) -> Option<Name> {
+    let (first, others) = batch.split_first()?;
+    let name = |of: &Invalidation| (of.domain, of.pasid);
+    others.iter().all(|other| name(other) == name(first)).then(|| name(first))
 }

@@ -11,6 +11,9 @@ use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1};
 use crate::viommu::Requester;
 
+/// The last id.
+const LAST: ObjectId = ObjectId(u32::MAX);
+
 /// What a `HWPT_NESTED` stands for: guest tables on a nesting parent, and whether page requests are
 /// served.
 pub(super) type Tables = (ObjectId, bool, Stage1);
@@ -93,6 +96,36 @@ impl Nested {
         one_less(&mut self.by_function, (hwpt, rid));
     }
 
+    /// The first of [`Nested::named`], at most `limit` of them, as the contents of `hwpts`; returns
+    /// the next one, if there are more.
+    pub fn name_some(
+        &self,
+        (domain, pasid): (Option<u16>, Option<u32>),
+        from: ObjectId,
+        limit: usize,
+        hwpts: &mut Vec<ObjectId>,
+    ) -> Option<ObjectId> {
+        hwpts.clear();
+        match (domain, pasid) {
+            (Some(domain), None) => {
+                let named = self.by_domain.range((domain, from)..=(domain, LAST));
+                hwpts.extend(named.map(|((_, hwpt), _)| *hwpt).take(limit + 1));
+            }
+            (domain, Some(pasid)) => {
+                let named = |(hwpt, of): &(ObjectId, u16)| {
+                    *hwpt >= from && domain.is_none_or(|domain| domain == *of)
+                };
+                hwpts.extend(self.slots.named(pasid).filter(named).map(|(hwpt, _)| hwpt));
+                hwpts.sort_unstable();
+                hwpts.dedup();
+            }
+            (None, None) => hwpts.extend(self.hwpts.used_from(from).take(limit + 1)),
+        }
+        let next = hwpts.get(limit).copied();
+        hwpts.truncate(limit);
+        next
+    }
+
     /// Every HWPT from `from` with a user that an invalidation of `domain` and `pasid` names
     /// ([`Invalidation::names`](crate::viommu::vtd::Invalidation::names)); without duplicates,
     /// ascending.
@@ -102,7 +135,6 @@ impl Nested {
         pasid: Option<u32>,
         from: ObjectId,
     ) -> Box<dyn Iterator<Item = ObjectId> + '_> {
-        const LAST: ObjectId = ObjectId(u32::MAX);
         match (domain, pasid) {
             (None, None) => Box::new(self.hwpts.used_from(from)),
             (Some(domain), None) => {
@@ -327,7 +359,13 @@ mod tests {
             for from in [0, 11, 13, 14].map(ObjectId) {
                 let named: Vec<_> = books.named(domain, pasid, from).collect();
                 let expected = expected.iter().filter(|hwpt| **hwpt >= from).copied();
-                prop_assert_eq!(named, Vec::from_iter(expected));
+                prop_assert_eq!(&named, &Vec::from_iter(expected));
+                for limit in [1, 2, 4] {
+                    let mut some = vec![ObjectId(99)];
+                    let next = books.name_some((domain, pasid), from, limit, &mut some);
+                    prop_assert_eq!(&some, &named[..limit.min(named.len())]);
+                    prop_assert_eq!(next, named.get(limit).copied());
+                }
             }
             for id in 10..14 {
                 let hwpt = ObjectId(id);

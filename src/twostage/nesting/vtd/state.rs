@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use super::faults::FaultRouter;
+use super::flush_set::Scratch;
 use super::nested::Nested;
 use super::page_requests::deliver;
 use super::shadow::serving::Serving;
@@ -56,6 +57,8 @@ pub(super) struct State {
     mirrors: Weak<dyn Mirrors>,
     /// Except the host calls, which [`Objects`] counts.
     pub counters: VtdNestingCounters,
+    /// Memory of invalidations.
+    pub scratch: Scratch,
 }
 
 impl State {
@@ -68,6 +71,7 @@ impl State {
     ) -> Self {
         Self {
             shadow: None,
+            scratch: Scratch::default(),
             pages: None,
             threads: Arc::new(StdThreads),
             serving,

@@ -33,6 +33,8 @@ pub(super) struct UnderWay {
     command: Option<Command>,
     /// The invalidations at the head of the queue.
     pub queue: Option<Pass>,
+    /// An empty one, for its memory: a batch takes no allocation.
+    pub spare: Option<Pass>,
 }
 
 /// A command of a register.

@@ -28,6 +28,7 @@ use crate::spec::vtd::qi::{
 };
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
 use crate::spec::vtd::PageRange;
+use crate::viommu::ahead::{Ahead, Tally};
 use crate::viommu::ledger::NotApplied;
 use crate::viommu::register_page::Show;
 use crate::viommu::Requester;
@@ -131,16 +132,19 @@ impl VtdIommu {
         if begun.is_none() && registers.iqh == registers.iqt && registers.unanswered.is_none() {
             return Slice::Done;
         }
-        let mut pass =
-            begun.unwrap_or_else(|| Pass { fetch: registers.iqh.offset(), ..Pass::default() });
+        let mut pass = begun.unwrap_or_else(|| {
+            let spare = self.under_way().spare.take().unwrap_or_default();
+            Pass { fetch: registers.iqh.offset(), ..spare }
+        });
         let result = check_queue(registers, self.caps.ecap.smts())
             .map_err(Stop::Guest)
             .and_then(|()| self.walk(registers, &mut pass));
         match result {
             Ok(slice) => {
-                if !pass.is_empty() || pass.draining.is_some() {
-                    self.under_way().queue = Some(pass);
-                }
+                let done = pass.is_empty() && pass.draining.is_none();
+                let mut under_way = self.under_way();
+                let kept = if done { &mut under_way.spare } else { &mut under_way.queue };
+                *kept = Some(pass);
                 slice
             }
             Err(stop) => self.stop_queue(registers, pass, stop),
@@ -155,6 +159,8 @@ impl VtdIommu {
         let step = registers.iqa.descriptor_size();
         let draining = pass.draining.take();
         let tail = registers.iqt.offset();
+        let mut ahead = Ahead::default();
+        let mut tally = Tally::default();
         for _ in 0..SLICE {
             if pass.fetch == tail {
                 let flushed = self.flush(registers, pass)?;
@@ -164,7 +170,7 @@ impl VtdIommu {
                     None => Ok(Slice::Done),
                 };
             }
-            let descriptor = self.fetch(registers, pass.fetch).map_err(Stop::Guest)?;
+            let descriptor = self.fetch(registers, pass.fetch, &mut ahead).map_err(Stop::Guest)?;
             if pass.is_ordered_before(&descriptor) {
                 let flushed = self.flush(registers, pass)?;
                 // A wait is little work: it ends this slice, rather than being fetched again.
@@ -182,7 +188,7 @@ impl VtdIommu {
                 pass.draining = Some((progress, since));
                 return Ok(Slice::Draining(progress));
             }
-            self.counters.descriptor(&descriptor);
+            tally.count(self.counters.of(&descriptor));
             if let Some(observer) = &self.observer {
                 observer.descriptor(descriptor.name(), &descriptor);
             }
@@ -212,13 +218,18 @@ impl VtdIommu {
     }
 
     /// Reads and decodes the descriptor at `offset` of the queue.
-    fn fetch(&self, registers: &Registers, offset: u64) -> Result<Descriptor, IqErrorInfo> {
-        // The guest no longer writes what is before the tail: words need not be read one by one.
-        // There are two or four of them.
-        let mut bytes = [0; WORDS * size_of::<u64>()];
-        let (bytes, _) = bytes.split_at_mut(registers.iqa.descriptor_size() as usize);
-        let address = registers.iqa.base().checked_add(offset).ok_or(IqErrorInfo::FetchError)?;
-        self.memory.read(address, bytes).map_err(|_| IqErrorInfo::FetchError)?;
+    fn fetch(
+        &self,
+        registers: &Registers,
+        offset: u64,
+        ahead: &mut Ahead,
+    ) -> Result<Descriptor, IqErrorInfo> {
+        let (tail, end) = (registers.iqt.offset(), registers.iqa.size());
+        let until = if offset < tail { tail } else { end };
+        let size = registers.iqa.descriptor_size() as usize;
+        let bytes = ahead.entry(&*self.memory, registers.iqa.base(), offset, until, size);
+        let bytes = bytes.ok_or(IqErrorInfo::FetchError)?;
+        // There are two or four words.
         let mut words: Words = [0; WORDS];
         for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
             *word = u64::from_le_bytes(*bytes);

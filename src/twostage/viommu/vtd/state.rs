@@ -303,9 +303,9 @@ crate::counters! {
 }
 
 impl Counters {
-    /// Counts a descriptor by its type.
-    pub fn descriptor(&self, descriptor: &Descriptor) {
-        let counter = match descriptor {
+    /// The one of descriptors of the type of `descriptor`.
+    pub fn of(&self, descriptor: &Descriptor) -> &Counter {
+        match descriptor {
             Descriptor::ContextCache(_) => &self.context_cache,
             Descriptor::Iotlb { .. } => &self.iotlb,
             Descriptor::DeviceTlb { .. } => &self.device_tlb,
@@ -315,7 +315,6 @@ impl Counters {
             Descriptor::PasidCache(_) => &self.pasid_cache,
             Descriptor::PasidDeviceTlb { .. } => &self.pasid_device_tlb,
             Descriptor::PageGroupResponse { .. } => &self.page_group_response,
-        };
-        counter.count();
+        }
     }
 }
