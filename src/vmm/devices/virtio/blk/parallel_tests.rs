@@ -33,9 +33,13 @@ fn contents() -> Vec<u8> {
 }
 
 fn machine(place: Place) -> (Rig, FakeDisk) {
+    machine_with(place, QUEUES)
+}
+
+fn machine_with(place: Place, queues: usize) -> (Rig, FakeDisk) {
     let (disk, engine) = FakeDisk::new(contents());
     let file = tempfile::tempfile().unwrap();
-    let block = Block::with_engine(Disk::of(file, SIZE as u64), QUEUES, engine);
+    let block = Block::with_engine(Disk::of(file, SIZE as u64), queues, engine);
     (Rig::new(place, Box::new(block)), disk)
 }
 
@@ -143,6 +147,25 @@ fn each_queue_has_its_requests_and_its_interrupts() {
             assert_eq!(data(&rig, number, 512), contents()[at..at + 512]);
         }
     }
+}
+
+#[test]
+fn the_last_of_as_many_queues_as_there_may_be_is_served() {
+    let (rig, disk) = machine_with(Place::Behind, MAX_QUEUES);
+    let mut queues = rig.start(FLUSHES | 1 << VIRTIO_BLK_F_MQ);
+    assert_eq!((queues.len(), rig.vectors.len()), (MAX_QUEUES, MAX_QUEUES + 1));
+    let queue = queues.last_mut().unwrap();
+    // After all queues.
+    let (header, data, status) = (0xd_0000, 0xd_1000, 0xd_2000);
+    rig.poke(header, &[0; 16]);
+    rig.poke(status, &[UNTOUCHED]);
+    queue.add(&[(header, 16, false), (data, 512, true), (status, 1, true)]);
+    queue.notify();
+    disk.wait_for(1);
+    disk.finish(0, 512);
+    wait_for_used(&rig, queue, 1);
+    rig.wait_for_interrupts(MAX_QUEUES, 1);
+    assert_eq!((rig.peek(status, 1), rig.peek(data, 512)), (vec![0], contents()[..512].to_vec()));
 }
 
 #[test]

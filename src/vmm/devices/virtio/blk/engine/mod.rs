@@ -107,7 +107,9 @@ pub(super) fn best(file: &Arc<File>, depth: usize) -> io::Result<Box<dyn Engine>
 mod tests {
     use std::collections::BTreeMap;
     use std::io::Write;
+    use std::thread;
 
+    use seccompiler::{apply_filter, BpfProgram, SeccompAction, SeccompFilter};
     use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
     use super::*;
@@ -170,6 +172,36 @@ mod tests {
                     assert!(bytes.iter().all(|byte| *byte == bytes[0]));
                 }
             }
+        }
+    }
+
+    /// A filter that forbids a system call, for the thread that installs it.
+    fn forbid(call: i64) {
+        let (others, listed) = (SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32));
+        let arch = std::env::consts::ARCH.try_into().unwrap();
+        let rules = BTreeMap::from([(call, Vec::new())]);
+        let filter = SeccompFilter::new(rules, others, listed, arch).unwrap();
+        apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn threads_serve_where_io_uring_is_forbidden_in_whole_or_in_part() {
+        let mut temporary = tempfile::NamedTempFile::new().unwrap();
+        temporary.write_all(&[0x11; 4096]).unwrap();
+        let file = Arc::new(temporary.reopen().unwrap());
+        for call in
+            [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_io_uring_enter]
+        {
+            let file = file.clone();
+            let forbidden = thread::spawn(move || {
+                forbid(call);
+                let mut engine = best(&file, DEPTH).unwrap();
+                assert_eq!(engine.name(), "threads", "without system call {call}");
+                engine.begin(operation(0, Action::Read, 0, &[0; 512]));
+                engine.submit().unwrap();
+                assert_eq!(all(&mut *engine, 1).remove(&0).unwrap().1, [0x11; 512]);
+            });
+            forbidden.join().unwrap();
         }
     }
 
