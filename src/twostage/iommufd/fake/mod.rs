@@ -21,7 +21,7 @@ use super::{
     MapTarget, ObjectId, Protection, Result, UserMemory, Verb, Vevent, ViommuKind,
     VEVENTQ_ARM_SMMUV3, VTD_INV_FLAGS_LEAF,
 };
-use state::{Events, Object, OpenEvents, SilentQueue, State};
+use state::{Events, Object, OpenEvents, Reached, SilentQueue, State};
 
 /// A host that records its calls. See the [module](self).
 #[derive(Debug)]
@@ -138,25 +138,24 @@ impl RecordingHost {
     }
 
     /// What `dev` reaches by copies: IOVA, length and source in bytes, and what is allowed.
-    pub fn reaches_copies(&self, dev: ObjectId) -> Vec<(u64, u64, u64, Protection)> {
-        self.state().reached_copies(dev)
+    pub fn reaches_copies(&self, dev: ObjectId) -> Vec<Reached> {
+        self.reached_by(dev, None)
+    }
+
+    /// The same for a `pasid` of `dev`.
+    pub fn reached_by(&self, dev: ObjectId, pasid: Option<u32>) -> Vec<Reached> {
+        self.state().reached_copies(dev, pasid)
     }
 
     /// Every object except devices: what leaked, at the end of a test.
     pub fn live_objects(&self) -> Vec<ObjectId> {
-        let state = self.state();
-        let made = |(id, object): (&ObjectId, &Object)| {
-            (!matches!(object, Object::Device { .. })).then_some(*id)
-        };
-        state.objects.iter().filter_map(made).collect()
+        self.state().live_objects()
     }
 
     /// Delivers `fault` to the sink of its device, as a DMA thread would.
     pub fn report_fault(&self, fault: &HostFault) {
         let sink = self.state().sinks.get(&fault.dev).and_then(Weak::upgrade);
-        if let Some(sink) = sink {
-            sink.dma_fault(fault);
-        }
+        sink.inspect(|sink| sink.dma_fault(fault));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -33,6 +33,8 @@ pub(super) struct State {
 
 /// A mapping: its length and source in bytes, and what is allowed.
 pub(super) type Copied = (u64, u64, Protection);
+/// The same, after its IOVA.
+pub type Reached = (u64, u64, u64, Protection);
 
 #[derive(Debug, Clone)]
 pub(super) enum Object {
@@ -176,8 +178,16 @@ impl State {
         Ok(iova)
     }
 
-    pub fn reached_copies(&self, dev: ObjectId) -> Vec<(u64, u64, u64, Protection)> {
-        let Some(pt) = self.reaches.get(&(dev, None)).copied() else { return Vec::new() };
+    /// See [`RecordingHost::live_objects`](super::RecordingHost::live_objects).
+    pub fn live_objects(&self) -> Vec<ObjectId> {
+        let made = |(id, object): (&ObjectId, &Object)| {
+            (!matches!(object, Object::Device { .. })).then_some(*id)
+        };
+        self.objects.iter().filter_map(made).collect()
+    }
+
+    pub fn reached_copies(&self, dev: ObjectId, pasid: Option<u32>) -> Vec<Reached> {
+        let Some(pt) = self.reaches.get(&(dev, pasid)).copied() else { return Vec::new() };
         let ioas = match self.objects.get(&pt) {
             Some(Object::Hwpt { pt, .. }) => *pt,
             _ => pt,

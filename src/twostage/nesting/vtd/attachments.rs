@@ -192,7 +192,7 @@ impl State {
         }
         let slot = Slot::on(Attached::Nested(hwpt), tag.domain);
         if self.slot(requester).attached != slot.attached {
-            let attached = self.attachable(hwpt, requester.rid, device);
+            let attached = self.attachable(hwpt, requester, device);
             let attached = attached.and_then(|pt| self.attach(requester, device, pt, slot));
             attached.inspect_err(|_| self.destroy_unused(requester.rid, slot.attached))?;
             self.counters.nested_shares += u64::from(found.is_some());

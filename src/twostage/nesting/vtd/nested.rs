@@ -44,7 +44,12 @@ impl Nested {
 
     /// The users of a HWPT.
     pub fn users(&self, hwpt: ObjectId) -> Vec<Requester> {
-        self.slots.users(hwpt)
+        self.slots.users_after(hwpt, None).collect()
+    }
+
+    /// The next user of a HWPT after this one, or the first.
+    pub fn next_user(&self, hwpt: ObjectId, after: Option<Requester>) -> Option<Requester> {
+        self.slots.users_after(hwpt, after).next()
     }
 
     /// Whether any user of `hwpt` has the tag `tag`.
@@ -287,16 +292,27 @@ impl Slots {
         self.named(tag.pasid).any(|named| named == (hwpt, tag.domain))
     }
 
-    /// All requesters attached to `hwpt`. A linear search.
-    pub fn users(&self, hwpt: ObjectId) -> Vec<Requester> {
-        let on_it = |slot: &Slot| slot.attached == Attached::Nested(hwpt);
-        let of_function = |(&rid, function): (&Bdf, &Function)| {
-            let own = on_it(&function.rid).then_some(Requester::rid(rid));
-            let pasids = function.pasids.iter().filter(|(_, slot)| on_it(slot));
-            let pasids = pasids.map(|(raw, _)| Requester { rid, pasid: Pasid::new(raw) });
-            own.into_iter().chain(pasids).collect::<Vec<_>>()
+    /// All requesters attached to `hwpt` that come after this one, ascending. A linear search.
+    pub fn users_after(
+        &self,
+        hwpt: ObjectId,
+        after: Option<Requester>,
+    ) -> impl Iterator<Item = Requester> + '_ {
+        let on_it = move |slot: &Slot| slot.attached == Attached::Nested(hwpt);
+        let functions = match after {
+            Some(after) => self.functions.range(after.rid..),
+            None => self.functions.range(..),
         };
-        self.functions.iter().flat_map(of_function).collect()
+        functions.flat_map(move |(&rid, function)| {
+            let own = on_it(&function.rid).then_some(Requester::rid(rid));
+            let after = after.filter(|after| after.rid == rid);
+            let first = after.and_then(|after| after.pasid).map_or(0, Pasid::raw);
+            let pasids = function.pasids.ranges_in(first..=u32::MAX);
+            let pasids = pasids.filter(move |(_, slot)| on_it(slot)).flat_map(|(raw, _)| raw);
+            let pasids = pasids.map(move |raw| Requester { rid, pasid: Pasid::new(raw) });
+            let all = own.into_iter().chain(pasids);
+            all.skip_while(move |requester| after.is_some_and(|after| *requester <= after))
+        })
     }
 }
 

@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 
 use super::follow::Quota;
 use super::mirror::{Mirror, Piece, Steps};
-use super::{is_reserved, refused_attach, reserved, too_many, Mirrored};
+use super::{is_reserved, reserved, too_many, Mirrored};
 use crate::iommufd::{Errno, HwInfo, HwptFlags, MapTarget, ObjectId};
 use crate::nesting::objects::Objects;
-use crate::nesting::vtd::nested::Slot;
 use crate::nesting::vtd::state::{Device, Parent, State};
 use crate::nesting::{Context, NestingError, Result};
-use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::pci::Bdf;
 use crate::viommu::vtd::walk::Tables;
 use crate::viommu::vtd::{RequesterConfig, Stage1};
 use crate::viommu::Requester;
@@ -165,24 +164,36 @@ impl State {
         Ok(())
     }
 
-    /// Destroys the page table that the mirror `id` has for `rid` alone, if it uses that no more.
+    /// Destroys the page tables that the mirror `id` has for `rid` alone, if it uses that no more.
     pub fn end_unused_of(&mut self, id: ObjectId, rid: Bdf) {
         let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.get_mut(&id));
         let Some(mirrored) = mirrored.filter(|_| !self.nested.uses(rid, id)) else { return };
-        if let Some(hwpt) = mirrored.hwpts.remove(&rid) {
+        let new = mirrored.making.as_mut().and_then(|making| making.new.hwpts.remove(&rid));
+        for hwpt in new.into_iter().chain(mirrored.hwpts.remove(&rid)) {
             self.objects.destroy(hwpt);
         }
     }
 
-    /// The object that `device`, the guest's `rid`, is attached to so that it uses the mirror `id`.
-    pub fn attachable(&mut self, id: ObjectId, rid: Bdf, device: &Device) -> Result<ObjectId> {
+    /// The object that `device`, of `requester`, is attached to so that this uses the mirror `id`.
+    pub fn attachable(
+        &mut self,
+        id: ObjectId,
+        requester: Requester,
+        device: &Device,
+    ) -> Result<ObjectId> {
         let mirrored = self.shadow.as_mut().and_then(|shadow| shadow.mirrors.get_mut(&id));
         // Numbers in use are those of mirrors; without mirrors they are the objects themselves.
         let Some(mirrored) = mirrored else { return Ok(id) };
-        Self::attachable_of(&mut self.objects, mirrored, rid, device)
+        // Nobody looks again at those who have been moved.
+        let is_past = mirrored.making.as_ref().is_some_and(|it| Some(requester) <= it.moved);
+        let used = match mirrored.making.as_mut() {
+            Some(making) if is_past => &mut making.new,
+            _ => mirrored,
+        };
+        Self::attachable_of(&mut self.objects, used, requester.rid, device)
     }
 
-    fn attachable_of(
+    pub(super) fn attachable_of(
         objects: &mut Objects,
         mirrored: &mut Mirrored,
         rid: Bdf,
@@ -239,28 +250,6 @@ impl State {
                 source,
             }),
         }
-    }
-
-    /// Replaces the mirror `id`, which is `old` and not in the books, by `new` for all its users.
-    /// Those that the host does not attach are blocked, and lost.
-    pub(super) fn replace_mirror(&mut self, id: ObjectId, old: Mirrored, new: &mut Mirrored) {
-        for (requester, config) in self.configs(id) {
-            let Some(device) = self.devices.get(&requester.rid).copied() else { continue };
-            let attached = Self::attachable_of(&mut self.objects, new, requester.rid, &device);
-            let attached = attached.and_then(|pt| {
-                let pasid = requester.pasid.map(Pasid::raw);
-                let attached = self.objects.host().device_attach(device.dev, pasid, pt);
-                self.counters.replaces += u64::from(attached.is_ok());
-                self.counters.refused_attaches += u64::from(attached.is_err());
-                attached.map(drop).map_err(|error| refused_attach(requester, error))
-            });
-            if let Err(error) = attached {
-                let slot = self.nested.slots().get(requester);
-                self.nested.set(requester, Slot { unsettled: true, ..slot });
-                self.lose(requester, config, &error);
-            }
-        }
-        self.destroy_mirror(old);
     }
 
     /// The users of the mirror `id`, as they were configured.

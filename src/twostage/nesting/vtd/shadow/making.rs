@@ -3,10 +3,13 @@
 //! may have very many pieces, so that is done in slices, between which the lock is given up.
 //!
 //! What takes the place of a mirror is made by the batches that need it: each goes on where another
-//! one has stopped, and nothing else is done with the mirror before it is replaced. The first
-//! mirror of a table is *prepared* before a requester is given the table. Nobody uses it until
-//! then, so that what the guest invalidates in between does not reach it: it is begun again, and
-//! after some times made in one piece; the same if another table is to be prepared. Who joins a
+//! one has stopped, and nothing else is done with the mirror before it is replaced. When it is
+//! made, the users are attached to it, some in each slice; who comes meanwhile is attached to what
+//! its neighbours are.
+//!
+//! The first mirror of a table is *prepared* before a requester is given the table. Nobody uses it
+//! until then, so that what the guest invalidates in between does not reach it: it is begun again,
+//! and after some times made in one piece; the same if another table is to be prepared. Who joins a
 //! mirror under a name that nobody else has makes it be compared as a whole, which is prepared in
 //! the same way.
 
@@ -15,10 +18,12 @@ use std::collections::VecDeque;
 use super::calls::Part;
 use super::follow::{Quota, AT_ONCE, EVERYTHING};
 use super::mirror::{Mirror, Piece};
-use super::{too_many, Mirrored, Shadow};
+use super::{refused_attach, too_many, Mirrored, Shadow};
 use crate::iommufd::ObjectId;
+use crate::nesting::vtd::nested::Slot;
 use crate::nesting::vtd::state::State;
 use crate::nesting::{NestingError, Result};
+use crate::spec::pci::Pasid;
 use crate::viommu::vtd::walk::Tables;
 use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1};
 use crate::viommu::Requester;
@@ -39,6 +44,8 @@ pub(super) struct Making {
     budget: u64,
     /// The last piece, which may grow, and is not mapped.
     held: Option<Piece>,
+    /// The users of the mirror whose place it takes are attached to it already, up to this one.
+    pub moved: Option<Requester>,
 }
 
 /// A mirror that nobody uses yet.
@@ -76,7 +83,7 @@ impl Making {
 impl State {
     fn begin_making(&mut self, tables: Tables, part: Part) -> Result<Making> {
         let (new, budget) = (self.new_mirror(tables, part)?, self.budget());
-        Ok(Making { new, rest: VecDeque::new(), next: 0, budget, held: None })
+        Ok(Making { new, rest: VecDeque::new(), next: 0, budget, held: None, moved: None })
     }
 
     /// Makes a part of a mirror; of `guide`, whose place it takes, pieces stay where they can.
@@ -138,8 +145,8 @@ impl State {
         };
         self.count_as(mirrored, Part::Goes);
         match self.make_some(&mut making, &mirrored.mirror, quota) {
-            Ok(true) => {}
-            Ok(false) => {
+            Ok(made) if made && self.move_users(id, &mut making, quota) => {}
+            Ok(_) => {
                 mirrored.making = Some(making);
                 return Ok(false);
             }
@@ -151,9 +158,39 @@ impl State {
         }
         self.count_as(&mut making.new, Part::Serves);
         let old = std::mem::replace(mirrored, making.new);
-        self.replace_mirror(id, old, mirrored);
+        self.destroy_mirror(old);
         quota.use_up();
         Ok(true)
+    }
+
+    /// Attaches users of the mirror `id` to what takes its place. Those that the host does not
+    /// attach are blocked, and lost. Whether none are left.
+    fn move_users(&mut self, id: ObjectId, making: &mut Making, quota: &mut Quota) -> bool {
+        let Some(stage1) = self.nested.stage1(id) else { return true };
+        while let Some(requester) = self.nested.next_user(id, making.moved) {
+            if quota.is_used() {
+                return false;
+            }
+            quota.steps -= 1;
+            making.moved = Some(requester);
+            let config = self.nested.config(requester, stage1);
+            let Some(device) = self.devices.get(&requester.rid).copied() else { continue };
+            let new = &mut making.new;
+            let attached = Self::attachable_of(&mut self.objects, new, requester.rid, &device);
+            let attached = attached.and_then(|pt| {
+                let pasid = requester.pasid.map(Pasid::raw);
+                let attached = self.objects.host().device_attach(device.dev, pasid, pt);
+                self.counters.replaces += u64::from(attached.is_ok());
+                self.counters.refused_attaches += u64::from(attached.is_err());
+                attached.map(drop).map_err(|error| refused_attach(requester, error))
+            });
+            if let Err(error) = attached {
+                let slot = self.nested.slots().get(requester);
+                self.nested.set(requester, Slot { unsettled: true, ..slot });
+                self.lose(requester, config, &error);
+            }
+        }
+        true
     }
 
     /// See [`crate::viommu::vtd::VtdHostSide::prepare`].

@@ -3,6 +3,7 @@
 
 mod failures;
 mod slices;
+mod users;
 
 use std::sync::Arc;
 
