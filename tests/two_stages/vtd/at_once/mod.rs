@@ -6,6 +6,8 @@
 //!
 //! `TWOSTAGE_STRESS_SECONDS` sets the duration of each test; default 2 seconds.
 
+mod table;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
 use std::thread;
@@ -21,6 +23,7 @@ use super::machine::{pasid, vtd_config, MachineOf};
 use super::naive::{Choice, Model, Page, Said, View, Who, PAGES};
 use super::{iotlb, pasid_pages};
 use crate::common::{A, B, HIGH, PAGE};
+use table::{Dice, Table};
 
 /// The pages that devices use start here, which is guest memory, too; a large page starts here.
 const IOVA: u64 = 0xc0_0000;
@@ -35,49 +38,6 @@ const SCATTERED: u64 = 100;
 const COMMON: u16 = 9;
 /// Every kind of outcome is to be seen so often, however slow the machine is.
 const ENOUGH: u64 = 20;
-
-/// Small numbers, of a fixed sequence.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-        (self.0 >> 33) % limit
-    }
-
-    fn one_in(&mut self, count: u64) -> bool {
-        self.below(count) == 0
-    }
-}
-
-/// What a table has now.
-struct Table {
-    top: u64,
-    first_stage: bool,
-    pages: [Page; PAGES as usize],
-    /// The entry above the pages is a large page; otherwise it is `pointer`.
-    large: bool,
-    pointer: u64,
-}
-
-impl Table {
-    fn word(&self, page: Page, large: bool) -> u64 {
-        let Page { gpa, read, write } = page;
-        let size = u64::from(large) << 7;
-        match self.first_stage {
-            true if read => gpa | size | 0x5 | u64::from(write) << 1,
-            true => 0,
-            false => gpa | size | u64::from(read) | u64::from(write) << 1,
-        }
-    }
-
-    fn now(&self, page: u64) -> Page {
-        match self.large {
-            true => Page { gpa: HIGH + page * PAGE, read: true, write: true },
-            false => self.pages[page as usize],
-        }
-    }
-}
 
 struct World<const MIRRORED: bool> {
     machine: MachineOf<MIRRORED>,
@@ -94,8 +54,9 @@ struct World<const MIRRORED: bool> {
     wrong: AtomicU64,
     /// One invalidation in so many is forgotten, though the guest believes it made it.
     forgets: Option<u64>,
-    /// Reads, writes, refused reads, refused writes; changes of pages, tables, entries, devices.
-    seen: [AtomicU64; 8],
+    /// Reads, writes, refused reads, refused writes; changes of pages, tables, entries; entries
+    /// that went, or led to another table, while the unit was at work; changes of devices.
+    seen: [AtomicU64; 10],
 }
 
 impl<const MIRRORED: bool> World<MIRRORED> {
@@ -273,7 +234,7 @@ impl<const MIRRORED: bool> World<MIRRORED> {
         }
     }
 
-    fn set(&self, who: Who, choice: Choice, tables: &[(u64, bool)]) {
+    fn write_entry(&self, who: Who, choice: Choice, tables: &[(u64, bool)]) {
         let (rid, pasid) = who;
         let entry = match choice {
             Choice::Nothing => Entry::NotPresent,
@@ -283,23 +244,40 @@ impl<const MIRRORED: bool> World<MIRRORED> {
                 (table, false) => Entry::SecondStage { table, domain },
             },
         };
-        // Not one store: no invalidation may be in the middle.
-        let _unit = self.unit.lock().unwrap();
         match self.legacy {
             true => self.machine.guest.set_legacy_entry(rid, entry),
             false => self.machine.guest.set_entry(rid, pasid.unwrap_or(0), entry),
         }
     }
 
-    /// The entry of `who` goes, which is one store: others may be at work on the queue.
-    fn withdraw(&self, who: Who) {
-        self.model.lock().unwrap().entry_comes(who, Choice::Nothing);
-        let (rid, pasid) = who;
-        match self.legacy {
-            true => self.machine.guest.set_legacy_entry(rid, Entry::NotPresent),
-            false => self.machine.guest.set_entry(rid, pasid.unwrap_or(0), Entry::NotPresent),
+    fn set(&self, who: Who, choice: Choice, tables: &[(u64, bool)]) {
+        self.model.lock().unwrap().entry_comes(who, choice);
+        {
+            // Not one store: no invalidation may be in the middle.
+            let _unit = self.unit.lock().unwrap();
+            self.write_entry(who, choice, tables);
         }
         self.model.lock().unwrap().entry_has_come(who);
+    }
+
+    /// What differs from `choice` in one word of the entry: another table of the same kind in the
+    /// same domain, or nothing.
+    fn one_store_away(&self, choice: Choice, tables: &[(u64, bool)]) -> Choice {
+        let Choice::Tables(view) = choice else { return Choice::Nothing };
+        let is_like = |other: &&View| {
+            (other.domain, other.pasid) == (view.domain, view.pasid)
+                && other.table != view.table
+                && tables[other.table].1 == tables[view.table].1
+        };
+        self.views.iter().find(is_like).map_or(Choice::Nothing, |other| Choice::Tables(*other))
+    }
+
+    /// The entry of `who` becomes `choice`, which is one store: others may be at work on the queue.
+    fn turn(&self, who: Who, choice: Choice, tables: &[(u64, bool)]) {
+        self.model.lock().unwrap().entry_comes(who, choice);
+        self.write_entry(who, choice, tables);
+        self.model.lock().unwrap().entry_has_come(who);
+        self.count(if choice == Choice::Nothing { 7 } else { 8 });
     }
 
     /// The processor that switches domains, and plugs a device.
@@ -317,22 +295,21 @@ impl<const MIRRORED: bool> World<MIRRORED> {
                 1 if who.1.is_none() => Choice::Bypass,
                 _ => Choice::Tables(*views[dice.below(views.len() as u64) as usize]),
             };
-            self.model.lock().unwrap().entry_comes(who, choice);
             self.set(who, choice, tables);
-            self.model.lock().unwrap().entry_has_come(who);
             now[number] = choice;
             self.count(6);
             if matches!(choice, Choice::Tables(_)) && dice.one_in(4) {
                 // By another processor, while the unit is at work on that.
+                let next = self.one_store_away(choice, tables);
                 thread::scope(|scope| {
                     let after = Duration::from_micros(dice.below(2000));
                     scope.spawn(move || {
                         thread::sleep(after);
-                        self.withdraw(who);
+                        self.turn(who, next, tables);
                     });
                     self.say(&[Said::Entries], &mut dice);
                 });
-                now[number] = Choice::Nothing;
+                now[number] = next;
             }
             self.say(&[Said::Entries], &mut dice);
             if let Choice::Tables(View { domain, .. }) = choice {
@@ -375,7 +352,7 @@ impl<const MIRRORED: bool> World<MIRRORED> {
         all(None);
         machine.iommu.add_device(B).unwrap();
         counts();
-        self.count(7);
+        self.count(9);
     }
 
     /// A device: one DMA after another.
@@ -430,7 +407,7 @@ impl<const MIRRORED: bool> World<MIRRORED> {
 
 /// Runs everything for as long as was requested, or until something is wrong. Returns what devices
 /// and guest did, and how many DMA were wrong.
-fn run<const MIRRORED: bool>(legacy: bool, forgets: Option<u64>) -> ([u64; 8], u64) {
+fn run<const MIRRORED: bool>(legacy: bool, forgets: Option<u64>) -> ([u64; 10], u64) {
     const THREADS: usize = 5;
     let seconds = std::env::var("TWOSTAGE_STRESS_SECONDS").ok();
     let seconds = seconds.map_or(2, |text| text.parse().expect("a number of seconds"));
@@ -454,7 +431,7 @@ fn run<const MIRRORED: bool>(legacy: bool, forgets: Option<u64>) -> ([u64; 8], u
         world.over.store(true, Ordering::Relaxed);
     });
     let (seen, wrong) = (seen(&world), world.wrong.load(Ordering::Relaxed));
-    world.requesters.iter().for_each(|who| world.withdraw(*who));
+    world.requesters.iter().for_each(|who| world.turn(*who, Choice::Nothing, &[]));
     world.say(&[Said::Entries], &mut Dice(3));
     let counters = world.machine.nesting.counters();
     assert_eq!(counters.mirror_pieces, 0, "nobody uses a table");
