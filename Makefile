@@ -117,6 +117,7 @@ bench:
 	cargo bench --locked
 	cargo build --release --locked -p twostage-vmm
 	scripts/bench/compare-with-qemu
+	scripts/bench/compare-with-qemu --mirrors
 	@$(MAKE) --no-print-directory compare-arm64
 
 # The calls of twostage and QEMU to Linux's /dev/iommu for the same arm64 guest.

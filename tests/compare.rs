@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `scripts/bench/compare-with-qemu` when a run hangs: the others continue, and missing figures are
-//! listed. With shell scripts as VMMs.
+//! listed. With shell scripts as VMMs. And its tables of what mirrors take.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -26,6 +26,55 @@ fn program(path: &Path, body: &str) -> String {
     std::fs::write(path, format!("#!/bin/sh\n{body}")).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
     path.display().to_string()
+}
+
+/// Two maps and their unmaps of each VMM, and what is missing.
+#[test]
+fn what_a_map_takes_is_counted_for_each() {
+    let of = |vmm: &str, copies: u32, ioctl: u32| {
+        format!(
+            "figure {vmm} mirrors calls-4k 2\r
+figure {vmm} mirrors map-4k {}\r
+figure {vmm} mirrors 4k.ioctl.{ioctl} {copies}
+figure {vmm} mirrors 4k.ioctl-us.{ioctl} {copies}0
+figure {vmm} mirrors 4k.ioctl.15238 2
+figure {vmm} mirrors 4k.ioctl-us.15238 10
+figure {vmm} mirrors 4k.ioctl.44672 9
+figure {vmm} mirrors 4k.ioctl-us.44672 9000
+figure {vmm} mirrors 4k.kvm_userspace_exit.6 4
+figure {vmm} mirrors 4k.kvm_userspace_exit.2 1
+figure {vmm} mirrors 4k.vmm.6 4
+figure {vmm} mirrors 4k.vmm-us.6 110
+figure {vmm} mirrors 4k.vmm-us.2 99
+",
+            100 * copies
+        )
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("log");
+    // IOAS_COPY, and IOAS_MAP.
+    let figures = format!("plan 1 mirrors\n{}{}", of("twostage", 2, 15235), of("qemu", 6, 15237));
+    std::fs::write(&file, figures).unwrap();
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    let tables = Command::new(format!("{root}/scripts/bench/compare-with-qemu"))
+        .args(["--mirrors", "--from", file.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let tables = String::from_utf8(tables.stdout).unwrap();
+    for line in [
+        "| map of 4 KiB | 0.20 ms | 0.60 ms | 3.00 |",
+        "| unmap of 4 KiB | no figure | no figure | |",
+        "| 4 KiB: IOAS_MAP or IOAS_COPY | 1.0 | 3.0 | 3.00 |",
+        "| ... IOAS_UNMAP | 1.0 | 1.0 | 1.00 |",
+        "| ... exits to user space for MMIO | 2.0 | 2.0 | 1.00 |",
+        "| ... in the host's IOAS_MAP or IOAS_COPY, µs | 10 | 30 | 3.00 |",
+        "| ... in its IOAS_UNMAP, µs | 5 | 5 | 1.00 |",
+        "| ... in the VMM besides, of these exits, µs | 40 | 20 | 0.50 |",
+        "LACKING of qemu, 2 MiB: times counters",
+    ] {
+        assert!(tables.contains(line), "no '{line}' in\n{tables}");
+    }
+    assert!(!tables.contains("LACKING of qemu, 4 KiB:"), "{tables}");
 }
 
 #[test]

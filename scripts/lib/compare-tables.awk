@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # Prints the tables of scripts/bench/compare-with-qemu: medians over rounds, and sums of counters.
-# Reads the lines of guest-images/nested-host/compare, `figure VMM MODE NAME VALUE`; counters are
-# named MOMENT.SOURCE.KIND. Figures that `plan ROUNDS MODE...` announced and that are missing are
-# listed at the end.
-
-$1 == "plan" { planned = $2; for (i = 3; i <= NF; i++) plan[++plans] = $i }
-$1 != "figure" { next }
-# Counters have a dot in their names.
-$4 ~ /\./ { count($2, $3, $4, $5); next }
-{ key = $2 " " $3 " " $4; values[key, ++runs[key]] = $5; measured = 1 }
+# Reads the lines of guest-images/nested-host/compare with medians.awk; counters are named
+# MOMENT.SOURCE.KIND. Figures that `plan ROUNDS MODE...` announced and that are missing are listed at
+# the end.
 
 function count(vmm, mode, name, value) {
     split(name, part, ".")
@@ -33,44 +27,12 @@ function count(vmm, mode, name, value) {
     }
 }
 
-function median(key,    n, i, j, swap, sorted) {
-    n = runs[key]
-    if (!n) return ""
-    for (i = 1; i <= n; i++) sorted[i] = values[key, i] + 0
-    for (i = 1; i < n; i++) for (j = i + 1; j <= n; j++)
-        if (sorted[j] < sorted[i]) { swap = sorted[i]; sorted[i] = sorted[j]; sorted[j] = swap }
-    return n % 2 ? sorted[(n + 1) / 2] : (sorted[n / 2] + sorted[n / 2 + 1]) / 2
-}
-
-# A row; the ratio says how much better twostage is (`less`: a smaller value is better).
-function row(label, mode, name, unit, scale, digits, less,    ours, theirs, ratio) {
-    ours = median("twostage " mode " " name); theirs = median("qemu " mode " " name)
-    if (ours == "" || theirs == "" || !ours || !theirs) {
-        printf "| %s | %s | %s | |\n", label, shown(ours, unit, scale, digits), shown(theirs, unit, scale, digits)
-        return
-    }
-    ratio = less ? theirs / ours : ours / theirs
-    printf "| %s | %s | %s | %.2f |\n", label, shown(ours, unit, scale, digits), shown(theirs, unit, scale, digits), ratio
-}
-
-function shown(value, unit, scale, digits) {
-    return value == "" ? "no figure" : sprintf("%.*f%s", digits, value / scale, unit)
-}
+function number(key) { return grouped(sums[key]) }
 
 function counters(label, mode, name, calls) {
     printf "| %s | %s | %s | %s | %s |\n", label, number("twostage " mode " boot " name),
-        calls ? "" : number("qemu " mode " boot " name), number("twostage " mode " writes " name),
-        calls ? "" : number("qemu " mode " writes " name)
-}
-
-function number(key,    text, digits) {
-    digits = sprintf("%d", sums[key])
-    text = ""
-    while (length(digits) > 3) {
-        text = "," substr(digits, length(digits) - 2) text
-        digits = substr(digits, 1, length(digits) - 3)
-    }
-    return digits text
+        calls ? "" : number("qemu " mode " boot " name), number("twostage " mode " write-4k " name),
+        calls ? "" : number("qemu " mode " write-4k " name)
 }
 
 # Lists the missing figures of each mode.
@@ -81,7 +43,7 @@ function lacking(    p, v, vmm, mode, n, names, i, got, text, any) {
         mode = plan[p]; text = ""
         if (sub(/^count-/, "", mode)) {
             if (!((vmm, mode, "boot") in counted)) text = " counters of the boot"
-            if (!((vmm, mode, "writes") in counted)) text = text (text ? "," : "") " counters of the writes"
+            if (!((vmm, mode, "write-4k") in counted)) text = text (text ? "," : "") " counters of the writes"
         } else {
             for (i = 1; i <= n; i++) {
                 got = runs[vmm " " mode " " names[i]] + 0

@@ -124,10 +124,10 @@ static bool measure(const char *name, const char *when, const char *memory, uint
             return false;
         }
     }
-    printf("figure map-%s%s %.1f\nfigure unmap-%s%s %.1f\n", name, when, median(maps, calls), name, when,
-           median(unmaps, calls));
     char moment[64];
     snprintf(moment, sizeof(moment), "%s%s", name, when);
+    printf("figure calls-%s %u\nfigure map-%s %.1f\nfigure unmap-%s %.1f\n", moment, calls, moment, median(maps, calls),
+           moment, median(unmaps, calls));
     mark(moment);
     return true;
 }
@@ -152,7 +152,7 @@ static bool add_others(const char *memory, unsigned long count)
             return false;
         }
     }
-    printf("figure others %.1f\n", (now() - start) * 1e6 / (double)count);
+    printf("figure calls-others %lu\nfigure others %.1f\n", count, (now() - start) * 1e6 / (double)count);
     mark("others");
     return true;
 }
