@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! SMMUv3: architecture-specific tests.
 
+mod flags;
 mod granularity;
 mod machine;
 mod mixed;
