@@ -40,8 +40,8 @@ say() {
 
 # judge STATUS OBJECTS: exits with this status if it is not 0, and with 1 unless every summary of
 # the guest says that nothing failed; a guest that reboots prints a summary each time. OBJECTS is
-# `objects` if the reports must also say that no host object was left behind. Writes LOG/console,
-# the console without carriage returns.
+# `objects` if the reports must also say that no host object was left behind, by the guest or at the
+# end; `end` if only at the end. Writes LOG/console, the console without carriage returns.
 judge() {
     console=$log/console
     tr -d '\r' <"$log/guest.log" >"$console"
@@ -55,19 +55,20 @@ judge() {
         say "${summaries:-THE GUEST PRINTED NO SUMMARY}"
         exit 1
     fi
-    if [ "$2" = objects ] && ! no_objects_left; then
+    if [ -n "$2" ] && ! no_objects_left "$2"; then
         say "HOST OBJECTS LEFT BEHIND (see $console)"
         exit 1
     fi
     say "$summary"
 }
 
-# no_objects_left: every report at the end of a machine says that the guest left nothing behind.
+# no_objects_left OBJECTS: every report at the end of a machine says that nothing was left behind, with
+# `objects` also by the guest.
 # Linux disables translation when it powers off or restarts, so that what it used is gone from the
 # host. Reports that were requested in between (SIGUSR1) do not say what is left.
 no_objects_left() {
-    awk '
-        /^interrupt controllers: / { clean = 0 }
+    awk -v objects="$1" '
+        /^interrupt controllers: / { clean = objects == "end" }
         /^host objects: as at the start/ { clean = 1 }
         /^host objects left behind: none/ { ends++; bad += !clean }
         /^host objects LEFT BEHIND/ { bad++ }
