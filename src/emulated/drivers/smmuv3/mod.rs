@@ -162,7 +162,7 @@ impl Driver for SmmuDriver {
 
     /// With updates of the dirty state (`ARM_SMMU_FEAT_HD`); walks are always coherent.
     fn dirty_tracking(&self, _: &Requester) -> bool {
-        self.unit.config().httu == Httu::Dirty
+        self.unit.config().httu() == Httu::Dirty
     }
 
     fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {

@@ -133,6 +133,15 @@ impl SmmuV3UnitConfig {
         self.page_requests && self.ats
     }
 
+    /// The flags it sets, which are those of stage 1.
+    pub(crate) fn httu(&self) -> Httu {
+        if self.nesting {
+            self.httu
+        } else {
+            Httu::None
+        }
+    }
+
     /// Whether it supports this granule.
     pub(crate) fn has_granule(&self, granule: Granule) -> bool {
         self.granules.contains(&granule)
@@ -163,7 +172,7 @@ impl SmmuV3UnitConfig {
             .with_s1p(self.nesting)
             .with_ttf(0b10)
             .with_cohacc(true)
-            .with_httu(self.httu.into_bits())
+            .with_httu(self.httu().into_bits())
             .with_ats(self.ats)
             .with_pri(self.page_requests())
             .with_asid16(true)
