@@ -2,10 +2,12 @@
 //! Surveys of emulated devices, and of possible answers of hardware.
 
 use twostage::iommufd::{
-    iommu_hw_info_arm_smmuv3, Errno, FailNth, HostError, HwCapabilities, HwInfo, HwInfoData, Verb,
+    iommu_hw_info_arm_smmuv3, Errno, FailNth, HostError, HostIommu, HwCapabilities, HwInfo,
+    HwInfoData, Verb,
 };
 use twostage::nesting::survey::{
-    survey, DeviceFacts, DeviceReport, NestingReport, Offer, OfferError, OfferKind, RegionKind,
+    makes_page_requests, survey, DeviceFacts, DeviceReport, NestingReport, Offer, OfferError,
+    OfferKind, RegionKind,
 };
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::regs::{Idr0, Idr1, Idr3, Idr5, STALL_NONE, ST_LEVEL_2, TTF_AARCH64};
@@ -44,6 +46,35 @@ fn a_survey_leaves_nothing_behind() {
     assert_eq!(regions, [(0x8000_0000, RegionKind::Other), (0xfee0_0000, RegionKind::Msi)]);
     assert!(report.errata[0].starts_with("772415"));
     assert_eq!(report.stage1_formats.len(), 1);
+    let (text, nesting) = (report.to_string(), report.nesting.unwrap());
+    assert_eq!([nesting.syswide_pasid, nesting.bind_pasid_table], [false; 2]);
+    assert_eq!([nesting.bind_pgtbl, nesting.cache_invld], [true; 2]);
+    for line in [
+        "  PASIDs: 16 bits, allocated by the guest; the VMM attaches each",
+        "  for the owner: SYSWIDE_PASID no, BIND_PGTBL yes, BIND_PASID_TABLE no, CACHE_INVLD yes",
+    ] {
+        assert!(text.lines().any(|found| found == line), "'{line}' is not in:\n{text}");
+    }
+}
+
+#[test]
+fn one_that_cannot_nest_has_pasids_of_its_mirrors() {
+    let flat = VtdUnitConfig::default().with_nesting(false);
+    let (host, names) = host(&[(flat, DeviceConfig::default().with_pasid_bits(16))]);
+    let report = DeviceReport::new(&survey(&*host, &names).unwrap()[0]);
+    let by = Some("the guest; the VMM attaches a mirror to each");
+    assert_eq!((report.pasids.bits, report.pasids.allocated_by), (16, by));
+}
+
+#[test]
+fn page_requests_of_a_bound_device() {
+    let unit = VtdUnitConfig::default().with_device_tlb(true).with_page_requests(true);
+    let device = |pri| DeviceConfig::default().with_pasid_bits(8).with_ats(true).with_pri(pri);
+    let (host, names) = host(&[(unit.clone(), device(true)), (unit, device(false))]);
+    let devices = names.iter().map(|name| host.device_bind(name).unwrap());
+    let makes = devices.map(|dev| makes_page_requests(&*host, dev).unwrap());
+    assert_eq!(makes.collect::<Vec<_>>(), [true, false]);
+    assert_eq!(host.live_objects(), 2, "the devices");
 }
 
 #[test]
@@ -113,6 +144,7 @@ fn who_cannot_nest_is_named() {
     let report = NestingReport::new(&facts);
     assert!(report.devices[0].cannot_nest.is_none());
     assert!(report.devices[1].cannot_nest.is_some() && report.devices[1].stage1_formats.is_empty());
+    assert_eq!(report.devices[1].nesting, None);
     assert!(report.no_offer.unwrap().starts_with("device1: HWPT_ALLOC"));
     assert_eq!(Offer::new(&[]), Err(OfferError::NoDevice));
 }
@@ -151,6 +183,8 @@ fn devices_behind_smmus() {
     assert_eq!(report.reserved[0].kind, RegionKind::SoftwareMsi);
     assert_eq!(report.stage1_formats.len(), 3);
     assert!(!report.invalidations.contains(&"ATC_INV"));
+    let nesting = report.nesting.unwrap();
+    assert_eq!([nesting.bind_pgtbl, nesting.bind_pasid_table], [false, true]);
     let offer = Offer::new(&[nvme.clone(), edu]).unwrap();
     assert_eq!((offer.kind, offer.address_bits, offer.pasid_bits), (OfferKind::Smmuv3, 48, 0));
     assert!(offer.features.iter().any(|each| each == "invalidation by range"));

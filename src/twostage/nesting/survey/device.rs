@@ -35,6 +35,8 @@ pub struct DeviceReport {
     pub stage1_formats: Vec<String>,
     /// Its PASIDs.
     pub pasids: PasidReport,
+    /// What falls to user space when it nests; `None` if it cannot.
+    pub nesting: Option<NestingFeatures>,
     /// What the owner of stage 1 has to invalidate, by the architecture's names.
     pub invalidations: Vec<&'static str>,
     /// Pages written by DMA can be tracked.
@@ -53,6 +55,42 @@ pub struct DeviceReport {
     pub errata: Vec<&'static str>,
     /// Unknown flags of its IOMMU; 0 for none.
     pub unknown_flags: u32,
+}
+
+/// The duties of user space in nested translation, by the names that Linux's
+/// `Documentation/userspace-api/iommu.rst` (5.x) gave them: `IOMMU_NESTING_FEAT_...`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct NestingFeatures {
+    /// PASIDs have one numbering for the whole host, which allocates them for user space. No host
+    /// of iommufd has that: each device has its own PASIDs, and its owner numbers them.
+    pub syswide_pasid: bool,
+    /// User space attaches each stage-1 table, to a PASID or to the device's requests without one.
+    pub bind_pgtbl: bool,
+    /// User space attaches the guest's table of stage-1 tables, which has one for each PASID.
+    pub bind_pasid_table: bool,
+    /// User space has the host invalidate what it caches of stage 1.
+    pub cache_invld: bool,
+}
+
+impl NestingFeatures {
+    const fn new(bind_pgtbl: bool) -> Self {
+        Self { syswide_pasid: false, bind_pgtbl, bind_pasid_table: !bind_pgtbl, cache_invld: true }
+    }
+}
+
+impl fmt::Display for NestingFeatures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { syswide_pasid, bind_pgtbl, bind_pasid_table, cache_invld } = *self;
+        let (syswide, table) = (yes(syswide_pasid), yes(bind_pasid_table));
+        let (pgtbl, cache) = (yes(bind_pgtbl), yes(cache_invld));
+        write!(
+            f,
+            "SYSWIDE_PASID {syswide}, BIND_PGTBL {pgtbl}, BIND_PASID_TABLE {table}, CACHE_INVLD \
+             {cache}"
+        )
+    }
 }
 
 /// The PASIDs of a device.
@@ -116,6 +154,7 @@ impl DeviceReport {
             cannot_nest: facts.refusal.as_ref().map(ToString::to_string),
             stage1_formats: Vec::new(),
             pasids: PasidReport { bits: 0, allocated_by: None },
+            nesting: None,
             invalidations: Vec::new(),
             dirty_tracking: info.capabilities.dirty_tracking(),
             dirty_tracking_nested: facts.dirty_nesting,
@@ -140,12 +179,16 @@ impl DeviceReport {
             HwInfoData::ArmSmmuV3(smmu) => report.smmuv3(&smmu.idr, info.max_pasid_log2),
             HwInfoData::Other(_) | HwInfoData::None => report.pasids.bits = info.max_pasid_log2,
         }
-        if report.pasids.bits == 0 {
-            report.pasids.allocated_by = None;
-        }
-        if report.cannot_nest.is_some() {
+        if report.cannot_nest.is_some() || report.nesting.is_none() {
+            report.nesting = None;
+            let mirrored = !matches!(info.data, HwInfoData::ArmSmmuV3(_));
+            let by = "the guest; the VMM attaches a mirror to each";
+            report.pasids.allocated_by = mirrored.then_some(by);
             report.stage1_formats.clear();
             report.invalidations.clear();
+        }
+        if report.pasids.bits == 0 {
+            report.pasids.allocated_by = None;
         }
         report
     }
@@ -163,6 +206,7 @@ impl DeviceReport {
         }
         self.pasids.bits = device_pasid_bits.min(ecap.pasid_bits());
         self.pasids.allocated_by = Some("the guest; the VMM attaches each");
+        self.nesting = Some(NestingFeatures::new(true));
         self.invalidations.push("PASID-based IOTLB invalidation (a device-TLB is flushed with it)");
     }
 
@@ -180,6 +224,7 @@ impl DeviceReport {
         self.pasids.bits = device_pasid_bits.min(idr1.ssidsize());
         self.pasids.allocated_by =
             Some("the guest, in its context descriptors; nothing is attached");
+        self.nesting = Some(NestingFeatures::new(false));
         let range =
             if idr3.ril() { "TLBI_NH_VA and VAA (by range, too)" } else { "TLBI_NH_VA and VAA" };
         self.invalidations.extend([
@@ -231,6 +276,9 @@ impl fmt::Display for DeviceReport {
                     allocated_by.unwrap_or("nobody")
                 )?;
             }
+        }
+        if let Some(nesting) = &self.nesting {
+            writeln!(f, "  for the owner: {nesting}")?;
         }
         for invalidation in &self.invalidations {
             writeln!(f, "  to invalidate: {invalidation}")?;

@@ -16,7 +16,7 @@ use crate::iommufd::{
     Errno, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags, ObjectId,
     Result, ViommuKind,
 };
-pub use device::{DeviceReport, PasidReport, Region, RegionKind};
+pub use device::{DeviceReport, NestingFeatures, PasidReport, Region, RegionKind};
 #[cfg(feature = "serde")]
 pub use offer::hexadecimal;
 pub use offer::{Offer, OfferError, OfferKind};
@@ -120,6 +120,18 @@ pub fn survey(host: &dyn HostIommu, names: &[String]) -> Result<Vec<DeviceFacts>
     }
     let devices = trial.devices.clone();
     names.iter().zip(devices).map(|(name, dev)| trial.device(name, dev)).collect()
+}
+
+/// Whether `dev`, with its IOMMU, makes page requests that the host forwards. It must not be
+/// attached to anything; it is attached to no memory meanwhile, and detached again.
+///
+/// # Errors
+/// A verb failed that every host has.
+pub fn makes_page_requests(host: &dyn HostIommu, dev: ObjectId) -> Result<bool> {
+    let mut trial = Trial { host, devices: Vec::new(), objects: Vec::new(), viommus: Vec::new() };
+    let ioas = host.ioas_alloc()?;
+    trial.objects.push(ioas);
+    trial.page_requests(dev, ioas)
 }
 
 /// Objects that exist only during the trial.

@@ -251,7 +251,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         address_bits: config.input_bits,
         pasid_bits: config.substream_bits.unwrap_or(0).min(SubstreamId::BITS as u8),
         ats: config.ats,
-        no_page_requests: Some("Linux gives those of an SMMUv3 to nobody".into()),
+        no_page_requests: Some("Linux's vIOMMU has none, and no stalls".into()),
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
         features: Offer::features([
             (config.granule_4k, "4 KiB granule"),
