@@ -197,7 +197,7 @@ impl Sysfs {
         let (name, vfio) = (format!("0000:{rid}"), device_name(number));
         let folder = format!("{ROOT_BUS}0000:{:02x}/{name}", rid.bus());
         let file = |file: &str, text: String| self.file(&format!("{folder}/{file}"), text);
-        let config = device.kind().config_space();
+        let config = device.kind().config_space(device.services());
         let byte = |at: usize| config.get(at).copied().unwrap_or(0);
         let word = |at: usize| u16::from_le_bytes([byte(at), byte(at + 1)]);
         let class = u32::from_le_bytes([byte(9), byte(10), byte(11), 0]);

@@ -51,6 +51,18 @@ fn the_nested_flow() {
     expect(&["flow-without-dirty", "/dev/vfio/devices/vfio0"], &untracked);
 }
 
+/// The output on Linux's iommufd is the same.
+#[test]
+fn pasids_and_their_page_requests() {
+    for (flow, expected) in [
+        ("pasids", include_str!("pasid-flow.txt")),
+        ("asking", include_str!("page-request-flow.txt")),
+    ] {
+        let expected: Vec<_> = expected.lines().collect();
+        expect(&[flow, "/dev/vfio/devices/vfio0"], &expected);
+    }
+}
+
 #[test]
 fn every_call_is_traced_with_its_fields() {
     let mut command = preloaded(PROGRAM, &["flow", "/dev/vfio/devices/vfio0"]);

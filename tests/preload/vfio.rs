@@ -73,13 +73,13 @@ fn calls(report: &serde_json::Value, verb: &str) -> u64 {
 }
 
 /// In caching mode the guest invalidates interrupt entries that become present, so KVM has the
-/// device's remapped messages.
+/// device's remapped messages. PASIDs, ATS and PRI are offered as host and device have them.
 fn behind_a_virtual_vtd() {
     let (text, report) = run(&[
         "--cmdline",
         "assigned=1",
         "--iommu",
-        "vtd,host=/dev/iommu",
+        "vtd,host=/dev/iommu,ats=on,pri=on",
         "--vfio",
         "path=/dev/vfio/devices/vfio0",
     ]);
@@ -95,6 +95,9 @@ fn behind_a_virtual_vtd() {
         "interrupt_range: a blocked device's MSI arrives",
         "interrupt_remapping: a message goes by its table entry",
         "interrupt_remapping: entry stale until the invalidation of its index",
+        "pasid: two PASIDs and none, three tables",
+        "ats: a device with PASID follows both invalidations",
+        "page_requests: a page that is not there is asked for and brought (7.4.1.1, 7.6.1)",
     ] {
         assert!(holds(&text, name), "'{name}' does not hold:\n{text}");
     }

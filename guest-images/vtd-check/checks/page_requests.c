@@ -242,6 +242,29 @@ static void no_queue(void)
     EXPECT(vtd_read32(VTD_PRS) == 0, "PRS 0x%x", vtd_read32(VTD_PRS));
 }
 
+// A table that is read-only, and cached as that, is another one when the guest responds: a request
+// forgets the way to its page, in all caches, and nothing else has to be invalidated.
+static void forgets_the_way(void)
+{
+    volatile u64 *page = page_new();
+    u64 *table;
+
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, FS_READ_WRITE);
+    table = table_entry(&space, IOVA, LEVEL_2M);
+    *table &= ~FS_RW;
+    REQUIRE(mend());
+    REQUIRE(read_arrives(DEVICE, PASID, IOVA, page));
+    page[0] = 0;
+    start_write();
+    REQUIRE(asked_at(0));
+    *table |= FS_RW;
+    REQUIRE(respond(DEVICE->id, PASID, group_at(0), SUCCESS));
+    EXPECT(WAIT_UNTIL(is_done()), "the DMA does not end");
+    EXPECT(page[0], "the write did not reach its page");
+    EXPECT(vtd_read64(VTD_PQT) == ENTRY, "it asked again");
+    EXPECT(!fault_pending(), "%u faults", fault_pending());
+}
+
 // Steps of 7.10, after those of 7.11 that revoke a PASID. A drain that does not wait would not be
 // seen here, as the request is in the queue before.
 static void revoked(void)
@@ -271,6 +294,7 @@ static const struct check list[] = {
     {"responses for nobody have no effect (7.6.1)", response_for_nobody},
     {"PRE is clear: refused, fault 47h (7.1.3)", not_enabled},
     {"a request while there is no queue is refused (7.4.1)", no_queue},
+    {"a request forgets the way to its page (6.5.3.1)", forgets_the_way},
     {"a revoked PASID is answered; a wait with PD ends (7.10, 7.11)", revoked},
 };
 CHECK_GROUP(page_requests, list, setup, stop);

@@ -55,9 +55,40 @@ const INTERRUPT_PIN: usize = 0x3d;
 const MSI: usize = 0x40;
 const MSIX: usize = 0x50;
 const EXPRESS: usize = 0x60;
+/// Where extended capabilities start.
+const EXTENDED: usize = 0x100;
 /// The upper byte of device control, and its bit that resets the function.
 pub const DEVICE_CONTROL: usize = EXPRESS + 9;
 pub const INITIATE_RESET: u8 = 1 << 7;
+
+/// The services of a PCI Express function, each an extended capability (§7.8.9, §10.5). Linux's
+/// IOMMU driver has enabled what does not depend on an attachment; user space cannot change them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Services {
+    /// Width of PASIDs, in bits; 0 for none.
+    pub pasid_bits: u8,
+    /// A device TLB.
+    pub ats: bool,
+    /// Page requests.
+    pub pri: bool,
+}
+
+impl Services {
+    /// As vfio-pci shows them: it hides PASID.
+    pub fn of_vfio(self) -> Self {
+        Self { pasid_bits: 0, ..self }
+    }
+
+    /// The capabilities, by their IDs.
+    fn capabilities(self) -> impl Iterator<Item = (u8, Vec<u8>)> {
+        // The width, enabled. Page-aligned, global invalidations, enabled. Stopped, responses have
+        // PASIDs; one request.
+        let pasid = (self.pasid_bits > 0).then(|| (0x1b, vec![0, self.pasid_bits, 1, 0]));
+        let ats = self.ats.then(|| (0x0f, vec![0x60, 0, 0, 1 << 7]));
+        let pri = self.pri.then(|| (0x13, vec![0, 0, 0, 0x81, 1, 0, 0, 0, 0, 0, 0, 0]));
+        [ats, pri, pasid].into_iter().flatten()
+    }
+}
 
 impl Kind {
     /// Whether it is of PCI Express.
@@ -74,8 +105,8 @@ impl Kind {
         }
     }
 
-    /// Its configuration space after reset: all of it.
-    pub fn config_space(self) -> Vec<u8> {
+    /// Its configuration space after reset, with the capabilities of `services`: all of it.
+    pub fn config_space(self, services: Services) -> Vec<u8> {
         let size = if self.is_express() { EXPRESS_SIZE } else { CONVENTIONAL_SIZE };
         let mut space = vec![0; size];
         let mut put = |offset: usize, bytes: &[u8]| {
@@ -109,6 +140,17 @@ impl Kind {
             put(EXPRESS + 0x0c, &[0x11]);
             put(EXPRESS + 0x12, &[0x11]);
         }
+        let (mut at, mut last) = (EXTENDED, None);
+        for (id, body) in services.capabilities() {
+            // The place of the next one is in the upper 12 bits of a header.
+            if let Some((last, id)) = last {
+                put(last, &(u32::from(id) | 1 << 16 | (at as u32) << 20).to_le_bytes());
+            }
+            put(at, &[id, 0, 1, 0]);
+            put(at + 4, &body);
+            last = Some((at, id));
+            at += 4 + body.len();
+        }
         space
     }
 }
@@ -129,7 +171,8 @@ mod tests {
     #[test]
     fn what_each_kind_has() {
         let [conventional, integrated, endpoint] =
-            [Kind::Conventional, Kind::Integrated, Kind::Endpoint].map(Kind::config_space);
+            [Kind::Conventional, Kind::Integrated, Kind::Endpoint]
+                .map(|kind| kind.config_space(Services::default()));
         assert_eq!((conventional.len(), integrated.len(), endpoint.len()), (256, 4096, 4096));
         assert_eq!(capabilities(&conventional), [(5, MSI)]);
         for space in [&integrated, &endpoint] {
@@ -138,6 +181,26 @@ mod tests {
         assert_eq!([integrated[EXPRESS + 2], endpoint[EXPRESS + 2]], [0x92, 2]);
         assert_eq!(integrated[EXPRESS + 4..EXPRESS + 8], 0x1000_8000u32.to_le_bytes());
         assert_eq!(integrated[MSIX + 2..MSIX + 12], [3, 0, 1, 0, 0, 0, 1, 8, 0, 0]);
+    }
+
+    #[test]
+    fn services_are_extended_capabilities() {
+        let all = Services { pasid_bits: 20, ats: true, pri: true };
+        let words = |services: Services, ats: [usize; 8]| {
+            let space = Kind::Integrated.config_space(services);
+            ats.map(|at| u32::from_le_bytes(space[at..at + 4].try_into().unwrap()))
+        };
+        let places = [0x100, 0x104, 0x108, 0x10c, 0x110, 0x118, 0x11c, 0x120];
+        let common = [0x1081_000f, 0x8000_0060];
+        let pasid = [0x0001_001b, 0x0001_1400];
+        assert_eq!(
+            words(all, places),
+            [common[0], common[1], 0x1181_0013, 0x8100_0000, 1, pasid[0], pasid[1], 0]
+        );
+        let shown = words(all.of_vfio(), places);
+        assert_eq!(shown, [common[0], common[1], 0x0001_0013, 0x8100_0000, 1, 0, 0, 0]);
+        assert_eq!(words(Services::default(), places), [0; 8]);
+        assert_eq!(Kind::Conventional.config_space(all).len(), CONVENTIONAL_SIZE);
     }
 
     #[test]

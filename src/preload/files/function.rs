@@ -11,7 +11,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
 
-use crate::files::config_space::{self as config, Kind, BARS, COMMAND};
+use crate::files::config_space::{self as config, Kind, Services, BARS, COMMAND};
 use crate::files::edu::Edu;
 use crate::files::features::Export;
 use crate::files::irqs::Irqs;
@@ -66,19 +66,19 @@ impl Region {
 }
 
 impl Function {
-    /// A function that was just opened, with or without an engine: as in vfio-pci, its memory is
-    /// enabled.
+    /// A function with `services` that was just opened, with or without an engine: as in vfio-pci,
+    /// its memory is enabled.
     ///
     /// # Errors
     /// There are no more descriptors, or no memory.
-    pub fn new(kind: Kind, edu: Option<Edu>) -> Result<Self, Errno> {
+    pub fn new(kind: Kind, services: Services, edu: Option<Edu>) -> Result<Self, Errno> {
         let bars = kind.bars(edu.is_some());
         let memory = match kind.is_express() {
             true => Some(Internal::new(sys::file_of(&[0; edu::MEMORY_SIZE])?).into()),
             false => None,
         };
         let irqs = Irqs::new(kind.is_express());
-        let (mut config, exports) = (kind.config_space(), Vec::new());
+        let (mut config, exports) = (kind.config_space(services.of_vfio()), Vec::new());
         if let Some(command) = config.get_mut(COMMAND).filter(|_| bars != [0; BARS]) {
             *command = config::MEMORY_SPACE;
         }
@@ -275,7 +275,7 @@ mod tests {
     use super::*;
 
     fn function(kind: Kind) -> Function {
-        Function::new(kind, None).unwrap()
+        Function::new(kind, Services::default(), None).unwrap()
     }
 
     fn read(function: &mut Function, index: u32, at: u64) -> u64 {
@@ -331,7 +331,7 @@ mod tests {
                 function.reset();
             }
             assert_eq!(read(&mut function, config::MEMORY, 0x1ff8), 0);
-            let mut expected = Kind::Integrated.config_space();
+            let mut expected = Kind::Integrated.config_space(Services::default());
             expected[COMMAND..COMMAND + 2].copy_from_slice(&[6, 4]);
             assert_eq!(function.config, expected);
         }

@@ -19,7 +19,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::config::{Device as DeviceEntry, Dma};
-use crate::files::config_space::Kind;
+use crate::files::config_space::{Kind, Services};
 use crate::files::device::Device;
 use crate::files::edu::Edu;
 use crate::files::file::{Answer, Call, Caller, File, Pages};
@@ -265,6 +265,12 @@ impl Entry {
         self.config.rid().map_err(|_| Errno::ENODEV)
     }
 
+    /// The services of its function.
+    pub fn services(&self) -> Services {
+        let DeviceEntry { pasid_bits, ats, pri, .. } = self.config;
+        Services { pasid_bits, ats, pri: ats && pri }
+    }
+
     /// What its function is.
     pub fn kind(&self) -> Kind {
         match (self.config.express, self.config.rid().map_or(0, Bdf::bus)) {
@@ -308,7 +314,7 @@ impl Opener {
         let same_bus = |other: &&Entry| other.rid().is_ok_and(|other| other.bus() == rid.bus());
         let resettable = rid.bus() > 0 && self.devices.values().filter(same_bus).count() == 1;
         let place = Place { rid, group, resettable };
-        Ok(Device::new(name, place, file, Function::new(device.kind(), edu)?))
+        Ok(Device::new(name, place, file, Function::new(device.kind(), device.services(), edu)?))
     }
 
     /// The number of the device at the PCI address `name`, such as `0000:00:04.0`.

@@ -4,9 +4,11 @@
 pub(crate) mod debug_exit;
 pub mod edu;
 mod requests;
+mod services;
 pub mod virtio;
 
 pub use requests::{
     DirectMemory, DmaError, DmaMaster, MessageWrites, NotNow, Permit, RequestGate, ServiceControl,
     Services,
 };
+pub use services::{HostServices, OfferedServices, ServiceCapabilities, ServiceListener};

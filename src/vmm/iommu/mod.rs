@@ -11,6 +11,7 @@
 mod host;
 mod messages;
 mod plan;
+mod services;
 mod side_core;
 mod smmuv3;
 mod vtd;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::config::{HostChoice, IommuConfig, IommuModel, MachineConfig, VtdOptions};
-use crate::devices::DmaMaster;
+use crate::devices::{DmaMaster, HostServices, ServiceListener};
 use crate::memory::MachineMemory;
 use crate::report::{HostReport, IommuReport};
 use crate::trace::{IommuObserver, Trace};
@@ -231,6 +232,12 @@ impl Iommu {
     ) -> Result<Box<dyn DmaMaster>> {
         let dma = self.model.dma_master(bdf, messages);
         dma.ok_or_else(|| no_function_here(&self.id, bdf))
+    }
+
+    /// What the guest may be offered of the function at `bdf`, which is assigned, and what to tell
+    /// what it has enabled.
+    pub fn services(&self, bdf: Bdf) -> (HostServices, ServiceListener) {
+        (self.model.services(bdf), self.model.service_listener(bdf))
     }
 
     /// Where memory requests of the function at `bdf` enter the IOMMU.

@@ -9,7 +9,9 @@ use super::{AssignedFunction, Surroundings};
 use crate::arch::EdgeLine;
 use crate::bus::BusDevice;
 use crate::config::IommuConfig;
-use crate::devices::{DmaError, DmaMaster, ServiceControl, Services};
+use crate::devices::{
+    DmaError, DmaMaster, HostServices, ServiceControl, ServiceListener, Services,
+};
 use crate::report::ModelReport;
 use crate::{Error, Result};
 use twostage::iommufd::Errno;
@@ -84,6 +86,14 @@ pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     /// The same, with interrupt messages taken out of the writes. Where the address of a message is
     /// not translated, as on VT-d, they go to `messages`, which remaps them.
     fn dma_master(&self, bdf: Bdf, messages: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>>;
+
+    /// What the guest may be offered of the function at `bdf`, which is assigned.
+    fn services(&self, bdf: Bdf) -> HostServices;
+
+    /// What to tell the services that software has enabled of that.
+    fn service_listener(&self, _bdf: Bdf) -> ServiceListener {
+        Arc::new(|_| ())
+    }
 
     /// What it has done so far.
     fn report(&self) -> ModelReport;

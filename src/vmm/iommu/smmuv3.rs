@@ -12,12 +12,13 @@ use vm_superio::Trigger;
 use super::host::BoundDevice;
 use super::messages::{DeviceMessages, SmmuDma};
 use super::plan::{bind_devices, not_built, Plan, VirtualIommu};
+use super::services::{AssignedServices, Offered};
 use super::{AssignedFunction, Surroundings};
 use crate::arch::layout::MESSAGE_RANGE;
 use crate::arch::EdgeLine;
 use crate::bus::BusDevice;
 use crate::config::SmmuV3Options;
-use crate::devices::DmaMaster;
+use crate::devices::{DmaMaster, HostServices};
 use crate::report::{ModelReport, SmmuV3Report};
 use crate::vfio::{message_window, DoorbellWatch};
 use crate::Result;
@@ -43,6 +44,7 @@ pub(super) struct SmmuV3 {
     objects_in_use: Arc<Mutex<Option<SmmuObjects>>>,
     /// The emulated unit; `None` if there are only devices of the kernel.
     unit: Option<Arc<SmmuV3Unit>>,
+    services: AssignedServices,
 }
 
 impl SmmuV3 {
@@ -60,6 +62,8 @@ impl SmmuV3 {
         });
         let unit_id = emulated.as_ref().map(|(_, id)| *id);
         let devices = bind_devices(plan, unit_id, options.ats, around)?;
+        // Linux's vIOMMUs bring no page requests of devices.
+        let services = AssignedServices::of(&devices, false)?;
         let tables = Arc::new(around.memory.map().clone());
         let interrupts =
             Arc::new(OwnInterrupts { messages: plan.interrupts.clone(), wires: OnceLock::new() });
@@ -93,7 +97,7 @@ impl SmmuV3 {
         let messages = Arc::new(DeviceMessages::new(devices.iter().map(port)));
         let sink = |device: &BoundDevice| (device.bdf, (plan.messages)(device.bdf));
         let translated = devices.iter().map(sink).collect();
-        let smmu = Self { smmu, interrupts, messages, translated, objects_in_use, unit };
+        let smmu = Self { smmu, interrupts, messages, translated, objects_in_use, unit, services };
         Ok((smmu, devices))
     }
 }
@@ -132,6 +136,12 @@ impl VirtualIommu for SmmuV3 {
     fn dma_master(&self, bdf: Bdf, _: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>> {
         let (port, messages) = (self.dma_port(bdf)?, self.translated.get(&bdf)?.clone());
         Some(Box::new(SmmuDma { port, messages, asks: false }))
+    }
+
+    fn services(&self, bdf: Bdf) -> HostServices {
+        let offered = self.smmu.model().capabilities();
+        let (pasid_bits, ats) = (offered.idr1.ssidsize(), offered.idr0.ats());
+        self.services.behind(bdf, Offered { pasid_bits, ats, pri: false })
     }
 
     fn report(&self) -> ModelReport {

@@ -5,10 +5,11 @@ use std::sync::{Arc, Weak};
 
 use super::host::BoundDevice;
 use super::plan::{bind_devices, not_built, Plan, VirtualIommu};
+use super::services::{AssignedServices, Offered};
 use super::Surroundings;
 use crate::bus::BusDevice;
 use crate::config::VtdOptions;
-use crate::devices::{DmaMaster, MessageWrites};
+use crate::devices::{DmaMaster, HostServices, MessageWrites, ServiceListener};
 use crate::report::{ModelReport, VtdReport};
 use crate::Result;
 use twostage::nesting::vtd::Serving;
@@ -27,6 +28,7 @@ pub(super) struct Vtd {
     vtd: unit::Vtd,
     /// The emulated unit; `None` if there are only devices of the kernel.
     unit: Option<Arc<VtdUnit>>,
+    services: AssignedServices,
     /// Kept alive for the unit's sanitizer, which has a weak reference.
     _contexts: Arc<GuestContexts>,
 }
@@ -45,6 +47,7 @@ impl Vtd {
         });
         let unit_id = emulated.as_ref().map(|(_, id)| *id);
         let devices = bind_devices(plan, unit_id, options.ats, around)?;
+        let services = AssignedServices::of(&devices, options.pri)?;
         let tables = Arc::new(around.memory.map().clone());
         let config = vtd_config(options, plan.interrupt_remapping);
         // Kernels do not nest second-stage tables of the guest, but any host takes their mirrors.
@@ -69,7 +72,7 @@ impl Vtd {
         if let Some(unit) = &unit {
             unit.set_context_tables(weak);
         }
-        Ok((Self { vtd, unit, _contexts: contexts }, devices))
+        Ok((Self { vtd, unit, services, _contexts: contexts }, devices))
     }
 }
 
@@ -100,6 +103,17 @@ impl VirtualIommu for Vtd {
 
     fn dma_master(&self, bdf: Bdf, messages: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>> {
         Some(Box::new(MessageWrites::new(Box::new(self.dma_port(bdf)?), messages)))
+    }
+
+    fn services(&self, bdf: Bdf) -> HostServices {
+        let ecap = self.vtd.model().capabilities().ecap;
+        let (pasid_bits, ats, pri) = (ecap.pasid_bits(), ecap.dt(), ecap.prs());
+        self.services.behind(bdf, Offered { pasid_bits, ats, pri })
+    }
+
+    fn service_listener(&self, bdf: Bdf) -> ServiceListener {
+        let model = self.vtd.model().clone();
+        Arc::new(move |services| model.set_page_requests(bdf, services.pri))
     }
 
     fn report(&self) -> ModelReport {

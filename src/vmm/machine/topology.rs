@@ -16,7 +16,7 @@ use crate::devices::virtio::{
     self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, QueueCounters, Rng, Tap,
     VirtioPci,
 };
-use crate::devices::{DirectMemory, DmaMaster, MessageWrites};
+use crate::devices::{DirectMemory, DmaMaster, HostServices, MessageWrites, ServiceListener};
 use crate::interrupts::{DeviceLine, FunctionInterrupts, Interrupts};
 use crate::iommu::{AssignedFunction, Iommu};
 use crate::memory::MachineMemory;
@@ -143,7 +143,7 @@ impl PciTopology {
             let model = match device {
                 DeviceConfig::Edu(edu) => Device::Edu(builder.edu(&slot, edu, iommu, interrupts)?),
                 DeviceConfig::Vfio(vfio) => {
-                    builder.vfio(&slot, vfio, interrupts)?;
+                    builder.vfio(&slot, vfio, iommu, interrupts)?;
                     Device::Vfio
                 }
                 virtio => {
@@ -280,6 +280,7 @@ impl Builder<'_> {
         &mut self,
         slot: &Slot,
         config: &VfioConfig,
+        iommu: Option<&Iommu>,
         interrupts: FunctionInterrupts,
     ) -> Result<()> {
         let name = config.name();
@@ -297,12 +298,16 @@ impl Builder<'_> {
             subscribers.extend(subscriber);
             Ok((register, line))
         };
+        let nothing = || (HostServices::default(), Arc::new(|_| ()) as ServiceListener);
+        let (services, enabled) = iommu.map_or_else(nothing, |iommu| iommu.services(slot.rid));
         let around = vfio::Surroundings {
             way: slot.way.clone(),
             place: &mut |size| room.place(size),
             lender: wiring.lender.clone(),
             vectors: Arc::new(move || Ok(interrupts.device_vector()? as Arc<dyn EventVector>)),
             line: &mut line,
+            services,
+            enabled,
             page: page_size(),
             answers: |bar| bar.start >= PCI_MMIO_START && bar.last <= PCI_MMIO_LAST,
         };

@@ -41,9 +41,9 @@ impl MsiCapability {
     }
 }
 
-/// The PCI Express capability (§7.5.3) of an endpoint with function-level reset: one with a link if
-/// it is behind a port, and otherwise integrated in the root complex. Without it software looks for
-/// no extended capabilities. A function of conventional PCI has none.
+/// The PCI Express capability (§7.5.3) of an endpoint with function-level reset: one with a link
+/// if it is behind a port, and otherwise integrated in the root complex. Without it software looks
+/// for no extended capabilities. A function of conventional PCI has none.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpressCapability {
     offset: Option<u16>,
@@ -120,26 +120,30 @@ pub(super) fn add_access_control(config: &mut ConfigSpace) {
     config.add_extended_capability(EXTENDED_CAPABILITY_ACS, 1, &body, &writable);
 }
 
-/// A PASID extended capability without execute or privileged requests.
+/// A PASID extended capability.
 #[derive(Debug, Clone, Copy)]
 pub struct PasidCapability {
     offset: u16,
+    /// What software can enable.
+    control: PasidControl,
 }
 
 impl PasidCapability {
-    /// Adds the capability to `config`, for PASIDs of `bits` bits, at most 20.
-    pub fn add(config: &mut ConfigSpace, bits: u8) -> Self {
-        let capabilities = PasidCapabilities::new().with_max_width(bits).into_bits();
-        let control = PasidControl::new().with_enable(true).into_bits();
-        let [c0, c1] = capabilities.to_le_bytes();
-        let [w0, w1] = control.to_le_bytes();
+    /// Adds the capability to `config`, with PASIDs of at most 20 bits.
+    pub fn add(config: &mut ConfigSpace, capabilities: PasidCapabilities) -> Self {
+        let control = PasidControl::new()
+            .with_enable(true)
+            .with_execute_permission(capabilities.execute_permission())
+            .with_privileged_mode(capabilities.privileged_mode());
+        let [c0, c1] = capabilities.into_bits().to_le_bytes();
+        let [w0, w1] = control.into_bits().to_le_bytes();
         let offset = config.add_extended_capability(
             EXTENDED_CAPABILITY_PASID,
             1,
             &[c0, c1, 0, 0],
             &[0, 0, w0, w1],
         );
-        Self { offset }
+        Self { offset, control }
     }
 
     /// Whether requests may carry a PASID.
@@ -150,12 +154,12 @@ impl PasidCapability {
     /// Whether software may change that: the result is undefined while ATS is enabled (§7.8.9.3);
     /// here it is ignored.
     pub fn lock(&self, config: &mut ConfigSpace, locked: bool) {
-        let control = PasidControl::new().with_enable(!locked).into_bits();
-        config.allow(self.offset + 6, &control.to_le_bytes());
+        let control = if locked { PasidControl::new() } else { self.control };
+        config.allow(self.offset + 6, &control.into_bits().to_le_bytes());
     }
 }
 
-/// An ATS extended capability: a device TLB that takes 32 invalidations at a time.
+/// An ATS extended capability.
 #[derive(Debug, Clone, Copy)]
 pub struct AtsCapability {
     offset: u16,
@@ -163,9 +167,8 @@ pub struct AtsCapability {
 
 impl AtsCapability {
     /// Adds the capability to `config`.
-    pub fn add(config: &mut ConfigSpace) -> Self {
-        let capabilities = AtsCapabilities::new().with_page_aligned(true);
-        let [c0, c1] = capabilities.with_global_invalidate(true).into_bits().to_le_bytes();
+    pub fn add(config: &mut ConfigSpace, capabilities: AtsCapabilities) -> Self {
+        let [c0, c1] = capabilities.into_bits().to_le_bytes();
         let body = [c0, c1, 0, 0];
         let offset = config.add_extended_capability(EXTENDED_CAPABILITY_ATS, 1, &body, &[0; 4]);
         let capability = Self { offset };
@@ -322,7 +325,7 @@ mod tests {
     #[test]
     fn pasid_is_off_until_enabled() {
         let mut config = config();
-        let pasid = PasidCapability::add(&mut config, 20);
+        let pasid = PasidCapability::add(&mut config, PasidCapabilities::new().with_max_width(20));
         assert_eq!(config.u32(0x100), 0x0001_001b);
         assert_eq!(config.u32(0x104), 20 << 8);
         assert!(!pasid.enabled(&config));
@@ -332,9 +335,22 @@ mod tests {
     }
 
     #[test]
+    fn a_function_may_have_privileged_pasids() {
+        let mut config = config();
+        let able = PasidCapabilities::new().with_max_width(8).with_privileged_mode(true);
+        let pasid = PasidCapability::add(&mut config, able);
+        config.write(0x106, &[0xff; 2]);
+        assert_eq!(config.u32(0x104), 0x0005_0804);
+        pasid.lock(&mut config, true);
+        config.write(0x106, &[0; 2]);
+        assert_eq!(config.u16(0x106), 5);
+    }
+
+    #[test]
     fn what_matters_while_ats_is_enabled_is_locked_meanwhile() {
         let mut config = config();
-        let (pasid, ats) = (PasidCapability::add(&mut config, 20), AtsCapability::add(&mut config));
+        let pasid = PasidCapability::add(&mut config, PasidCapabilities::new().with_max_width(20));
+        let ats = AtsCapability::add(&mut config, AtsCapabilities::from_bits(0x60));
         assert_eq!((config.u32(0x100), config.u32(0x108)), (0x1081_001b, 0x0001_000f));
         assert_eq!(config.u32(0x10c), 0x60, "page-aligned, of 32 invalidations, global ones too");
         config.write(0x106, &[1, 0]);

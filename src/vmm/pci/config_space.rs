@@ -89,6 +89,12 @@ impl ConfigSpace {
         Self { bytes, writable, bars, way: None, capability: full, extended_capability: full }
     }
 
+    /// More extended capabilities go to `next` and beyond, where nothing is; the one at `last`,
+    /// with no link yet, leads there.
+    pub(crate) fn extend_list(&mut self, last: u16, next: u16) {
+        self.extended_capability = Place { pointer: last, next };
+    }
+
     /// Sets the subsystem: its vendor and ID.
     pub fn set_subsystem(&mut self, vendor: u16, id: u16) {
         let both = u32::from(id) << 16 | u32::from(vendor);

@@ -25,7 +25,7 @@ pub use function::{Location, PciFunction};
 #[cfg(target_arch = "x86_64")]
 pub use intx::line_of_pin;
 pub use intx::{EventLine, IntxLine, IntxPin, IntxRouter};
-pub use layout::MsixControl;
+pub use layout::{AtsCapabilities, MsixControl, PasidCapabilities};
 pub use msix::{EventVector, InterruptVector, Msix, MsixCapability, MsixPlace};
 
 pub use way::Way;

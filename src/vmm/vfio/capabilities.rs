@@ -97,7 +97,7 @@ pub const EXTENDED_RULES: &[Rule] = &[
     rule(0x02, "virtual channel", Treatment::Hidden, "there is no link"),
     rule(0x0d, "ACS", Treatment::Hidden, "the host keeps devices apart"),
     rule(0x0e, "ARI", Treatment::Hidden, "the guest's bus has its own numbers"),
-    rule(0x0f, "ATS", Treatment::Hidden, "no virtual IOMMU offers it for assigned devices yet"),
+    rule(0x0f, "ATS", Treatment::Hidden, "the host's; the guest gets its own, see `services.rs`"),
     rule(0x10, "SR-IOV", Treatment::Hidden, "virtual functions are created by the host"),
     rule(0x13, "PRI", Treatment::Hidden, "as ATS"),
     rule(0x15, "resizable BAR", Treatment::Hidden, "a BAR is as long as the host made it"),

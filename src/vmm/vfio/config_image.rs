@@ -7,14 +7,15 @@
 //! | Register of the header | The guest sees | Because |
 //! |---|---|---|
 //! | vendor, device, class, revision, subsystem | the device's | its driver is found by them |
-//! | command | its own; memory space, bus master and INTx disable are forwarded | I/O ports are not supported, and the rest concerns the host's bus |
+//! | command: memory space, bus master, INTx disable | its own, forwarded | it uses them |
+//! | command: the rest | its own, zero | no I/O ports; the host's bus is the host's |
 //! | status | the device's, read only | errors are the host's to clear |
 //! | cache line size | its own | it means nothing to PCI Express |
 //! | header type | one function | the others are not assigned with it |
 //! | BARs | its own; none for I/O ports | the host's addresses are private to the host |
 //! | expansion ROM | none | only firmware would run it, and guests here have none |
 //! | capabilities pointer | the list of visible ones | see the tables of `capabilities.rs` |
-//! | interrupt line and pin | its own; INTA if the device has INTx | each function here is a device of its own |
+//! | interrupt line and pin | its own; INTA if the device has INTx | each function is a device |
 
 use std::ops::Range;
 
@@ -22,11 +23,13 @@ use super::capabilities::{
     capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,
     CAPABILITY_VPD, EXTENDED_RULES, RULES,
 };
+use crate::devices::OfferedServices;
 use crate::pci::layout::{
     Command, MsiControl, CAPABILITIES_POINTER, COMMAND, CONFIG_SIZE, EXPRESS_CAPABILITIES,
-    EXPRESS_DEVICE_CAPABILITIES, EXPRESS_DEVICE_CONTROL, EXPRESS_FLR_CAPABLE,
-    EXPRESS_INTEGRATED_ENDPOINT, EXPRESS_ROLE_BASED_ERRORS, EXTENDED_START, INTERRUPT_LINE,
-    INTERRUPT_PIN, REVISION_ID, STATUS, STATUS_CAPABILITIES, SUBSYSTEM_VENDOR_ID, VENDOR_ID,
+    EXPRESS_DEVICE_CAPABILITIES, EXPRESS_DEVICE_CAPABILITIES_2, EXPRESS_DEVICE_CONTROL,
+    EXPRESS_FLR_CAPABLE, EXPRESS_INTEGRATED_ENDPOINT, EXPRESS_ROLE_BASED_ERRORS, EXTENDED_START,
+    INTERRUPT_LINE, INTERRUPT_PIN, REVISION_ID, STATUS, STATUS_CAPABILITIES, SUBSYSTEM_VENDOR_ID,
+    VENDOR_ID,
 };
 use crate::pci::{ConfigSpace, MsixControl};
 
@@ -39,10 +42,14 @@ const VPD_LENGTH: u16 = 8;
 /// Cache line size.
 const CACHE_LINE_SIZE: u16 = 0x0c;
 
-/// PCI Express, up to link status, which both versions of the capability have.
+/// PCI Express, up to link status, which both versions of the capability have; and all of version
+/// 2.
 const EXPRESS_LENGTH: u16 = 0x14;
+const EXPRESS_2_LENGTH: u16 = 0x3c;
 /// PCI Express capabilities: the version.
 const EXPRESS_VERSION: u16 = 0xf;
+/// A serial number (§7.9.3).
+const SERIAL_LENGTH: u16 = 12;
 /// Device capabilities that involve no link: payload size, extended tags, role-based errors.
 const DEVICE_CAPABILITIES: u32 = 0b111 | 1 << 5 | EXPRESS_ROLE_BASED_ERRORS;
 
@@ -80,6 +87,20 @@ pub struct ConfigImage {
     pub express: Option<u16>,
     /// Device control of PCI Express, which can reset the function.
     pub device_control: Option<u16>,
+    /// Where more extended capabilities can go; `None` for a device that has none.
+    pub extension: Option<Extension>,
+}
+
+/// A place for more extended capabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extension {
+    /// The capability that is to lead there: the last one that the guest sees, or the empty first
+    /// one.
+    pub last: u16,
+    /// Its start, of [`OfferedServices::LENGTH`] bytes.
+    pub start: u16,
+    /// Device capabilities 2 of PCI Express.
+    pub device_capabilities_2: u16,
 }
 
 /// Bytes of configuration space that are read from the device.
@@ -138,6 +159,7 @@ impl ConfigImage {
             msix: None,
             express: None,
             device_control: None,
+            extension: None,
         };
         let mut draft = Draft::new(device, intx);
         image.show_capabilities(&mut draft, reset);
@@ -196,23 +218,29 @@ impl ConfigImage {
     }
 
     fn show_extended_capabilities(&mut self, draft: &mut Draft<'_>) {
-        let mut last = None;
+        let (mut last, mut seen) = (None, Vec::new());
         for Capability { id, offset, room } in extended_capabilities(draft.device) {
-            match treatment(EXTENDED_RULES, id) {
-                Treatment::Constant => draft.copy(offset + 4..offset + room),
+            let length = match treatment(EXTENDED_RULES, id) {
+                Treatment::Constant => {
+                    let length = SERIAL_LENGTH.min(room);
+                    draft.copy(offset + 4..offset + length);
+                    length
+                }
                 Treatment::Live if room >= 8 => {
                     // Its length is in the upper bits of the word after the header (§7.9.5,
                     // §7.9.6).
                     let length = (draft.device_u32(offset + 4) >> 20) as u16;
                     let length = length.clamp(8, room);
                     self.live.push(draft.live(offset + 4..offset + length));
+                    length
                 }
                 _ => {
                     let why = why_hidden(EXTENDED_RULES, id);
                     log::debug!("extended capability hidden from the guest: {why}");
                     continue;
                 }
-            }
+            };
+            seen.push(offset..offset + length);
             let version = draft.device_u32(offset) & 0xf_0000;
             draft.put(offset, &(version | u32::from(id)).to_le_bytes());
             // The first has a fixed offset: if it is hidden, there is an empty one with ID 0.
@@ -222,7 +250,37 @@ impl ConfigImage {
             }
             last = Some(offset);
         }
+        let last = last.unwrap_or(EXTENDED_START);
+        seen.push(EXTENDED_START..EXTENDED_START + 4);
+        self.extension = extension(draft, self.express, last, &seen);
     }
+}
+
+/// The highest place for more capabilities beside `seen`: drivers look for the device's own
+/// registers where they know them, and the last ones are the least likely. Only a capability of PCI
+/// Express at `express` with all of version 2 can say that requests may have PASIDs.
+fn extension(
+    draft: &Draft<'_>,
+    express: Option<u16>,
+    last: u16,
+    seen: &[Range<u16>],
+) -> Option<Extension> {
+    let express = express.filter(|express| {
+        let version = draft.device_u16(express + EXPRESS_CAPABILITIES) & EXPRESS_VERSION;
+        let whole = |it: &Capability| it.offset == *express && it.room >= EXPRESS_2_LENGTH;
+        version >= 2 && capabilities(draft.device).iter().any(whole)
+    })?;
+    let device_capabilities_2 = express + EXPRESS_DEVICE_CAPABILITIES_2;
+    let mut end = CONFIG_SIZE as u16;
+    // Each turn is below one more of them, so that it is not met again.
+    while end >= EXTENDED_START + OfferedServices::LENGTH {
+        let start = end - OfferedServices::LENGTH;
+        match seen.iter().find(|seen| seen.start < end && seen.end > start) {
+            Some(seen) => end = seen.start,
+            None => return Some(Extension { last, start, device_capabilities_2 }),
+        }
+    }
+    None
 }
 
 /// A guest's configuration space being built: the header and each capability, taken from the
@@ -327,7 +385,8 @@ impl<'a> Draft<'a> {
         let kept = DEVICE_CAPABILITIES | if reset { EXPRESS_FLR_CAPABLE } else { 0 };
         let kept = self.device_u32(offset + EXPRESS_DEVICE_CAPABILITIES) & kept;
         self.put(offset + EXPRESS_DEVICE_CAPABILITIES, &kept.to_le_bytes());
-        // The link's registers, and what version 2 adds, stay zero: there is no link.
+        // The link's registers, and what version 2 adds, stay zero: there is no link. (Services
+        // need one bit of it, see `services.rs`.)
         Some(offset + EXPRESS_DEVICE_CONTROL)
     }
 

@@ -14,7 +14,8 @@ use super::host_device::{HostDevice, Irq, Region};
 use super::interrupts::{DeviceInterrupts, DeviceMsix, Intx, Msi};
 use super::mapping::Lender;
 use super::vectors::{MakeVector, TableVector, Vectors};
-use super::{VfioError, VfioProblem};
+use super::{services, VfioError, VfioProblem};
+use crate::devices::{HostServices, ServiceCapabilities, ServiceListener};
 use crate::pci::layout::{
     Command, BARS, COMMAND, CONFIG_SIZE, EXPRESS_INITIATE_FLR, INTERRUPT_LINE, INTERRUPT_PIN,
     STATUS, STATUS_CAPABILITIES,
@@ -44,6 +45,10 @@ pub struct Surroundings<'a> {
     pub vectors: Arc<MakeVector>,
     /// The line of INTA, and its input of the PIC.
     pub line: &'a mut dyn FnMut() -> Result<(u8, Box<dyn EventLine>)>,
+    /// The services that the guest may be offered of it.
+    pub services: HostServices,
+    /// What to tell those that it has enabled.
+    pub enabled: ServiceListener,
     /// The host's page size.
     pub page: u64,
     /// Whether a BAR is where it decodes.
@@ -66,6 +71,8 @@ pub struct VfioPci {
     pristine: ConfigSpace,
     live: Vec<LiveRange>,
     device_control: Option<u16>,
+    services: ServiceCapabilities,
+    enabled: ServiceListener,
     regions: [Option<Region>; BARS],
     lent: LentBars,
     answers: fn(&BarPlacement) -> bool,
@@ -102,7 +109,8 @@ impl VfioPci {
             && device[usize::from(INTERRUPT_PIN)] != 0;
         let image = ConfigImage::new(&device, intx, host.can_reset())
             .map_err(|error| problem(VfioProblem::Config(error)))?;
-        let ConfigImage { mut config, live, msi, msix, express, device_control } = image;
+        let ConfigImage { mut config, live, msi, msix, express, device_control, extension } = image;
+        let services = services::add(&mut config, extension, &device, around.services);
         if let Some(way) = &around.way {
             if let Some(express) = express {
                 // It is not on the root bus, for which the image is made: it has a link.
@@ -164,6 +172,8 @@ impl VfioPci {
             applying: Mutex::new(()),
             live,
             device_control,
+            services,
+            enabled: around.enabled,
             regions,
             lent,
             answers: around.answers,
@@ -199,6 +209,7 @@ impl VfioPci {
         }
         self.lent.update(&placements);
         self.interrupts.update(&config);
+        (self.enabled)(self.services.enabled(&config));
     }
 
     /// Resets the function on the guest's request.
@@ -281,6 +292,7 @@ impl PciFunction for VfioPci {
             self.reset();
             return true;
         }
+        self.services.written(&mut self.space());
         for live in self.live.iter().filter(|live| live.forwarded) {
             let bytes = overlap(&live.bytes, &written);
             if !bytes.is_empty() {

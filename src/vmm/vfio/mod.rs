@@ -13,7 +13,7 @@
 //!
 //! Sources: Linux `include/uapi/linux/vfio.h` and `Documentation/driver-api/vfio.rst`; PCI Express
 //! Base Specification 6.0 (§7.5 headers and PCI Express, §7.7 MSI and MSI-X, §7.9 vendor's
-//! capabilities); PCI Power Management 1.2.
+//! capabilities, §10.5 ATS and PRI); PCI Power Management 1.2.
 
 mod bars;
 mod capabilities;
@@ -23,6 +23,7 @@ mod host_device;
 mod interrupts;
 mod mapping;
 mod message_window;
+mod services;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

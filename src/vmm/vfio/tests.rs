@@ -10,6 +10,7 @@ use super::config_image::ConfigImage;
 use super::host_device::Irq;
 use super::testing::{FakeDevice, FakeLender, FakeVectors};
 use super::*;
+use crate::devices::{HostServices, Services};
 use crate::pci::layout::CONFIG_SIZE;
 use crate::pci::{Bridge, BusNumbers, EventLine, PciBus, PciFunction};
 use twostage::spec::pci::Bdf;
@@ -87,6 +88,7 @@ struct Machine {
     lender: Arc<FakeLender>,
     vectors: Arc<FakeVectors>,
     released: Arc<Mutex<u32>>,
+    enabled: Arc<Mutex<Services>>,
     bus: PciBus,
     bdf: Bdf,
 }
@@ -98,6 +100,12 @@ fn machine(device: FakeDevice) -> Machine {
 
 /// On the root bus, or behind a root port there.
 fn machine_behind(device: FakeDevice, port: Option<&Arc<Bridge>>) -> Machine {
+    machine_with(device, port, HostServices::default())
+}
+
+fn machine_with(device: FakeDevice, port: Option<&Arc<Bridge>>, services: HostServices) -> Machine {
+    let enabled = Arc::<Mutex<Services>>::default();
+    let told = enabled.clone();
     let (device, lender) = (Arc::new(device), Arc::new(FakeLender::default()));
     let (vectors, released) = (Arc::new(FakeVectors::default()), Arc::default());
     let mut next = 0xe000_0000;
@@ -117,6 +125,8 @@ fn machine_behind(device: FakeDevice, port: Option<&Arc<Bridge>>) -> Machine {
                 let events = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
                 Ok((10, Box::new(Line { events, released: Arc::clone(&released) })))
             },
+            services,
+            enabled: Arc::new(move |services| *told.lock() = services),
             page: 0x1000,
             answers: |bar| bar.start >= 0xe000_0000 && bar.last < 0xfec0_0000,
         },
@@ -127,7 +137,7 @@ fn machine_behind(device: FakeDevice, port: Option<&Arc<Bridge>>) -> Machine {
         bus.insert_bridge(PORT, port.clone());
     }
     bus.insert(bdf, Arc::new(function.unwrap()));
-    Machine { device, lender, vectors, released, bus, bdf }
+    Machine { device, lender, vectors, released, enabled, bus, bdf }
 }
 
 impl Machine {
@@ -334,6 +344,34 @@ fn one_kind_of_interrupt_is_on_at_a_time() {
     assert_eq!(machine.device.take_calls(), ["Msix off", "Msi 0: [off]", "Msi 0: [on]"]);
     machine.write(MSI + 2, &[0, 0]);
     assert_eq!(machine.device.take_calls(), ["Msi off", "Intx 0: [on]", "Intx unmask"]);
+}
+
+#[test]
+fn the_virtual_iommu_is_told_what_the_guest_enables() {
+    let mut device = FakeDevice::default();
+    device.add_region(CONFIG, CONFIG_SIZE as u64, false);
+    for (offset, bytes) in [
+        (0x00, &[0x36, 0x1b, 0x10, 0x00, 0x07, 0x01, 0x18, 0xf9][..]),
+        (0x34, &[EXPRESS as u8]),
+        (EXPRESS, &[0x10, 0, 0x02, 0, 0, 0, 0, 0x10]),
+        (0x100, &[0x0f, 0x00, 0x01, 0x11, 0x60, 0, 0, 0x80]),
+        (0x110, &[0x13, 0x00, 0x01, 0x00, 1, 0, 0, 0x81, 1]),
+    ] {
+        device.put(CONFIG, offset.into(), bytes);
+    }
+    let services = HostServices { pasid: None, ats: true, pri: true };
+    let machine = machine_with(device, None, services);
+    let told = || *machine.enabled.lock();
+    assert_eq!(told(), Services::default());
+    // ATS is the first of those that were made, then PRI: its allocation and its control.
+    machine.write(0xfe6, &[0, 0x80]);
+    assert_eq!(told(), Services { ats: true, ..Services::default() });
+    machine.write(0xff4, &[1, 0, 0, 0]);
+    machine.write(0xfec, &[1, 0]);
+    assert_eq!(told(), Services { ats: true, pri: true, pasid: false });
+    assert_eq!(machine.device.get(CONFIG, 0x106, 2), [0, 0x80], "the host's is as it was");
+    machine.write(EXPRESS + 9, &[0x80]);
+    assert_eq!((told(), machine.read(0xfe4)), (Services::default(), 0x60));
 }
 
 #[test]

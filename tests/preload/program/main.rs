@@ -3,16 +3,20 @@
 //!
 //!   raw-ioctls flow DEVICE      the nested flow on a VFIO device behind a VT-d
 //!   raw-ioctls flow-without-dirty DEVICE    the same without dirty tracking
+//!   raw-ioctls pasids DEVICE    the same for PASIDs of the device
+//!   raw-ioctls asking DEVICE    and for page requests
 //!   raw-ioctls smmu DEVICE      the same behind an SMMUv3
 //!   raw-ioctls NAME             one of the others; see `main`
 //!
 //! It does not depend on who provides `/dev/iommu`. It panics if a required system call fails;
 //! results that may differ are printed, and compared by whoever started it.
 
+mod asking;
 mod container;
 mod descriptors;
 mod express;
 mod memory;
+mod pasids;
 mod smmu;
 mod sysfs;
 mod uapi;
@@ -32,6 +36,8 @@ fn main() {
         ["protected", device] => memory::protected(device),
         ["files", device] => memory::files(device),
         ["closing"] => descriptors::closing(),
+        ["asking", device] => asking::run(device),
+        ["pasids", device] => pasids::run(device),
         ["page-requests", device] => vtd::page_requests(device),
         ["addresses", device] => vtd::addresses(device),
         ["express", device] => express::run(device),

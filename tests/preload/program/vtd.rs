@@ -23,9 +23,14 @@ const ENTRY: u64 = 0x67;
 
 /// Makes the tables of four levels map `iova` to `page`; `None`: to nothing.
 fn map(guest: &Guest, iova: u64, page: Option<u64>) {
+    map_in(guest, TABLES, iova, page);
+}
+
+/// The same, in the tables at `tables`.
+pub fn map_in(guest: &Guest, tables: u64, iova: u64, page: Option<u64>) {
     for level in (0..4u64).rev() {
         // One table for each level is enough.
-        let table = TABLES + (3 - level) * PAGE;
+        let table = tables + (3 - level) * PAGE;
         let entry = table + (iova >> (12 + 9 * level) & 0x1ff) * 8;
         let value = match (level, page) {
             (0, Some(page)) => page | ENTRY,
@@ -215,11 +220,11 @@ pub fn flow(path: &str, track: bool) {
 }
 
 /// `IOMMUFD_PAGE_RESP_SUCCESS`, `IOMMUFD_PAGE_RESP_INVALID`.
-const SUCCESS: u32 = 0;
-const INVALID: u32 = 1;
+pub const SUCCESS: u32 = 0;
+pub const INVALID: u32 = 1;
 
 /// The pending request in the fault queue `fd`, if any.
-fn asked(fd: RawFd) -> Option<iommu_hwpt_pgfault> {
+pub fn asked(fd: RawFd) -> Option<iommu_hwpt_pgfault> {
     let mut fault = iommu_hwpt_pgfault::default();
     let size = size_of::<iommu_hwpt_pgfault>();
     // SAFETY: there is room for a record.
@@ -228,7 +233,7 @@ fn asked(fd: RawFd) -> Option<iommu_hwpt_pgfault> {
 }
 
 /// Responds to a request.
-fn respond(fd: RawFd, cookie: u32, code: u32) -> Result<()> {
+pub fn respond(fd: RawFd, cookie: u32, code: u32) -> Result<()> {
     let response = iommu_hwpt_page_response { cookie, code };
     let size = size_of::<iommu_hwpt_page_response>();
     // SAFETY: the structure is as long as that.

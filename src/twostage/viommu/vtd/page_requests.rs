@@ -17,7 +17,7 @@
 //! The lock here is taken after that of the registers, for a moment. The host is answered without
 //! it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::fault_log::EventRegisters;
 use super::host_side::{PageTicket, Policy};
@@ -131,6 +131,8 @@ struct Open {
 pub(super) struct PageRequests {
     pub queue: PageQueue,
     open: BTreeMap<(Bdf, u16), Open>,
+    /// Functions that software has not enabled to ask.
+    disabled: BTreeSet<Bdf>,
 }
 
 impl PageRequests {
@@ -145,6 +147,18 @@ impl PageRequests {
 }
 
 impl VtdIommu {
+    /// Software has enabled the page requests of `rid` in its configuration space (PCIe 6.0
+    /// §10.5.2.2), or disabled them. By default all are enabled, as a device by itself asks only
+    /// then. An assigned one asks as soon as its host's driver has enabled that: what it asks while
+    /// the guest has not is answered as invalid, and no fault of the guest's.
+    pub fn set_page_requests(&self, rid: Bdf, enabled: bool) {
+        let mut pages = self.pages();
+        match enabled {
+            true => pages.disabled.remove(&rid),
+            false => pages.disabled.insert(rid),
+        };
+    }
+
     pub(super) fn pages(&self) -> Locked<'_, PageRequests> {
         Shown::new(self, self.pages.lock())
     }
@@ -161,7 +175,10 @@ impl VtdIommu {
         let mut former = None;
         let mut pages = self.pages();
         // With the lock, so that what ends all open groups ends this one, too, or it is not opened.
-        let served = self.serves_page_requests(requester);
+        let served = match pages.disabled.contains(&last.rid) {
+            true => Err(None),
+            false => self.serves_page_requests(requester),
+        };
         let mut put = Put::NoQueue;
         if served.is_ok() {
             for request in requests {

@@ -17,8 +17,8 @@ use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use twostage::sync::Mutex;
 
-use self::services::{GatedMemory, Rights, ServiceCapabilities};
-use super::DmaMaster;
+use self::services::{offered, GatedMemory, Rights};
+use super::{DmaMaster, ServiceCapabilities};
 use crate::config::EduConfig;
 use crate::pci::{
     ConfigSpace, ExpressCapability, Identity, InterruptVector, IntxPin, Location, MsiCapability,
@@ -119,7 +119,7 @@ impl Edu {
         let msix = Msix::new((0..VECTORS).map(|_| vector()).collect::<Result<_>>()?);
         msix.set_bus_master(false);
         let control = memory.service_control();
-        let services = ServiceCapabilities::add(&mut space, config, control.clone());
+        let services = ServiceCapabilities::add(&mut space, offered(config), control.clone());
         let rights = Arc::<Rights>::default();
         rights.gate.start();
         let shared = Arc::new(Shared {

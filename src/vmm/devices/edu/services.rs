@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What requests need: the right to be made, and the services that software has enabled: PASIDs, a
-//! device TLB (ATS) and page requests (PRI).
+//! What requests need: the right to be made, and the services that software has enabled.
 
 use std::result::Result;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,8 +7,10 @@ use std::sync::Arc;
 use twostage::sync::Mutex;
 
 use crate::config::EduConfig;
-use crate::devices::{DmaError, DmaMaster, NotNow, Permit, RequestGate, ServiceControl, Services};
-use crate::pci::{AtsCapability, ConfigSpace, PasidCapability, PriCapability};
+use crate::devices::{
+    DmaError, DmaMaster, NotNow, OfferedServices, Permit, RequestGate, ServiceControl, Services,
+};
+use crate::pci::{AtsCapabilities, PasidCapabilities};
 use twostage::spec::pci::Pasid;
 use twostage_emulated::edu::Requests;
 use twostage_emulated::PageTries;
@@ -17,85 +18,15 @@ use twostage_emulated::PageTries;
 /// Page requests that the device has without a response: its DMA waits for each.
 const PAGE_REQUESTS: u32 = 1;
 
-/// The capabilities of the services.
-pub(super) struct ServiceCapabilities {
-    pasid: Option<PasidCapability>,
-    ats: Option<AtsCapability>,
-    pri: Option<PriCapability>,
-    control: Option<Arc<dyn ServiceControl>>,
-}
-
-impl ServiceCapabilities {
-    /// Adds the capabilities that `device` has to `config`.
-    pub fn add(
-        config: &mut ConfigSpace,
-        device: &EduConfig,
-        control: Option<Arc<dyn ServiceControl>>,
-    ) -> Self {
-        let (bits, with_pasid) = (device.pasid_bits, device.pasid_bits > 0);
-        let pasid = with_pasid.then(|| PasidCapability::add(config, bits));
-        let ats = device.ats.then(|| AtsCapability::add(config));
-        let pri = device.pri.then(|| PriCapability::add(config, PAGE_REQUESTS, with_pasid));
-        Self { pasid, ats, pri, control }
-    }
-
-    /// What software has enabled.
-    pub fn enabled(&self, config: &ConfigSpace) -> Services {
-        let ats = self.ats.is_some_and(|ats| ats.enabled(config));
-        let may_ask = |pri: PriCapability| pri.enabled(config) && pri.allocation(config) > 0;
-        Services {
-            pasid: self.pasid.is_some_and(|pasid| pasid.enabled(config)),
-            ats,
-            // A device that has no translations to ask for cannot know that one is missing.
-            pri: ats && self.pri.is_some_and(may_ask),
-        }
-    }
-
-    /// Software wrote to `config`: what must stay while a service is enabled is locked.
-    pub fn written(&self, config: &mut ConfigSpace) {
-        let ats = self.ats.is_some_and(|ats| ats.enabled(config));
-        self.lock(config, ats, self.pri.is_some_and(|pri| pri.enabled(config)));
-        let reset = self.pri.is_some_and(|pri| pri.take_reset(config));
-        if let Some(control) = self.control.as_ref().filter(|_| reset) {
-            control.reset();
-        }
-        self.update(config);
-    }
-
-    /// Shows in `config` whether the page request interface has stopped.
-    pub fn update(&self, config: &mut ConfigSpace) {
-        if let Some(pri) = self.pri {
-            let outstanding =
-                self.control.as_ref().is_some_and(|control| control.outstanding() > 0);
-            pri.set_stopped(config, !pri.enabled(config) && !outstanding);
-        }
-    }
-
-    /// Before a reset of the function's configuration space: no bit is locked.
-    pub fn unlock(&self, config: &mut ConfigSpace) {
-        self.lock(config, false, false);
-    }
-
-    /// After it, when no request is being made: none waits for a page, and nothing is cached.
-    pub fn reset(&self) {
-        if let Some(control) = &self.control {
-            control.reset();
-            control.enabled(Services::default());
-        }
-    }
-
-    /// After what software has enabled has changed, and requests know it.
-    pub fn changed(&self, services: Services) {
-        if let Some(control) = &self.control {
-            control.enabled(services);
-        }
-    }
-
-    fn lock(&self, config: &mut ConfigSpace, ats: bool, pri: bool) {
-        // (Option is an iterator of at most one.)
-        self.pasid.iter().for_each(|capability| capability.lock(config, ats));
-        self.ats.iter().for_each(|capability| capability.lock(config, ats));
-        self.pri.iter().for_each(|capability| capability.lock(config, pri));
+/// What a device of `config` offers: a device TLB that takes 32 invalidations at a time; no execute
+/// or privileged requests.
+pub(super) fn offered(config: &EduConfig) -> OfferedServices {
+    let with_pasid = config.pasid_bits > 0;
+    let tlb = AtsCapabilities::new().with_page_aligned(true).with_global_invalidate(true);
+    OfferedServices {
+        pasid: with_pasid.then(|| PasidCapabilities::new().with_max_width(config.pasid_bits)),
+        ats: config.ats.then_some(tlb),
+        pri: config.pri.then_some((PAGE_REQUESTS, with_pasid)),
     }
 }
 

@@ -265,6 +265,20 @@ fn what_nothing_serves_is_refused() {
 }
 
 #[test]
+fn a_function_that_software_has_not_enabled_is_refused_without_a_fault() {
+    let guest = serving();
+    // PRE is clear, which would be one.
+    guest.write(CONTEXT + 0x100, &[DIRECTORY | 1 << 3 | 1]);
+    guest.iommu.set_page_requests(RID, false);
+    assert_eq!(ask(&guest, 0, 1), Some(InvalidRequest));
+    assert_eq!((status(&guest), guest.read32(regs::FSTS)), (0, 0));
+    guest.write(CONTEXT + 0x100, &[DIRECTORY | 1 << 4 | 1 << 3 | 1]);
+    assert_eq!(ask(&guest, 0, 2), Some(InvalidRequest));
+    guest.iommu.set_page_requests(RID, true);
+    assert_eq!(ask(&guest, 0, 3), None);
+}
+
+#[test]
 fn requests_end_with_their_function_a_reset_and_the_machine() {
     type End = fn(&Guest);
     let ends: [End; 3] = [
