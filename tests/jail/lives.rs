@@ -16,6 +16,7 @@ use twostage::nesting::vtd::Nesting;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::smmuv3::command::Command;
+use twostage::spec::vtd::page_request::PageResponse;
 use twostage::spec::vtd::qi::Descriptor;
 use twostage::unit::{Smmuv3Builder, VtdBuilder};
 use twostage::viommu::smmuv3::{
@@ -91,7 +92,7 @@ impl World {
         let open = move |_: &Jail| -> Arc<dyn HostIommu> {
             let host = EmulatedHost::new();
             let id = host.add_unit(unit());
-            let config = DeviceConfig::default().with_pasid_bits(8);
+            let config = DeviceConfig::default().with_pasid_bits(8).with_ats(true).with_pri(true);
             host.add_device("nic", id, RID, config).unwrap();
             opened.lock().unwrap().push(host.clone());
             host
@@ -343,8 +344,64 @@ pub fn vtd_life(world: &World, pasids: bool, nesting: Nesting) {
     jail.run(&REMOVE, || drop((unit, ground)));
 }
 
+/// A virtual VT-d on `world`, whose unit and device have page requests: the guest serves one, and
+/// another one ends with the unit.
+pub fn asking_life(world: &World) {
+    let (jail, regions) = (&world.jail, memory());
+    let map = GuestMemoryMmap::<()>::from_arc_regions(regions.to_vec()).unwrap();
+    let map = Arc::new(map);
+    let ground = world.ground(&regions);
+    let config = VtdConfig::default().with_device_iotlb(true).with_page_requests(true);
+    let unit = jail.run(&SETUP, || {
+        VtdBuilder::new(ground.ioas.clone(), map.clone(), Arc::new(Interrupts))
+            .threads(Arc::new(jail.clone()))
+            .device(RID, ground.dev, "device")
+            .config(&config)
+            .build()
+            .unwrap()
+    });
+    let unit = Arc::new(unit);
+    let guest = vtd::Driver::new(Pages::new(map, 0x10_0000), unit.clone());
+    let table = guest.page();
+    jail.run(&GUEST, || {
+        guest.set_entry(RID, 0, vtd::Entry::FirstStage { table, domain: NAME });
+        guest.set_page_requests(RID, true);
+        guest.start_page_queue();
+        guest.enable();
+    });
+    let asked = || {
+        let mut request = None;
+        wait_until("a page request", || {
+            request = guest.take_page_request();
+            request.is_some()
+        });
+        request.unwrap()
+    };
+    thread::scope(|scope| {
+        let load = |iova| scope.spawn(move || (world.engine)(ground.dev)(iova));
+        let served = load(IOVA);
+        jail.run(&GUEST, || {
+            let request = asked();
+            guest.map(table, IOVA, guest.page(), 1, true);
+            let done = guest.respond(&request, PageResponse::Success);
+            assert_eq!(done, vtd::Completion::Done);
+        });
+        served.join().unwrap();
+        let left = load(IOVA + PAGE);
+        jail.run(&GUEST, asked);
+        jail.run(&REMOVE, || unit.shutdown().unwrap());
+        left.join().unwrap();
+    });
+    jail.run(&REMOVE, || drop((guest, unit, ground)));
+}
+
 pub fn smmu() -> EmulatedUnit {
     SmmuV3Unit::new(SmmuV3UnitConfig::default()).into()
+}
+
+pub fn asking_vt_d() -> EmulatedUnit {
+    let config = VtdUnitConfig::default().with_device_tlb(true).with_page_requests(true);
+    VtdUnit::new(config).into()
 }
 
 pub fn vt_d() -> EmulatedUnit {

@@ -35,7 +35,7 @@ use twostage::threads::{NewThread, ThreadStart};
 use vmm_sys_util::signal::register_signal_handler;
 
 use filter::filter;
-use lives::{smmu, smmu_life, vt_d, vtd_life, Load, World};
+use lives::{asking_life, asking_vt_d, smmu, smmu_life, vt_d, vtd_life, Load, World};
 
 /// Entries that no life here uses: the kind, the ioctl, and why it is in the table.
 const UNSEEN: &[(&ThreadKind, &str, &str)] = &[
@@ -189,6 +189,9 @@ fn the_tables_have_the_ioctls_of_every_kind_and_no_others() {
     let ((started, mut seen), (none, of_vtd)) = (one.end(), other.end());
     seen.extend(of_vtd);
     seen.extend(mirrored.end().1);
+    let asking = World::emulated(false, asking_vt_d);
+    asking_life(&asking);
+    seen.extend(asking.end().1);
     assert_eq!((started, none), (BTreeSet::from(["events"]), BTreeSet::new()));
     let mut wrong = Vec::new();
     for kind in KINDS {
@@ -212,6 +215,9 @@ fn lives_in_jails() {
     vtd_life(&other, true, Nesting::On);
     vtd_life(&World::emulated(true, vt_d), true, MIRRORED);
     assert_eq!(one.end().0, BTreeSet::from(["events"]));
+    let asking = World::emulated(true, asking_vt_d);
+    asking_life(&asking);
+    assert_eq!(asking.end().0, BTreeSet::from(["events"]));
 }
 
 /// System calls of the preload library, on the threads of its program.
