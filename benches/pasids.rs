@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest with 2^20 PASIDs on two devices: the time of one command for all of them, the longest
 //! register read of another processor meanwhile, and the memory that the whole stack (virtual unit,
-//! nesting and emulated host) uses for them. The figures are printed once; criterion measures
-//! commands that find nothing to change.
+//! nesting and emulated host) uses for them; and the same with device TLBs and page requests. The
+//! figures are printed once; criterion measures commands that find nothing to change.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -14,7 +14,9 @@ use twostage::nesting::host_vtd;
 use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
-use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope, StatusWrite};
+use twostage::spec::vtd::qi::{
+    AddressMask, Descriptor, DeviceTlbRange, IotlbScope, PasidCacheScope, StatusWrite,
+};
 use twostage::spec::vtd::regs::{self, Gcmd, Iqa, Rtaddr};
 use twostage::viommu::vtd::FaultTarget;
 use twostage::viommu::vtd::{VtdConfig, VtdIommu};
@@ -57,11 +59,13 @@ struct Machine {
 }
 
 impl Machine {
-    /// A unit with its queue enabled, whose tables have no present PASID.
-    fn new() -> Self {
-        let unit = VtdUnit::new(VtdUnitConfig::default());
+    /// A unit with its queue enabled, whose tables have no present PASID. With `asking` the devices
+    /// have TLBs and make page requests.
+    fn new(asking: bool) -> Self {
+        let unit = VtdUnitConfig::default().with_device_tlb(asking).with_page_requests(asking);
+        let unit = VtdUnit::new(unit);
         let host = EmulatedHost::new();
-        let id = host.add_unit(unit);
+        let id = host.add_unit(unit.clone());
         let nesting =
             Arc::new(VtdNesting::new(GuestIoas::new(host.clone()).expect("an empty host")));
         let region = Arc::new(
@@ -72,7 +76,9 @@ impl Machine {
         nesting.ioas().unwrap().map(0, &mapped, Protection::READ_WRITE).expect("an empty IOAS");
         for (rid, name) in DEVICES.into_iter().zip(["a", "b"]) {
             let config = DeviceConfig::default().with_pasid_bits(PASID_BITS);
+            let config = config.with_ats(asking).with_pri(asking);
             host.add_device(name, id, rid, config).expect("a new name and id");
+            unit.port(rid.raw()).control().set_device_tlb(asking);
             let dev = host.device_bind(name).expect("it is there");
             nesting.add_device(rid, dev).expect("the unit nests");
         }
@@ -82,6 +88,7 @@ impl Machine {
             .filter_map(|it| host_vtd(it.rid.to_string(), &it.info, host.extensions()))
             .collect();
         let config = VtdConfig::default().with_pasid_bits(Some(PASID_BITS));
+        let config = config.with_device_iotlb(asking).with_page_requests(asking);
         let config = config.intersect(&units).expect("the unit has all of it");
         let memory = Arc::new(GuestMemoryMmap::from_arc_regions(vec![region]).expect("one region"));
         let interrupts = Arc::new(NoInterrupts);
@@ -92,9 +99,10 @@ impl Machine {
         let machine = Self { memory, iommu, nesting };
         machine.store(ROOT, CONTEXT | 1);
         for rid in DEVICES {
-            // A directory of 2^(7 + 7) entries; PASIDs enabled.
+            // A directory of 2^(7 + 7) entries; PASIDs enabled; DTE and PRE.
             let entry = CONTEXT + u64::from(rid.devfn()) * 32;
-            machine.store(entry, DIRECTORY | 7 << 9 | 1 << 3 | 1);
+            let services = if asking { 1 << 4 | 1 << 2 } else { 0 };
+            machine.store(entry, DIRECTORY | 7 << 9 | services | 1 << 3 | 1);
         }
         let root = Rtaddr::new().with_ttm(1).with_rta(ROOT / PAGE);
         machine.write(regs::RTADDR, &root.into_bits().to_le_bytes());
@@ -175,6 +183,25 @@ impl Machine {
         self.submit(Descriptor::Iotlb { scope, drain_writes: false, drain_reads: false });
     }
 
+    /// What the devices have of every PASID, in 2^20 invalidations of each.
+    fn flush_device_tlbs(&self) {
+        let range = DeviceTlbRange { address: (1 << 63) - PAGE, size: true };
+        let of_pasid = |pasid: u64| {
+            let pasid = Pasid::new(pasid as u32).expect("20 bits");
+            DEVICES.map(|source| Descriptor::PasidDeviceTlb {
+                source,
+                pasid,
+                global: false,
+                physical_function: 0,
+                max_pending: 0,
+                range,
+            })
+        };
+        for first in (0..PASIDS).step_by(512) {
+            self.submit_all(&(first..first + 512).flat_map(of_pasid).collect::<Vec<_>>());
+        }
+    }
+
     /// One batch of 1024 invalidations: 256 ranges, each too wide to be looked up by page, of four
     /// PASIDs of the domains `domain`.
     fn flush_ranges(&self, domain: impl Fn(u32) -> u16) {
@@ -241,15 +268,21 @@ fn figures(name: &str, machine: &Machine, change: impl FnOnce(&Machine)) {
 }
 
 fn many_pasids(criterion: &mut Criterion) {
-    let machine = Machine::new();
-    machine.fill(true, |_| 1, |_| 0x5000);
-    figures("one table", &machine, |machine| machine.fill(true, |_| 2, |_| 0x5000));
-    let start = Instant::now();
-    machine.nesting.shutdown().expect("the host lets go of everything");
-    println!("one table, taken down: {:.2?}", start.elapsed());
-    drop(machine);
+    for (name, asking) in [("one table", false), ("one table, ATS and PRI", true)] {
+        let machine = Machine::new(asking);
+        machine.fill(true, |_| 1, |_| 0x5000);
+        figures(name, &machine, |machine| machine.fill(true, |_| 2, |_| 0x5000));
+        if asking {
+            machine.beside_a_reader("all PASIDs of two device TLBs invalidated", |machine| {
+                machine.flush_device_tlbs();
+            });
+        }
+        let start = Instant::now();
+        machine.nesting.shutdown().expect("the host lets go of everything");
+        println!("{name}, taken down: {:.2?}", start.elapsed());
+    }
 
-    let machine = Machine::new();
+    let machine = Machine::new(false);
     let table = |pasid: u64| (pasid * 7 % DISTINCT + 1) << 12;
     machine.fill(false, |pasid| pasid & 0xffff, table);
     figures("all distinct", &machine, |machine| {
