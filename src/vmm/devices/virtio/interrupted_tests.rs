@@ -92,7 +92,7 @@ fn bus_mastering_that_is_switched_off_ends_a_request_between_two_pieces() {
         let rig = rig(place, endless);
         let [queue] = &mut rig.start(0)[..] else { panic!() };
         ask(&rig, queue);
-        for _ in 0..20 {
+        for _ in 0..5 {
             wait_for_a_write(&rig);
             rig.write_config(4, &[2, 0]);
             assert_quiet(&rig);

@@ -61,8 +61,6 @@ pub struct Link {
     pub queue_counters: Vec<QueueCounters>,
     /// Signalled when a queue has something new, by the guest or by the device itself.
     queue_events: Vec<EventFd>,
-    /// Queues with something new that the device may not look at yet.
-    held_back: Vec<AtomicBool>,
     queue_vectors: Vec<AtomicU16>,
     config_vector: AtomicU16,
     isr: AtomicU8,
@@ -93,7 +91,6 @@ impl Link {
             counters: Arc::default(),
             queue_counters: (0..queues).map(|_| QueueCounters::default()).collect(),
             queue_events: (0..queues).map(event).collect::<Result<_>>()?,
-            held_back: (0..queues).map(|_| AtomicBool::new(false)).collect(),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             config_vector: AtomicU16::new(NO_VECTOR),
             isr: AtomicU8::new(0),
@@ -180,32 +177,12 @@ impl Link {
     }
 
     /// The function may make requests, or may not any more: then no request or message is
-    /// outstanding when this returns. When it may again, only queues held back meanwhile are looked
-    /// at: others may belong to a former driver, whose rings are gone.
+    /// outstanding when this returns. When it may again, no queue is looked at for that: it may
+    /// belong to a former driver, whose rings are gone.
     pub fn set_bus_master(&self, allowed: bool) {
-        let changed = self.gate.set_bus_master(allowed);
+        self.gate.set_bus_master(allowed);
         // Messages are requests, too.
         self.msix.set_bus_master(allowed);
-        if changed && allowed {
-            for (number, held_back) in self.held_back.iter().enumerate() {
-                if held_back.swap(false, Ordering::SeqCst) {
-                    self.notify(number);
-                }
-            }
-        }
-    }
-
-    /// Queue `number` has something that the device may not look at now: the worker is notified
-    /// when it may.
-    pub fn hold_back(&self, number: usize) {
-        if let Some(held_back) = self.held_back.get(number) {
-            held_back.store(true, Ordering::SeqCst);
-            // It may be allowed by now, and the thread that allowed it may have checked before the
-            // store.
-            if self.gate.is_open() && held_back.swap(false, Ordering::SeqCst) {
-                self.notify(number);
-            }
-        }
     }
 
     /// Reads the interrupt status, and clears it.
@@ -244,9 +221,6 @@ impl Link {
         for vector in &self.queue_vectors {
             vector.store(NO_VECTOR, Ordering::SeqCst);
         }
-        for held_back in &self.held_back {
-            held_back.store(false, Ordering::SeqCst);
-        }
     }
 
     fn existing(&self, vector: u16) -> u16 {
@@ -278,25 +252,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_was_held_back_is_looked_at_when_requests_are_allowed() {
+    fn no_queue_is_looked_at_because_requests_are_allowed() {
         let gate = Arc::<RequestGate>::default();
         gate.start();
         let link = Link::new("test".into(), 3, Msix::new(Vec::new()), gate.clone(), None).unwrap();
         let heard = || link.queue_events().iter().map(|e| e.read().is_ok()).collect::<Vec<_>>();
-        link.hold_back(1);
-        assert_eq!(heard(), [false; 3]);
-        link.set_bus_master(true);
-        assert_eq!(heard(), [false, true, false]);
-        // Allowed by now: notified at once.
-        link.hold_back(1);
-        assert_eq!(heard(), [false, true, false]);
-        // Off and on again with nothing new in between: old rings are not looked at.
-        link.set_bus_master(false);
-        link.set_bus_master(true);
-        assert_eq!(heard(), [false; 3]);
-        // A stopped function is not woken for it.
-        gate.stop();
-        link.hold_back(2);
-        assert_eq!(heard(), [false; 3]);
+        for _ in 0..2 {
+            link.set_bus_master(true);
+            assert_eq!(heard(), [false; 3]);
+            link.set_bus_master(false);
+        }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The thread of a device, from DRIVER_OK to the reset.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, MutexGuard};
@@ -35,7 +36,7 @@ pub(super) struct Device {
 /// then, and takes longer only in a system call, such as disk I/O.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Interval of checks for input that arrived while the function could not make requests.
+/// Interval of checks for what arrived while the function could not make requests.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// A running worker, which owns the device. Dropping it stops it and waits for a limited time: the
@@ -103,7 +104,7 @@ impl Worker {
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let stopped = stop.try_clone()?;
-        let late = LateInput { timer: TimerFd::new()?, waits: false, allowed: false };
+        let late = Late { timer: TimerFd::new()?, queues: BTreeSet::new(), allowed: false };
         let name = format!("{}-worker", link.name());
         let ended = Arc::<Ended>::default();
         let end = EndOf(ended.clone());
@@ -164,40 +165,41 @@ fn run(server: Server<'_>) -> Result<(), event_manager::Error> {
     Ok(())
 }
 
-/// Input that arrived while the function could not make requests. It is not signalled a second
-/// time.
+/// The queues that have something to do, such as input, that arrived or was not ended while the
+/// function could not make requests. It is not signalled a second time.
 ///
 /// It is not served as soon as requests are allowed: the buffers may be a former driver's, whose
 /// memory now belongs to another kernel (kexec). That kernel enables bus mastering and resets the
 /// device right away.
-struct LateInput {
+struct Late {
+    /// Runs while there are some.
     timer: TimerFd,
-    /// There is some, and the timer runs.
-    waits: bool,
+    queues: BTreeSet<usize>,
     /// The function could make requests at the last check.
     allowed: bool,
 }
 
-impl LateInput {
-    fn look_later(&mut self, allowed: bool) -> io::Result<()> {
-        self.allowed = allowed;
-        if !self.waits {
+impl Late {
+    /// Queue `number` is served later.
+    fn add(&mut self, number: usize) -> io::Result<()> {
+        self.allowed = false;
+        if self.queues.is_empty() {
             self.timer.reset(BETWEEN_LOOKS, None)?;
-            self.waits = true;
         }
+        self.queues.insert(number);
         Ok(())
     }
 
-    /// The timer has expired. Returns whether the input can be served; otherwise it keeps waiting.
-    fn look(&mut self, allowed: bool) -> io::Result<bool> {
+    /// The timer has expired. Returns the queues that can be served; others keep waiting.
+    fn look(&mut self, allowed: bool) -> io::Result<BTreeSet<usize>> {
         // It has expired, so this does not block.
         self.timer.wait()?;
-        self.waits = false;
         if allowed && self.allowed {
-            return Ok(true);
+            return Ok(std::mem::take(&mut self.queues));
         }
-        self.look_later(allowed)?;
-        Ok(false)
+        self.allowed = allowed;
+        self.timer.reset(BETWEEN_LOOKS, None)?;
+        Ok(BTreeSet::new())
     }
 }
 
@@ -207,7 +209,7 @@ struct Server<'a> {
     queues: Vec<Virtqueue>,
     link: Arc<Link>,
     stop: EventFd,
-    late: LateInput,
+    late: Late,
     /// It was told to stop.
     over: bool,
 }
@@ -231,21 +233,21 @@ impl Server<'_> {
             Ok(false) => {}
             Err(Unserved::NotNow(_)) => {
                 self.queues.iter_mut().for_each(Virtqueue::undo_pops);
-                self.link.hold_back(number);
+                self.serve_later(number);
             }
             Err(Unserved::Broken(broken)) => self.link.set_needs_reset(&broken),
         }
     }
 
-    fn serve_input(&mut self) {
-        let number = self.device.backend.input_queue();
-        self.serve(number);
+    fn serve_later(&mut self, number: usize) {
+        if let Err(error) = self.late.add(number) {
+            self.link.set_needs_reset(&format_args!("timer: {error}"));
+        }
     }
 
-    fn after_look(&mut self, serve: io::Result<bool>) {
-        match serve {
-            Ok(true) => self.serve_input(),
-            Ok(false) => {}
+    fn look(&mut self) {
+        match self.late.look(self.link.gate.bus_master()) {
+            Ok(queues) => queues.into_iter().for_each(|number| self.serve(number)),
             Err(error) => self.link.set_needs_reset(&format_args!("timer: {error}")),
         }
     }
@@ -267,10 +269,9 @@ impl Server<'_> {
         }
         if let Some(input) = self.device.backend.input() {
             ops.add(Events::with_data_raw(input, INPUT, edges)).map_err(failed)?;
-            let timer = self.late.timer.as_raw_fd();
-            ops.add(Events::with_data_raw(timer, LOOK, EventSet::IN)).map_err(failed)?;
         }
-        Ok(())
+        let timer = self.late.timer.as_raw_fd();
+        ops.add(Events::with_data_raw(timer, LOOK, EventSet::IN)).map_err(failed)
     }
 }
 
@@ -287,17 +288,15 @@ impl MutEventSubscriber for Server<'_> {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         match events.data() {
             STOP => self.over = true,
-            INPUT => match self.link.gate.bus_master() {
-                true => self.serve_input(),
-                false => {
-                    let later = self.late.look_later(false);
-                    self.after_look(later.map(|()| false));
+            INPUT => {
+                let number = self.device.backend.input_queue();
+                // What waits is not overtaken.
+                match self.link.gate.bus_master() && self.late.queues.is_empty() {
+                    true => self.serve(number),
+                    false => self.serve_later(number),
                 }
-            },
-            LOOK => {
-                let look = self.late.look(self.link.gate.bus_master());
-                self.after_look(look);
             }
+            LOOK => self.look(),
             number => {
                 let number = number as usize;
                 self.link.count(number, |queue| &queue.notified);
@@ -312,13 +311,29 @@ impl MutEventSubscriber for Server<'_> {
 mod tests {
     use super::*;
 
+    fn late() -> Late {
+        Late { timer: TimerFd::new().unwrap(), queues: BTreeSet::new(), allowed: false }
+    }
+
     #[test]
-    fn late_input_is_not_served_at_once_when_the_function_may_make_requests() {
-        let mut late = LateInput { timer: TimerFd::new().unwrap(), waits: false, allowed: false };
-        late.look_later(false).unwrap();
+    fn what_is_late_is_not_served_at_once_when_the_function_may_make_requests() {
+        let mut late = late();
+        late.add(3).unwrap();
+        late.add(1).unwrap();
         let looks = [false, true, false, true, true];
         let served: Vec<_> = looks.map(|allowed| late.look(allowed).unwrap()).into();
-        assert_eq!(served, [false, false, false, false, true]);
-        assert!(!late.waits);
+        let none = BTreeSet::new();
+        assert_eq!(served, [none.clone(), none.clone(), none.clone(), none, [1, 3].into()]);
+        assert!(late.queues.is_empty());
+    }
+
+    #[test]
+    fn what_becomes_late_between_two_looks_waits_for_two_more() {
+        let mut late = late();
+        late.add(0).unwrap();
+        assert!(late.look(true).unwrap().is_empty());
+        late.add(2).unwrap();
+        assert!(late.look(true).unwrap().is_empty());
+        assert_eq!(late.look(true).unwrap(), [0, 2].into());
     }
 }
