@@ -114,6 +114,7 @@ pub struct Disk {
     block_size: u32,
     read_only: bool,
     in_memory: bool,
+    lost: bool,
     id: String,
     /// Holds the lock of a block device, shared by all of its device nodes.
     _common: Option<File>,
@@ -154,7 +155,8 @@ impl Disk {
         // If it is unknown, somebody waits for it.
         let in_memory = image_file::is_memory(&file).unwrap_or_default();
         let (path, file) = (path.to_owned(), Arc::new(file));
-        Ok(Self { path, file, size, block_size, read_only, in_memory, id, _common: common })
+        let (lost, _common) = (false, common);
+        Ok(Self { path, file, size, block_size, read_only, in_memory, lost, id, _common })
     }
 
     /// A disk backed by `file`, of any kind.
@@ -169,6 +171,7 @@ impl Disk {
             block_size: 512,
             read_only: false,
             in_memory: false,
+            lost: false,
             id,
             _common: None,
         }
@@ -205,6 +208,23 @@ impl Disk {
     /// Whether its contents are memory of the host, as the guest's are: no disk is waited for.
     pub fn is_in_memory(&self) -> bool {
         self.in_memory
+    }
+
+    /// A flush has failed with `error`. What was written before it may be lost, and the system says
+    /// so only once for each time that the image is opened (Linux `errseq_t`).
+    pub fn flush_failed(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.lost, true) {
+            log::error!(
+                "{}: a flush fails: {error}; what was written may be lost, and all flushes fail \
+                 until the image is opened again",
+                self.path.display()
+            );
+        }
+    }
+
+    /// Whether a flush has failed: no later one can promise anything.
+    pub fn may_have_lost_writes(&self) -> bool {
+        self.lost
     }
 
     /// Where it is.

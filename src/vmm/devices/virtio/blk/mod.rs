@@ -9,9 +9,14 @@
 //! before it ends: no write of an earlier driver reaches the disk after one of a later driver.
 //!
 //! An image in memory (tmpfs, a memfd) has no disk to wait for. There the kernel copies between the
-//! image and the guest's memory: a piece of a request, up to 1 MiB, is translated in one section,
-//! adjacent buffers are one, and one system call in that section does it, as bounded as a copy by
-//! this process. Where time goes is copies, and this is one instead of two.
+//! image and the guest's memory: a piece of a request is translated in one section, adjacent
+//! buffers are one, and one system call in that section does it. Where time goes is copies, and
+//! this is one instead of two. It is as bounded as a copy by this process, as long as the image is
+//! in memory: for pages that were swapped out, or while a memory cgroup reclaims, or while somebody
+//! else cuts or allocates the image (its inode lock), the section lasts as long as that.
+//!
+//! A flush that fails says that writes may be lost. The system reports that once, so all later
+//! flushes fail, too, until the image is opened again.
 //!
 //! A request that is interrupted while its data is copied is not made again: its data waits in the
 //! buffer, and is copied when the device may make requests again.
@@ -82,7 +87,11 @@ struct Config {
 pub struct Block {
     disk: Disk,
     under_way: UnderWay,
+    /// Its engine failed: there is to be another before the next driver's requests.
+    engine_failed: bool,
     queues: Vec<OfQueue>,
+    /// The queue whose turn it is to have a request taken.
+    turn: usize,
     /// The driver has negotiated flushes. If not, every write is flushed (§5.2.6.2).
     flushes: bool,
     failures: RateLimit,
@@ -116,7 +125,9 @@ impl Block {
         Self {
             disk,
             under_way: UnderWay::new(engine),
+            engine_failed: false,
             queues: (0..queues).map(|_| OfQueue::default()).collect(),
+            turn: 0,
             flushes: false,
             failures: RateLimit::default(),
         }
@@ -135,14 +146,12 @@ impl Block {
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
     ) -> Result<(), Unserved> {
-        self.under_way.collect();
+        self.under_way.collect(&mut self.disk);
         self.advance(queues, memory)?;
-        for number in 0..queues.len() {
-            self.take(number, queues, memory)?;
-        }
+        self.take_all(queues, memory)?;
         // What the host has in its memory is there when this returns: it is collected at once.
         self.under_way.submit().map_err(engine_failed)?;
-        self.under_way.collect();
+        self.under_way.collect(&mut self.disk);
         self.advance(queues, memory)?;
         for number in 0..queues.len() {
             self.give_back(number, queues, memory)?;
@@ -150,33 +159,50 @@ impl Block {
         Ok(())
     }
 
-    /// Takes new requests from queue `number`, at most one queue full.
+    /// Takes new requests: one from each queue in turn, since they share the room that there is. At
+    /// most as many as the queues hold.
+    fn take_all(
+        &mut self,
+        queues: &mut [Virtqueue],
+        memory: &mut DeviceMemory,
+    ) -> Result<(), Unserved> {
+        for _ in 0..queues.len() * usize::from(QUEUE_SIZE) {
+            if !self.is_filled() || !self.under_way.has_room() {
+                return Ok(());
+            }
+            let number = self.turn;
+            self.turn = if number + 1 < queues.len() { number + 1 } else { 0 };
+            self.take(number, queues, memory)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a new request from queue `number`, if it has one.
     fn take(
         &mut self,
         number: usize,
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
     ) -> Result<(), Unserved> {
-        let Some(size) = queues.get(number).map(Virtqueue::size) else { return Ok(()) };
-        for _ in 0..size {
-            let filled = self.queues.get(number).is_some_and(|queue| queue.filled);
-            let Some(queue) = queues.get_mut(number) else { return Ok(()) };
-            if !filled || !self.under_way.has_room() {
-                return Ok(());
+        let filled = self.queues.get(number).is_some_and(|queue| queue.filled);
+        let Some(queue) = queues.get_mut(number).filter(|_| filled) else { return Ok(()) };
+        match queue.pop(memory)? {
+            Some(chain) => {
+                let flush = !self.flushes;
+                let request = Request::new(memory, number, chain, &self.disk, flush)?;
+                queue.keep();
+                self.under_way.add(request, &self.disk);
+                self.advance(queues, memory)?;
             }
-            match queue.pop(memory)? {
-                Some(chain) => {
-                    let flush = !self.flushes;
-                    let request = Request::new(memory, number, chain, &self.disk, flush)?;
-                    queue.keep();
-                    self.under_way.add(request, &self.disk);
-                    self.advance(queues, memory)?;
-                }
-                None if queue.enable_notification(memory)? => queue.disable_notification(memory)?,
-                None => self.set_filled(number, false),
-            }
+            None if queue.enable_notification(memory)? => queue.disable_notification(memory)?,
+            None => self.set_filled(number, false),
         }
         Ok(())
+    }
+
+    /// Whether a queue may have new requests.
+    fn is_filled(&self) -> bool {
+        self.queues.iter().any(|queue| queue.filled)
     }
 
     fn set_filled(&mut self, number: usize, filled: bool) {
@@ -270,6 +296,12 @@ impl Backend for Block {
 
     fn start(&mut self, features: Features) -> Result<(), Broken> {
         self.flushes = features.has(VIRTIO_BLK_F_FLUSH);
+        if self.engine_failed {
+            let engine = engine::best(self.disk.file(), DEPTH).map_err(engine_failed)?;
+            // With the former engine, the former driver's requests end.
+            self.under_way = UnderWay::new(engine);
+            self.engine_failed = false;
+        }
         Ok(())
     }
 
@@ -295,12 +327,13 @@ impl Backend for Block {
         // Whatever happened, what was begun gets under way: it is waited for.
         self.under_way.submit().map_err(engine_failed)?;
         result?;
-        Ok(self.under_way.has_room() && self.queues.iter().any(|queue| queue.filled))
+        Ok(self.under_way.has_room() && self.is_filled())
     }
 
     fn stop(&mut self) {
-        if let Err(error) = self.under_way.end() {
+        if let Err(error) = self.under_way.end(&mut self.disk) {
             log::error!("blk: {}: {error}", self.disk.path().display());
+            self.engine_failed = true;
         }
         for queue in &mut self.queues {
             *queue = OfQueue::default();

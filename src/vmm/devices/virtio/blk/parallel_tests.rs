@@ -39,6 +39,7 @@ fn machine(place: Place) -> (Rig, FakeDisk) {
 fn machine_with(place: Place, queues: usize) -> (Rig, FakeDisk) {
     let (disk, engine) = FakeDisk::new(contents());
     let file = tempfile::tempfile().unwrap();
+    file.set_len(SIZE as u64).unwrap();
     let block = Block::with_engine(Disk::of(file, SIZE as u64), queues, engine);
     (Rig::new(place, Box::new(block)), disk)
 }
@@ -315,6 +316,117 @@ fn a_reset_is_over_when_the_disk_has_answered_and_nothing_is_written_to_memory()
         wait_for_used(&rig, queue, 1);
         assert_eq!(data(&rig, 0, 512), contents()[..512]);
     }
+}
+
+#[test]
+fn requests_end_with_an_engine_that_fails_and_the_next_driver_has_another() {
+    for place in PLACES {
+        let (rig, disk) = machine(place);
+        let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
+        rig.poke(DATA, &[UNTOUCHED; 1024]);
+        add(&rig, queue, 0, IN, 0, 1024);
+        queue.notify();
+        disk.wait_for(1);
+        disk.set_broken(true);
+        add(&rig, queue, 1, FLUSH, 0, 0);
+        queue.notify();
+        rig.wait_for_needs_reset();
+        rig.reset();
+        let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
+        // Too late.
+        disk.set_broken(false);
+        disk.finish_all();
+        add(&rig, queue, 1, IN, 0, 512);
+        queue.notify();
+        wait_for_used(&rig, queue, 1);
+        assert_eq!(queue.used(0), (0, 513));
+        // The image has zeros.
+        assert_eq!((status(&rig, 1), data(&rig, 1, 512)), (0, vec![0; 512]));
+        assert_eq!(data(&rig, 0, 1024), vec![UNTOUCHED; 1024]);
+    }
+}
+
+#[test]
+fn what_the_system_says_may_be_tried_again_is_some_times() {
+    let (rig, disk) = machine(Place::Behind);
+    let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
+    add(&rig, queue, 0, IN, 1, 512);
+    queue.notify();
+    for error in [libc::EAGAIN, libc::EINTR] {
+        assert_eq!(disk.wait_for(1), [(Read, 512, 512)]);
+        disk.fail(0, error);
+    }
+    disk.wait_for(1);
+    disk.finish(0, 512);
+    wait_for_used(&rig, queue, 1);
+    assert_eq!((status(&rig, 0), data(&rig, 0, 512)), (0, contents()[512..1024].to_vec()));
+
+    add(&rig, queue, 1, IN, 1, 512);
+    queue.notify();
+    rig.wait("an end", || {
+        if !disk.under_way().is_empty() {
+            disk.fail(0, libc::EAGAIN);
+        }
+        queue.used_index() == 2
+    });
+    assert_eq!(status(&rig, 1), 1);
+}
+
+#[test]
+fn after_a_flush_that_fails_none_succeeds() {
+    let (rig, disk) = machine(Place::Direct);
+    let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
+    for number in 0..2 {
+        add(&rig, queue, number, FLUSH, 0, 0);
+    }
+    add(&rig, queue, 2, OUT, 0, 512);
+    queue.notify();
+    disk.wait_for(3);
+    disk.fail(0, libc::EIO);
+    wait_for_used(&rig, queue, 1);
+    // The others, of which the system reports nothing.
+    disk.finish_all();
+    wait_for_used(&rig, queue, 3);
+    assert_eq!([0, 1, 2].map(|number| status(&rig, number)), [1, 1, 0]);
+    // Nor one of another driver.
+    rig.reset();
+    let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
+    add(&rig, queue, 0, FLUSH, 0, 0);
+    queue.notify();
+    disk.wait_for(1);
+    disk.finish_all();
+    wait_for_used(&rig, queue, 1);
+    assert_eq!(status(&rig, 0), 1);
+}
+
+#[test]
+fn a_queue_that_is_always_full_does_not_keep_the_others_out() {
+    let (rig, disk) = machine(Place::Direct);
+    let [first, second, ..] = &mut rig.start(FLUSHES | 1 << VIRTIO_BLK_F_MQ)[..] else { panic!() };
+    add(&rig, first, 0, IN, 0, 512);
+    for round in 0..=DEPTH as u16 / TestQueue::SIZE {
+        for _ in 0..TestQueue::SIZE - u16::from(round == 0) {
+            first.make_available(0);
+        }
+        first.notify();
+        disk.wait_for(DEPTH.min((usize::from(round) + 1) * usize::from(TestQueue::SIZE)));
+    }
+    add(&rig, second, 1, IN, 8, 512);
+    second.notify();
+    let others = || disk.under_way().contains(&(Read, 4096, 512));
+    assert!(!others());
+    for done in 1..=QUEUES as u16 {
+        disk.finish(0, 512);
+        wait_for_used(&rig, first, done);
+        disk.wait_for(DEPTH);
+    }
+    assert!(others());
+    // Else the worker would be left behind.
+    let all = DEPTH as u16 + TestQueue::SIZE;
+    rig.wait("the rest", || {
+        disk.finish_all();
+        (first.used_index(), second.used_index()) == (all, 1)
+    });
 }
 
 #[test]

@@ -21,6 +21,9 @@ use crate::devices::NotNow;
 /// Bytes that are copied under one permit at most: whoever takes it away waits that long.
 pub(super) const COPY: usize = 128 << 10;
 
+/// How often an operation is tried again, in a row.
+const MOST_TRIES: u32 = 100;
+
 /// Header of a request (virtio 1.3 §5.2.6).
 #[derive(FromBytes, IntoBytes)]
 #[repr(C)]
@@ -77,6 +80,8 @@ pub(super) struct Request {
     /// What the data of a piece is in, unless an operation has it.
     buffer: BounceBuffer,
     step: Step,
+    /// How often its operation was tried again.
+    tries: u32,
 }
 
 /// What the driver wants. Offsets and lengths are in bytes.
@@ -143,7 +148,7 @@ impl Request {
             Err(failure) => (Work::Nothing, Step::Report(Err(failure))),
         };
         let buffer = BounceBuffer::default();
-        Ok(Self { queue, chain, status_at, work, done: 0, buffer, step })
+        Ok(Self { queue, chain, status_at, work, done: 0, buffer, step, tries: 0 })
     }
 
     /// Bytes of the largest buffer that it needs for `disk`.
@@ -221,12 +226,12 @@ impl Request {
     }
 
     /// Does the next piece at a disk in memory, or reports that there is none: the kernel copies
-    /// between that and the guest's memory, as bounded a piece of work as if this process did.
+    /// between that and the guest's memory, no more than this process would copy under one permit.
     fn at_once(&mut self, memory: &mut DeviceMemory, disk: &Disk) -> Result<(), NotNow> {
         let (start, length) = self.extent();
         let left = length.saturating_sub(self.done);
-        // At most a piece.
-        let piece = left.min(LARGEST as u64) as usize;
+        // Small.
+        let piece = left.min(COPY as u64) as usize;
         let (file, at, chain) = (disk.file(), start + self.done, &self.chain);
         let transferred = match self.work {
             Work::Read { .. } if piece > 0 => {
@@ -307,6 +312,11 @@ impl Request {
 
     /// The disk has finished its operation: returns it if it was not all done.
     pub fn finished(&mut self, finished: Finished) -> Option<Operation> {
+        if finished.may_be_tried_again() && self.tries < MOST_TRIES {
+            self.tries += 1;
+            return Some(finished.operation);
+        }
+        self.tries = 0;
         let Finished { mut operation, result } = finished;
         let wanted = operation.part.len();
         let part = operation.part.clone();

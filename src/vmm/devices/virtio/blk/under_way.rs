@@ -7,7 +7,7 @@ use std::os::fd::RawFd;
 
 use super::buffers::Buffers;
 use super::disk::Disk;
-use super::engine::{Engine, Finished};
+use super::engine::{Action, Engine, Finished};
 use super::request::{Advance, Failure, Request};
 use crate::devices::virtio::chain::Unserved;
 use crate::devices::virtio::memory::DeviceMemory;
@@ -76,8 +76,8 @@ impl UnderWay {
     }
 
     /// Collects what the disk has finished.
-    pub fn collect(&mut self) {
-        while let Some(finished) = self.next_finished() {
+    pub fn collect(&mut self, disk: &mut Disk) {
+        while let Some(finished) = self.next_finished(disk) {
             let tag = finished.operation.tag;
             let Some(Some(request)) = self.requests.get_mut(tag) else { continue };
             match request.finished(finished) {
@@ -137,11 +137,12 @@ impl UnderWay {
     /// Waits for what the disk has, and forgets all requests.
     ///
     /// # Errors
-    /// As for [`Engine::wait`]; there may be operations that are not finished.
-    pub fn end(&mut self) -> io::Result<()> {
+    /// As for [`Engine::wait`]: the engine may have operations that are not finished, so this is of
+    /// no use any more, and to be dropped. Nobody is to hear of its requests.
+    pub fn end(&mut self, disk: &mut Disk) -> io::Result<()> {
         self.submit()?;
         while self.at_disk > 0 {
-            match self.next_finished() {
+            match self.next_finished(disk) {
                 Some(finished) => {
                     let tag = finished.operation.tag;
                     if let Some(Some(request)) = self.requests.get_mut(tag) {
@@ -169,9 +170,17 @@ impl UnderWay {
         self.engine.event()
     }
 
-    fn next_finished(&mut self) -> Option<Finished> {
-        let finished = self.engine.finished()?;
+    fn next_finished(&mut self, disk: &mut Disk) -> Option<Finished> {
+        let mut finished = self.engine.finished()?;
         self.at_disk = self.at_disk.saturating_sub(1);
+        if finished.operation.action == Action::Flush && !finished.may_be_tried_again() {
+            if let Err(error) = &finished.result {
+                disk.flush_failed(error);
+            }
+            if disk.may_have_lost_writes() {
+                finished.result = Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+        }
         Some(finished)
     }
 }

@@ -31,6 +31,8 @@ struct State {
     under_way: Vec<Operation>,
     finished: VecDeque<Finished>,
     submissions: usize,
+    /// Nothing can be submitted, and nothing waited for.
+    broken: bool,
     /// The device waits for the disk.
     waits: bool,
 }
@@ -65,6 +67,11 @@ impl FakeDisk {
 
     pub fn submissions(&self) -> usize {
         self.0.state.lock().submissions
+    }
+
+    /// From now on the engine fails, or does not.
+    pub fn set_broken(&self, broken: bool) {
+        self.0.state.lock().broken = broken;
     }
 
     /// Waits until the device waits for the disk, and does nothing else.
@@ -134,6 +141,9 @@ impl Engine for FakeEngine {
 
     fn submit(&mut self) -> io::Result<()> {
         let mut state = self.0 .0.state.lock();
+        if state.broken {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
         let begun = std::mem::take(&mut state.begun);
         state.submissions += usize::from(!begun.is_empty());
         state.under_way.extend(begun);

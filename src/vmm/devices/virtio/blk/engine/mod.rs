@@ -62,6 +62,15 @@ pub(super) struct Finished {
     pub result: io::Result<usize>,
 }
 
+impl Finished {
+    /// Whether nothing was done, and the system says that it may be tried again: a signal came, or
+    /// there are no resources at the moment.
+    pub fn may_be_tried_again(&self) -> bool {
+        use io::ErrorKind::{Interrupted, WouldBlock};
+        self.result.as_ref().is_err_and(|error| matches!(error.kind(), Interrupted | WouldBlock))
+    }
+}
+
 /// Performs operations on one disk. They finish in any order.
 pub(super) trait Engine: fmt::Debug + Send {
     /// Its name, for reports.

@@ -154,15 +154,9 @@ fn perform(shared: &Shared) {
 /// Performs `operation`; perhaps not all of it.
 fn once(file: &File, operation: &mut Operation) -> io::Result<usize> {
     let (action, offset) = (operation.action, operation.offset);
-    loop {
-        let result = match action {
-            Action::Read => file.read_at(operation.bytes(), offset),
-            Action::Write => file.write_at(operation.bytes(), offset),
-            Action::Flush => file.sync_data().map(|()| 0),
-        };
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
-        }
+    match action {
+        Action::Read => file.read_at(operation.bytes(), offset),
+        Action::Write => file.write_at(operation.bytes(), offset),
+        Action::Flush => file.sync_data().map(|()| 0),
     }
 }

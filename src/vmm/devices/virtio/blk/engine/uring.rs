@@ -12,14 +12,17 @@ use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{opcode, squeue, IoUring, Probe};
 
 use super::{Action, Engine, Finished, Operation};
 
-/// How often the kernel may say that it has no resources at the moment, in a row.
-const MOST_TRIES: usize = 1000;
+/// How often the kernel may say that it has no resources at the moment, in a row; and how long to
+/// wait after the first time. It becomes twice as long each time, a third of a second in all.
+const MOST_TRIES: u32 = 15;
+const FIRST_WAIT: Duration = Duration::from_micros(10);
 
 /// An io_uring for one disk.
 pub(super) struct Uring {
@@ -93,8 +96,8 @@ impl Uring {
                     // Out of memory, or completions have to be collected first, which the caller
                     // does: there is room for as many as there can be.
                     Some(libc::EAGAIN | libc::EBUSY) if tries < MOST_TRIES => {
+                        thread::sleep(FIRST_WAIT.saturating_mul(1 << tries));
                         tries += 1;
-                        thread::yield_now();
                     }
                     _ => return Err(error),
                 },
@@ -126,7 +129,9 @@ impl Engine for Uring {
         *place = Some(operation);
         if let Err(error) = self.push(&entry.user_data(tag as u64)) {
             if let Some(operation) = self.operations.get_mut(tag).and_then(Option::take) {
-                self.failed.push_back(Finished { operation, result: Err(error) });
+                // It is not for the owner to try again.
+                let result = Err(io::Error::other(error));
+                self.failed.push_back(Finished { operation, result });
             }
         }
     }
@@ -149,14 +154,6 @@ impl Engine for Uring {
             // Others have no tag of an operation.
             let Some(operation) = place.and_then(Option::take) else { continue };
             let result = match entry.result() {
-                interrupted if interrupted == -libc::EINTR => {
-                    // It gets under way with the next ones, or now.
-                    self.begin(operation);
-                    if let Err(error) = self.submit() {
-                        log::error!("io_uring: {error}");
-                    }
-                    continue;
-                }
                 error @ ..0 => Err(io::Error::from_raw_os_error(-error)),
                 // Not negative.
                 count => Ok(count as usize),
