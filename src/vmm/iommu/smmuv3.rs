@@ -233,6 +233,7 @@ const OUTPUT_BITS: u8 = 52;
 /// The emulated unit that can serve `options`.
 fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
     let unit = SmmuV3UnitConfig::default();
+    let httu = options.httu.unwrap_or(unit.httu);
     let ssid_bits = unit.ssid_bits.max(options.substream_bits.unwrap_or_default());
     unit.with_address_width(OUTPUT_BITS)
         .with_va_52(options.address_width == 52)
@@ -240,6 +241,8 @@ fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
         .with_ats(options.ats)
         .with_msi_doorbell(Some(MESSAGE_RANGE))
         .with_sanitize(options.sanitize)
+        // It serves this virtual SMMU alone: what its guest is not told of is illegal to it.
+        .with_httu(httu)
 }
 
 /// What the guest is to be offered.
@@ -258,4 +261,23 @@ fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
         .with_substream_bits(options.substream_bits)
         .with_httu(options.httu)
         .with_ats(options.ats)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use twostage::spec::smmuv3::regs::Httu;
+
+    #[test]
+    fn the_unit_updates_no_flags_that_the_guest_is_not_told_of() {
+        for (asked, has) in [
+            (None, Httu::Dirty),
+            (Some(Httu::None), Httu::None),
+            (Some(Httu::Access), Httu::Access),
+            (Some(Httu::Dirty), Httu::Dirty),
+        ] {
+            let options = SmmuV3Options { httu: asked, ..SmmuV3Options::default() };
+            assert_eq!(unit_config(&options).httu, has, "{asked:?}");
+        }
+    }
 }
