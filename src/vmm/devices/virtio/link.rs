@@ -150,8 +150,8 @@ impl Link {
         }
     }
 
-    /// The device cannot continue until it is reset (§2.1.2); the driver is notified if it is ready
-    /// for that.
+    /// The device cannot continue until it is reset (§2.1.2); the driver is notified if it is
+    /// ready for that.
     pub fn set_needs_reset(&self, why: &dyn fmt::Display) {
         self.mistake(why);
         self.needs_reset.store(true, Ordering::SeqCst);
