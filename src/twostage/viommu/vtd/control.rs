@@ -14,7 +14,7 @@ use std::sync::MutexGuard;
 use super::apply::Scope;
 use super::evaluation::{Budget, By, Evaluation};
 use super::host_side::{Invalidation, Progress};
-use super::queue::{iotlb, Pass, Slice};
+use super::queue::{Pass, Slice};
 use super::state::Registers;
 use super::{Locked, VtdIommu};
 use crate::spec::pci::Bdf;
@@ -352,7 +352,7 @@ impl VtdIommu {
             self.guest_error(format_args!("an IOTLB command that is not allowed: {command:?}"));
             return self.acknowledge_iotlb_command(registers, None);
         };
-        self.begin_invalidation(iotlb(scope), Then::Iotlb(granularity));
+        self.begin_invalidation(Invalidation::of_scope(scope), Then::Iotlb(granularity));
     }
 
     /// Clears IVT, and reports in IAIG what was done.

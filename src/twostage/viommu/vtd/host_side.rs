@@ -6,10 +6,11 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use super::config::VtdConfig;
-use crate::spec::pci::Bdf;
+use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::page_request::{PageRequest, PageResponse};
 use crate::spec::vtd::pasid::PagingMode;
+use crate::spec::vtd::qi::{AddressMask, IotlbScope};
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PageRange;
 use crate::viommu::{HostSideError, Requester};
@@ -160,6 +161,23 @@ impl Invalidation {
     /// Everything.
     pub const ALL: Self = Self { domain: None, pasid: None, range: None };
 
+    /// That of an IOTLB invalidation. It names no PASID, so it means every PASID of the domain.
+    pub(super) fn of_scope(scope: IotlbScope) -> Self {
+        match scope {
+            IotlbScope::Global => Self::ALL,
+            IotlbScope::Domain(domain) => Self { domain: Some(domain), ..Self::ALL },
+            IotlbScope::Pages { domain, range } => {
+                Self { domain: Some(domain), pasid: None, range: page_range(range) }
+            }
+        }
+    }
+
+    /// That of a PASID-based IOTLB invalidation, of all addresses or of `range`.
+    pub(super) fn of_pasid(domain: u16, pasid: Pasid, range: Option<AddressMask>) -> Self {
+        let range = range.and_then(page_range);
+        Self { domain: Some(domain), pasid: Some(pasid.raw()), range }
+    }
+
     /// Whether the invalidation names what is tagged `tag`.
     pub fn names(&self, tag: DomainTag) -> bool {
         self.domain.is_none_or(|domain| domain == tag.domain)
@@ -181,6 +199,11 @@ impl Invalidation {
             Stage1::VtdNested(_) => Some(Stage::Second),
         }
     }
+}
+
+/// The pages of `range`; `None` if it spans all addresses.
+fn page_range(range: AddressMask) -> Option<PageRange> {
+    Some(PageRange::from(range)).filter(|range| !range.is_all())
 }
 
 /// What is behind a virtual VT-d: turns policies into translations.

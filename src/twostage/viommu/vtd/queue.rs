@@ -23,11 +23,9 @@ use std::time::{Duration, Instant};
 
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::qi::{
-    AddressMask, DecodeError, Descriptor, DeviceTlbRange, IotlbScope, PasidCacheScope, StatusWrite,
-    Words, WORDS,
+    DecodeError, Descriptor, DeviceTlbRange, PasidCacheScope, StatusWrite, Words, WORDS,
 };
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
-use crate::spec::vtd::PageRange;
 use crate::viommu::ahead::{Ahead, Tally};
 use crate::viommu::ledger::NotApplied;
 use crate::viommu::register_page::Show;
@@ -246,9 +244,9 @@ impl VtdIommu {
     /// Executes `descriptor`, or adds it to the batch.
     fn perform(&self, registers: &mut Registers, pass: &mut Pass, descriptor: &Descriptor) {
         match *descriptor {
-            Descriptor::Iotlb { scope, .. } => pass.batch.push(iotlb(scope)),
+            Descriptor::Iotlb { scope, .. } => pass.batch.push(Invalidation::of_scope(scope)),
             Descriptor::PasidIotlb { domain, pasid, range } => {
-                pass.batch.push(pasid_iotlb(domain, pasid, range));
+                pass.batch.push(Invalidation::of_pasid(domain, pasid, range));
             }
             Descriptor::DeviceTlb { source, range, .. } => {
                 self.tell_device(registers, pass, (source, None, range));
@@ -476,32 +474,4 @@ fn check_queue(registers: &Registers, scalable_mode: bool) -> Result<(), IqError
         return Err(IqErrorInfo::TailMisaligned);
     }
     Ok(())
-}
-
-/// The host's invalidation for an IOTLB invalidation. It names no PASID, so it means every PASID of
-/// the domain.
-pub(super) fn iotlb(scope: IotlbScope) -> Invalidation {
-    match scope {
-        IotlbScope::Global => Invalidation::ALL,
-        IotlbScope::Domain(domain) => {
-            Invalidation { domain: Some(domain), pasid: None, range: None }
-        }
-        IotlbScope::Pages { domain, range } => {
-            Invalidation { domain: Some(domain), pasid: None, range: page_range(range) }
-        }
-    }
-}
-
-/// The host's invalidation for a PASID-based IOTLB invalidation.
-fn pasid_iotlb(domain: u16, pasid: Pasid, range: Option<AddressMask>) -> Invalidation {
-    Invalidation {
-        domain: Some(domain),
-        pasid: Some(pasid.raw()),
-        range: range.and_then(page_range),
-    }
-}
-
-/// The pages of `range`; `None` if it spans all addresses.
-fn page_range(range: AddressMask) -> Option<PageRange> {
-    Some(PageRange::from(range)).filter(|range| !range.is_all())
 }
