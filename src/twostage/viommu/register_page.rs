@@ -331,7 +331,12 @@ impl RegisterPage {
         self.others(places, end).next().is_some()
     }
 
-    /// Whether it has, anywhere; the caller has the lock of the registers.
+    /// Whether it has written another register; the caller has the lock of the registers.
+    pub(super) fn has_other_register(&self, places: &Places) -> bool {
+        self.others(places, places.end).next().is_some()
+    }
+
+    /// Whether it has written anything else, anywhere; the caller has the lock of the registers.
     pub(super) fn has_any_other(&self, places: &Places) -> bool {
         self.others(places, PAGE_SIZE as u64).next().is_some()
     }

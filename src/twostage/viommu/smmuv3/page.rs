@@ -126,14 +126,19 @@ impl PagedRegisters for Smmu {
         let Some(page) = self.page.get() else { return Look::NotLent };
         if page.is_lent() && page.has_tail(&PLACES) {
             let mut registers = self.lock();
-            if let Some(tail) = page.take_tail(&PLACES) {
+            // What the guest wrote before it is done before it: all of that is in the memory.
+            if page.has_other_register(&PLACES) {
+                page.recall(Recall::Written);
+            } else if let Some(tail) = page.take_tail(&PLACES) {
                 self.counters.register_writes.count();
                 self.observe_access(PLACES.tail, 4, tail.into(), true);
                 registers.cmdq_prod = CmdqProd::new().with_wr(CmdqProd::from_bits(tail).wr());
             }
             drop(registers);
-            self.drain_queue();
-            return Look::Tail;
+            if page.is_lent() {
+                self.drain_queue();
+                return Look::Tail;
+            }
         }
         if page.is_lent() && page.has_others(&PLACES) {
             let registers = self.lock();
@@ -142,12 +147,11 @@ impl PagedRegisters for Smmu {
             }
             drop(registers);
         }
-        self.settle();
         if page.is_lent() {
-            Look::Nothing
-        } else {
-            Look::NotLent
+            return Look::Nothing;
         }
+        self.settle();
+        Look::NotLent
     }
 
     fn take_page_back(&self) {

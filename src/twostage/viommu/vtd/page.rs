@@ -129,14 +129,19 @@ impl PagedRegisters for VtdIommu {
         let places = self.places();
         if page.is_lent() && page.has_tail(&places) {
             let mut registers = self.lock();
-            if let Some(tail) = page.take_tail(&places) {
+            // What the guest wrote before it is done before it: all of that is in the memory.
+            if page.has_other_register(&places) {
+                page.recall(Recall::Written);
+            } else if let Some(tail) = page.take_tail(&places) {
                 self.counters.register_writes.count();
                 self.observe_access(places.tail, 4, tail.into(), true);
                 registers.iqt = QueuePointer::from_bits(u64::from(tail) & QueuePointer::WRITABLE);
             }
             drop(registers);
-            self.drain_queue();
-            return Look::Tail;
+            if page.is_lent() {
+                self.drain_queue();
+                return Look::Tail;
+            }
         }
         if page.is_lent() && page.has_others(&places) {
             let registers = self.lock();
@@ -145,12 +150,11 @@ impl PagedRegisters for VtdIommu {
             }
             drop(registers);
         }
-        self.settle();
         if page.is_lent() {
-            Look::Nothing
-        } else {
-            Look::NotLent
+            return Look::Nothing;
         }
+        self.settle();
+        Look::NotLent
     }
 
     fn take_page_back(&self) {

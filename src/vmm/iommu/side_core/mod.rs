@@ -86,6 +86,8 @@ struct Unit {
     tail: (u64, u64),
     /// The ring had writes that its queue has not been worked through for.
     written: AtomicBool,
+    /// KVM puts tail writes into the ring; only the thread changes this.
+    coalesces: AtomicBool,
     /// Something other than a tail write exited.
     disturbed: AtomicBool,
     /// Tail writes in the ring, and in memory.
@@ -263,6 +265,7 @@ impl Unit {
             start,
             length,
             written: AtomicBool::new(false),
+            coalesces: AtomicBool::new(false),
             disturbed: AtomicBool::new(false),
             coalesced: AtomicU64::new(0),
             in_memory: AtomicU64::new(0),

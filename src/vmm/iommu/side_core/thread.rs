@@ -105,33 +105,54 @@ impl Shared {
             return worked;
         }
         for unit in &self.units {
-            worked |= unit.serve();
+            worked |= unit.serve(self);
         }
         worked
     }
 
     fn register_zones(&self) -> Result<(), kvm_ioctls::Error> {
-        self.units.iter().try_for_each(|unit| {
-            let (address, length) = unit.zone();
-            self.vm.register_coalesced_mmio(address, length)
-        })
+        self.units.iter().try_for_each(|unit| unit.coalesce(self))
     }
 
     fn unregister_zones(&self) {
-        for unit in &self.units {
-            let (address, length) = unit.zone();
-            while let Err(error) = self.vm.unregister_coalesced_mmio(address, length) {
-                // With the zone there, tail writes would wait in the ring for another access.
-                log::error!("KVM goes on coalescing writes: {error}; trying again");
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        }
+        self.units.iter().for_each(|unit| unit.end_coalescing(self));
     }
 }
 
 impl Unit {
+    /// From now on KVM puts tail writes into the ring.
+    fn coalesce(&self, shared: &Shared) -> Result<(), kvm_ioctls::Error> {
+        if !self.coalesces.load(Ordering::Relaxed) {
+            let (address, length) = self.zone();
+            shared.vm.register_coalesced_mmio(address, length)?;
+            self.coalesces.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// From now on tail writes exit; earlier ones may be in the ring.
+    fn end_coalescing(&self, shared: &Shared) {
+        if !self.coalesces.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let (address, length) = self.zone();
+        while let Err(error) = shared.vm.unregister_coalesced_mmio(address, length) {
+            // With the zone there, tail writes would wait in the ring for another access.
+            log::error!("KVM goes on coalescing writes: {error}; trying again");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// The page is not lent any more: reads are free, and tail writes go to the ring.
+    fn not_lent(&self, shared: &Shared) {
+        self.read_only();
+        if let Err(error) = self.coalesce(shared) {
+            log::warn!("KVM does not coalesce writes: {error}; they exit");
+        }
+    }
+
     /// Lends the page if it is time, or looks at it while it is lent.
-    fn serve(&self) -> bool {
+    fn serve(&self, shared: &Shared) -> bool {
         let mut loan = self.loan.lock();
         let tails = self.tails();
         if let Some(since) = loan.lent_after {
@@ -144,7 +165,7 @@ impl Unit {
                 Look::NotLent => {
                     (loan.lent_after, loan.seen) = (None, tails);
                     loan.patience.came_back(tails - since);
-                    self.read_only();
+                    self.not_lent(shared);
                     true
                 }
             };
@@ -157,13 +178,17 @@ impl Unit {
         if new == 0 || !loan.patience.quiet(new) {
             return false;
         }
+        // No tail in the ring may be older than one in memory. A processor writes nothing else
+        // before a write that exits is done.
+        self.end_coalescing(shared);
+        shared.empty_ring();
         if self.registers.lend_page(self.slot.clone()) {
             loan.lent_after = Some(tails);
         } else {
             loan.patience.disturbed();
             // KVM may have refused it.
             self.registers.take_page_back();
-            self.read_only();
+            self.not_lent(shared);
         }
         true
     }

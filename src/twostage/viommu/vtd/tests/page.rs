@@ -275,6 +275,17 @@ fn any_other_write_ends_the_loan_and_takes_effect() {
 }
 
 #[test]
+fn what_is_written_before_the_tail_is_done_before_it() {
+    let paged = Paged::running();
+    assert!(paged.lend());
+    let tail = paged.queue(7);
+    paged.write(regs::IEDATA, 0x77);
+    paged.write(regs::IQT, tail);
+    assert_eq!(paged.guest.iommu.look_at_page(), Look::NotLent);
+    assert_eq!((paged.read(regs::IEDATA), paged.read(regs::IQH)), (0x77, tail));
+}
+
+#[test]
 fn a_command_in_memory_is_executed() {
     // All bits clear, too, although GCMD reads as zero.
     for command in [1 << 26, 0] {
