@@ -33,6 +33,8 @@ use vm_memory::{
 const PAGE: u64 = 0x1000;
 /// IOVA of the first page.
 const IOVA: u64 = 0x12_0000_0000;
+/// Where the guest has its memory: below, an SMMU's host reserves addresses.
+const BASE: u64 = 0x4000_0000;
 /// Offset of the first table, after the mapped pages.
 const TABLES: u64 = 0x2000_0000;
 const MEMORY: usize = 0x2800_0000;
@@ -82,7 +84,8 @@ impl Machine {
         let machine = Self::of(|host| host.add_unit(VtdUnit::new(config)));
         machine.build_tables(pages, 0x27, 0x67);
         let (dev, parent) = machine.parent();
-        let data = iommu_hwpt_vtd_s1 { pgtbl_addr: TABLES, addr_width: 48, ..Default::default() };
+        let data =
+            iommu_hwpt_vtd_s1 { pgtbl_addr: BASE + TABLES, addr_width: 48, ..Default::default() };
         machine.attach(dev, parent, HwptData::VtdS1(data));
         machine
     }
@@ -93,7 +96,7 @@ impl Machine {
         let unit = add(&host);
         let rid = Bdf::new(0, 3, 0).unwrap();
         host.add_device("device", unit, rid, DeviceConfig::default()).unwrap();
-        let memory = GuestRegionMmap::<()>::from_range(GuestAddress(0), MEMORY, None).unwrap();
+        let memory = GuestRegionMmap::<()>::from_range(GuestAddress(BASE), MEMORY, None).unwrap();
         Self { memory: Arc::new(memory), host }
     }
 
@@ -102,7 +105,7 @@ impl Machine {
         let dev = self.host.device_bind("device").unwrap();
         let ioas = self.host.ioas_alloc().unwrap();
         let whole = UserMemory::whole(self.memory.clone());
-        self.host.ioas_map(ioas, &whole, MapTarget::Fixed(0), Protection::READ_WRITE).unwrap();
+        self.host.ioas_map(ioas, &whole, MapTarget::Fixed(BASE), Protection::READ_WRITE).unwrap();
         let flags = HwptFlags::new().with_nest_parent(true);
         let parent = HwptAlloc { flags, dev, pt: ioas, data: HwptData::None, fault: None };
         (dev, self.host.hwpt_alloc(&parent).unwrap())
@@ -119,12 +122,12 @@ impl Machine {
         // T0SZ is 16, EPD1, V, IPS is 48 bits, AA64, R and A.
         let cd = 16 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 3 << 45 | ASID << 48;
         self.store(CONTEXT, cd);
-        self.store(CONTEXT + 8, TABLES);
+        self.store(CONTEXT + 8, BASE + TABLES);
         let (dev, parent) = self.parent();
         let viommu = self.host.viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent).unwrap();
         self.host.vdevice_alloc(viommu, dev, 0x18).unwrap();
         // V, stage 1 only.
-        let ste = [1 | 5 << 1 | CONTEXT, 0];
+        let ste = [1 | 5 << 1 | (BASE + CONTEXT), 0];
         self.attach(dev, viommu, HwptData::ArmSmmuV3(iommu_hwpt_arm_smmuv3 { ste }));
     }
 
@@ -143,14 +146,15 @@ impl Machine {
         let index = |iova: u64, level: u64| iova >> (12 + 9 * (level - 1)) & 0x1ff;
         // One table for each of the upper levels, then as many as the pages need.
         let leaf_table = |page: u64| TABLES + (3 + page / 512) * PAGE;
-        self.store(TABLES + index(IOVA, 4) * 8, (TABLES + PAGE) | of_table);
-        self.store(TABLES + PAGE + index(IOVA, 3) * 8, (TABLES + 2 * PAGE) | of_table);
+        self.store(TABLES + index(IOVA, 4) * 8, (BASE + TABLES + PAGE) | of_table);
+        self.store(TABLES + PAGE + index(IOVA, 3) * 8, (BASE + TABLES + 2 * PAGE) | of_table);
         for page in 0..pages {
             let iova = IOVA + page * PAGE;
             if page.is_multiple_of(512) {
-                self.store(TABLES + 2 * PAGE + index(iova, 2) * 8, leaf_table(page) | of_table);
+                let to = (BASE + leaf_table(page)) | of_table;
+                self.store(TABLES + 2 * PAGE + index(iova, 2) * 8, to);
             }
-            let to = shuffled(page, pages) * PAGE;
+            let to = BASE + shuffled(page, pages) * PAGE;
             self.store(leaf_table(page) + index(iova, 1) * 8, to | of_page);
         }
     }
