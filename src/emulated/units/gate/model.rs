@@ -133,7 +133,7 @@ mod tests {
             let thread = thread::spawn(move || reader.enter().get());
             let closed = gate.close();
             // SAFETY: none, on purpose: readers may be inside.
-            unsafe { &*gate.value.get() }.set(1);
+            unsafe { &*gate.value.0.get() }.set(1);
             drop(closed);
             thread.join().expect("it does not panic");
         });
