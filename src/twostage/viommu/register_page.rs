@@ -24,6 +24,7 @@ use std::sync::{Arc, MutexGuard};
 use vm_memory::mmap::{MmapRegion, MmapRegionError};
 use vm_memory::VolatileMemory;
 
+use super::registers::{pair, SlotAccess};
 use crate::sync::Mutex;
 
 /// Bytes of a page: the first of the registers.
@@ -133,6 +134,17 @@ pub(super) struct Places {
     pub command: Option<u64>,
     /// Where registers end.
     pub end: u64,
+}
+
+/// A write that the guest made in memory.
+pub(super) struct Written {
+    /// Where it begins, and its bytes.
+    pub offset: u64,
+    pub size: usize,
+    /// The same, as an access to a slot.
+    pub access: SlotAccess,
+    /// What was written, at its place in the slot.
+    pub value: u64,
 }
 
 /// A register page.
@@ -350,11 +362,21 @@ impl RegisterPage {
         told.is_some_and(|told| told != self.load(offset))
     }
 
-    /// What the guest wrote into the page before it was recalled: of the 64-bit register at
-    /// `offset`, the halves that differ. The caller has the lock of the registers.
-    pub(super) fn written(&self, offset: u64) -> (Option<u32>, Option<u32>) {
+    /// What the guest wrote to the 64-bit register at `slot` before the page was recalled, if
+    /// anything: one write of it, or of the half that differs. The caller has the lock of the
+    /// registers.
+    pub(super) fn written(&self, places: &Places, slot: u64) -> Option<Written> {
         let word = |at| self.differs(at).then(|| self.load(at));
-        (word(offset), word(offset + 4))
+        let (low, high) = (word(slot), word(slot + 4));
+        let (offset, size) = match (low, high) {
+            (None, None) => return None,
+            (Some(_), None) => (slot, 4),
+            (None, Some(_)) => (slot + 4, 4),
+            (Some(_), Some(_)) => (slot, 8),
+        };
+        let access = SlotAccess::new(offset, size, places.end)?;
+        let value = pair(low.unwrap_or(0), high.unwrap_or(0));
+        Some(Written { offset, size, access, value })
     }
 
     /// It is kept again, once all of `words` has been shown. The caller has the locks of all

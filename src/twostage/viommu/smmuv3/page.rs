@@ -14,8 +14,10 @@ use super::state::Registers;
 use super::Smmu;
 use crate::spec::smmuv3::queue::CmdqProd;
 use crate::spec::smmuv3::regs::{self, Gerror};
-use crate::viommu::register_page::{Look, PageLender, PagedRegisters, Places, Recall, Show};
-use crate::viommu::registers::{pair, SlotAccess};
+use crate::viommu::register_page::{
+    Look, PageLender, PagedRegisters, Places, Recall, Show, Written,
+};
+use crate::viommu::registers::SlotAccess;
 use crate::viommu::RegisterPage;
 
 /// Registers that events of the SMMU and writes of the guest change.
@@ -181,15 +183,8 @@ impl Smmu {
             return false;
         }
         for slot in ORDER {
-            let (low, high) = page.written(slot);
-            let (offset, size) = match (low, high) {
-                (None, None) => continue,
-                (Some(_), None) => (slot, 4),
-                (None, Some(_)) => (slot + 4, 4),
-                (Some(_), Some(_)) => (slot, 8),
-            };
-            let Some(access) = SlotAccess::new(offset, size, PLACES.end) else { continue };
-            let value = pair(low.unwrap_or(0), high.unwrap_or(0));
+            let Some(written) = page.written(&PLACES, slot) else { continue };
+            let Written { offset, size, access, value } = written;
             self.counters.register_writes.count();
             self.observe_access(offset, size, access.extract(value), true);
             self.write_slot(&mut registers, access, value);

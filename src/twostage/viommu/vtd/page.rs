@@ -15,8 +15,10 @@ use super::registers::{page_slot, FSTS_SLOT, ICS_SLOT, PRS_SLOT};
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::vtd::regs::{self, Prs, QueuePointer, FRCD_SIZE};
-use crate::viommu::register_page::{Look, PageLender, PagedRegisters, Places, Recall, Show};
-use crate::viommu::registers::{pair, SlotAccess};
+use crate::viommu::register_page::{
+    Look, PageLender, PagedRegisters, Places, Recall, Show, Written,
+};
+use crate::viommu::registers::SlotAccess;
 use crate::viommu::RegisterPage;
 
 /// Registers that events of the unit and writes of the guest change, in the order in which the
@@ -200,17 +202,11 @@ impl VtdIommu {
         if !page.is_recalled() {
             return false;
         }
+        let places = self.places();
         let order = FIRST.into_iter().chain([self.iva_slot(), self.iotlb_slot()]).chain(LAST);
         for slot in order {
-            let (low, high) = page.written(slot);
-            let (offset, size) = match (low, high) {
-                (None, None) => continue,
-                (Some(_), None) => (slot, 4),
-                (None, Some(_)) => (slot + 4, 4),
-                (Some(_), Some(_)) => (slot, 8),
-            };
-            let Some(access) = SlotAccess::new(offset, size, self.places().end) else { continue };
-            let value = pair(low.unwrap_or(0), high.unwrap_or(0));
+            let Some(written) = page.written(&places, slot) else { continue };
+            let Written { offset, size, access, value } = written;
             self.counters.register_writes.count();
             self.observe_access(offset, size, access.extract(value), true);
             // One command at a time; the last of them may end after this.
