@@ -355,9 +355,17 @@ impl TestQueue<'_> {
 
     /// Makes the chain starting at descriptor `head` available.
     pub fn make_available(&self, head: u16) {
-        let index = self.rig.u16(self.base + PAGE + 2);
-        self.rig.set_u16(self.base + PAGE + 4 + 2 * u64::from(index % Self::SIZE), head);
-        self.rig.set_u16(self.base + PAGE + 2, index.wrapping_add(1));
+        self.make_all_available(&[head]);
+    }
+
+    /// Makes chains available at once: the device sees all of them, or none.
+    pub fn make_all_available(&self, heads: &[u16]) {
+        let mut index = self.rig.u16(self.base + PAGE + 2);
+        for head in heads {
+            self.rig.set_u16(self.base + PAGE + 4 + 2 * u64::from(index % Self::SIZE), *head);
+            index = index.wrapping_add(1);
+        }
+        self.set_available_index(index);
     }
 
     pub fn set_available_index(&self, index: u16) {
@@ -380,6 +388,13 @@ impl TestQueue<'_> {
 
     /// Makes a chain of `buffers` available; returns its head.
     pub fn add(&mut self, buffers: &[TestBuffer]) -> u16 {
+        let head = self.chain(buffers);
+        self.make_available(head);
+        head
+    }
+
+    /// Writes a chain of `buffers`, which is not available yet; returns its head.
+    pub fn chain(&mut self, buffers: &[TestBuffer]) -> u16 {
         let head = self.free;
         for (at, (offset, length, writable)) in buffers.iter().enumerate() {
             let next = (self.free + 1) % Self::SIZE;
@@ -388,7 +403,6 @@ impl TestQueue<'_> {
             self.descriptor(self.free, self.rig.address(*offset), *length, flags, next);
             self.free = next;
         }
-        self.make_available(head);
         head
     }
 

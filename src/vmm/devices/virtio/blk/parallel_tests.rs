@@ -46,6 +46,19 @@ fn machine_with(place: Place, queues: usize) -> (Rig, FakeDisk) {
 
 /// Makes request `number` available: it is for `length` bytes, of `kind`, at `sector`.
 fn add(rig: &Rig, queue: &mut TestQueue<'_>, number: u64, kind: u32, sector: u64, length: u32) {
+    let head = write(rig, queue, number, kind, sector, length);
+    queue.make_available(head);
+}
+
+/// Writes request `number`, which is not available yet; returns its head.
+fn write(
+    rig: &Rig,
+    queue: &mut TestQueue<'_>,
+    number: u64,
+    kind: u32,
+    sector: u64,
+    length: u32,
+) -> u16 {
     let at = HEADERS + number * PAGE;
     let mut header = kind.to_le_bytes().to_vec();
     header.extend([0; 4]);
@@ -57,7 +70,7 @@ fn add(rig: &Rig, queue: &mut TestQueue<'_>, number: u64, kind: u32, sector: u64
         buffers.push((DATA + number * PAGE, length, kind == IN));
     }
     buffers.push((at + STATUS, 1, true));
-    queue.add(&buffers);
+    queue.chain(&buffers)
 }
 
 fn status(rig: &Rig, number: u64) -> u8 {
@@ -77,9 +90,9 @@ fn requests_are_at_the_disk_together_and_finish_in_any_order() {
     for place in PLACES {
         let (rig, disk) = machine(place);
         let [queue, ..] = &mut rig.start(FLUSHES)[..] else { panic!() };
-        for number in 0..5 {
-            add(&rig, queue, number, IN, 8 * number, 512);
-        }
+        // The device looks at its queues when it starts: it sees none of them, or all.
+        let heads = [0, 1, 2, 3, 4].map(|at| write(&rig, queue, at, IN, 8 * at, 512));
+        queue.make_all_available(&heads);
         queue.notify();
         let at_disk = disk.wait_for(5);
         assert_eq!(at_disk, [0, 1, 2, 3, 4].map(|number| (Read, 4096 * number, 512)));
