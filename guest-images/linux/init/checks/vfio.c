@@ -3,7 +3,9 @@
 // twostage.vfio.rounds= (1000) times, 4 KiB to 1 GiB, at random (twostage.vfio.seed=, or another each
 // time). The device's DMA must see what is mapped, and nothing else: this is compared after
 // one in twostage.vfio.seldom= (8) rounds, and for samples of each mapping, and of what is between
-// them, at the end. At last all is unmapped. With 0 there is no DMA, and nothing is compared.
+// them, at the end; with twostage.vfio.every=1 for every page of the mappings of up to 2 MiB, and more
+// samples of larger ones. At last all is unmapped. With seldom=0 there is no DMA, and nothing is
+// compared.
 //
 // Memory has a pattern, but for the last word of each page, where DMA writes what it is known to
 // hold.
@@ -30,7 +32,9 @@ enum { PAGE = WINDOW_PAGE, LAST = PAGE - 8 };
 // are smaller.
 enum { MAX_ORDER = 18, MAX_ORDINARY_ORDER = 8 };
 // Mappings: the most, and around how many there are.
-enum { MAX_LIVE = 4096, USUAL_LIVE = 256, RECENT = 64, SAMPLES = 4, PROGRESS = 2000 };
+enum { MAX_LIVE = 4096, USUAL_LIVE = 256, RECENT = 64, PROGRESS = 2000 };
+// Pages of a mapping that are compared at the end, usually and with twostage.vfio.every=1.
+enum { SAMPLES = 4, MANY_SAMPLES = (2 << 20) / PAGE };
 
 // Where mappings are; below are three pages for the DMA that compares.
 #define ARENA (UINT64_C(4) << 30)
@@ -234,14 +238,15 @@ static bool do_rounds(unsigned long rounds)
     return true;
 }
 
-// Samples of each mapping, the pages around it, and what was unmapped not long ago.
-static bool compare_all(void)
+// Samples of each mapping, all of its pages if it has no more, the pages around it, and what was
+// unmapped not long ago.
+static bool compare_all(unsigned samples)
 {
     for (unsigned i = 0; i < run.count; i++) {
         const struct mapping *mapping = &run.live[i];
         uint64_t pages = mapping->size / PAGE, around[] = {mapping->iova - PAGE, mapping->iova + mapping->size};
-        for (unsigned k = 0; k < SAMPLES && k < pages; k++)
-            if (!compare(mapping, pages <= SAMPLES ? k * UINT64_C(4096) : some_page(mapping)))
+        for (unsigned k = 0; k < samples && k < pages; k++)
+            if (!compare(mapping, pages <= samples ? (uint64_t)k * PAGE : some_page(mapping)))
                 return false;
         for (unsigned k = 0; k < 2; k++)
             if (!find(around[k], PAGE) && !refuse(NULL, around[k]))
@@ -298,6 +303,7 @@ static bool set_up(void)
 void check_vfio(void)
 {
     unsigned long rounds = option_number("vfio.rounds", 1000);
+    unsigned samples = option_number("vfio.every", 0) ? MANY_SAMPLES : SAMPLES;
 
     if (!edu_find(&run.edu, (unsigned)option_number("vfio.edu", 0))) {
         skipped("vfio", "there is no edu device");
@@ -315,7 +321,7 @@ void check_vfio(void)
         taken = now() - start;
         if (!run.seldom)
             printf("figure rounds-s %.3f\n", taken);
-        right = right && (!run.seldom || compare_all()) && unmap_all();
+        right = right && (!run.seldom || compare_all(samples)) && unmap_all();
     }
     klogctl(CONSOLE_LEVEL, NULL, ERRORS_ONLY);
     if (right)
