@@ -160,6 +160,28 @@ impl<L> Walk<'_, L> {
         Err(tables.flags_unsettled())
     }
 
+    /// Sets the flags that a request of `kind` for `iova` sets, though the stage below has no page
+    /// where it leads: it is served there all the same.
+    pub fn mark<F: TableFormat>(
+        &self,
+        tables: &F,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Result<(), F::Fault>
+    where
+        L: LowerStage<F>,
+    {
+        for attempt in 0..ATTEMPTS {
+            let mut steps = [const { None }; MAX_LEVELS];
+            let descent = self.descend(tables, iova, (kind, attempt == 0), &mut steps)?;
+            tables.check_path(descent.path, kind)?;
+            if !descent.unset || self.set_flags(tables, &mut steps, kind)? {
+                return Ok(());
+            }
+        }
+        Err(tables.flags_unsettled())
+    }
+
     /// One walk, from the lowest cached table if `cached`; none if an entry changed during it, or
     /// if it takes a walk from the top table to set its flags.
     fn attempt<F: TableFormat, T>(

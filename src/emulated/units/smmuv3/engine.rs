@@ -98,7 +98,12 @@ impl SmmuV3 {
         };
         let (address, tables) = space.half(address);
         let tables = tables.ok_or(Fault::stage1(EventId::Translation, space.recorded))?;
-        walk.walk(tables, address, kind)
+        walk.walk(tables, address, kind).or_else(|fault| {
+            if self.doorbell(&fault, kind).is_some() {
+                walk.mark(tables, address, kind)?;
+            }
+            Err(fault)
+        })
     }
 
     /// The configuration of `request`: cached in the port, cached here, or from the tables.

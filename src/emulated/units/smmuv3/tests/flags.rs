@@ -92,3 +92,42 @@ fn a_descriptor_that_stage_2_protects_is_not_updated() {
     machine.poke(entry, leaf.into_bits());
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(0));
 }
+
+#[test]
+fn a_message_marks_the_page_of_its_doorbell() {
+    let doorbell = NOWHERE..=NOWHERE + 0xfff;
+    let config = SmmuV3UnitConfig::default().with_msi_doorbell(Some(doorbell));
+    let send = |port: &mut DmaPort, iova| {
+        let mut delivered = None;
+        let result = port.write_message(PLAIN, iova, 7, |address| delivered = Some(address));
+        (result.map_err(event), delivered)
+    };
+    let clean = RW.with_af(false).with_ap_read_only(true).with_dbm(true);
+    for dirty in [true, false] {
+        let machine = Machine::new(config.clone());
+        let tables = machine.tables(Granule::K4);
+        with_updates(&machine, &tables, dirty);
+        let leaf = tables.map(IOVA, 3, NOWHERE, clean);
+        let before = machine.peek(leaf);
+        let mut port = machine.port();
+        // Once from the top table, once perhaps from a cached one.
+        for _ in 0..2 {
+            machine.poke(leaf, before);
+            let sent = send(&mut port, IOVA + 0x40);
+            let served = (Ok(()), Some(NOWHERE + 0x40));
+            let denied = (Err((Some(EventId::Permission), false)), None);
+            assert_eq!(sent, if dirty { served } else { denied }, "HD {dirty}");
+            let marked = before & !Descriptor::AP_READ_ONLY | Descriptor::AF;
+            assert_eq!(machine.peek(leaf), if dirty { marked } else { before }, "HD {dirty}");
+        }
+        // Nobody is there, so nothing is accessed.
+        let leaf = tables.map(IOVA + 0x1000, 3, NOWHERE + 0x1000, RW.with_af(false));
+        let before = machine.peek(leaf);
+        assert_eq!(send(&mut port, IOVA + 0x1000).1, None);
+        assert_eq!(machine.peek(leaf), before);
+        // HA alone.
+        let leaf = tables.map(IOVA + 0x2000, 3, NOWHERE, RW.with_af(false));
+        assert_eq!(send(&mut port, IOVA + 0x2000), (Ok(()), Some(NOWHERE)));
+        assert!(Descriptor::from_bits(machine.peek(leaf)).af());
+    }
+}
