@@ -148,6 +148,10 @@ fn read<F: TableFormat>(
 ) -> Now {
     let (mut trail, mut path, mut table) = (Trail::default(), Path::UNLIMITED, tables.table());
     let nowhere = |trail| Now { trail, level: 1, shift: tables.shift(1), page: None };
+    // Tables that are smaller than they were have no entry for it, though memory may.
+    if tables.check_request(kind).and_then(|()| tables.check_address(iova)).is_err() {
+        return nowhere(trail);
+    }
     for level in (1..=tables.levels()).rev() {
         // Only the entry, as a table may be discontiguous.
         let at = table + tables.index(iova, level) * 8;

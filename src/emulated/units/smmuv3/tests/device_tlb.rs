@@ -106,3 +106,26 @@ fn another_entry_of_the_stream_makes_its_device_forget() {
     assert_eq!(machine.read(&mut port, PLAIN, HIGH), Ok(2));
     assert_eq!(machine.unit.sanitizer_report().unwrap().stale, []);
 }
+
+#[test]
+fn an_address_that_is_beyond_smaller_tables_is_stale_in_a_device() {
+    let machine = Machine::new(SmmuV3UnitConfig::default().with_ats(true).with_sanitize(true));
+    let (tables, mut port) = (machine.tables(Granule::K4), machine.port());
+    port.control().set_device_tlb(true);
+    let beyond = IOVA | 1 << 40;
+    // What tables of 40 bits would have for it if they ignored the bits above.
+    for iova in [IOVA, beyond] {
+        tables.map(iova, 3, HIGH, RW);
+    }
+    let cd = machine.attach(&tables.cd());
+    machine.poke(HIGH, 1);
+    assert_eq!(machine.read(&mut port, PLAIN, beyond), Ok(1));
+    // Everybody is told, except the device.
+    machine.poke_cd(cd, &Tables { input_bits: 40, ..tables }.cd());
+    machine.invalidate(Invalidation::Context { sid: SID, substream: 0 });
+    machine.invalidate(ALL);
+    assert_eq!(machine.read(&mut port, PLAIN, beyond), Ok(1));
+    let report = machine.unit.sanitizer_report().unwrap();
+    let [stale] = report.stale[..] else { panic!("{report}") };
+    assert_eq!((stale.iova, stale.invalidation), (beyond, TlbInvalidation::DeviceTlb));
+}
