@@ -158,6 +158,10 @@ impl SmmuConfig {
                               true, or with this device";
             return Err(host.lacks("an IDR0.STALL_MODEL without stalls", needed_for.into()));
         }
+        // Perhaps nobody requested it: the devices before it had it.
+        if self.httu > Some(host.httu) {
+            return Err(host.lacks("IDR0.HTTU", OFFERED_BEFORE.into()));
+        }
         let lowered = self.lowered(std::slice::from_ref(host))?;
         let lost = [
             ("IDR5.GRAN4K", self.granule_4k && !lowered.granule_4k),
@@ -326,6 +330,10 @@ mod tests {
             httu(Some(Httu::Dirty), &hosts).unwrap_err().to_string(),
             "the IOMMU of a lacks IDR0.HTTU: httu=dirty was requested; say httu=access"
         );
+        // Of a device that comes late, nobody requested anything.
+        let config = SmmuConfig::default().intersect(&hosts[..1]).unwrap();
+        let late = config.check_late(&hosts[1]).unwrap_err().to_string();
+        assert_eq!(late, format!("the IOMMU of a lacks IDR0.HTTU: {OFFERED_BEFORE}"));
     }
 
     #[test]

@@ -131,7 +131,10 @@ impl VtdConfig {
     /// Whether `host` supports all of this configuration: a guest that knows it already cannot do
     /// with less.
     pub(crate) fn check_late(&self, host: &HostVtd) -> Result<(), CapabilityConflict> {
-        require_pasids(Some(self.pasids()), host)?;
+        // Whether or not they were requested by value.
+        let offered =
+            |conflict| CapabilityConflict { needed_for: OFFERED_BEFORE.into(), ..conflict };
+        require_pasids(Some(self.pasids()), host).map_err(offered)?;
         let mut lowered = self.clone();
         lowered.lower(self, host)?;
         let lost = [
@@ -287,6 +290,12 @@ mod tests {
             assert_eq!(lowered.pasid_bits, Some(bits));
             assert_eq!(lowered.capabilities().unwrap().ecap.pasid_bits(), bits);
         }
+        let lowered = VtdConfig::default().intersect(&[has(20)]).unwrap();
+        lowered.check_late(&has(8)).unwrap();
+        assert_eq!(
+            lowered.check_late(&has(6)).unwrap_err().to_string(),
+            format!("the IOMMU of edu0 lacks ECAP.PSS: {OFFERED_BEFORE}")
+        );
     }
 
     #[test]
