@@ -2,15 +2,17 @@
 //! Surveys of emulated devices, and of possible answers of hardware.
 
 use twostage::iommufd::{
-    iommu_hw_info_arm_smmuv3, Errno, FailNth, HostError, HostIommu, HwCapabilities, HwInfo,
-    HwInfoData, Verb,
+    iommu_hw_info_arm_smmuv3, Errno, Extensions, FailNth, HostError, HostIommu, HwCapabilities,
+    HwInfo, HwInfoData, Verb,
 };
 use twostage::nesting::survey::{
     makes_page_requests, survey, DeviceFacts, DeviceReport, NestingReport, Offer, OfferError,
     OfferKind, RegionKind,
 };
 use twostage::spec::pci::Bdf;
-use twostage::spec::smmuv3::regs::{Idr0, Idr1, Idr3, Idr5, STALL_NONE, ST_LEVEL_2, TTF_AARCH64};
+use twostage::spec::smmuv3::regs::{
+    Httu, Idr0, Idr1, Idr3, Idr5, STALL_NONE, ST_LEVEL_2, TTF_AARCH64,
+};
 use twostage_emulated::{
     AddressWidth, DeviceConfig, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
 };
@@ -167,6 +169,7 @@ fn behind_smmu(name: &str, smmu: usize) -> DeviceFacts {
         name: name.to_owned(),
         info: HwInfo::new(HwInfoData::ArmSmmuV3(data))
             .with_capabilities(HwCapabilities::new().with_pci_ats_not_supported(true)),
+        extensions: Extensions::default(),
         refusal: None,
         dirty_nesting: false,
         page_requests: false,
@@ -213,6 +216,38 @@ fn devices_behind_smmus() {
     let refusal = HostError::new(Verb::ViommuAlloc, None, Errno::EOPNOTSUPP, "no S2FWB");
     let refused = DeviceFacts { refusal: Some(refusal), ..nvme };
     assert!(NestingReport::new(&[refused]).to_string().contains("no S2FWB"));
+}
+
+/// The hardware may have them, but Linux lets no guest's tables be updated.
+#[test]
+fn updates_of_flags_are_offered_where_the_host_makes_them() {
+    let offer = |httu| {
+        let host = EmulatedHost::new();
+        let config = SmmuV3UnitConfig::default().with_httu(httu);
+        let unit = host.add_unit(SmmuV3Unit::new(config));
+        host.add_device("edu", unit, Bdf::from_raw(8), DeviceConfig::default()).unwrap();
+        let facts = survey(&*host, &["edu".to_owned()]).unwrap();
+        let kernel = DeviceFacts { extensions: Extensions::default(), ..facts[0].clone() };
+        [facts, vec![kernel]].map(|facts| Offer::new(&facts).unwrap())
+    };
+    let updates = |offer: &Offer| {
+        let text = offer.to_string();
+        let found = text.lines().filter(|line| line.contains("updates of"));
+        let lines: Vec<String> = found.map(|line| line.trim().to_owned()).collect();
+        (offer.registers["IDR0"] >> 6 & 3, lines.join("; "))
+    };
+    let kernel = "no updates of flags in the guest's tables: Linux's vIOMMU has none (HTTU)";
+    let none = "no updates of flags in the guest's tables: the SMMU has none (IDR0.HTTU)";
+    let both = "updates of access flags; updates of the dirty state";
+    for (httu, bits, said) in [
+        (Httu::None, 0, none),
+        (Httu::Access, 1, "updates of access flags"),
+        (Httu::Dirty, 2, both),
+    ] {
+        let [emulated, linux] = offer(httu);
+        assert_eq!(updates(&emulated), (bits, said.to_owned()), "{httu}");
+        assert_eq!(updates(&linux), (0, kernel.to_owned()), "{httu}");
+    }
 }
 
 #[test]

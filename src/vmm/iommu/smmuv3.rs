@@ -227,7 +227,10 @@ fn message_windows(
     functions.iter().filter_map(window).collect()
 }
 
-/// Width of output addresses in bits: no less than that of the processors.
+/// Width of output addresses in bits: no less than that of the processors. The one capability that
+/// is not reduced to those of the host's SMMUs: user space may not read IDR5.OAS there (`struct
+/// iommu_hw_info_arm_smmuv3`), and a guest loses nothing. An SMMU caps CD.IPS to its own OAS
+/// (§3.4): addresses beyond that are faults, like all others that the host has no memory at.
 const OUTPUT_BITS: u8 = 52;
 
 /// The emulated unit that can serve `options`.

@@ -13,8 +13,8 @@ use std::fmt;
 use std::ops::RangeInclusive;
 
 use crate::iommufd::{
-    Errno, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags, ObjectId,
-    Result, ViommuKind,
+    Errno, Extensions, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags,
+    ObjectId, Result, ViommuKind,
 };
 pub use device::{DeviceReport, NestingFeatures, PasidReport, Region, RegionKind};
 #[cfg(feature = "serde")]
@@ -92,6 +92,8 @@ pub struct DeviceFacts {
     pub name: String,
     /// `GET_HW_INFO`.
     pub info: HwInfo,
+    /// What its host does beyond the kernel's uAPI.
+    pub extensions: Extensions,
     /// Nesting is impossible: the host's error for `HWPT_ALLOC` with `NEST_PARENT`, or for
     /// `VIOMMU_ALLOC` where nesting needs one.
     pub refusal: Option<HostError>,
@@ -169,6 +171,7 @@ impl Trial<'_> {
         Ok(DeviceFacts {
             name: name.to_owned(),
             info,
+            extensions: self.host.extensions(),
             refusal,
             dirty_nesting: dirty_nesting.is_ok(),
             page_requests: self.page_requests(dev, ioas)?,

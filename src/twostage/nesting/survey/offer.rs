@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::{difference, DeviceFacts};
-use crate::iommufd::{Extensions, HwInfoData};
+use crate::iommufd::HwInfoData;
 use crate::nesting::{host_smmu, host_vtd};
+use crate::spec::smmuv3::regs::Httu;
 use crate::spec::smmuv3::SubstreamId;
 use crate::viommu::smmuv3::SmmuConfig;
 use crate::viommu::vtd::{HostVtd, VtdConfig};
@@ -27,6 +28,9 @@ pub struct Offer {
     pub ats: bool,
     /// Why page requests are not offered; `None`: they are, for devices that make them.
     pub no_page_requests: Option<String>,
+    /// Why nothing sets the flags in the guest's tables that say what was accessed and written;
+    /// `None`: the IOMMU does, as far as [`Self::features`] say.
+    pub no_table_updates: Option<String>,
     /// Dirty pages can be tracked with devices behind it.
     pub dirty_tracking: bool,
     /// What its driver detects, one item each.
@@ -146,6 +150,7 @@ impl Offer {
             pasid_bits: offered.ecap.pasid_bits(),
             ats: false,
             no_page_requests: Some("mirrored tables have none".into()),
+            no_table_updates: Some("hardware sees mirrors of them".into()),
             dirty_tracking: false,
             features: Self::features([
                 (true, "legacy and scalable mode, second-stage tables"),
@@ -185,9 +190,9 @@ fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
 }
 
 fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
-    // The offer is for hardware: without extensions of an emulated host.
+    // Second-stage tables of the guest's, which only an emulated host walks, are not offered.
     let unit = |device: &DeviceFacts| {
-        host_vtd(device.name.clone(), &device.info, Extensions::default())
+        host_vtd(device.name.clone(), &device.info, device.extensions)
             .ok_or_else(|| mixed(first, device))
     };
     let hosts = facts.iter().map(unit).collect::<Result<Vec<_>, _>>()?;
@@ -214,6 +219,7 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
         pasid_bits: offered.ecap.pasid_bits(),
         ats: config.device_iotlb,
         no_page_requests,
+        no_table_updates: None,
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
         features: Offer::features([
             (true, "scalable mode, first-stage tables"),
@@ -231,7 +237,7 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
 fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
     let mut hosts = Vec::new();
     for device in facts {
-        let host = host_smmu(device.name.clone(), &device.info, Extensions::default());
+        let host = host_smmu(device.name.clone(), &device.info, device.extensions);
         let host = host.ok_or_else(|| mixed(first, device))?;
         if device.smmu != first.smmu {
             return Err(OfferError::TwoSmmus(first.name.clone(), device.name.clone()));
@@ -239,6 +245,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         hosts.push(host);
     }
     let wanted = SmmuConfig { ats: ats(facts), ..SmmuConfig::default() };
+    // Whatever the unit's OAS, which the kernel does not tell: it caps CD.IPS to that (§3.4).
     let wide = SmmuConfig { input_bits: 52, output_bits: 52, ..wanted.clone() };
     let config = match wide.intersect(&hosts) {
         Ok(config) => config,
@@ -246,6 +253,12 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
     };
     let offered =
         config.capabilities().map_err(|error| OfferError::Impossible(error.to_string()))?;
+    let httu = config.httu.unwrap_or_default();
+    let no_table_updates = match (httu, first.extensions.table_updates) {
+        (Httu::None, true) => Some("the SMMU has none (IDR0.HTTU)".into()),
+        (Httu::None, false) => Some("Linux's vIOMMU has none (HTTU)".into()),
+        _ => None,
+    };
     Ok(Offer {
         kind: OfferKind::Smmuv3,
         address_bits: config.input_bits,
@@ -253,6 +266,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         ats: config.ats,
         no_page_requests: Some("Linux's vIOMMU has none, and no stalls".into()),
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
+        no_table_updates,
         features: Offer::features([
             (config.granule_4k, "4 KiB granule"),
             (config.granule_16k, "16 KiB granule"),
@@ -260,6 +274,8 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
             (config.asid16, "16-bit ASIDs"),
             (config.two_level_contexts, "2-level context descriptor tables"),
             (config.range_invalidation, "invalidation by range"),
+            (httu >= Httu::Access, "updates of access flags"),
+            (httu >= Httu::Dirty, "updates of the dirty state"),
         ]),
         registers: offered.registers(),
     })
@@ -286,6 +302,9 @@ impl fmt::Display for Offer {
         match &self.no_page_requests {
             None => writeln!(f, "  page requests (PRI)")?,
             Some(why) => writeln!(f, "  no page requests: {why}")?,
+        }
+        if let Some(why) = &self.no_table_updates {
+            writeln!(f, "  no updates of flags in the guest's tables: {why}")?;
         }
         if self.dirty_tracking {
             writeln!(f, "  dirty page tracking")?;
