@@ -290,7 +290,7 @@ static const struct check list[] = {
     {"the queue goes on at its start (11.4.11)", over_the_end},
     {"a request raises the event once (7.5)", event},
     {"a masked event is pending until it is unmasked (7.5)", masked_event},
-    {"a full queue: PRO, and the device is answered (7.4.1)", overflow},
+    {"a full queue: PRO, and the device is answered (7.4.1, 7.10)", overflow},
     {"responses for nobody have no effect (7.6.1)", response_for_nobody},
     {"PRE is clear: refused, fault 47h (7.1.3)", not_enabled},
     {"a request while there is no queue is refused (7.4.1)", no_queue},

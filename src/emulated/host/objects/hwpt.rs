@@ -266,8 +266,8 @@ impl Objects {
 
     /// `IOMMU_HWPT_GET_DIRTY_BITMAP`, without the bitmap: the dirty IOVAs up to the first hole in
     /// the mappings; a hole is no error, as in Linux. They stay dirty until [`Self::hwpt_clean`],
-    /// after the caller got them, or until tracking starts again. Nothing gets dirty while it is
-    /// off.
+    /// after the caller got them, or until tracking starts again. While it is off, nothing gets
+    /// dirty, except on an SMMU, which marks what it writes whether or not anybody asks.
     pub fn hwpt_dirty(&self, hwpt: ObjectId, range: &DirtyRange) -> Outcome<DirtyPages> {
         let ioas = self.table.hwpt_paging(hwpt)?.ioas;
         let object = self.table.ioas(ioas)?;

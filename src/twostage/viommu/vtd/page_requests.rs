@@ -5,7 +5,9 @@
 //! once: as an invalid request where nothing serves it (translation or the queue is off, or PRE is
 //! clear, which is a fault, too), and with success where the queue has overflowed, so that the
 //! device tries again. Of a group that is answered by an overflow, the guest may have found a part
-//! in the queue, which it discards when it sees PRO.
+//! in the queue, which it discards when it sees PRO. (These are the automatic responses of §7.10,
+//! which has software drain again while PRO is set: a device that was told of an invalid request
+//! would not ask again. An SMMU's are success, too, for the same reason: IHI 0070 §8.1.)
 //!
 //! Each group has exactly one answer. A function has at most one open group for each of the 2^9
 //! indices that PCIe has, so a guest that never responds costs no more than these: another request
