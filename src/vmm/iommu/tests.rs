@@ -2,13 +2,19 @@
 //! Virtual IOMMUs on the emulated host, without a guest.
 
 use super::*;
+use crate::bus::BusDevice;
 use crate::config::{testing, SmmuV3Options, VtdOptions, DEV_IOMMU};
 use crate::report::ModelReport;
 use twostage::nesting::smmuv3::SmmuObjects;
 use twostage::nesting::survey::{survey, Offer};
 use twostage::spec::pci::Pasid;
+use twostage::spec::smmuv3::command::Command;
+use twostage::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
+use twostage::spec::smmuv3::StreamId;
 use twostage::sync::Mutex;
 use twostage::viommu::MsiMessage;
+use twostage_emulated::kit::smmuv3::{Completion, Driver};
+use twostage_emulated::kit::{Mmio, Pages};
 use twostage_emulated::{
     DeviceConfig, EmulatedHost, EmulatedUnit, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit,
     VtdUnitConfig,
@@ -257,10 +263,19 @@ fn a_machine_has_the_registers_of_the_offer() {
 
 /// What stands in for the kernel's host, with the physical device [`PHYSICAL`] behind `unit`.
 fn kernel(memory: &MachineMemory, unit: impl Into<EmulatedUnit>) -> (Host, Arc<EmulatedHost>) {
+    kernel_with(memory, unit, DeviceConfig::default())
+}
+
+/// The same, with a device of this kind.
+fn kernel_with(
+    memory: &MachineMemory,
+    unit: impl Into<EmulatedUnit>,
+    device: DeviceConfig,
+) -> (Host, Arc<EmulatedHost>) {
     let mut host = Host::emulated(memory, None).unwrap();
     let process = host.emulated.take().unwrap();
     let unit = process.add_unit(unit);
-    process.add_device("/physical", unit, PHYSICAL, DeviceConfig::default()).unwrap();
+    process.add_device("/physical", unit, PHYSICAL, device).unwrap();
     (host, process)
 }
 
@@ -361,6 +376,87 @@ fn messages_of_either_kind_go_their_own_way() {
     assert!(remapper.translate(PHYSICAL, message(5)).is_some());
     assert_eq!(remapper.translate(FUNCTION.bdf, message(5)), None);
     drop(remapper);
+    assert!(iommus.close().unwrap().objects.is_empty());
+    drop(host);
+    assert_eq!(process.live_objects(), 0);
+}
+
+/// Registers, for a guest's driver.
+struct Registers(Arc<dyn BusDevice>);
+
+impl Mmio for Registers {
+    fn read(&self, offset: u64, bytes: &mut [u8]) {
+        self.0.read(offset, bytes);
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) {
+        self.0.write(offset, bytes);
+    }
+}
+
+/// By what the guest writes, as behind an SMMU the host has its table of context descriptors.
+#[test]
+fn substreams_of_an_assigned_function_are_attached_replaced_and_detached() {
+    const IOVA: u64 = 0x12_3456_7000;
+    let memory = MachineMemory::new(4 << 20).unwrap();
+    let unit = SmmuV3Unit::new(SmmuV3UnitConfig::default());
+    let device = DeviceConfig::default().with_pasid_bits(5);
+    let (host, process) = kernel_with(&memory, unit.clone(), device);
+    let iommus = mixed(IommuModel::SmmuV3(SmmuV3Options::default()), &memory, &host);
+    let iommu = &iommus.all()[0];
+    // The device's, of which there are fewer than of the SMMU.
+    let offered = iommu.services(PHYSICAL).0.pasid.map(|pasid| pasid.max_width());
+    assert_eq!(offered, Some(5));
+
+    let start = memory.start_of(&memory.regions()[0]);
+    let pages = Pages::new(Arc::new(memory.map().clone()), start + (1 << 20));
+    let guest = Driver::new(pages, Registers(iommu.model.registers()));
+    let stream = StreamId::from(PHYSICAL);
+    let contexts = guest.page();
+    let ste = Ste0::new().with_v(true).with_config(StreamConfig::Stage1.into_bits());
+    let ste = ste.with_s1contextptr(contexts >> 6).with_s1cdmax(5);
+    let attributes = Ste1::new().with_s1dss(2).with_shcfg(1);
+    guest.set_raw_entry(stream, [ste.into_bits(), attributes.into_bits()]);
+    guest.enable();
+    let tables = [*b"one.....", *b"two....."].map(|bytes| {
+        let (table, page) = (guest.page(), guest.page());
+        guest.store(page, u64::from_le_bytes(bytes));
+        guest.map(table, IOVA, page, 3, true);
+        table
+    });
+    let pasid = |number| Pasid::new(number).unwrap();
+    let put = |substream, table: Option<u64>| {
+        let at = contexts + u64::from(substream) * 64;
+        match table {
+            Some(table) => guest.write_context(at, table, substream as u16),
+            None => guest.store(at, 0),
+        }
+        let substream = pasid(substream);
+        let asid = substream.raw() as u16;
+        let commands = [
+            Command::CfgiCd { stream, substream, leaf: true },
+            Command::TlbiNhAsid { vmid: 0, asid },
+        ];
+        assert_eq!(guest.submit(&commands), Completion::Done);
+    };
+    let mut physical = unit.port(PHYSICAL.raw());
+    let mut read = || {
+        [3, 4].map(|number| {
+            let mut bytes = [0; 8];
+            let read = DmaMaster::read(&mut physical, Some(pasid(number)), IOVA, &mut bytes);
+            read.ok().map(|()| bytes)
+        })
+    };
+    let [one, two] = [*b"one.....", *b"two....."];
+    assert_eq!(read(), [None, None]);
+    put(3, Some(tables[0]));
+    assert_eq!(read(), [Some(one), None]);
+    put(4, Some(tables[1]));
+    assert_eq!(read(), [Some(one), Some(two)]);
+    put(3, Some(tables[1]));
+    assert_eq!(read(), [Some(two), Some(two)]);
+    put(4, None);
+    assert_eq!(read(), [Some(two), None]);
     assert!(iommus.close().unwrap().objects.is_empty());
     drop(host);
     assert_eq!(process.live_objects(), 0);

@@ -7,6 +7,7 @@ mod machine;
 mod mixed;
 mod restore;
 mod stack;
+mod substreams;
 
 use twostage::iommufd::{Errno, HostIommu as _};
 use twostage::nesting::smmuv3::SmmuNesting;
