@@ -114,6 +114,11 @@ fn a_reset_can_start_the_machine_again() {
     let lives: Vec<_> = maps.map(|event| event["pid"].as_u64().unwrap()).collect();
     assert!(lives.len() >= 3, "{lives:?}");
     assert!(lives.iter().copied().eq(1..=lives.len() as u64), "{lives:?}");
+    // What it prints, byte by byte.
+    let printed = |event: &&serde_json::Value| {
+        event["name"] == "io-out" && event["args"]["address"] == "0x3f8"
+    };
+    assert!(events.iter().filter(printed).count() >= 9, "no exits in the trace");
 }
 
 #[test]

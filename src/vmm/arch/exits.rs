@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Exits of vCPUs: counters and dispatch.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
 
 use crate::arch::Board;
 use crate::bus::Bus;
@@ -67,6 +70,12 @@ impl ExitCounters {
     }
 }
 
+/// Hears of accesses of vCPUs that leave KVM.
+pub(crate) trait ExitObserver: fmt::Debug + Send + Sync {
+    /// An access to `bytes` bytes at a port or guest-physical address was served since `started`.
+    fn served(&self, kind: ExitKind, address: u64, bytes: usize, started: Instant);
+}
+
 /// Dispatch of exits.
 #[derive(Debug, Default)]
 pub(crate) struct Exits {
@@ -76,19 +85,32 @@ pub(crate) struct Exits {
     pub board: Board,
     /// Exits by kind.
     pub counters: ExitCounters,
+    /// Hears of each access.
+    pub observer: Option<Arc<dyn ExitObserver>>,
 }
 
 impl Exits {
     /// Handles a read of memory that is not RAM.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        self.counters.count(ExitKind::MmioRead);
-        self.claimed(self.mmio.read(address, data));
+        self.access(ExitKind::MmioRead, address, data.len(), || {
+            self.claimed(self.mmio.read(address, data));
+        });
     }
 
     /// Handles a write to memory that is not RAM.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
-        self.counters.count(ExitKind::MmioWrite);
-        self.claimed(self.mmio.write(address, data));
+        self.access(ExitKind::MmioWrite, address, data.len(), || {
+            self.claimed(self.mmio.write(address, data));
+        });
+    }
+
+    /// Counts an access to `bytes` bytes at `address`, which `serve` serves.
+    pub fn access(&self, kind: ExitKind, address: u64, bytes: usize, serve: impl FnOnce()) {
+        self.counters.count(kind);
+        let Some(observer) = &self.observer else { return serve() };
+        let started = Instant::now();
+        serve();
+        observer.served(kind, address, bytes, started);
     }
 
     /// Counts an access that no device answers.
@@ -113,5 +135,23 @@ mod tests {
         assert_eq!(exits.counters.get(ExitKind::MmioRead), 1);
         assert_eq!(exits.counters.get(ExitKind::MmioWrite), 1);
         assert_eq!(exits.counters.get(ExitKind::Unclaimed), 2);
+    }
+
+    #[test]
+    fn an_observer_hears_of_each_access() {
+        #[derive(Debug, Default)]
+        struct Heard(twostage::sync::Mutex<Vec<(ExitKind, u64, usize)>>);
+        impl ExitObserver for Heard {
+            fn served(&self, kind: ExitKind, address: u64, bytes: usize, _: Instant) {
+                self.0.lock().push((kind, address, bytes));
+            }
+        }
+        let heard = Arc::new(Heard::default());
+        let exits = Exits { observer: Some(heard.clone()), ..Exits::default() };
+        exits.mmio_read(0xfed9_0000, &mut [0; 8]);
+        exits.mmio_write(0xfed9_0004, &[1; 4]);
+        let expected =
+            [(ExitKind::MmioRead, 0xfed9_0000, 8), (ExitKind::MmioWrite, 0xfed9_0004, 4)];
+        assert_eq!(*heard.0.lock(), expected);
     }
 }

@@ -192,8 +192,8 @@ struct RunArgs {
     #[arg(long, value_name = "none|text|json[,file=PATH]", default_value = "text")]
     report: ReportOption,
 
-    /// Writes a trace of virtual IOMMUs, the host, interrupts and devices: JSON for Perfetto or
-    /// Chrome. Each life of a machine that restarts is a process of the trace.
+    /// Writes a trace of exits, virtual IOMMUs, the host, interrupts and devices: JSON for Perfetto
+    /// or Chrome. Each life of a machine that restarts is a process of the trace.
     #[arg(long, value_name = "PATH")]
     trace: Option<PathBuf>,
 }

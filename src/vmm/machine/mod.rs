@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::Killable;
 
-use crate::arch::exits::{ExitCounters, ExitKind, Exits};
+use crate::arch::exits::{ExitCounters, ExitKind, ExitObserver, Exits};
 use crate::arch::{self, Board, Processor, Processors};
 use crate::boot;
 use crate::config::{MachineConfig, SerialConfig};
@@ -97,7 +97,8 @@ impl Machine {
         let mut mmio = build::mmio(config, &pci, iommus_or_none, side_core.as_ref())?;
         let board = Board::new(&mut mmio, serial.clone(), &pci.bus, interrupts.lines(), &stopper)?;
         arch::firmware::write(&memory, config, chip, &start)?;
-        let exits = Arc::new(Exits { mmio, board, counters: ExitCounters::default() });
+        let observer = trace.clone().map(|trace| trace as Arc<dyn ExitObserver>);
+        let exits = Arc::new(Exits { mmio, board, counters: ExitCounters::default(), observer });
         let console = config.serial == SerialConfig::Tty;
         Ok(Self {
             processors,

@@ -11,6 +11,7 @@
 //!
 //! | category | events |
 //! |---|---|
+//! | `exit` | accesses of vCPUs that leave KVM, by port or guest-physical address, and their duration |
 //! | `register` | accesses to the registers of a virtual IOMMU, by name, with their value |
 //! | `descriptor` | descriptors of the invalidation queue, with their fields |
 //! | `policy` | changes of how a requester's DMA is translated |

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 use super::{decoded, Trace};
+use crate::arch::exits::{ExitKind, ExitObserver};
 use crate::devices::{DmaError, DmaMaster, ServiceControl, Services};
 use twostage::iommufd::{ObjectId, Verb, VerbObserver};
 use twostage::spec::pci::{Bdf, Pasid};
@@ -30,6 +31,13 @@ impl VerbObserver for Trace {
         error: Option<&dyn fmt::Display>,
     ) {
         self.complete("host", verb.name(), started, duration, call(objects, error));
+    }
+}
+
+impl ExitObserver for Trace {
+    fn served(&self, kind: ExitKind, address: u64, bytes: usize, started: Instant) {
+        let args = json!({ "address": format!("{address:#x}"), "bytes": bytes });
+        self.complete("exit", kind.name(), started, started.elapsed(), args);
     }
 }
 

@@ -26,16 +26,18 @@ pub(super) fn dispatch(exits: &Exits, exit: VcpuExit<'_>, item: u8) -> Next {
     let item = usize::from(item).max(1);
     match exit {
         VcpuExit::IoIn(port, data) => {
-            exits.counters.count(ExitKind::IoIn);
-            for item in data.chunks_mut(item) {
-                exits.claimed(exits.board.ports.read(port.into(), item));
-            }
+            exits.access(ExitKind::IoIn, port.into(), data.len(), || {
+                for item in data.chunks_mut(item) {
+                    exits.claimed(exits.board.ports.read(port.into(), item));
+                }
+            });
         }
         VcpuExit::IoOut(port, data) => {
-            exits.counters.count(ExitKind::IoOut);
-            for item in data.chunks(item) {
-                exits.claimed(exits.board.ports.write(port.into(), item));
-            }
+            exits.access(ExitKind::IoOut, port.into(), data.len(), || {
+                for item in data.chunks(item) {
+                    exits.claimed(exits.board.ports.write(port.into(), item));
+                }
+            });
         }
         VcpuExit::MmioRead(address, data) => exits.mmio_read(address, data),
         VcpuExit::MmioWrite(address, data) => exits.mmio_write(address, data),
