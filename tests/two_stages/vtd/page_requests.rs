@@ -2,6 +2,7 @@
 //! Page requests: a device asks for a page that is not there, the guest brings it and responds, and
 //! the device goes on (§7.4 to §7.6, §7.10).
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Mutex;
@@ -304,6 +305,8 @@ struct Life<'a> {
     pages: [[Option<u64>; PAGES as usize]; TABLES],
     on: &'a [[On; 2]; 2],
     late: Vec<PageRequest>,
+    /// How many requests it has taken.
+    taken: Cell<u64>,
 }
 
 impl Life<'_> {
@@ -316,8 +319,14 @@ impl Life<'_> {
 
     /// Takes a request: never one of a requester that was drained.
     fn take(&self) -> Option<PageRequest> {
-        let request = self.machine.guest.take_page_request()?;
+        let request = self.take_any()?;
         assert!(!self.now(&request).is_empty(), "drained before: {request:?}");
+        Some(request)
+    }
+
+    fn take_any(&self) -> Option<PageRequest> {
+        let request = self.machine.guest.take_page_request()?;
+        self.taken.set(self.taken.get() + 1);
         Some(request)
     }
 
@@ -355,7 +364,7 @@ impl Life<'_> {
         assert_eq!(guest.flush_pasid_cache(), Completion::Done);
         if table.is_none() {
             drain(self.machine);
-            while let Some(request) = guest.take_page_request() {
+            while let Some(request) = self.take_any() {
                 self.respond(&request, false);
             }
         }
@@ -439,7 +448,8 @@ proptest! {
         let on = [(); 2].map(|()| [(); 2].map(|()| On::new(vec![BTreeSet::new()])));
         let tables = [(); TABLES].map(|()| machine.guest.page());
         let (pages, late) = ([[None; PAGES as usize]; TABLES], Vec::new());
-        let mut life = Life { machine: &machine, tables, pages, on: &on, late };
+        let taken = Cell::new(0);
+        let mut life = Life { machine: &machine, tables, pages, on: &on, late, taken };
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let start = |(rid, pasid): (usize, usize)| {
@@ -463,7 +473,14 @@ proptest! {
                 dma.iter().all(|dma| dma.is_finished())
             });
         });
-        prop_assert!(machine.iommu.counters().page_requests > 0);
+        // Each was in the queue once, and nobody has one that is open.
+        while life.take_any().is_some() {}
+        let counters = machine.iommu.counters();
+        prop_assert!(counters.page_requests > 0);
+        prop_assert_eq!((counters.page_requests, counters.page_requests_lost), (life.taken.get(), 0));
+        for rid in [A, B] {
+            prop_assert_eq!(machine.port(rid).control().outstanding_page_requests(), 0);
+        }
         prop_assert!(machine.unit.counters().device_tlb_misses > 0);
         prop_assert_eq!(machine.end(), 0);
     }
