@@ -8,13 +8,13 @@
 //! the guest.
 //!
 //! Files of the same name in both models' folders do the same, and can be read side by side:
-//! `registers` and `control` (what a register write sets off), `page` (registers as memory of
-//! the guest), `queue` (and what is done for each descriptor or command), `policy` (from tables),
+//! `registers` and `control` (what a register write sets off), `page` (registers as memory of the
+//! guest), `queue` (and what is done for each descriptor or command), `policy` (from tables),
 //! `apply` and `requesters` (to the host), `faults` and `fault_log` (back to the guest), `config`,
 //! `host_unit` (what hosts can serve), `host_side`, `state` (and statistics), `restore` (and
-//! snapshot, and reset). What is the same protocol is in `ledger` and `register_page`. [`routes`]
-//! is for VMMs whose hypervisor sends remapped messages by itself; [`bridges`] for those that have
-//! functions behind bridges.
+//! snapshot, and reset). What is the same protocol is in `ledger`, `paged` and `register_page`.
+//! [`routes`] is for VMMs whose hypervisor sends remapped messages by itself; [`bridges`] for those
+//! that have functions behind bridges.
 
 /// Setters of a configuration, to be called in a chain: `with_x x: T` sets the field `x`.
 // For the packages here, so not documented.
@@ -37,6 +37,7 @@ mod host_side;
 mod ledger;
 mod machine;
 mod observer;
+mod paged;
 mod register_page;
 mod registers;
 mod restore;
@@ -51,5 +52,6 @@ pub use machine::{
     BadAddress, InterruptListener, InterruptRemapper, InterruptSink, MsiMessage, TableMemory,
 };
 pub use observer::{FaultOutcome, Observer, RegisterAccess};
-pub use register_page::{Look, PageLender, PagedRegisters, Recall, RegisterPage, PAGE_SIZE};
+pub use paged::{Look, PagedRegisters};
+pub use register_page::{PageLender, Recall, RegisterPage, PAGE_SIZE};
 pub use restore::{RestoreError, SnapshotError};

@@ -8,7 +8,8 @@
 //! * Lent: the guest has the page as plain memory. A thread looks at it, and does what the guest
 //!   writes. Writes to memory merge, and memory cannot express a bit that is cleared by writing 1
 //!   or a handshake. So the page is lent while no such bit is set, and the virtual IOMMU changes
-//!   nothing in it but the head of its queue: before any other change, it recalls the page.
+//!   nothing in it but the head of its queue: before any other change, it recalls the page, and
+//!   before it raises an event, which the guest may have masked there.
 //! * Recalled: the guest has it no longer. What it wrote last is in the memory, and applied as
 //!   writes before its next access, which exits; then the page is kept again.
 //!
@@ -46,17 +47,6 @@ pub trait PageLender: Send + Sync {
     fn take_back(&self);
 }
 
-/// What a look at a lent page found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
-    /// Nothing new.
-    Nothing,
-    /// A new tail; the queue has been worked through.
-    Tail,
-    /// The page is not lent, or no longer.
-    NotLent,
-}
-
 /// Why a page is not lent, or not any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -83,37 +73,6 @@ impl Recall {
     }
 }
 
-/// A virtual IOMMU that a guest may have as memory, by either model.
-pub trait PagedRegisters: Send + Sync {
-    /// From now on `page` is the first page of the registers. A unit has one page at most; a second
-    /// one is ignored.
-    fn keep_page(&self, page: Arc<RegisterPage>);
-
-    /// Offset of the tail register of the queue, and its length in bytes. Of all registers, a write
-    /// to this one alone needs no answer before the guest goes on.
-    fn tail_register(&self) -> (u64, u64);
-
-    /// The guest wrote `data` to the tail register, at `offset`. The queue is not worked through:
-    /// that is [`PagedRegisters::work_through_queue`], so that several writes can be taken in order
-    /// by threads that must not wait.
-    fn write_tail(&self, offset: u64, data: &[u8]);
-
-    /// Works through the queue up to its tail or its first error.
-    fn work_through_queue(&self);
-
-    /// Lends the page if the state can be expressed in memory: nothing is pending that the guest
-    /// clears by writing 1, no command is under way, and the queue is enabled. Returns whether it
-    /// is lent.
-    /// Not to be called during a snapshot or a reset, which take it back.
-    fn lend_page(&self, lender: Arc<dyn PageLender>) -> bool;
-
-    /// Looks at the page while it is lent, and does what the guest wrote; one thread at a time.
-    fn look_at_page(&self) -> Look;
-
-    /// Takes the page back if it is lent, and does what the guest wrote.
-    fn take_page_back(&self);
-}
-
 /// See the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -129,11 +88,27 @@ pub(super) struct Places {
     pub head: u64,
     /// Offset of the tail, which the guest does.
     pub tail: u64,
+    /// Bytes of the tail register.
+    pub tail_size: u64,
     /// A register that reads as zero but has state; while the page is lent it holds a mark that
     /// no guest writes, so that a write of zero is noticed, too.
     pub command: Option<u64>,
+    /// A status register, and its bits that are set already when the guest sets off again what they
+    /// acknowledge: while the page is lent, they read as 0, so that the guest waits until it has
+    /// been done.
+    pub acknowledged: Option<(u64, u32)>,
     /// Where registers end.
     pub end: u64,
+}
+
+impl Places {
+    /// How `value` of the word at `offset` reads while the page is lent.
+    fn lent(&self, offset: u64, value: u32) -> u32 {
+        match self.acknowledged {
+            Some((at, bits)) if at == offset => value & !bits,
+            _ => value,
+        }
+    }
 }
 
 /// A write that the guest made in memory.
@@ -242,11 +217,12 @@ impl RegisterPage {
     /// The same for 32 bits.
     pub(super) fn show_word(&self, places: &Places, offset: u64, value: u32) {
         let (Some(word), Some(told)) = (self.word(offset), self.told(offset)) else { return };
-        let old = told.load(Ordering::Relaxed);
-        if old == value {
+        let (old, mode) = (told.load(Ordering::Relaxed), self.mode());
+        let shown = if mode == Mode::Lent { places.lent(offset, value) } else { value };
+        if old == shown {
             return;
         }
-        match self.mode() {
+        match mode {
             Mode::Recalled => {}
             Mode::Lent if places.command == Some(offset) => {}
             Mode::Lent if offset == places.tail => {
@@ -256,16 +232,27 @@ impl RegisterPage {
                     told.store(value, Ordering::Relaxed);
                 }
             }
-            Mode::Lent if offset != places.head => self.recall(Recall::Changed),
-            Mode::Kept | Mode::Lent => {
-                told.store(value, Ordering::Relaxed);
-                word.store(value.to_le(), Ordering::Release);
+            Mode::Lent if offset != places.head => {
+                self.recall(Recall::Changed);
+                // It may have been refused to the guest meanwhile.
+                if self.mode() == Mode::Kept {
+                    self.put(offset, value);
+                }
             }
+            Mode::Kept | Mode::Lent => self.put(offset, value),
+        }
+    }
+
+    /// Puts a word there.
+    fn put(&self, offset: u64, value: u32) {
+        if let (Some(word), Some(told)) = (self.word(offset), self.told(offset)) {
+            told.store(value, Ordering::Relaxed);
+            word.store(value.to_le(), Ordering::Release);
         }
     }
 
     /// Lends it with `lender`. The caller has the locks of all states, and releases them with
-    /// `unlock`. Returns whether it is lent; otherwise it is recalled.
+    /// `unlock`. Returns whether it is lent; otherwise it is kept, as it was.
     pub(super) fn lend(
         &self,
         places: &Places,
@@ -276,17 +263,21 @@ impl RegisterPage {
         if self.mode() != Mode::Kept {
             return false;
         }
+        let status = places.acknowledged.map(|(offset, _)| (offset, self.load(offset)));
+        if let Some((offset, value)) = status {
+            self.put(offset, places.lent(offset, value));
+        }
         if let Some(offset) = places.command {
-            let mark = MARK ^ (self.lends() & 0xfff);
-            if let (Some(word), Some(told)) = (self.word(offset), self.told(offset)) {
-                told.store(mark, Ordering::Relaxed);
-                word.store(mark.to_le(), Ordering::Release);
-            }
+            self.put(offset, MARK ^ (self.lends() & 0xfff));
         }
         self.set_mode(Mode::Lent);
         unlock();
         if !lender.lend() {
-            self.set_mode(Mode::Recalled);
+            // The guest never had it: but for these, it is what was shown. Whoever wants to show
+            // more waits for the loan.
+            let command = places.command.map(|offset| (offset, 0));
+            status.into_iter().chain(command).for_each(|(offset, value)| self.put(offset, value));
+            self.set_mode(Mode::Kept);
             return false;
         }
         self.lends.fetch_add(1, Ordering::Relaxed);
@@ -362,11 +353,17 @@ impl RegisterPage {
         told.is_some_and(|told| told != self.load(offset))
     }
 
-    /// What the guest wrote to the 64-bit register at `slot` before the page was recalled, if
+    /// Takes what the guest wrote to the 64-bit register at `slot` before the page was recalled, if
     /// anything: one write of it, or of the half that differs. The caller has the lock of the
-    /// registers.
-    pub(super) fn written(&self, places: &Places, slot: u64) -> Option<Written> {
-        let word = |at| self.differs(at).then(|| self.load(at));
+    /// register.
+    pub(super) fn take_written(&self, places: &Places, slot: u64) -> Option<Written> {
+        let word = |at| {
+            let new = self.load(at);
+            (self.told(at)?.swap(new, Ordering::Relaxed) != new).then_some(new)
+        };
+        if self.mode() != Mode::Recalled {
+            return None;
+        }
         let (low, high) = (word(slot), word(slot + 4));
         let (offset, size) = match (low, high) {
             (None, None) => return None,

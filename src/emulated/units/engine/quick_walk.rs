@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The walk as it mostly is: every entry allows the request and has its flags.
 //!
-//! It reads what [`Walk`] reads, in the same order, and writes nothing. Where it finds anything
-//! else, such as a fault, it gives up, and the walk is made again with everything recorded that
-//! setting flags, and saying what is wrong, take. So it needs neither.
+//! It reads what [`Walk`] reads, in the same order, and writes nothing to the tables that it walks.
+//! Where it finds anything else, such as a fault, it gives up, and the walk is made again with
+//! everything recorded that setting flags, and saying what is wrong, take. So it needs neither. A
+//! second stage of the guest's own, below them, is walked with all that: it sets its flags, as it
+//! would for the walk that is made again.
 
 use std::sync::atomic::Ordering;
 

@@ -6,17 +6,18 @@
 //! half-way: addresses first, then the index of the command queue, CR0 last. No error is active
 //! while the page is lent, so that there is none to acknowledge in GERRORN: that is forgotten.
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 
 use super::fault_log::FaultLog;
 use super::registers::fault_slot;
 use super::state::Registers;
-use super::Smmu;
+use super::{Locked, Smmu};
+use crate::counters::Counter;
 use crate::spec::smmuv3::queue::CmdqProd;
 use crate::spec::smmuv3::regs::{self, Gerror};
-use crate::viommu::register_page::{
-    Look, PageLender, PagedRegisters, Places, Recall, Show, Written,
-};
+use crate::viommu::paged::Paged;
+use crate::viommu::register_page::{Places, Show};
 use crate::viommu::registers::SlotAccess;
 use crate::viommu::RegisterPage;
 
@@ -62,7 +63,9 @@ const ORDER: [u64; 13] = [
 const PLACES: Places = Places {
     head: regs::CMDQ_PROD + 4,
     tail: regs::CMDQ_PROD,
+    tail_size: 4,
     command: None,
+    acknowledged: None,
     end: regs::EVENTQ_IRQ_CFG1 + 8,
 };
 
@@ -84,116 +87,47 @@ impl Show<FaultLog> for Smmu {
     }
 }
 
-impl PagedRegisters for Smmu {
-    fn keep_page(&self, page: Arc<RegisterPage>) {
-        if self.page.set(page).is_ok() {
-            self.keep(&self.lock());
-        }
+impl Paged for Smmu {
+    type Registers = Registers;
+
+    fn page(&self) -> &OnceLock<Arc<RegisterPage>> {
+        &self.page
     }
 
-    fn tail_register(&self) -> (u64, u64) {
-        (regs::CMDQ_PROD, 4)
+    fn places(&self) -> Places {
+        PLACES
     }
 
-    fn write_tail(&self, offset: u64, data: &[u8]) {
-        // The caller works through the queue.
-        self.apply_written();
-        self.counters.register_writes.count();
-        let access = SlotAccess::new(offset, data.len(), PLACES.end);
-        let Some(access) = access.filter(|access| access.slot == PLACES.tail) else {
-            self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
-            return;
-        };
-        let value = access.place(data);
-        let mut registers = self.lock();
-        self.observe_access(offset, data.len(), access.extract(value), true);
-        self.write_slot(&mut registers, access, value);
+    fn order(&self) -> impl Iterator<Item = u64> {
+        ORDER.into_iter()
     }
 
-    fn work_through_queue(&self) {
-        self.drain_queue();
+    fn registers(&self) -> Locked<'_, Registers> {
+        self.lock()
     }
 
-    fn lend_page(&self, lender: Arc<dyn PageLender>) -> bool {
-        self.settle();
-        let Some(page) = self.page.get() else { return false };
-        let registers = self.lock();
+    fn idle_registers(&self) -> Locked<'_, Registers> {
+        self.lock()
+    }
+
+    fn quiet(&self, registers: &Registers) -> Option<impl Sized> {
         let faults = self.fault_log();
-        let quiet = is_quiet(&registers) && faults.errors.active() == Gerror::new();
-        let unlock = || drop(faults);
-        !self.is_halted() && quiet && page.lend(&PLACES, lender, unlock)
+        let quiet = is_quiet(registers) && faults.errors.active() == Gerror::new();
+        (quiet && !self.is_halted()).then_some(faults)
     }
 
-    fn look_at_page(&self) -> Look {
-        let Some(page) = self.page.get() else { return Look::NotLent };
-        if page.is_lent() && page.has_tail(&PLACES) {
-            let mut registers = self.lock();
-            // What the guest wrote before it is done before it: all of that is in the memory.
-            if page.has_other_register(&PLACES) {
-                page.recall(Recall::Written);
-            } else if let Some(tail) = page.take_tail(&PLACES) {
-                self.counters.register_writes.count();
-                self.observe_access(PLACES.tail, 4, tail.into(), true);
-                registers.cmdq_prod = CmdqProd::new().with_wr(CmdqProd::from_bits(tail).wr());
-            }
-            drop(registers);
-            if page.is_lent() {
-                self.drain_queue();
-                return Look::Tail;
-            }
-        }
-        if page.is_lent() && page.has_others(&PLACES) {
-            let registers = self.lock();
-            if page.has_any_other(&PLACES) {
-                page.recall(Recall::Written);
-            }
-            drop(registers);
-        }
-        if page.is_lent() {
-            return Look::Nothing;
-        }
-        self.settle();
-        Look::NotLent
+    fn set_tail(&self, registers: &mut Registers, tail: u32) {
+        registers.cmdq_prod = CmdqProd::new().with_wr(CmdqProd::from_bits(tail).wr());
     }
 
-    fn take_page_back(&self) {
-        if let Some(page) = self.page.get() {
-            page.recall(Recall::Asked);
-            self.settle();
-        }
-    }
-}
-
-impl Smmu {
-    /// Does what the guest wrote to the page before that was recalled, if anything. Every access
-    /// begins with this.
-    pub(super) fn settle(&self) {
-        if self.apply_written() {
-            self.drain_queue();
-        }
+    fn apply(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
+        self.write_slot(registers, access, value);
     }
 
-    /// The same, but the queue is left to [`Smmu::drain_queue`]. Returns whether there was
-    /// anything.
-    fn apply_written(&self) -> bool {
-        let Some(page) = self.page.get().filter(|page| page.is_recalled()) else { return false };
-        let mut registers = self.lock();
-        // Another thread may have done it.
-        if !page.is_recalled() {
-            return false;
-        }
-        for slot in ORDER {
-            let Some(written) = page.written(&PLACES, slot) else { continue };
-            let Written { offset, size, access, value } = written;
-            self.counters.register_writes.count();
-            self.observe_access(offset, size, access.extract(value), true);
-            self.write_slot(&mut registers, access, value);
-        }
-        self.keep(&registers);
-        true
-    }
+    /// None: software changes an interrupt only while that is disabled, and waits until IRQ_CTRLACK
+    /// says so (§6.3.13), which is after the write has been applied.
+    fn apply_others(&self) {}
 
-    /// Fills the page, which the SMMU keeps from now on.
     fn keep(&self, registers: &Registers) {
         let Some(page) = self.page.get() else { return };
         let faults = self.fault_log();
@@ -202,6 +136,22 @@ impl Smmu {
             register.unwrap_or_else(|| fault_slot(&faults, slot))
         };
         page.keep((0..PLACES.end).step_by(8).map(|slot| (slot, value(slot))));
+    }
+
+    fn drain(&self) {
+        self.drain_queue();
+    }
+
+    fn writes(&self) -> &Counter {
+        &self.counters.register_writes
+    }
+
+    fn observe_write(&self, offset: u64, size: usize, value: u64) {
+        self.observe_access(offset, size, value, true);
+    }
+
+    fn mistake(&self, what: fmt::Arguments<'_>) {
+        self.guest_error(what);
     }
 }
 

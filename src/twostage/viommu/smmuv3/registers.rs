@@ -12,6 +12,7 @@ use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, OutputCons, OutputProd, Que
 use crate::spec::smmuv3::regs::{
     self, Cr0, Cr1, Cr2, Gbpa, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg,
 };
+use crate::viommu::paged::Paged;
 use crate::viommu::registers::{pair, SlotAccess};
 use crate::viommu::RegisterAccess;
 

@@ -34,7 +34,7 @@ impl FaultTarget for VtdIommu {
         let explained = explain(standing, &self.tables(standing.root), fault);
         let outcome = match explained {
             Some(Blocked { reason, fault_disabled }) if reason.is_recorded(fault_disabled) => {
-                let recorded = self.fault_log().record(fault, reason);
+                let recorded = self.fault_log_for_event().record(fault, reason);
                 self.recorded(recorded)
             }
             _ => {

@@ -6,18 +6,19 @@
 //! Bits that are cleared by writing 1 are all 0 while the page is lent, so writes to them had no
 //! effect, and are forgotten.
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 
-use super::fault_log::FaultLog;
+use super::fault_log::{EventRegisters, FaultLog};
 use super::page_requests::PageRequests;
 use super::queue::Slice;
 use super::registers::{page_slot, FSTS_SLOT, ICS_SLOT, PRS_SLOT};
 use super::state::Registers;
-use super::VtdIommu;
-use crate::spec::vtd::regs::{self, Prs, QueuePointer, FRCD_SIZE};
-use crate::viommu::register_page::{
-    Look, PageLender, PagedRegisters, Places, Recall, Show, Written,
-};
+use super::{Locked, VtdIommu};
+use crate::counters::Counter;
+use crate::spec::vtd::regs::{self, Gsts, Prs, QueuePointer, FRCD_SIZE};
+use crate::viommu::paged::Paged;
+use crate::viommu::register_page::{Places, Recall, Show, Written};
 use crate::viommu::registers::SlotAccess;
 use crate::viommu::RegisterPage;
 
@@ -42,20 +43,18 @@ const FAULTS: [u64; 3] = [regs::FEADDR, regs::FECTL, FSTS_SLOT];
 
 /// Registers to be applied in this order, if the guest wrote to them in memory; IVA and IOTLB are
 /// between these and [`LAST`].
-const FIRST: [u64; 11] = [
-    regs::RTADDR,
-    regs::IRTA,
-    regs::FEADDR,
-    regs::IEADDR,
-    regs::PEADDR,
-    regs::FECTL,
-    regs::IECTL,
-    regs::PECTL,
-    regs::PQA,
-    regs::PQH,
-    regs::IQT,
-];
-const LAST: [u64; 4] = [regs::PQT, regs::CCMD, regs::IQA, regs::GCMD];
+const FIRST: [u64; 5] = [regs::RTADDR, regs::IRTA, regs::IEADDR, regs::IECTL, regs::IQT];
+const LAST: [u64; 3] = [regs::CCMD, regs::IQA, regs::GCMD];
+/// The same of page requests.
+const OF_PAGE_REQUESTS: [u64; 5] = [regs::PEADDR, regs::PECTL, regs::PQA, regs::PQH, regs::PQT];
+
+/// What SRTP and SIRTP set.
+const POINTERS_SET: Gsts = Gsts::new().with_rtps(true).with_irtps(true);
+
+/// The registers of an event: where its message goes, and with what, which sends it.
+type Event = [u64; 2];
+const FAULT_EVENT: Event = [regs::FEADDR, regs::FECTL];
+const INVALIDATION_EVENT: Event = [regs::IEADDR, regs::IECTL];
 
 impl Show<Registers> for VtdIommu {
     fn show(&self, registers: &Registers) {
@@ -85,139 +84,59 @@ impl Show<FaultLog> for VtdIommu {
     }
 }
 
-impl PagedRegisters for VtdIommu {
-    fn keep_page(&self, page: Arc<RegisterPage>) {
-        if self.page.set(page).is_ok() {
-            self.keep(&self.lock());
-        }
+impl Paged for VtdIommu {
+    type Registers = Registers;
+
+    fn page(&self) -> &OnceLock<Arc<RegisterPage>> {
+        &self.page
     }
 
-    fn tail_register(&self) -> (u64, u64) {
-        (regs::IQT, 8)
-    }
-
-    fn write_tail(&self, offset: u64, data: &[u8]) {
-        // The caller works through the queue.
-        self.apply_written();
-        self.counters.register_writes.count();
-        let places = self.places();
-        let access = SlotAccess::new(offset, data.len(), places.end);
-        let Some(access) = access.filter(|access| access.slot == places.tail) else {
-            self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
-            return;
-        };
-        let value = access.place(data);
-        let mut registers = self.lock();
-        self.observe_access(offset, data.len(), access.extract(value), true);
-        self.write_slot(&mut registers, access, value);
-    }
-
-    fn work_through_queue(&self) {
-        self.drain_queue();
-    }
-
-    fn lend_page(&self, lender: Arc<dyn PageLender>) -> bool {
-        self.settle();
-        let Some(page) = self.page.get() else { return false };
-        let registers = self.lock_idle();
-        let (requests, faults) = (self.pages(), self.fault_log());
-        let quiet = is_quiet(&registers) && no_request(&requests) && no_fault(&faults);
-        let unlock = || drop((requests, faults));
-        !self.is_halted() && quiet && page.lend(&self.places(), lender, unlock)
-    }
-
-    fn look_at_page(&self) -> Look {
-        let Some(page) = self.page.get() else { return Look::NotLent };
-        let places = self.places();
-        if page.is_lent() && page.has_tail(&places) {
-            let mut registers = self.lock();
-            // What the guest wrote before it is done before it: all of that is in the memory.
-            if page.has_other_register(&places) {
-                page.recall(Recall::Written);
-            } else if let Some(tail) = page.take_tail(&places) {
-                self.counters.register_writes.count();
-                self.observe_access(places.tail, 4, tail.into(), true);
-                registers.iqt = QueuePointer::from_bits(u64::from(tail) & QueuePointer::WRITABLE);
-            }
-            drop(registers);
-            if page.is_lent() {
-                self.drain_queue();
-                return Look::Tail;
-            }
-        }
-        if page.is_lent() && page.has_others(&places) {
-            let registers = self.lock();
-            if page.has_any_other(&places) {
-                page.recall(Recall::Written);
-            }
-            drop(registers);
-        }
-        if page.is_lent() {
-            return Look::Nothing;
-        }
-        self.settle();
-        Look::NotLent
-    }
-
-    fn take_page_back(&self) {
-        if let Some(page) = self.page.get() {
-            page.recall(Recall::Asked);
-            self.settle();
-        }
-    }
-}
-
-impl VtdIommu {
     fn places(&self) -> Places {
         let records =
             self.caps.cap.fault_record_offset() + self.caps.cap.fault_records() * FRCD_SIZE;
         Places {
             head: regs::IQH,
             tail: regs::IQT,
+            tail_size: 8,
             command: Some(regs::GCMD),
+            acknowledged: Some((regs::GSTS, POINTERS_SET.into_bits())),
             end: records.max(self.iotlb_slot() + 8),
         }
     }
 
-    /// The slots of the fault recording registers; the one with F is the last of each.
-    fn record_slots(&self) -> impl Iterator<Item = u64> {
-        let start = self.caps.cap.fault_record_offset();
-        (start..start + self.caps.cap.fault_records() * FRCD_SIZE).step_by(8)
+    fn order(&self) -> impl Iterator<Item = u64> {
+        FIRST.into_iter().chain([self.iva_slot(), self.iotlb_slot()]).chain(LAST)
     }
 
-    /// Does what the guest wrote to the page before that was recalled, if anything. Every access
-    /// begins with this.
-    pub(super) fn settle(&self) {
-        if self.apply_written() {
-            self.drain_queue();
-        }
+    fn registers(&self) -> Locked<'_, Registers> {
+        self.lock()
     }
 
-    /// The same, but what takes its time is left to [`VtdIommu::drain_queue`]. Returns whether
-    /// there was anything.
-    fn apply_written(&self) -> bool {
-        let Some(page) = self.page.get().filter(|page| page.is_recalled()) else { return false };
-        let mut registers = self.lock_idle();
-        // Another thread may have done it.
-        if !page.is_recalled() {
-            return false;
-        }
-        let places = self.places();
-        let order = FIRST.into_iter().chain([self.iva_slot(), self.iotlb_slot()]).chain(LAST);
-        for slot in order {
-            let Some(written) = page.written(&places, slot) else { continue };
-            let Written { offset, size, access, value } = written;
-            self.counters.register_writes.count();
-            self.observe_access(offset, size, access.extract(value), true);
-            // One command at a time; the last of them may end after this.
-            while self.is_command(slot) && self.run_command(&mut registers) == Slice::More {}
-            self.write_slot(&mut registers, access, value);
-        }
-        self.keep(&registers);
-        true
+    fn idle_registers(&self) -> Locked<'_, Registers> {
+        self.lock_idle()
     }
 
-    /// Fills the page, which the unit keeps from now on.
+    fn quiet(&self, registers: &Registers) -> Option<impl Sized> {
+        let (requests, faults) = (self.pages(), self.fault_log());
+        let quiet = is_quiet(registers) && no_request(&requests) && no_fault(&faults);
+        (quiet && !self.is_halted()).then_some((requests, faults))
+    }
+
+    fn set_tail(&self, registers: &mut Registers, tail: u32) {
+        registers.iqt = QueuePointer::from_bits(u64::from(tail) & QueuePointer::WRITABLE);
+    }
+
+    fn apply(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
+        // One command at a time; the last of them may end after this.
+        while self.is_command(access.slot) && self.run_command(registers) == Slice::More {}
+        self.write_slot(registers, access, value);
+    }
+
+    fn apply_others(&self) {
+        drop(self.pages_for_event());
+        drop(self.fault_log_for_event());
+    }
+
     fn keep(&self, registers: &Registers) {
         let Some(page) = self.page.get() else { return };
         let (requests, faults) = (self.pages(), self.fault_log());
@@ -227,6 +146,79 @@ impl VtdIommu {
             register.or_else(request).or_else(|| self.fault_slot(&faults, slot)).unwrap_or(0)
         };
         page.keep((0..self.places().end).step_by(8).map(|slot| (slot, value(slot))));
+    }
+
+    fn drain(&self) {
+        self.drain_queue();
+    }
+
+    fn writes(&self) -> &Counter {
+        &self.counters.register_writes
+    }
+
+    fn observe_write(&self, offset: u64, size: usize, value: u64) {
+        self.observe_access(offset, size, value, true);
+    }
+
+    fn mistake(&self, what: fmt::Arguments<'_>) {
+        self.guest_error(what);
+    }
+}
+
+impl VtdIommu {
+    /// The slots of the fault recording registers; the one with F is the last of each.
+    fn record_slots(&self) -> impl Iterator<Item = u64> {
+        let start = self.caps.cap.fault_record_offset();
+        (start..start + self.caps.cap.fault_records() * FRCD_SIZE).step_by(8)
+    }
+
+    /// The fault log, to raise the fault event. Before that, the page is taken back: the guest may
+    /// have masked the event there, or changed its message.
+    pub(super) fn fault_log_for_event(&self) -> Locked<'_, FaultLog> {
+        let mut log = self.fault_log();
+        self.prepare_event(FAULT_EVENT, &mut log.event);
+        log
+    }
+
+    /// The same for the end of invalidations.
+    pub(super) fn prepare_invalidation_event(&self, registers: &mut Registers) {
+        self.prepare_event(INVALIDATION_EVENT, &mut registers.invalidation_event);
+    }
+
+    /// The same for page requests, and for where they go.
+    pub(super) fn pages_for_event(&self) -> Locked<'_, PageRequests> {
+        let mut pages = self.pages();
+        self.recall_for_event();
+        for slot in OF_PAGE_REQUESTS {
+            let Some(Written { access, value, .. }) = self.take_written(slot) else { continue };
+            if self.caps.ecap.prs() {
+                // Nothing was pending while the page was lent, so there is nothing to send.
+                let _none = pages.queue.write(access, value);
+            }
+        }
+        pages
+    }
+
+    /// Takes the page back, and what the guest wrote to the registers of `event` there; nothing
+    /// else, as the caller has no other lock than theirs.
+    fn prepare_event(&self, slots: Event, event: &mut EventRegisters) {
+        self.recall_for_event();
+        let [address, control] = slots.map(|slot| self.take_written(slot));
+        if let Some(Written { access, value, .. }) = address {
+            let (low, high) = access.halves(value);
+            event.write_address(low, high);
+        }
+        if let Some(Written { access, value, .. }) = control {
+            let (low, high) = access.halves(value);
+            // Nothing was pending, as above.
+            let _none = event.write_control(low, high);
+        }
+    }
+
+    fn recall_for_event(&self) {
+        if let Some(page) = self.page.get() {
+            page.recall(Recall::Changed);
+        }
     }
 }
 

@@ -27,8 +27,9 @@ use super::policy::Blocked;
 use super::{Locked, VtdIommu};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::page_request::{PageRequest, PageResponse, PAGE_REQUEST_SIZE};
-use crate::spec::vtd::regs::{Pqa, Prs, QueuePointer};
+use crate::spec::vtd::regs::{self, Pqa, Prs, QueuePointer};
 use crate::viommu::register_page::Shown;
+use crate::viommu::registers::SlotAccess;
 use crate::viommu::{MsiMessage, Requester, TableMemory};
 
 /// The registers of the page request queue.
@@ -67,9 +68,30 @@ impl PageQueue {
     /// Bits of PQH and PQT that software can write: descriptors have 32 bytes.
     pub(super) const POINTER: u64 = QueuePointer::WRITABLE & !(PAGE_REQUEST_SIZE - 1);
 
+    /// The guest writes the registers of `access`, with `value` at its place in their slot. Returns
+    /// the message of an event that was pending.
+    pub(super) fn write(&mut self, access: SlotAccess, value: u64) -> Option<MsiMessage> {
+        let (low, high) = access.halves(value);
+        let pointer = |old: QueuePointer| {
+            QueuePointer::from_bits(access.merge(old.into_bits(), value, Self::POINTER))
+        };
+        match access.slot {
+            regs::PQH => self.head = pointer(self.head),
+            regs::PQT => self.tail = pointer(self.tail),
+            regs::PQA => {
+                let new = access.merge(self.address.into_bits(), value, Pqa::WRITABLE);
+                self.address = Pqa::from_bits(new);
+            }
+            regs::PECTL => return self.event.write_control(low, high),
+            regs::PEADDR => self.event.write_address(low, high),
+            _ => high.into_iter().for_each(|value| self.write_status(value)),
+        }
+        None
+    }
+
     /// The guest writes PRS: writing 1 clears a bit, and the event is not pending without its
     /// causes.
-    pub(super) fn write_status(&mut self, value: u32) {
+    fn write_status(&mut self, value: u32) {
         let clear = Prs::from_bits(value);
         self.status.set_ppr(self.status.ppr() && !clear.ppr());
         self.status.set_pro(self.status.pro() && !clear.pro());
@@ -175,7 +197,7 @@ impl VtdIommu {
         let requester = Requester { rid: last.rid, pasid: last.pasid };
         let mut events = Vec::new();
         let mut former = None;
-        let mut pages = self.pages();
+        let mut pages = self.pages_for_event();
         // With the lock, so that what ends all open groups ends this one, too, or it is not opened.
         let served = match pages.disabled.contains(&last.rid) {
             true => Err(None),
@@ -212,7 +234,7 @@ impl VtdIommu {
                 self.counters.page_requests_refused.add(count);
                 if let Err(Some(Blocked { reason, fault_disabled })) = served {
                     if reason.is_recorded(fault_disabled) {
-                        let recorded = self.fault_log().record_page_request(last, reason);
+                        let recorded = self.fault_log_for_event().record_page_request(last, reason);
                         self.recorded(recorded);
                     }
                 }

@@ -370,6 +370,7 @@ impl VtdIommu {
             }
         }
         if interrupt && !registers.ics.iwc() {
+            self.prepare_invalidation_event(registers);
             registers.ics.set_iwc(true);
             let msi = registers.invalidation_event.raise();
             self.show(registers);
@@ -380,7 +381,7 @@ impl VtdIommu {
     fn raise_queue_error(&self, registers: &Registers, error: QueueError) {
         // Whoever sees the error finds where it is.
         self.show(registers);
-        let msi = self.fault_log().queue_error(error);
+        let msi = self.fault_log_for_event().queue_error(error);
         self.send(msi);
     }
 

@@ -8,8 +8,9 @@ use super::queue::Slice;
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::vtd::regs::{
-    self, Ccmd, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, Pqa, QueuePointer, Rtaddr, FRCD_SIZE,
+    self, Ccmd, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, QueuePointer, Rtaddr, FRCD_SIZE,
 };
+use crate::viommu::paged::Paged;
 use crate::viommu::register_page::Show;
 use crate::viommu::registers::{pair, SlotAccess};
 use crate::viommu::RegisterAccess;
@@ -189,7 +190,8 @@ impl VtdIommu {
             }
             regs::PQH | regs::PQT | regs::PQA | PRS_SLOT | regs::PECTL | regs::PEADDR => {
                 if self.caps.ecap.prs() {
-                    self.write_page_slot(access, value);
+                    let msi = self.pages().queue.write(access, value);
+                    self.send(msi);
                 }
             }
             // Read-only and reserved registers, and fault records.
@@ -198,31 +200,6 @@ impl VtdIommu {
                     self.fault_log().write_record_word(word, access.masked(value));
                 }
             }
-        }
-    }
-
-    /// The same for the registers of page requests.
-    fn write_page_slot(&self, access: SlotAccess, value: u64) {
-        let (low, high) = access.halves(value);
-        let mut pages = self.pages();
-        let queue = &mut pages.queue;
-        let pointer = |old: QueuePointer| {
-            QueuePointer::from_bits(access.merge(old.into_bits(), value, PageQueue::POINTER))
-        };
-        match access.slot {
-            regs::PQH => queue.head = pointer(queue.head),
-            regs::PQT => queue.tail = pointer(queue.tail),
-            regs::PQA => {
-                let new = access.merge(queue.address.into_bits(), value, Pqa::WRITABLE);
-                queue.address = Pqa::from_bits(new);
-            }
-            regs::PECTL => {
-                let msi = queue.event.write_control(low, high);
-                drop(pages);
-                self.send(msi);
-            }
-            regs::PEADDR => queue.event.write_address(low, high),
-            _ => high.into_iter().for_each(|value| queue.write_status(value)),
         }
     }
 

@@ -169,7 +169,7 @@ impl VtdIommu {
         self.counters.interrupts_blocked.count();
         let InterruptFault { reason, index, fault_disabled } = fault;
         let outcome = if reason.is_recorded(fault_disabled) {
-            let recorded = self.fault_log().record_interrupt(source, index, reason);
+            let recorded = self.fault_log_for_event().record_interrupt(source, index, reason);
             self.recorded(recorded)
         } else {
             self.counters.faults_suppressed.count();

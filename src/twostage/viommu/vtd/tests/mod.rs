@@ -5,6 +5,7 @@ mod control;
 mod faults;
 mod late;
 mod page;
+mod page_events;
 mod page_requests;
 mod policies;
 mod properties;

@@ -2,12 +2,13 @@
 //! The register page as memory of the guest.
 
 use std::sync::atomic::Ordering;
+use std::thread;
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::viommu::testing::{any_access, AnyAccess, Slot};
-use crate::viommu::{BadAddress, Look, PagedRegisters, Recall, RegisterPage};
+use crate::viommu::{BadAddress, Look, PageLender, PagedRegisters, Recall, RegisterPage};
 
 /// A guest with a page.
 pub(super) struct Paged {
@@ -17,7 +18,7 @@ pub(super) struct Paged {
 }
 
 impl Paged {
-    fn of(guest: Guest) -> Self {
+    pub fn of(guest: Guest) -> Self {
         let page = RegisterPage::new().unwrap();
         guest.iommu.keep_page(page.clone());
         Self { guest, page, slot: Arc::default() }
@@ -299,6 +300,27 @@ fn a_command_in_memory_is_executed() {
 }
 
 #[test]
+fn a_pointer_that_is_set_again_is_seen_set_when_it_is() {
+    const SRTP: u32 = 1 << 30;
+    let paged = Paged::running();
+    let enabled = paged.read(regs::GSTS) & !SRTP;
+    assert!(paged.lend());
+    paged.write(regs::RTADDR, 0x9400);
+    paged.write(regs::GCMD, enabled | SRTP);
+    // Not yet, so that no other command takes its place.
+    assert_eq!(paged.read(regs::GSTS), enabled);
+    paged.look();
+    assert_eq!(paged.read(regs::GSTS), enabled | SRTP);
+    let root = paged.guest.iommu.snapshot().unwrap().registers.root;
+    assert_eq!(root.map(|root| root.into_bits()), Some(0x9400));
+    // Its status does not end the loan.
+    assert!(paged.lend());
+    let tail = paged.queue(5);
+    paged.write(regs::IQT, tail);
+    assert_eq!((paged.look(), paged.guest.status(), paged.slot.is_there()), (Look::Tail, 5, true));
+}
+
+#[test]
 fn what_memory_cannot_express_is_not_lent_or_ends_the_loan() {
     let paged = Paged::running();
     assert!(paged.lend());
@@ -351,11 +373,48 @@ fn nothing_is_lost_when_a_fault_takes_the_page() {
 fn a_page_that_is_not_mapped_stays_kept() {
     let paged = Paged::running();
     paged.slot.refuses.store(true, Ordering::Relaxed);
-    assert!(!paged.lend());
-    paged.guest.iommu.take_page_back();
+    assert!(!paged.lend() && !paged.page.is_lent());
+    // The hypervisor may not even have taken it away: it shows what reads return, and goes on so.
+    let page = |offset| paged.page.load(offset);
+    assert_eq!((page(regs::GCMD), page(regs::GSTS)), (0, 1 << 31 | 1 << 30 | 1 << 26));
+    paged.guest.iommu.dma_fault(&fault(Requester::rid(RID)));
+    assert_eq!(page(regs::FSTS), 2);
+    paged.write(0x22c, 1 << 31);
     assert_eq!(paged.differences(), []);
     paged.slot.refuses.store(false, Ordering::Relaxed);
     assert!(paged.lend());
+}
+
+/// A hypervisor that refuses the page, while a device faults.
+struct Refuses {
+    unit: Arc<VtdIommu>,
+    fault: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+impl PageLender for Refuses {
+    fn lend(&self) -> bool {
+        let unit = self.unit.clone();
+        // This takes the page back, for which it waits until it is lent or refused.
+        let fault = thread::spawn(move || unit.dma_fault(&fault(Requester::rid(RID))));
+        *self.fault.lock() = Some(fault);
+        (0..100).for_each(|_| thread::yield_now());
+        false
+    }
+
+    fn take_back(&self) {
+        unreachable!("it was never lent");
+    }
+}
+
+#[test]
+fn what_changes_while_the_page_is_refused_is_shown() {
+    let paged = Paged::running();
+    let unit = paged.guest.iommu.clone();
+    let refuses = Arc::new(Refuses { unit, fault: Mutex::default() });
+    assert!(!paged.guest.iommu.lend_page(refuses.clone()));
+    refuses.fault.lock().take().unwrap().join().unwrap();
+    assert_eq!(paged.page.load(regs::FSTS), 2);
+    assert_eq!(paged.differences(), []);
 }
 
 #[test]

@@ -23,7 +23,7 @@ fn config() -> VtdConfig {
 }
 
 /// A unit whose guest serves page requests of [`RID`] for PASIDs 0 and 5.
-fn serving() -> Guest {
+pub(super) fn serving() -> Guest {
     let guest = Guest::new(config());
     guest.write_tables();
     // PRE, PASIDE, P.
@@ -52,7 +52,7 @@ fn request(group: u16) -> PageRequest {
 }
 
 /// Asks for one page.
-fn ask(guest: &Guest, group: u16, ticket: u64) -> Option<PageResponse> {
+pub(super) fn ask(guest: &Guest, group: u16, ticket: u64) -> Option<PageResponse> {
     guest.iommu.page_requests(&[request(group)], PageTicket(ticket))
 }
 
