@@ -16,6 +16,7 @@ use crate::interrupts::{Interrupts, Messages, Ways};
 use crate::iommu::{BoundDevice, DirectDevices, Host, Iommu, Iommus, SideCore};
 use crate::memory::MachineMemory;
 use crate::pci::{Ecam, PciMemory};
+use crate::process::stop::Stopper;
 use crate::trace::Trace;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
@@ -128,10 +129,11 @@ pub(super) fn side_core(
     iommus: &[Iommu],
     processors: &[Processor],
     slots: u32,
+    stopper: &Stopper,
 ) -> Result<Option<SideCore>> {
     // A machine has at least one.
     let Some(first) = processors.first() else { return Ok(None) };
-    SideCore::new(vm, config, iommus, first.raw_fd(), slots)
+    SideCore::new(vm, config, iommus, first.raw_fd(), slots, stopper)
 }
 
 /// The files of the devices of `kernel`, and what `vfio-ioctls` takes besides: the iommufd, with an

@@ -83,7 +83,9 @@ impl Machine {
         let iommus_or_none = iommus.as_ref().map_or(&[][..], Iommus::all);
         let interrupts = build::interrupts(ways, iommus_or_none)?;
         let slots = memory.slots();
-        let side_core = build::side_core(&vm, config, iommus_or_none, &processors, slots)?;
+        let stopper = Stopper::new()?;
+        let side_core =
+            build::side_core(&vm, config, iommus_or_none, &processors, slots, &stopper)?;
         let wiring = Wiring {
             interrupts: interrupts.clone(),
             doorbells: Arc::new(KvmDoorbells(vm.clone())),
@@ -92,7 +94,6 @@ impl Machine {
             trace: trace.clone(),
         };
         let pci = PciTopology::new(config, &memory, iommus_or_none, wiring)?;
-        let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts)?;
         let mut mmio = build::mmio(config, &pci, iommus_or_none, side_core.as_ref())?;
         let board = Board::new(&mut mmio, serial.clone(), &pci.bus, interrupts.lines(), &stopper)?;
@@ -132,7 +133,7 @@ impl Machine {
             events.add(subscriber);
         }
         if let Some(side_core) = &mut self.side_core {
-            side_core.start(self.stopper.clone())?;
+            side_core.start()?;
         }
         let mut threads = Vec::new();
         let processors = std::mem::take(&mut self.processors);

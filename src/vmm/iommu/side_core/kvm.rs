@@ -9,6 +9,8 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, MutexGuard};
+use std::thread;
+use std::time::Duration;
 
 use kvm_bindings::{kvm_userspace_memory_region, KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
@@ -16,6 +18,7 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, FileOffset, VolatileMemory};
 
 use crate::arch;
+use crate::process::stop::{StopReason, Stopper};
 use twostage::sync::Mutex;
 use twostage::viommu::{PageLender, RegisterPage, PAGE_SIZE};
 
@@ -40,6 +43,28 @@ impl Abilities {
     }
 }
 
+/// How often KVM may refuse to take something away from the guest, and the time in between.
+const TRIES: u32 = 20;
+const BETWEEN: Duration = Duration::from_millis(50);
+
+/// Takes something away from the guest with `take`. KVM may be short of memory for a moment; if it
+/// refuses for a second, `stopper` stops the machine, which would do what the guest is not told:
+/// `what` is not done. May be called with any lock held.
+pub(super) fn insist(
+    stopper: &Stopper,
+    what: &str,
+    mut take: impl FnMut() -> Result<(), kvm_ioctls::Error>,
+) {
+    for left in (0..TRIES).rev() {
+        let Err(error) = take() else { return };
+        if left == 0 || stopper.reason().is_some() {
+            stopper.stop(StopReason::Stuck(format!("KVM does not {what}: {error}")));
+            return;
+        }
+        thread::sleep(BETWEEN);
+    }
+}
+
 /// How a register page is mapped into the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mapped {
@@ -55,14 +80,21 @@ pub(super) struct PageSlot {
     number: u32,
     address: u64,
     page: Arc<RegisterPage>,
+    stopper: Stopper,
     now: Mutex<Option<Mapped>>,
 }
 
 impl PageSlot {
     /// Slot `number` of `vm`, which must be unused, for `page` at the guest's `address`; nothing is
-    /// mapped yet.
-    pub fn new(vm: Arc<VmFd>, number: u32, address: u64, page: Arc<RegisterPage>) -> Self {
-        Self { vm, number, address, page, now: Mutex::new(None) }
+    /// mapped yet. `stopper` stops the machine if KVM does not take it back.
+    pub fn new(
+        vm: Arc<VmFd>,
+        number: u32,
+        address: u64,
+        page: Arc<RegisterPage>,
+        stopper: Stopper,
+    ) -> Self {
+        Self { vm, number, address, page, stopper, now: Mutex::new(None) }
     }
 
     /// Maps the page, instead of how it was before. A slot cannot be changed in place: accesses
@@ -109,11 +141,7 @@ impl PageLender for PageSlot {
     }
 
     fn take_back(&self) {
-        // Without it, what the guest does next is not what it is told.
-        while let Err(error) = self.map(None) {
-            log::error!("KVM does not take registers back: {error}; trying again");
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        }
+        insist(&self.stopper, "take registers back", || self.map(None));
     }
 }
 
@@ -264,6 +292,32 @@ mod tests {
     }
 
     #[test]
+    fn what_kvm_refuses_for_a_moment_is_tried_again_and_ends_the_machine_after_a_second() {
+        let stopper = Stopper::new().unwrap();
+        let refusing = |mut times: u32, calls: &mut u32| {
+            insist(&stopper, "stop", || {
+                *calls += 1;
+                times = times.saturating_sub(1);
+                if times == 0 {
+                    Ok(())
+                } else {
+                    Err(kvm_ioctls::Error::new(libc::ENOMEM))
+                }
+            });
+        };
+        let mut calls = 0;
+        refusing(3, &mut calls);
+        assert_eq!((calls, stopper.reason()), (3, None));
+        refusing(u32::MAX, &mut calls);
+        assert_eq!(calls, 3 + TRIES);
+        let reason = stopper.reason().unwrap().to_string();
+        assert!(reason.starts_with("KVM does not stop: "), "{reason}");
+        // A machine that stops anyway is not kept.
+        refusing(u32::MAX, &mut calls);
+        assert_eq!(calls, 3 + TRIES + 1);
+    }
+
+    #[test]
     fn a_page_is_mapped_and_taken_away() {
         let Ok(kvm) = Kvm::new() else {
             eprintln!("no /dev/kvm: not tested");
@@ -271,7 +325,8 @@ mod tests {
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
         let page = RegisterPage::new().unwrap();
-        let slot = PageSlot::new(vm.clone(), 3, 0x10_0000, page.clone());
+        let stopper = Stopper::new().unwrap();
+        let slot = PageSlot::new(vm.clone(), 3, 0x10_0000, page.clone(), stopper);
         slot.map(Some(Mapped::ReadOnly)).unwrap();
         assert!(slot.lend());
         slot.take_back();

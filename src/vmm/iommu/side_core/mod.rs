@@ -20,6 +20,8 @@ mod kvm;
 mod pace;
 mod processors;
 mod report;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests;
 mod thread;
 
 use std::fmt;
@@ -51,6 +53,7 @@ pub(crate) struct SideCore {
 /// What the thread and the vCPUs share.
 struct Shared {
     vm: Arc<VmFd>,
+    stopper: Stopper,
     ring: Ring,
     abilities: Abilities,
     auto: bool,
@@ -121,7 +124,8 @@ impl Unit {
 impl SideCore {
     /// The side core that `config` asks for, for its `iommus`; `None` if it asks for none, or
     /// leaves it to what KVM has. `vcpu` is one of `vm`, whose slots from `first_slot` on are
-    /// unused: it takes one for each of the `iommus`.
+    /// unused: it takes one for each of the `iommus`. `stopper` stops the machine if the thread
+    /// panics, or KVM does not take back what the guest was given.
     ///
     /// # Errors
     /// There is no such processor, or KVM lacks what is asked for.
@@ -131,6 +135,7 @@ impl SideCore {
         iommus: &[Iommu],
         vcpu: RawFd,
         first_slot: u32,
+        stopper: &Stopper,
     ) -> Result<Option<Self>> {
         let served = || config.iommus.iter().map(|iommu| iommu.side_core.choice);
         if served().all(|choice| choice == SideCoreChoice::Off) {
@@ -145,22 +150,10 @@ impl SideCore {
         }
         let abilities = match Abilities::of(vm) {
             Ok(abilities) => abilities,
-            Err(lacking) if auto => {
-                log::info!("KVM lacks {lacking}: there is no side core");
-                return Ok(None);
-            }
-            Err(lacking) => {
-                return Err(Error::KvmLacks(format!(
-                    "it lacks {lacking}, which side-core=on needs; say side-core=auto or off"
-                )));
-            }
+            Err(lacking) => return cannot(auto, lacking).map(|()| None),
         };
-        if !auto && processors::usable() < 2 {
-            log::warn!(
-                "--iommu: side-core=on, but this process has one processor: an invalidation takes \
-                 as long as the scheduler lets its vCPU run, tens to hundreds of times as long as \
-                 an exit; side-core=auto does not poll then"
-            );
+        if let Some(warning) = warning(auto, processors::usable()) {
+            log::warn!("{warning}");
         }
         let ring = Ring::new(vcpu).map_err(Error::os("the ring of coalesced writes"))?;
         let mut units = Vec::new();
@@ -173,7 +166,11 @@ impl SideCore {
             // A machine has few virtual IOMMUs.
             let slot = first_slot + number as u32;
             let start = config.iommu_address(number);
-            let unit = Unit::new(vm, iommu, slot, start, of.model.registers())?;
+            let page = RegisterPage::new()
+                .map_err(|error| Error::Iommu(format!("a register page: {error}")))?;
+            let slot = PageSlot::new(vm.clone(), slot, start, page.clone(), stopper.clone());
+            let registers = iommu.model.paged_registers();
+            let unit = Unit::new(registers, page, slot, (start, of.model.registers()));
             if abilities.read_only {
                 let mapped = unit.slot.map(Some(Mapped::ReadOnly));
                 mapped.map_err(Error::kvm("mapping registers into the guest"))?;
@@ -182,6 +179,7 @@ impl SideCore {
         }
         let shared = Shared {
             vm: vm.clone(),
+            stopper: stopper.clone(),
             ring,
             abilities,
             auto,
@@ -207,15 +205,15 @@ impl SideCore {
         }
     }
 
-    /// Starts the thread, which stops the machine if it panics.
+    /// Starts the thread.
     ///
     /// # Errors
     /// There is no thread.
-    pub fn start(&mut self, stopper: Stopper) -> Result<()> {
+    pub fn start(&mut self) -> Result<()> {
         let shared = self.shared.clone();
         let run = move || {
             // A guest would wait for it in vain.
-            let _guard = PanicGuard(&stopper, "the side core");
+            let _guard = PanicGuard(&shared.stopper, "the side core");
             shared.run();
         };
         let thread = std::thread::Builder::new().name("side-core".into());
@@ -239,6 +237,29 @@ impl SideCore {
     }
 }
 
+/// KVM lacks `lacking`, without which there is no side core.
+///
+/// # Errors
+/// Not if it is left to what KVM has.
+fn cannot(auto: bool, lacking: &str) -> Result<()> {
+    if auto {
+        log::info!("KVM lacks {lacking}: there is no side core");
+        return Ok(());
+    }
+    Err(Error::KvmLacks(format!(
+        "it lacks {lacking}, which side-core=on needs; say side-core=auto or off"
+    )))
+}
+
+/// What a user is told who wants a side core on `processors`.
+fn warning(auto: bool, processors: usize) -> Option<&'static str> {
+    (!auto && processors < 2).then_some(
+        "--iommu: side-core=on, but this process has one processor: an invalidation takes as long \
+         as the scheduler lets its vCPU run, tens to hundreds of times as long as an exit; \
+         side-core=auto does not poll then",
+    )
+}
+
 impl Drop for SideCore {
     fn drop(&mut self) {
         self.stop();
@@ -252,13 +273,16 @@ impl fmt::Debug for SideCore {
 }
 
 impl Unit {
-    fn new(vm: &Arc<VmFd>, iommu: &Iommu, slot: u32, start: u64, length: u64) -> Result<Self> {
-        let page = RegisterPage::new()
-            .map_err(|error| Error::Iommu(format!("a register page: {error}")))?;
-        let registers = iommu.model.paged_registers();
+    /// `registers` at `start`, of `length` bytes, of which `page` is the first page, in `slot`.
+    fn new(
+        registers: Arc<dyn PagedRegisters>,
+        page: Arc<RegisterPage>,
+        slot: PageSlot,
+        (start, length): (u64, u64),
+    ) -> Self {
         registers.keep_page(page.clone());
-        Ok(Self {
-            slot: Arc::new(PageSlot::new(vm.clone(), slot, start, page.clone())),
+        Self {
+            slot: Arc::new(slot),
             tail: registers.tail_register(),
             registers,
             page,
@@ -270,7 +294,7 @@ impl Unit {
             coalesced: AtomicU64::new(0),
             in_memory: AtomicU64::new(0),
             loan: Mutex::default(),
-        })
+        }
     }
 }
 
@@ -361,5 +385,24 @@ impl BusDevice for Exits {
         self.shared.empty_ring();
         self.registers.write(offset, data);
         self.shared.exited(self.unit, offset);
+    }
+}
+
+#[cfg(test)]
+mod refusals {
+    use super::*;
+
+    #[test]
+    fn what_is_lacking_is_an_error_if_it_was_asked_for() {
+        assert!(cannot(true, "KVM_CAP_COALESCED_MMIO").is_ok());
+        let error = cannot(false, "KVM_CAP_COALESCED_MMIO").unwrap_err().to_string();
+        assert!(error.contains("it lacks KVM_CAP_COALESCED_MMIO, which side-core=on needs"));
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+
+    #[test]
+    fn one_processor_is_warned_of_if_the_thread_polls_anyway() {
+        let warned = |auto, processors| warning(auto, processors).is_some();
+        assert!(warned(false, 1) && !warned(false, 2) && !warned(true, 1));
     }
 }

@@ -141,15 +141,22 @@ impl Rest {
 pub(super) struct Patience {
     quiet: u64,
     needed: u64,
+    least: u64,
+    most: u64,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { quiet: 0, needed: PATIENCE }
+        Self::of(PATIENCE, MOST_PATIENCE)
     }
 }
 
 impl Patience {
+    /// From `least` to `most` quiet operations.
+    pub fn of(least: u64, most: u64) -> Self {
+        Self { quiet: 0, needed: least, least, most }
+    }
+
     /// `tails` more tail writes, with nothing else between. Returns whether to lend.
     pub fn quiet(&mut self, tails: u64) -> bool {
         self.quiet = self.quiet.saturating_add(tails);
@@ -166,7 +173,7 @@ impl Patience {
     pub fn came_back(&mut self, tails: u64) {
         self.quiet = 0;
         let paid = tails >= PAID;
-        self.needed = if paid { PATIENCE } else { (self.needed * 2).min(MOST_PATIENCE) };
+        self.needed = if paid { self.least } else { (self.needed * 2).min(self.most) };
     }
 }
 

@@ -37,7 +37,15 @@ impl fmt::Display for SideCoreReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { mode, polls, polled_ms, tails_coalesced, tails_in_memory, lent, .. } = self;
         let now = if self.polling { "polling" } else { "parked" };
-        writeln!(f, "side core ({mode}): {now}, polled {polls} times, {polled_ms} ms in all")?;
+        let lacks = match (self.reads_exit, self.lends) {
+            (true, _) => "; reads exit, and pages are not lent: KVM lacks what that needs",
+            (false, false) => "; pages are not lent: KVM lacks what that needs",
+            (false, true) => "",
+        };
+        writeln!(
+            f,
+            "side core ({mode}): {now}, polled {polls} times, {polled_ms} ms in all{lacks}"
+        )?;
         writeln!(f, "side core, parked: {}", counts(&self.parked))?;
         writeln!(f, "side core, tails: {tails_coalesced} coalesced, {tails_in_memory} in memory")?;
         writeln!(f, "side core, pages lent {lent} times, taken back: {}", counts(&self.taken_back))
@@ -61,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_report_says_what_is_worth_it() {
-        let report = SideCoreReport {
+        let mut report = SideCoreReport {
             mode: "auto",
             reads_exit: false,
             lends: true,
@@ -78,5 +86,9 @@ mod tests {
         assert!(text.starts_with("side core (auto): parked, polled 2 times, 40 ms in all\n"));
         assert!(text.contains("parked: idle 2\n") && text.contains("5 coalesced, 7 in memory"));
         assert!(text.ends_with("pages lent 1 times, taken back: asked 1\n"), "{text}");
+        report.lends = false;
+        assert!(report.to_string().contains(" in all; pages are not lent: KVM lacks"));
+        report.reads_exit = true;
+        assert!(report.to_string().contains(" in all; reads exit, and pages are not lent: KVM"));
     }
 }

@@ -2,9 +2,9 @@
 //! The thread of the side core: parked, or polling.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::kvm::Mapped;
+use super::kvm::{insist, Mapped};
 use super::pace::{Parked, Watch};
 use super::processors::{self, Preemptions};
 use super::{Shared, Unit};
@@ -91,7 +91,7 @@ impl Shared {
         self.polling.store(false, Ordering::Relaxed);
         self.unregister_zones();
         for unit in &self.units {
-            unit.take_back(self.abilities.read_only);
+            unit.take_back(self);
         }
         // From here on, tail writes exit.
         self.empty_ring();
@@ -135,17 +135,16 @@ impl Unit {
         if !self.coalesces.swap(false, Ordering::Relaxed) {
             return;
         }
-        let (address, length) = self.zone();
-        while let Err(error) = shared.vm.unregister_coalesced_mmio(address, length) {
-            // With the zone there, tail writes would wait in the ring for another access.
-            log::error!("KVM goes on coalescing writes: {error}; trying again");
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        // With the zone there, tail writes would wait in the ring for another access.
+        insist(&shared.stopper, "cease to coalesce writes", || {
+            let (address, length) = self.zone();
+            shared.vm.unregister_coalesced_mmio(address, length)
+        });
     }
 
     /// The page is not lent any more: reads are free, and tail writes go to the ring.
     fn not_lent(&self, shared: &Shared) {
-        self.read_only();
+        self.read_only(shared);
         if let Err(error) = self.coalesce(shared) {
             log::warn!("KVM does not coalesce writes: {error}; they exit");
         }
@@ -186,29 +185,28 @@ impl Unit {
             loan.lent_after = Some(tails);
         } else {
             loan.patience.disturbed();
-            // KVM may have refused it.
-            self.registers.take_page_back();
             self.not_lent(shared);
         }
         true
     }
 
     /// Takes the page back, if it is lent.
-    fn take_back(&self, read_only: bool) {
+    fn take_back(&self, shared: &Shared) {
         let mut loan = self.loan.lock();
         if let Some(since) = loan.lent_after.take() {
             self.registers.take_page_back();
             let tails = self.tails();
             loan.seen = tails;
             loan.patience.came_back(tails - since);
-            if read_only {
-                self.read_only();
-            }
+            self.read_only(shared);
         }
     }
 
-    /// Reads are free again.
-    fn read_only(&self) {
+    /// Reads are free again, where they can be.
+    fn read_only(&self, shared: &Shared) {
+        if !shared.abilities.read_only || shared.stopper.reason().is_some() {
+            return;
+        }
         if let Err(error) = self.slot.map(Some(Mapped::ReadOnly)) {
             log::warn!("KVM does not map registers: {error}; they are read with exits");
         }
