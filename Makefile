@@ -116,6 +116,7 @@ bench:
 	@$(need) cc cargo
 	cargo bench --locked
 	cargo build --release --locked -p twostage-vmm
+	@! scripts/kvm-here || scripts/bench/side-core
 	scripts/bench/compare-with-qemu
 	scripts/bench/compare-with-qemu --mirrors
 	@$(MAKE) --no-print-directory compare-arm64

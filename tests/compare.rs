@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `scripts/bench/compare-with-qemu` when a run hangs: the others continue, and missing figures are
-//! listed. With shell scripts as VMMs. And its tables of what mirrors take.
+//! listed. With shell scripts as VMMs. And its tables of what mirrors take, and of a side core.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -75,6 +75,42 @@ figure {vmm} mirrors 4k.vmm-us.2 99
         assert!(tables.contains(line), "no '{line}' in\n{tables}");
     }
     assert!(!tables.contains("LACKING of qemu, 4 KiB:"), "{tables}");
+}
+
+/// QEMU has no side core: its strict figures stand beside.
+#[test]
+fn a_side_core_is_compared_with_exits() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("log");
+    let mut figures = "plan 1 count-strict count-side strict side\n".to_owned();
+    for (of, exits, us) in
+        [("twostage side", 100, 9), ("twostage strict", 40000, 72), ("qemu strict", 50000, 90)]
+    {
+        figures += &format!(
+            "figure {of} invalidation-us {us}\r
+figure {of} write-4k.kvm_userspace_exit.6 {exits}
+figure {of} boot.kvm_exit.1 3
+"
+        );
+        let waits = if of == "qemu strict" { "descriptors.wait" } else { "virtual-IOMMU.wait" };
+        figures += &format!("figure {of} write-4k.{waits} 40000\n");
+    }
+    std::fs::write(&file, figures).unwrap();
+    let tables =
+        Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/bench/compare-with-qemu"))
+            .args(["--from", file.to_str().unwrap()])
+            .output()
+            .unwrap();
+    let tables = String::from_utf8(tables.stdout).unwrap();
+    for line in [
+        "| one strict unmap | 72.0 µs | 90.0 µs | 1.25 |",
+        "| one strict unmap, a side core | 9.0 µs | 90.0 µs | 10.00 |",
+        "| ... to user space | 0 |  | 100 |  |",
+        "| ... to user space | 0.00 | 1.00 | 1.25 |",
+    ] {
+        assert!(tables.contains(line), "no '{line}' in\n{tables}");
+    }
+    assert!(!tables.contains("LACKING of qemu, side"), "{tables}");
 }
 
 #[test]

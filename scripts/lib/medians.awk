@@ -17,9 +17,10 @@ function median(key,    n, i, j, swap, sorted) {
     return n % 2 ? sorted[(n + 1) / 2] : (sorted[n / 2] + sorted[n / 2 + 1]) / 2
 }
 
-# A row; the ratio says how much better twostage is (`less`: a smaller value is better).
-function row(label, mode, name, unit, scale, digits, less,    ours, theirs, ratio) {
-    ours = median("twostage " mode " " name); theirs = median("qemu " mode " " name)
+# A row; the ratio says how much better twostage is (`less`: a smaller value is better). With `other`,
+# QEMU's figure is that of another mode.
+function row(label, mode, name, unit, scale, digits, less, other,    ours, theirs, ratio) {
+    ours = median("twostage " mode " " name); theirs = median("qemu " (other ? other : mode) " " name)
     if (ours == "" || theirs == "" || !ours || !theirs) {
         printf "| %s | %s | %s | |\n", label, shown(ours, unit, scale, digits), shown(theirs, unit, scale, digits)
         return
