@@ -75,6 +75,17 @@ const MACHINE: Machine = Machine {
     trace: None,
 };
 
+/// A unit for each of two devices.
+const TWO_UNITS: Machine = Machine {
+    cmdline: "vtd2=0xfed91000",
+    iommus: &["vtd,id=a,aw=57,pasid-bits=20", "vtd,id=b,pasid-bits=20"],
+    devices: &[
+        "edu,pasid=on,dma-mask=0xffffffffffffffff",
+        "edu,iommu=b,pasid=on,dma-mask=0xffffffffffffffff",
+    ],
+    ..MACHINE
+};
+
 /// The result of a run.
 struct Outcome {
     /// Groups, the part of a check's line between its number and the first colon, with a skipped
@@ -305,23 +316,12 @@ fn every_check_holds_on_each_of_two_units() {
     if !kvm() {
         return;
     }
-    let outcome = Machine {
-        cmdline: "vtd2=0xfed91000",
-        iommus: &["vtd,id=a,aw=57,pasid-bits=20", "vtd,id=b,pasid-bits=20"],
-        devices: &[
-            "edu,pasid=on,dma-mask=0xffffffffffffffff",
-            "edu,iommu=b,pasid=on,dma-mask=0xffffffffffffffff",
-        ],
-        ..MACHINE
-    }
-    .run();
+    let outcome = TWO_UNITS.run();
     assert!(outcome.passed > 2 * 160, "{} checks", outcome.passed);
     assert_nested(&outcome, 2, 2);
     let report = &outcome.report;
-    assert_eq!(
-        (&report["iommus"][0]["id"], &report["iommus"][1]["id"]),
-        (&"a".into(), &"b".into())
-    );
+    let id = |unit: usize| &report["iommus"][unit]["id"];
+    assert_eq!((id(0), id(1)), (&"a".into(), &"b".into()));
     assert_eq!(report["devices"][1]["iommu"], "b");
     for unit in [0, 1] {
         let remapped = format!("/iommus/{unit}/viommu/interrupts_remapped");
