@@ -98,7 +98,16 @@ impl<T: ?Sized> Gate<T> {
     /// A new reader.
     pub fn reader(self: &Arc<Self>) -> Reader<T> {
         let slot = Arc::new(CachePadded(AtomicBool::new(false)));
-        self.lock().push(Arc::clone(&slot));
+        let mut slots = self.lock();
+        // Not only writers do this: while nothing is invalidated there are none.
+        if slots.len() == slots.capacity() {
+            forget_dropped(&mut slots);
+            let living = slots.len();
+            // So that it is not soon full again.
+            slots.reserve(living.max(8));
+        }
+        slots.push(Arc::clone(&slot));
+        drop(slots);
         Reader { gate: Arc::clone(self), slot }
     }
 
@@ -115,9 +124,7 @@ impl<T: ?Sized> Gate<T> {
     /// Keeps other writers and new readers out until the result is dropped.
     fn close(&self) -> Closed<'_, T> {
         let mut slots = self.lock();
-        // The slots of dropped readers have no other reference. Dropping the last reference
-        // acquires what the reader released with its own: everything it did happens before.
-        slots.retain(|slot| Arc::strong_count(slot) > 1);
+        forget_dropped(&mut slots);
         self.closed.0.store(true, Ordering::SeqCst);
         Closed { gate: self, slots }
     }
@@ -132,6 +139,12 @@ impl<T: ?Sized> fmt::Debug for Gate<T> {
         // The value may be in the middle of a change.
         f.debug_struct("Gate").finish_non_exhaustive()
     }
+}
+
+/// Drops the slots of dropped readers, which have no other reference. Dropping the last reference
+/// acquires what the reader released with its own: everything it did happens before.
+fn forget_dropped(slots: &mut Vec<Arc<Slot>>) {
+    slots.retain(|slot| Arc::strong_count(slot) > 1);
 }
 
 /// Waits a little for a reader, in round number `round`.
@@ -283,6 +296,18 @@ mod tests {
     use std::thread;
 
     const WRITES: u64 = 20_000;
+
+    #[test]
+    fn readers_that_are_gone_cost_nothing_though_nobody_writes() {
+        let gate = Gate::new(());
+        let living: Vec<_> = (0..20).map(|_| gate.reader()).collect();
+        for _ in 0..10_000 {
+            gate.reader();
+        }
+        assert!(gate.lock().len() <= 4 * living.len());
+        gate.write(|()| ());
+        assert_eq!(gate.lock().len(), living.len());
+    }
 
     #[test]
     fn readers_see_whole_writes_only_and_the_last_one_at_once() {
