@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // smmu-check: drives an SMMUv3 and an `edu` device behind it, and reports the results. With
-// `doorbell` on the command line it only checks where the MSIs of an assigned edu arrive.
+// `doorbell` on the command line it only checks where the MSIs of an assigned edu arrive; with
+// `stalls` and `page-requests`, also these, of an edu that can be stalled, or that has PRI.
 #include "check.h"
 #include "hw/edu.h"
 #include "hw/smmu.h"
@@ -12,6 +13,8 @@ extern const struct check_group stage_1_checks;
 extern const struct check_group messages_checks;
 extern const struct check_group stale_checks;
 extern const struct check_group queue_checks;
+extern const struct check_group stalls_checks;
+extern const struct check_group page_requests_checks;
 extern const struct check_group doorbell_checks;
 
 static const struct check_group *const groups[] = {&streams_checks, &stage_1_checks, &messages_checks,
@@ -50,5 +53,10 @@ void guest_main(u64 device_tree)
     else
         for (unsigned n = 0; n < ARRAY_LEN(groups); n++)
             check_run(groups[n]);
+    // Only a device of its own kind stalls, behind a unit that lets it.
+    if (on_command_line("stalls"))
+        check_run(&stalls_checks);
+    if (on_command_line("page-requests"))
+        check_run(&page_requests_checks);
     machine_exit(check_summary() ? 0 : 1);
 }

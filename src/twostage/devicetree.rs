@@ -17,7 +17,7 @@
 //! fdt.property_u32("#address-cells", 2)?;
 //! fdt.property_u32("#size-cells", 2)?;
 //! let registers = Span { start: 0x0905_0000, length: 0x2_0000 };
-//! smmu(&mut fdt, &Smmu { registers, spis: Some([74, 77, 76]), messages: None, phandle: 1 })?;
+//! smmu(&mut fdt, &Smmu { registers, spis: Some([74, 77, 76, 75]), messages: None, phandle: 1 })?;
 //! // In the node of the host bridge: everything is behind that SMMU.
 //! let bridge = fdt.begin_node("pcie@10000000")?;
 //! iommu_map(&mut fdt, [Behind { first: Bdf::from_raw(0), count: 0x1_0000, smmu: 1 }])?;
@@ -55,9 +55,9 @@ impl Span {
 pub struct Smmu {
     /// Its registers.
     pub registers: Span,
-    /// Shared peripheral interrupts, edge-triggered: for the event queue, global errors, and
-    /// CMD_SYNC. Without, it uses MSIs only.
-    pub spis: Option<[u32; 3]>,
+    /// Shared peripheral interrupts, edge-triggered: for the event queue, global errors, CMD_SYNC,
+    /// and the PRI queue. Without, it uses MSIs only.
+    pub spis: Option<[u32; 4]>,
     /// Where its own MSIs go, if it has any.
     pub messages: Option<Messages>,
     /// Its phandle.
@@ -86,7 +86,7 @@ pub fn smmu(fdt: &mut FdtWriter, smmu: &Smmu) -> Result<(), Error> {
     fdt.property_array_u64("reg", &smmu.registers.cells())?;
     if let Some(spis) = smmu.spis {
         fdt.property_array_u32("interrupts", &spis.map(|spi| [SHARED, spi, EDGE_RISING]).concat())?;
-        let names = ["eventq", "gerror", "cmdq-sync"].map(str::to_owned);
+        let names = ["eventq", "gerror", "cmdq-sync", "priq"].map(str::to_owned);
         fdt.property_string_list("interrupt-names", names.into())?;
     }
     if let Some(Messages { its, device_id }) = smmu.messages {
@@ -241,6 +241,33 @@ pub fn assigned_functions(
     Ok(())
 }
 
+/// A function that an SMMU can stall.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stalled {
+    /// Its address, with the number that its bus has when the guest starts.
+    pub bdf: Bdf,
+    /// The root port that it is behind, if it is not on the root bus.
+    pub port: Option<Bdf>,
+}
+
+/// Writes to a PCI host bridge the nodes of functions that an SMMU can stall (`dma-can-stall`), and
+/// of the root ports that they are behind, none of which has another node.
+///
+/// # Errors
+/// No node is open.
+pub fn stalled_functions(fdt: &mut FdtWriter, functions: &[Stalled]) -> Result<(), Error> {
+    for Stalled { bdf, port } in functions {
+        let port = port.map(|port| root_port(fdt, port)).transpose()?;
+        let node = function(fdt, "device", *bdf)?;
+        fdt.property_null("dma-can-stall")?;
+        fdt.end_node(node)?;
+        if let Some(port) = port {
+            fdt.end_node(port)?;
+        }
+    }
+    Ok(())
+}
+
 /// Begins the node of the function at `bdf`.
 fn function(fdt: &mut FdtWriter, name: &str, bdf: Bdf) -> Result<FdtWriterNode, Error> {
     let node = fdt.begin_node(&format!("{name}@{:x},{:x}", bdf.device(), bdf.function()))?;
@@ -287,7 +314,7 @@ mod tests {
     fn an_smmu_says_only_what_it_has() {
         let bare = Smmu { registers: WINDOW, spis: None, messages: None, phandle: 0x55 };
         let full = Smmu {
-            spis: Some([8, 9, 10]),
+            spis: Some([8, 9, 10, 11]),
             messages: Some(Messages { its: 2, device_id: 0xff00 }),
             ..bare
         };
@@ -297,10 +324,10 @@ mod tests {
             assert!(block.windows(12).any(|text| text == b"arm,smmu-v3\0"));
             assert!(has(block, &[0, 0x800_0000, 0, 0x10_0000]) && has(block, &[0x55]));
         }
-        let interrupts = [0, 8, 1, 0, 9, 1, 0, 10, 1];
+        let interrupts = [0, 8, 1, 0, 9, 1, 0, 10, 1, 0, 11, 1];
         assert!(has(&full, &interrupts) && has(&full, &[2, 0xff00]));
         // Three properties fewer, of 12 bytes each and their values.
-        assert_eq!(full.len() - bare.len(), (12 + 36) + (12 + 24 + 2 + 2) + (12 + 8) - 4);
+        assert_eq!(full.len() - bare.len(), (12 + 48) + (12 + 29 + 3) + (12 + 8));
     }
 
     #[test]
@@ -309,6 +336,18 @@ mod tests {
         assert_eq!(written(|fdt| iommu_map(fdt, [])), empty);
         assert_eq!(written(|fdt| reserved_memory(fdt, &[], PHANDLES)), empty);
         assert_eq!(written(|fdt| assigned_functions(fdt, &[], PHANDLES)), empty);
+        assert_eq!(written(|fdt| stalled_functions(fdt, &[])), empty);
+    }
+
+    #[test]
+    fn functions_that_can_be_stalled_say_so() {
+        let of = |rid, port| Stalled { bdf: Bdf::from_raw(rid), port };
+        let functions = [of(0x18, None), of(0x100, Some(Bdf::from_raw(0x20)))];
+        let block = written(|fdt| stalled_functions(fdt, &functions));
+        for name in ["device@3,0\0", "pci@4,0\0", "device@0,0\0"] {
+            assert!(block.windows(name.len()).any(|text| text == name.as_bytes()), "{name}");
+        }
+        assert!(has(&block, &[0x1800, 0, 0, 0, 0]) && has(&block, &[0x1_0000, 0, 0, 0, 0]));
     }
 
     #[test]

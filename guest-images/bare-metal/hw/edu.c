@@ -72,15 +72,25 @@ void edu_ats_enable(const struct edu *edu, bool on)
     pci_write(edu->place, ats + ATS_CONTROL, on ? ATS_ENABLE : 0);
 }
 
-static bool dma(const struct edu *edu, u32 pasid, u64 source, u64 destination, u32 count, u32 direction)
+void edu_start(const struct edu *edu, u64 source, u64 destination, u32 count, u32 direction)
 {
-    if (edu->has_pasid)
-        write32(edu->registers + EDU_DMA_PASID, pasid == NO_PASID ? 0 : pasid | EDU_PASID_VALID);
     write64(edu->registers + EDU_DMA_SOURCE, source);
     write64(edu->registers + EDU_DMA_DESTINATION, destination);
     write64(edu->registers + EDU_DMA_COUNT, count);
     write64(edu->registers + EDU_DMA_COMMAND, EDU_DMA_START | direction);
-    return WAIT_UNTIL(!(read64(edu->registers + EDU_DMA_COMMAND) & EDU_DMA_START));
+}
+
+bool edu_is_done(const struct edu *edu)
+{
+    return !(read64(edu->registers + EDU_DMA_COMMAND) & EDU_DMA_START);
+}
+
+static bool dma(const struct edu *edu, u32 pasid, u64 source, u64 destination, u32 count, u32 direction)
+{
+    if (edu->has_pasid)
+        write32(edu->registers + EDU_DMA_PASID, pasid == NO_PASID ? 0 : pasid | EDU_PASID_VALID);
+    edu_start(edu, source, destination, count, direction);
+    return WAIT_UNTIL(edu_is_done(edu));
 }
 
 bool edu_write_to(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count)

@@ -55,6 +55,10 @@ void edu_use(unsigned first, unsigned most);
 // A device with the same Requester ID, in use or not; null if there is none.
 const struct edu *edu_sharing(const struct edu *edu);
 
+// Starts a transfer and does not wait for it; and whether it is over.
+void edu_start(const struct edu *edu, u64 source, u64 destination, u32 count, u32 direction);
+bool edu_is_done(const struct edu *edu);
+
 // Lets the device's requests carry a PASID, or not, by its PASID capability, which it must have.
 void edu_pasid_enable(const struct edu *edu, bool on);
 

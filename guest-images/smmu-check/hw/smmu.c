@@ -24,6 +24,10 @@ static struct entry *streams;
 static struct command *commands;
 static struct event *events;
 static u32 command_tail, event_head;
+static struct command *page_requests;
+static u32 page_head;
+// CR0.PRIQEN, while it is in use.
+static u32 pages_enabled;
 
 bool smmu_init(void)
 {
@@ -56,6 +60,7 @@ bool smmu_start(bool abort)
     commands = pages_new(QUEUE_ENTRIES * sizeof(*commands) / PAGE_SIZE);
     events = pages_new(QUEUE_ENTRIES * sizeof(*events) / PAGE_SIZE);
     command_tail = event_head = 0;
+    pages_enabled = 0;
     if (!set_cr0(0) || !set_gbpa(abort))
         return false;
     write32(base + SMMU_GERRORN, read32(base + SMMU_GERROR));
@@ -77,7 +82,7 @@ bool smmu_start(bool abort)
 
 bool smmu_enable(bool on)
 {
-    return set_cr0(CR0_CMDQEN | CR0_EVENTQEN | (on ? CR0_SMMUEN : 0));
+    return set_cr0(CR0_CMDQEN | CR0_EVENTQEN | pages_enabled | (on ? CR0_SMMUEN : 0));
 }
 
 struct entry *smmu_stream(pci_id function)
@@ -125,6 +130,61 @@ bool smmu_recover(void)
     commands[consumed() % QUEUE_ENTRIES] = sync;
     write32(base + SMMU_GERRORN, read32(base + SMMU_GERROR));
     return WAIT_UNTIL(consumed() == command_tail);
+}
+
+// EVENTQ_PROD is software's while the queue is disabled.
+void smmu_fill_events(void)
+{
+    u32 cr0 = read32(base + SMMU_CR0);
+
+    (void)set_cr0(cr0 & ~(u32)CR0_EVENTQEN);
+    write32(base + SMMU_EVENTQ_PROD, (event_head + QUEUE_ENTRIES) & POINTER_MASK);
+    (void)set_cr0(cr0);
+}
+
+bool smmu_serve_pages(u32 first)
+{
+    page_requests = pages_new(PAGE_REQUESTS * sizeof(*page_requests) / PAGE_SIZE);
+    write64(base + SMMU_PRIQ_BASE, gpa_of(page_requests) | QUEUE_LOG2 | BIT(ALLOCATE_HINT));
+    page_head = first;
+    write32(base + SMMU_PRIQ_PROD, first);
+    write32(base + SMMU_PRIQ_CONS, first);
+    pages_enabled = CR0_PRIQEN;
+    return set_cr0(read32(base + SMMU_CR0) | CR0_PRIQEN);
+}
+
+bool smmu_serve_no_pages(void)
+{
+    pages_enabled = 0;
+    return set_cr0(read32(base + SMMU_CR0) & ~(u32)CR0_PRIQEN);
+}
+
+bool smmu_page_request(struct command *request)
+{
+    u32 overflow = read32(base + SMMU_PRIQ_CONS) & ~(u32)POINTER_MASK;
+
+    if ((read32(base + SMMU_PRIQ_PROD) & POINTER_MASK) == page_head)
+        return false;
+    *request = page_requests[page_head % PAGE_REQUESTS];
+    page_head = (page_head + 1) & POINTER_MASK;
+    write32(base + SMMU_PRIQ_CONS, page_head | overflow);
+    return true;
+}
+
+void smmu_fill_page_requests(void)
+{
+    (void)smmu_serve_no_pages();
+    write32(base + SMMU_PRIQ_PROD, (page_head + PAGE_REQUESTS) & POINTER_MASK);
+    pages_enabled = CR0_PRIQEN;
+    (void)set_cr0(read32(base + SMMU_CR0) | CR0_PRIQEN);
+}
+
+void smmu_drop_page_requests(bool acknowledge)
+{
+    u32 prod = read32(base + SMMU_PRIQ_PROD), cons = read32(base + SMMU_PRIQ_CONS);
+
+    page_head = prod & POINTER_MASK;
+    write32(base + SMMU_PRIQ_CONS, page_head | ((acknowledge ? prod : cons) & (u32)BIT(31)));
 }
 
 bool smmu_event(struct event *event)

@@ -21,10 +21,14 @@ enum smmu_register {
     SMMU_CMDQ_PROD = 0x98,
     SMMU_CMDQ_CONS = 0x9c,
     SMMU_EVENTQ_BASE = 0xa0,
+    SMMU_PRIQ_BASE = 0xc0,
     SMMU_EVENTQ_PROD = 0x100a8,
     SMMU_EVENTQ_CONS = 0x100ac,
+    SMMU_PRIQ_PROD = 0x100c8,
+    SMMU_PRIQ_CONS = 0x100cc,
 
     CR0_SMMUEN = 1 << 0,
+    CR0_PRIQEN = 1 << 1,
     CR0_EVENTQEN = 1 << 2,
     CR0_CMDQEN = 1 << 3,
     GBPA_ABORT = 1 << 20,
@@ -47,7 +51,7 @@ struct event {
     u64 words[4];
 };
 
-enum event_id { EVENT_BAD_STE = 0x04, EVENT_TRANSLATION = 0x10, EVENT_PERMISSION = 0x13 };
+enum event_id { EVENT_BAD_STE = 0x04, EVENT_BAD_CD = 0x0a, EVENT_TRANSLATION = 0x10, EVENT_PERMISSION = 0x13 };
 
 static inline unsigned event_id(const struct event *event)
 {
@@ -62,6 +66,17 @@ static inline u32 event_stream(const struct event *event)
 static inline bool event_is_read(const struct event *event)
 {
     return event->words[1] & BIT(35);
+}
+
+// The transaction waits for CMD_RESUME with this tag.
+static inline bool event_stalls(const struct event *event)
+{
+    return event->words[1] & BIT(31);
+}
+
+static inline unsigned event_tag(const struct event *event)
+{
+    return (unsigned)bits(event->words[1], 15, 0);
 }
 
 static inline u64 event_address(const struct event *event)
@@ -91,6 +106,21 @@ bool smmu_recover(void);
 
 // The next event; false if there is none.
 bool smmu_event(struct event *event);
+// The event queue is full of events that say nothing.
+void smmu_fill_events(void);
+
+// Entries of the PRI queue.
+#define PAGE_REQUESTS 256u
+
+// Enables the PRI queue, empty, from entry `first` on; and disables it.
+bool smmu_serve_pages(u32 first);
+bool smmu_serve_no_pages(void);
+// The next page request; false if there is none.
+bool smmu_page_request(struct command *request);
+// The PRI queue is full of requests that say nothing; and empty again, with its overflow
+// acknowledged or not.
+void smmu_fill_page_requests(void);
+void smmu_drop_page_requests(bool acknowledge);
 
 // Commands.
 static inline struct command cfgi_ste(pci_id function)

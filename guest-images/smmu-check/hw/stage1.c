@@ -16,6 +16,7 @@ enum { STE_ABORT = 0, STE_BYPASS = 4, STE_STAGE_1 = 5 };
 #define CD_VALID BIT(31)
 #define CD_IPS(code) ((u64)(code) << 32)
 #define CD_AARCH64 BIT(41)
+#define CD_STALL BIT(44)
 #define CD_RECORD BIT(45)
 #define CD_TERMINATE_ABORT BIT(46)
 #define CD_ASID(asid) ((u64)(asid) << 48 | BIT(47))
@@ -41,6 +42,11 @@ struct space space_new(u16 asid)
                               CD_IPS(smmu_read(SMMU_IDR5) & 7) | CD_AARCH64 | CD_RECORD | CD_TERMINATE_ABORT |
                               CD_ASID(asid);
     return space;
+}
+
+void space_stall(const struct space *space)
+{
+    space->context->words[0] |= CD_STALL;
 }
 
 u64 page_entry(const volatile void *page, enum access access)

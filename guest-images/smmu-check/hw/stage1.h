@@ -10,9 +10,14 @@ struct space {
     u16 asid;
 };
 
+// In the second word of a stream's entry: it must not stall.
+#define STE_S1STALLD BIT(27)
+
 enum access { READ_ONLY, READ_WRITE };
 
 struct space space_new(u16 asid);
+// Transactions that fault in it stall.
+void space_stall(const struct space *space);
 
 // The last-level entry of a page. The caller must invalidate what it changes.
 u64 *space_map(const struct space *space, u64 address, const volatile void *page, enum access access);

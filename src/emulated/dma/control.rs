@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 
-use crate::units::engine::{Engine, Request};
+use super::PageTries;
+use crate::dma::error::DmaError;
+use crate::units::engine::{Engine, Fault, Request};
 use crate::units::gate::Gate;
-use crate::units::page_requests::PageRequests;
+use crate::units::page_requests::{PageRequests, Waits};
 use twostage::iommufd::PageResponseCode;
 
 /// What a port does about pages that are not present.
@@ -25,6 +27,18 @@ impl Default for DmaServices {
     }
 }
 
+/// What becomes of a request that cannot be translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stopped {
+    /// It waits for the response to a group of page requests.
+    Waits(u16),
+    /// It would stall, and there is nobody to resume it: it ends with an abort and without a
+    /// report, as Linux ends it, and as those end whose attachment ends while they are stalled.
+    Aborts,
+    /// It faults.
+    Faults,
+}
+
 /// One device, for whoever controls it and does no DMA.
 #[derive(Debug, Clone)]
 pub struct DeviceControl {
@@ -42,14 +56,25 @@ impl DeviceControl {
         &self.page_requests
     }
 
-    /// Requests the page of `request`, as [`PageRequests::ask`]. The gate must have been left.
-    pub(super) fn request_page(&self, request: &Request) -> Option<u16> {
-        if !self.page_requests.are_served(self.rid) {
-            return None;
+    /// Requests the page of `request`, or stalls it, as [`PageRequests::ask`], if it waits after
+    /// `fault` and, to request it, `services` allow that. The gate must have been left.
+    pub(super) fn request_page(
+        &self,
+        services: DmaServices,
+        request: &Request,
+        fault: &Fault,
+    ) -> Stopped {
+        let Some(waits) = self.page_requests.served(self.rid) else { return Stopped::Faults };
+        if !waits.after(fault) || waits == Waits::ForPages && !services.page_requests {
+            return Stopped::Faults;
         }
         // Before whoever serves it changes the tables.
         self.gate.write(|Engine { common, own }| own.page_requested(&mut common.caches, request));
-        self.page_requests.ask(request)
+        match (self.page_requests.ask(request), waits) {
+            (Some(group), _) => Stopped::Waits(group),
+            (None, Waits::InStalls) => Stopped::Aborts,
+            (None, Waits::ForPages) => Stopped::Faults,
+        }
     }
 
     /// Enables the device TLB, which is empty then, or disables it: from now on its DMA uses the
@@ -68,6 +93,24 @@ impl DeviceControl {
     /// ([`DmaError::PageRequested`](crate::DmaError::PageRequested)), and takes it.
     pub fn wait_for_page(&self, group: u16) -> PageResponseCode {
         self.page_requests.wait_for_answer(self.rid, group)
+    }
+
+    /// The same, for a transfer that is to be retried from `address` then, if it may be. A stalled
+    /// transaction may be as often as software says.
+    ///
+    /// # Errors
+    /// [`DmaError::PageRefused`]: it may not.
+    pub fn wait_to_retry(
+        &self,
+        group: u16,
+        address: u64,
+        tries: &mut PageTries,
+    ) -> Result<(), DmaError> {
+        let response = self.wait_for_page(group);
+        match self.page_requests.waits(self.rid) {
+            Waits::InStalls if response == PageResponseCode::Success => Ok(()),
+            _ => tries.answered(address, response),
+        }
     }
 
     /// How many groups of page requests the device has not taken a response to.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use vm_memory::Bytes;
 
-use control::{DeviceControl, DmaServices};
+use control::{DeviceControl, DmaServices, Stopped};
 use section::{error, kind, report, request, walk, Interrupts, Section, Unreported};
 
 use crate::dma::error::DmaError;
@@ -274,9 +274,9 @@ impl DmaPort {
                     }
                     Err(Blocked::Fault(fault)) => {
                         drop(engine);
-                        let control = self.services.page_requests.then_some(&self.control);
                         let request = request(self.rid, attributes, iova, access);
-                        return Err(stopped(control, &self.counters, &request, &fault));
+                        let Self { control, services, counters, .. } = self;
+                        return Err(stopped(control, *services, counters, &request, &fault));
                     }
                 }
             }
@@ -304,7 +304,7 @@ impl DmaPort {
     fn wait_or_fail(&self, error: DmaError, tries: &mut PageTries) -> Result<(), DmaError> {
         match error {
             DmaError::PageRequested { address, group } if self.services.wait_for_pages => {
-                tries.answered(address, self.wait_for_page(group))
+                self.control.wait_to_retry(group, address, tries)
             }
             error => Err(error),
         }
@@ -396,20 +396,25 @@ fn by_device(
     }
 }
 
-/// Requests the page if that can help and somebody serves requests; otherwise the request faults.
+/// Requests the page if that can help and somebody serves requests, or stalls the request where
+/// that is so; otherwise it faults.
 /// The gate must have been left. Never inlined, to keep [`DmaPort::translate`] small.
 #[cold]
 #[inline(never)]
 fn stopped(
-    control: Option<&DeviceControl>,
+    control: &DeviceControl,
+    services: DmaServices,
     counters: &LocalCounters,
     request: &Request,
     fault: &Fault,
 ) -> DmaError {
-    let control = control.filter(|_| fault.asks_for_page);
-    match control.and_then(|control| control.request_page(request)) {
-        Some(group) => DmaError::PageRequested { address: request.address, group },
-        None => {
+    match control.request_page(services, request, fault) {
+        Stopped::Waits(group) => DmaError::PageRequested { address: request.address, group },
+        Stopped::Aborts => {
+            counters.faults.count();
+            error(request, fault)
+        }
+        Stopped::Faults => {
             report(counters, fault);
             error(request, fault)
         }

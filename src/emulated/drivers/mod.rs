@@ -32,7 +32,7 @@ use crate::host::device::{Requester, Slot};
 use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome, Refusal};
 use crate::units::hardware::{CacheRange, CacheTag};
-use crate::units::page_requests::{PageRequestSink, PageRequests};
+use crate::units::page_requests::{PageRequestSink, PageRequests, Waits};
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId,
@@ -291,7 +291,7 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
         false
     }
 
-    /// The page requests of the devices of the IOMMU, if `device` makes any.
+    /// The page requests of the devices of the IOMMU, if `device` makes any, or is stalled.
     fn page_requests(&self, _device: &Requester) -> Option<&PageRequests> {
         None
     }
@@ -299,7 +299,8 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     /// From now on `sink` serves the page requests of `device`, if it makes any, or nobody does.
     fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
         if let Some(requests) = self.page_requests(device) {
-            requests.set_sink(device.rid.raw(), sink);
+            let waits = if device.config.stalls { Waits::InStalls } else { Waits::ForPages };
+            requests.set_sink(device.rid.raw(), waits, sink);
         }
     }
 

@@ -61,6 +61,10 @@ pub struct DeviceConfig {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub pri: bool,
+    /// Its transactions can be stalled, by an SMMU that does that, while the user's stage 1 says so
+    /// (CD.S): the fault queue of the user's tables gets a page request then, and the DMA continues
+    /// after the response. Not for a device with `ats`, which an SMMU must not stall.
+    pub stalls: bool,
     /// IOVAs, in bytes, inclusive, that no IOAS it is attached to can map, besides the MSI window
     /// (firmware's reserved memory regions).
     pub reserved: Vec<RangeInclusive<u64>>,
@@ -76,6 +80,7 @@ impl DeviceConfig {
         with_pasid_priv pasid_priv: bool;
         with_ats ats: bool;
         with_pri pri: bool;
+        with_stalls stalls: bool;
         with_reserved reserved: Vec<RangeInclusive<u64>>;
         with_group group: Option<u32>;
     }

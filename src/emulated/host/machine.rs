@@ -101,6 +101,9 @@ pub enum MachineError {
     /// A device without a device TLB sends no page requests (PCIe 6.0 §10.4).
     #[error("PRI needs ATS")]
     PriWithoutAts,
+    /// Devices that have ATS must not be stalled.
+    #[error("a device with ATS cannot be stalled")]
+    StallsWithAts,
     /// There is no device of that name.
     #[error("there is no device named '{0}'")]
     NoSuchDevice(String),
@@ -251,6 +254,9 @@ impl Machine {
         if config.pri && !config.ats {
             return Err(MachineError::PriWithoutAts);
         }
+        if config.stalls && config.ats {
+            return Err(MachineError::StallsWithAts);
+        }
         if state.places.contains_key(name) {
             return Err(MachineError::NameTaken(name.to_owned()));
         }
@@ -324,6 +330,7 @@ impl Machine {
             .with_fault_reports(all(|it| it.fault_reports))
             .with_device_tlbs(all(|it| it.device_tlbs))
             .with_table_updates(all(|it| it.table_updates))
+            .with_smmu_faults(all(|it| it.smmu_faults))
     }
 
     /// The drivers of all IOMMUs.

@@ -3,11 +3,13 @@
 
 use std::collections::HashMap;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::pci::{Bdf, PageResponse, Pasid};
 use twostage::spec::smmuv3::command::{Command, SyncSignal, RANGE_ALL};
 use twostage::spec::smmuv3::context::{Cd, Cd0, Cd1};
 use twostage::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
+use twostage::spec::smmuv3::page_request::{pri_resp, PageRequest, Resume, PAGE_REQUEST_SIZE};
 use twostage::spec::smmuv3::queue::{
     CmdqCons, CmdqProd, CommandError, OutputCons, OutputProd, QueueBase, QueueLayout, COMMAND_SIZE,
 };
@@ -25,6 +27,7 @@ use super::{Mmio, Pages, PAGE};
 const STREAM_BITS: u8 = 6;
 const COMMAND_BITS: u8 = 8;
 const EVENT_BITS: u8 = 7;
+const PAGE_REQUEST_BITS: u8 = 8;
 /// Virtual and physical addresses.
 const ADDRESS_BITS: u32 = 48;
 /// IPS of as many bits.
@@ -68,6 +71,9 @@ pub struct Driver<M> {
     streams: u64,
     commands: u64,
     events: u64,
+    page_requests: u64,
+    /// The PRI queue is in use.
+    serves_pages: AtomicBool,
     /// Context descriptors, by their table and ASID.
     contexts: Mutex<HashMap<(u64, u16), u64>>,
     /// CMDQ_PROD before the last commands.
@@ -85,9 +91,20 @@ impl<M> Deref for Driver<M> {
 impl<M: Mmio> Driver<M> {
     /// A driver with a stream table that aborts everything. It does not touch the unit.
     pub fn new(pages: Pages, registers: M) -> Self {
-        let [streams, commands, events] = [(); 3].map(|()| pages.page());
+        let [streams, commands, events, page_requests] = [(); 4].map(|()| pages.page());
         let (contexts, submitted) = (Mutex::default(), Mutex::default());
-        let driver = Self { pages, registers, streams, commands, events, contexts, submitted };
+        let serves_pages = AtomicBool::new(false);
+        let driver = Self {
+            pages,
+            registers,
+            streams,
+            commands,
+            events,
+            page_requests,
+            serves_pages,
+            contexts,
+            submitted,
+        };
         for stream in 0..1 << STREAM_BITS {
             driver.set_entry(StreamId(stream), Entry::Abort);
         }
@@ -96,15 +113,26 @@ impl<M: Mmio> Driver<M> {
 
     /// The same driver on a copy of its memory, with the registers of another unit.
     pub fn moved<N>(&self, pages: Pages, registers: N) -> Driver<N> {
-        let Self { streams, commands, events, .. } = *self;
+        let Self { streams, commands, events, page_requests, .. } = *self;
         let contexts = Mutex::new(self.contexts.lock().clone());
         let submitted = Mutex::new(*self.submitted.lock());
-        Driver { pages, registers, streams, commands, events, contexts, submitted }
+        let serves_pages = AtomicBool::new(self.serves_pages.load(Ordering::Relaxed));
+        Driver {
+            pages,
+            registers,
+            streams,
+            commands,
+            events,
+            page_requests,
+            serves_pages,
+            contexts,
+            submitted,
+        }
     }
 
     /// Resets the SMMU like a driver: tables and queues, full invalidation, then translation.
     pub fn enable(&self) {
-        let queues = Cr0::new().with_cmdqen(true).with_eventqen(true);
+        let queues = self.queues();
         if Cr0::from_bits(self.registers.read32(regs::CR0)) != queues {
             self.registers.write64(
                 regs::STRTAB_BASE,
@@ -114,6 +142,8 @@ impl<M: Mmio> Driver<M> {
             self.registers.write32(regs::STRTAB_BASE_CFG, config.into_bits());
             self.registers.write64(regs::CMDQ_BASE, base(self.commands, COMMAND_BITS).into_bits());
             self.registers.write64(regs::EVENTQ_BASE, base(self.events, EVENT_BITS).into_bits());
+            let pages = base(self.page_requests, PAGE_REQUEST_BITS);
+            self.registers.write64(regs::PRIQ_BASE, pages.into_bits());
             self.set_cr0(queues);
         }
         let reset =
@@ -124,7 +154,18 @@ impl<M: Mmio> Driver<M> {
 
     /// Disables translation; the queues stay enabled.
     pub fn disable(&self) {
-        self.set_cr0(Cr0::new().with_cmdqen(true).with_eventqen(true));
+        self.set_cr0(self.queues());
+    }
+
+    /// CR0 with all queues that are in use.
+    fn queues(&self) -> Cr0 {
+        let pages = self.serves_pages.load(Ordering::Relaxed);
+        Cr0::new().with_cmdqen(true).with_eventqen(true).with_priqen(pages)
+    }
+
+    /// The next time that it is enabled, the SMMU has a PRI queue.
+    pub fn start_page_queue(&self) {
+        self.serves_pages.store(true, Ordering::Relaxed);
     }
 
     fn set_cr0(&self, cr0: Cr0) {
@@ -261,6 +302,12 @@ impl<M: Mmio> Driver<M> {
         self.store_words(at, &cd.to_words());
     }
 
+    /// Sets whether transactions that fault by the context descriptor at `at` stall (CD.S), without
+    /// invalidation.
+    pub fn set_stalls(&self, at: u64, stalls: bool) {
+        self.store(at, Cd0::from_bits(self.load(at)).with_s(stalls).into_bits());
+    }
+
     /// Maps one page (`level` 3) or block of 2 MiB (`level` 2) in the stage 1 at `table`.
     pub fn map(&self, table: u64, va: u64, gpa: u64, level: u8, writable: bool) {
         let mut table = table;
@@ -313,6 +360,35 @@ impl<M: Mmio> Driver<M> {
         let next = cons.with_rd(queue.next(cons.rd())).with_ovackflg(prod.ovflg());
         self.registers.write32(regs::EVENTQ_CONS, next.into_bits());
         Some(EventRecord::from_words(words))
+    }
+
+    /// Takes the oldest page request out of the queue.
+    pub fn take_page_request(&self) -> Option<PageRequest> {
+        let queue = base(self.page_requests, PAGE_REQUEST_BITS);
+        let queue = queue.layout(PAGE_REQUEST_SIZE, PAGE_REQUEST_BITS);
+        let prod = OutputProd::from_bits(self.registers.read32(regs::PRIQ_PROD));
+        let cons = OutputCons::from_bits(self.registers.read32(regs::PRIQ_CONS));
+        if queue.is_empty(prod.wr(), cons.rd()) {
+            return None;
+        }
+        let at = queue.address(cons.rd());
+        let request = PageRequest::decode([0, 8].map(|offset| self.load(at + offset)));
+        let next = cons.with_rd(queue.next(cons.rd())).with_ovackflg(prod.ovflg());
+        self.registers.write32(regs::PRIQ_CONS, next.into_bits());
+        Some(request)
+    }
+
+    /// Responds to the group of `request`.
+    pub fn respond(&self, request: &PageRequest, response: PageResponse) -> Completion {
+        let PageRequest { stream, substream, group, .. } = *request;
+        let response = pri_resp(response);
+        self.submit(&[Command::PriResp { stream, substream, group, response }])
+    }
+
+    /// Says what becomes of the stalled transaction of `event`.
+    pub fn resume_stalled(&self, event: &EventRecord, resume: Resume) -> Completion {
+        let (stream, stag) = (event.stream(), event.qw1.stag());
+        self.submit(&[Command::Resume { stream, stag, response: resume.into_bits() }])
     }
 
     /// Makes the event interrupt send `data` to `address`.

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page requests of emulated devices (PCI PRI): who serves them, and the responses.
+//! Page requests of emulated devices (PCI PRI), and transactions that an SMMU stalls: who serves
+//! them, and the responses.
 //!
 //! A device that meets a translation which software can fix requests the page, in a group of one
-//! request, and tries again after the response. Groups are kept here from the request until the
-//! device has taken the response; a waiting device holds no lock and is in no DMA section.
+//! request, and tries again after the response. To user space a stalled transaction is the same:
+//! the number of the group is its stall tag. Groups are kept here from the request until the device
+//! has taken the response; a waiting device holds no lock and is in no DMA section.
 //!
 //! The lock here is the innermost: nothing is called with it held.
 
@@ -13,11 +15,11 @@ use std::sync::{Arc, MutexGuard};
 use twostage::sync::{Condvar, Mutex};
 
 use crate::host::refusal::Outcome;
-use crate::units::engine::Request;
+use crate::units::engine::{Fault, Request};
 use twostage::iommufd::{PageRequest, PageRequestFlags, PageRequestPermissions, PageResponseCode};
 
 /// Maximum number of open groups of a device: an index has 9 bits (PCIe 6.0 §10.4.1).
-const MAX_GROUPS: u16 = 1 << 9;
+pub(crate) const MAX_GROUPS: u16 = 1 << 9;
 
 /// Size of the requested pages, in bytes.
 const PAGE_SIZE: u64 = 4096;
@@ -29,6 +31,27 @@ pub(crate) trait PageRequestSink: Debug + Send + Sync {
     /// # Errors
     /// Nobody serves the request: there will be no response.
     fn page_request(&self, request: PageRequest) -> Outcome<()>;
+}
+
+/// When a device waits for software.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Waits {
+    /// It has requested a page that it did not find (PRI).
+    #[default]
+    ForPages,
+    /// Its transaction stalls, where the user's tables say so. Devices on PCIe must not be stalled
+    /// (IHI 0070 §3.12.1), so this one is not of that kind, whatever it is otherwise.
+    InStalls,
+}
+
+impl Waits {
+    /// Whether such a device waits after `fault`.
+    pub fn after(self, fault: &Fault) -> bool {
+        match self {
+            Self::ForPages => fault.asks_for_page,
+            Self::InStalls => fault.stalls,
+        }
+    }
 }
 
 /// The page request interfaces of the devices behind one IOMMU.
@@ -43,6 +66,7 @@ pub(crate) struct PageRequests {
 #[derive(Debug, Default)]
 struct Interface {
     sink: Option<Arc<dyn PageRequestSink>>,
+    waits: Waits,
     /// The open groups by index, and their responses.
     groups: BTreeMap<u16, Option<PageResponseCode>>,
     /// Open groups that the device has forgotten: their indices are not free before the response,
@@ -54,28 +78,34 @@ struct Interface {
 }
 
 impl PageRequests {
-    /// From now on `sink` serves the requests of `rid`, or nobody does. Requests made before count
-    /// as refused, and whoever waits for a response is woken. (The attachment may continue: other
-    /// devices of the group may stay.)
-    pub fn set_sink(&self, rid: u16, sink: Option<Arc<dyn PageRequestSink>>) {
+    /// From now on `sink` serves the requests of `rid`, which waits as `waits` says, or nobody
+    /// does. Requests made before count as refused, and whoever waits for a response is woken.
+    /// (The attachment may continue: other devices of the group may stay.)
+    pub fn set_sink(&self, rid: u16, waits: Waits, sink: Option<Arc<dyn PageRequestSink>>) {
         let mut devices = self.devices();
         let interface = devices.entry(rid).or_default();
-        interface.sink = sink;
+        (interface.sink, interface.waits) = (sink, waits);
         interface.groups.clear();
         interface.forgotten.clear();
         self.answered.notify_all();
     }
 
-    /// Whether somebody serves the requests of `rid`.
-    pub fn are_served(&self, rid: u16) -> bool {
-        self.devices().get(&rid).is_some_and(|interface| interface.sink.is_some())
+    /// When `rid` waits, if somebody serves its requests.
+    pub fn served(&self, rid: u16) -> Option<Waits> {
+        let devices = self.devices();
+        devices.get(&rid).filter(|interface| interface.sink.is_some()).map(|it| it.waits)
+    }
+
+    /// When `rid` waits, or would if somebody served its requests.
+    pub fn waits(&self, rid: u16) -> Waits {
+        self.devices().get(&rid).map(|interface| interface.waits).unwrap_or_default()
     }
 
     /// Requests the page of `request`: returns the index of the group; none if nobody serves it, or
     /// the device has the maximum of open groups.
     pub fn ask(&self, request: &Request) -> Option<u16> {
-        let (group, sink) = self.open(request.rid)?;
-        let outcome = sink.page_request(page_request(request, group));
+        let (group, sink, waits) = self.open(request.rid)?;
+        let outcome = sink.page_request(page_request(request, group, waits));
         // It may already have a response, which the waiter takes.
         if outcome.is_err() {
             self.close(request.rid, group);
@@ -130,7 +160,7 @@ impl PageRequests {
     }
 
     /// Opens a group of `rid`, if somebody serves its requests.
-    fn open(&self, rid: u16) -> Option<(u16, Arc<dyn PageRequestSink>)> {
+    fn open(&self, rid: u16) -> Option<(u16, Arc<dyn PageRequestSink>, Waits)> {
         let mut devices = self.devices();
         let interface = devices.get_mut(&rid)?;
         let sink = interface.sink.clone()?;
@@ -139,7 +169,7 @@ impl PageRequests {
         let group = all.find(|group| !groups.contains_key(group) && !forgotten.contains(group))?;
         interface.next = (group + 1) % MAX_GROUPS;
         interface.groups.insert(group, None);
-        Some((group, sink))
+        Some((group, sink, interface.waits))
     }
 
     fn close(&self, rid: u16, group: u16) {
@@ -165,8 +195,9 @@ fn take(devices: &mut BTreeMap<u16, Interface>, rid: u16, group: u16) -> Option<
     Some(code)
 }
 
-/// The page request of `request`, the only one in its group.
-fn page_request(request: &Request, group: u16) -> PageRequest {
+/// The page request of `request`, the only one in its group. Of a stalled transaction it has the
+/// whole address, as from Linux.
+fn page_request(request: &Request, group: u16, waits: Waits) -> PageRequest {
     let Request { pasid, address, kind, .. } = *request;
     PageRequest {
         flags: PageRequestFlags::new().with_pasid_valid(pasid.is_some()).with_last_page(true),
@@ -177,7 +208,10 @@ fn page_request(request: &Request, group: u16) -> PageRequest {
             .with_write(kind.write())
             .with_execute(kind.execute())
             .with_privileged(kind.privileged()),
-        address: address & !(PAGE_SIZE - 1),
+        address: match waits {
+            Waits::ForPages => address & !(PAGE_SIZE - 1),
+            Waits::InStalls => address,
+        },
     }
 }
 
@@ -199,7 +233,7 @@ mod tests {
     #[test]
     fn a_forgotten_groups_index_is_not_another_ones_before_the_response() {
         let requests = PageRequests::default();
-        requests.set_sink(7, Some(Arc::new(Software)));
+        requests.set_sink(7, Waits::ForPages, Some(Arc::new(Software)));
         let kind = RequestKind::new(false, false, false);
         let request = Request { rid: 7, pasid: None, address: 0, kind };
         assert_eq!(requests.ask(&request), Some(0));

@@ -340,6 +340,11 @@ pub struct Extensions {
     /// Sets the flags of a guest's stage 1, nested on an SMMUv3, as IDR0.HTTU says. (Linux 7.2's
     /// uAPI lists HTTU among what its kernel does not support for nesting.)
     pub table_updates: bool,
+    /// Page requests of devices behind an SMMUv3 (IDR0.PRI), and transactions that it stalls
+    /// (IDR0.STALL_MODEL), come to the fault queues of tables that the user owns. A device without
+    /// ATS makes no page requests: what comes of it are stalls. (Linux 7.2's driver refuses page
+    /// requests, and devices that it lets stall are not on PCI.)
+    pub smmu_faults: bool,
 }
 
 impl Extensions {
@@ -348,6 +353,7 @@ impl Extensions {
         with_fault_reports fault_reports: bool;
         with_device_tlbs device_tlbs: bool;
         with_table_updates table_updates: bool;
+        with_smmu_faults smmu_faults: bool;
     }
 }
 

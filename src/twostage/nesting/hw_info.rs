@@ -28,13 +28,18 @@ pub fn host_vtd(device: String, info: &HwInfo, extensions: Extensions) -> Option
 /// The SMMUv3 in front of the device called `device`; `None` if that is not an SMMUv3.
 pub fn host_smmu(device: String, info: &HwInfo, extensions: Extensions) -> Option<HostSmmu> {
     let HwInfoData::ArmSmmuV3(registers) = info.data else { return None };
-    let ats = !info.capabilities.pci_ats_not_supported();
     let [idr0, ..] = registers.idr;
     let httu = match extensions.table_updates {
         true => Httu::from_bits(Idr0::from_bits(idr0).httu()),
         false => Httu::None,
     };
-    Some(HostSmmu::new(device, registers.idr, registers.aidr, ats).with_httu(httu))
+    let unit = HostSmmu::new(device, registers.idr, registers.aidr, has_ats(info)).with_httu(httu);
+    Some(if extensions.smmu_faults { unit.with_faults_served(idr0) } else { unit })
+}
+
+/// Whether a device can use ATS.
+pub(super) fn has_ats(info: &HwInfo) -> bool {
+    !info.capabilities.pci_ats_not_supported()
 }
 
 /// Whether an IOMMU may write through a read-only stage 2 when nesting (VT-d erratum 772415).

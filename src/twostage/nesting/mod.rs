@@ -15,10 +15,10 @@
 //!
 //! Files of the same name in both folders do the same and can be read side by side: `attachments`
 //! (from policies to host objects), `invalidate` (from invalidations to host calls), `state` (the
-//! objects), `faults` (back to the virtual IOMMU). VT-d alone has `nested`: the PASIDs of its
-//! devices have attachments of their own; `flush_set`: the host takes ranges, not the guest's
-//! commands; and `shadow`, for hosts that do not nest. `sides` in both
-//! is for devices of several hosts behind one virtual IOMMU.
+//! objects), `faults` and `page_requests` (back to the virtual IOMMU). VT-d alone has `nested`: the
+//! PASIDs of its devices have attachments of their own; `flush_set`: the host takes ranges, not the
+//! guest's commands; and `shadow`, for hosts that do not nest. `sides` in both is for devices of
+//! several hosts behind one virtual IOMMU.
 //!
 //! Nothing here accesses registers, or guest memory but for `shadow`, or leaves DMA on a
 //! translation that the guest has revoked.
@@ -26,6 +26,7 @@
 mod guest_ioas;
 mod hw_info;
 mod objects;
+mod page_route;
 mod reader;
 pub(crate) mod sides;
 pub mod smmuv3;

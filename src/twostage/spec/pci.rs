@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The source of a PCI Express transaction: Requester ID and PASID.
+//! The source of a PCI Express transaction: Requester ID and PASID; and responses to page requests.
 //!
-//! Source: PCI Express Base Specification 6.0, §2.2.4.2 (Requester ID) and §6.20 (PASID).
+//! Source: PCI Express Base Specification 6.0, §2.2.4.2 (Requester ID), §6.20 (PASID) and §10.4.2.2
+//! (Page Request Group Response).
 
 use std::fmt;
 use std::str::FromStr;
@@ -120,6 +121,37 @@ impl fmt::Debug for Pasid {
     }
 }
 
+/// The response to a group of page requests (PCIe 6.0 §10.4.2.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PageResponse {
+    /// 0: the device may try again. It finds out then whether it has the pages.
+    Success,
+    /// 1: the device cannot have one of the pages.
+    InvalidRequest,
+    /// 15: there is an error that repeats; the device makes no requests until it is reset.
+    Failure,
+}
+
+impl PageResponse {
+    /// Decodes the four bits of a response code; reserved ones mean a failure.
+    pub const fn from_code(code: u8) -> Self {
+        match code {
+            0 => Self::Success,
+            1 => Self::InvalidRequest,
+            _ => Self::Failure,
+        }
+    }
+
+    /// The four bits of the code.
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::Success => 0,
+            Self::InvalidRequest => 1,
+            Self::Failure => 15,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -147,5 +179,13 @@ mod tests {
     fn pasid_has_20_bits() {
         assert_eq!(Pasid::new(0xf_ffff).unwrap().raw(), 0xf_ffff);
         assert_eq!(Pasid::new(0x10_0000), None);
+    }
+
+    #[test]
+    fn reserved_codes_are_failures() {
+        for code in 0..16 {
+            let response = PageResponse::from_code(code);
+            assert_eq!(response.code(), if code < 2 { code } else { 15 });
+        }
     }
 }

@@ -182,7 +182,8 @@ impl Smmuv3Builder {
         let wanted = self.config.unwrap_or_default();
         wanted.check().map_err(impossible)?;
         let nesting = SmmuNesting::with_event_depth(self.ioas, self.event_depth);
-        let side = HostSide::new(nesting.with_threads(self.threads), &self.devices)?;
+        let nesting = nesting.with_threads(self.threads).serving(&wanted);
+        let side = HostSide::new(nesting, &self.devices)?;
         let lowered = wanted.intersect(&side.hosts);
         let offered = offered(wanted, lowered)?;
         let host = side.sides.clone();
@@ -210,7 +211,8 @@ impl Smmuv3Builder {
         let streams: Vec<Bdf> = streams.map(rid_of).collect::<Result<_, _>>()?;
         check_devices(MODEL, &streams, &self.devices)?;
         let nesting = SmmuNesting::with_event_depth(self.ioas, self.event_depth);
-        let side = HostSide::new(nesting.with_threads(self.threads), &self.devices)?;
+        let nesting = nesting.with_threads(self.threads).serving(&state.config);
+        let side = HostSide::new(nesting, &self.devices)?;
         for host in &side.hosts {
             state.config.check_late(host).map_err(AddError::Lacks)?;
         }

@@ -33,6 +33,11 @@ impl fmt::Display for Requester {
     }
 }
 
+/// Names a group of page requests, or a stalled transaction, for its host side, which gives no
+/// number twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageTicket(pub u64);
+
 /// The host refused.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{what}: {source}")]

@@ -10,11 +10,11 @@
 //! Files of the same name in both models' folders do the same, and can be read side by side:
 //! `registers` and `control` (what a register write sets off), `page` (registers as memory of the
 //! guest), `queue` (and what is done for each descriptor or command), `policy` (from tables),
-//! `apply` and `requesters` (to the host), `faults` and `fault_log` (back to the guest), `config`,
-//! `host_unit` (what hosts can serve), `host_side`, `state` (and statistics), `restore` (and
-//! snapshot, and reset). What is the same protocol is in `ledger`, `paged` and `register_page`.
-//! [`routes`] is for VMMs whose hypervisor sends remapped messages by itself; [`bridges`] for those
-//! that have functions behind bridges.
+//! `apply` and `requesters` (to the host), `faults` and `fault_log` (back to the guest),
+//! `page_requests` (and the responses), `config`, `host_unit` (what hosts can serve), `host_side`,
+//! `state` (and statistics), `restore` (and snapshot, and reset). What is the same protocol is in
+//! `ledger`, `paged` and `register_page`. [`routes`] is for VMMs whose hypervisor sends remapped
+//! messages by itself; [`bridges`] for those that have functions behind bridges.
 
 /// Setters of a configuration, to be called in a chain: `with_x x: T` sets the field `x`.
 // For the packages here, so not documented.
@@ -47,7 +47,7 @@ pub mod smmuv3;
 mod testing;
 pub mod vtd;
 
-pub use host_side::{CapabilityConflict, HostSideError, IntersectError, Requester};
+pub use host_side::{CapabilityConflict, HostSideError, IntersectError, PageTicket, Requester};
 pub use machine::{
     BadAddress, InterruptListener, InterruptRemapper, InterruptSink, MsiMessage, TableMemory,
 };

@@ -80,11 +80,15 @@ impl FromStr for DeviceConfig {
             pasid_bits: pairs.take("pasid", default.pasid_bits, device_pasid_bits)?,
             ats: pairs.take("ats", default.ats, on_off)?,
             pri: pairs.take("pri", default.pri, on_off)?,
+            stall: pairs.take("stall", default.stall, on_off)?,
             dma_mask: pairs.take("dma-mask", default.dma_mask, parse_number)?,
         };
         pairs.finish()?;
         if config.pri && !config.ats {
             return Err("pri=on needs ats=on: page requests are for a device TLB".into());
+        }
+        if config.stall && config.ats {
+            return Err("stall=on needs ats=off: an SMMU must not stall a device with ATS".into());
         }
         Ok(Self::Edu(config))
     }
@@ -213,6 +217,8 @@ mod tests {
         }
         let edu = EduConfig { ats: true, pri: true, ..EduConfig::default() };
         assert_eq!("edu,pri=on,ats=on".parse(), Ok(DeviceConfig::Edu(edu)));
+        let edu = EduConfig { stall: true, ..EduConfig::default() };
+        assert_eq!("edu,stall=on".parse(), Ok(DeviceConfig::Edu(edu)));
         assert_eq!(
             "path=/sys/bus/pci/devices/0000:01:00.0,id=nvme,iommu=b,bus=rp0".parse(),
             Ok(VfioConfig {
@@ -270,6 +276,7 @@ mod tests {
         refused::<DeviceConfig>("edu,pasid=yes", "or on, or off");
         refused::<DeviceConfig>("edu,mask=1", "unknown key 'mask'");
         refused::<DeviceConfig>("edu,pri=on", "pri=on needs ats=on");
+        refused::<DeviceConfig>("edu,stall=on,ats=on", "stall=on needs ats=off");
         refused::<DiskConfig>("disk.img", "'disk.img'");
         refused::<DiskConfig>("readonly=on", "path=FILE is missing");
         refused::<DiskConfig>("path=a,readonly=yes", "readonly: 'yes'");

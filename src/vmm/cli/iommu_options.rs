@@ -49,6 +49,8 @@ fn side_core(pairs: &mut Pairs<'_>) -> Result<SideCoreConfig, String> {
     }
 }
 
+const PRI_ALONE: &str = "pri=on needs ats=on: devices without a device TLB make no page requests";
+
 fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
     let default = VtdOptions::default();
     let second_stage = pairs.take("second-stage", None, |text| on_off(text).map(Some))?;
@@ -82,9 +84,7 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
         sanitize: sanitize(pairs, emulated)?,
     };
     if options.pri && !options.ats {
-        return Err(
-            "pri=on needs ats=on: devices without a device TLB make no page requests".into()
-        );
+        return Err(PRI_ALONE.into());
     }
     if options.sanitize && matches!(nesting, Nesting::Off { .. }) {
         return Err("sanitize=on needs nesting=auto or on: no cache has entries of the guest's \
@@ -163,13 +163,31 @@ fn smmuv3(pairs: &mut Pairs<'_>, emulated: bool) -> Result<SmmuV3Options, String
             .take("pasid-bits", default.substream_bits, |text| pasid_bits(text).map(Some))?,
         httu: pairs.take("httu", default.httu, |text| httu(text).map(Some))?,
         ats: pairs.take("ats", default.ats, on_off)?,
+        pri: of_emulated(pairs, "pri", emulated)?,
+        stall: of_emulated(pairs, "stall", emulated)?,
         sanitize: sanitize(pairs, emulated)?,
     };
+    if options.pri && !options.ats {
+        return Err(PRI_ALONE.into());
+    }
     let narrow = options.granules.as_ref().is_some_and(|some| !some.contains(&Granule::K64));
     if options.address_width == 52 && narrow {
         return Err("aw=52 needs the granule of 64 KiB: add 64K to granules=, or say aw=48".into());
     }
     Ok(options)
+}
+
+/// Takes what a kernel does not have for the guest of an SMMUv3.
+fn of_emulated(pairs: &mut Pairs<'_>, key: &'static str, emulated: bool) -> Result<bool, String> {
+    let on = pairs.take(key, false, on_off)?;
+    if on && !emulated {
+        // Nesting refuses it, too; here before any device is touched.
+        return Err(format!(
+            "{key}=on needs host=emulated: a kernel gives neither page requests nor stalled \
+             transactions of an SMMUv3 to a guest; say {key}=off"
+        ));
+    }
+    Ok(on)
 }
 
 /// Granules by their sizes, such as `4K+64K`.
@@ -274,6 +292,8 @@ mod tests {
         assert_eq!("smmuv3".parse(), Ok(IommuConfig::from(SmmuV3Options::default())));
         let sanitize = SmmuV3Options { sanitize: true, ..SmmuV3Options::default() };
         assert_eq!("smmuv3,sanitize=on".parse(), Ok(IommuConfig::from(sanitize)));
+        let faults = SmmuV3Options { ats: true, pri: true, stall: true, ..Default::default() };
+        assert_eq!("smmuv3,ats=on,pri=on,stall=on".parse(), Ok(IommuConfig::from(faults)));
         assert_eq!(
             "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,\
              granules=4K+64K,ril=off,httu=access,side-core=auto,side-cpu=1"
@@ -289,6 +309,8 @@ mod tests {
                     substream_bits: Some(4),
                     httu: Some(Httu::Access),
                     ats: true,
+                    pri: false,
+                    stall: false,
                     sanitize: false,
                 }),
                 side_core: SideCoreConfig { choice: SideCoreChoice::Auto, cpu: Some(1) },
@@ -320,6 +342,9 @@ mod tests {
         refused::<IommuConfig>("vtd,addr=0x10000000000000", "more than 52 bits");
         refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
         refused::<IommuConfig>("vtd,pri=on", "pri=on needs ats=on");
+        refused::<IommuConfig>("smmuv3,pri=on", "pri=on needs ats=on");
+        let kernel = "stall=on needs host=emulated";
+        refused::<IommuConfig>("smmuv3,stall=on,host=/dev/iommu", kernel);
         refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
         refused::<IommuConfig>("vtd,side-core=yes", "'yes' is none of off, on, auto");
         refused::<IommuConfig>("vtd,side-cpu=1", "say side-core=on or auto");

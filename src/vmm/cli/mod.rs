@@ -106,17 +106,18 @@ struct RunArgs {
     /// kernel translates for assigned devices (--vfio); for others behind the same IOMMU this
     /// process does. Where hardware cannot nest the tables of a vtd's guest, or with `nesting=off`,
     /// they are mirrored, with at most `shadow-pieces` mappings. With `pri=on`, and `ats=on`,
-    /// devices ask a vtd's guest for pages that are not there (page requests). With `side-core=on`
-    /// a thread serves a guest's invalidations, which then cost no exits to this process, or none
-    /// at all; `auto` does so while there are many and a processor is free; `side-cpu` is the
-    /// processor that the thread is bound to.
+    /// devices ask the guest for pages that are not there (page requests); with `stall=on` an
+    /// smmuv3 stalls DMA that faults until the guest resumes it. With `side-core=on` a thread
+    /// serves a guest's invalidations, which then cost no exits to this process, or none at all;
+    /// `auto` does so while there are many and a processor is free; `side-cpu` is the processor
+    /// that the thread is bound to.
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,first-stage=on|off,second-stage=on|off,\
             nest=on|off,nesting=auto|on|off,shadow-pieces=N,ats=on|off,pri=on|off,caching-mode=on|off,\
             intremap=on|off,host=emulated|PATH,side-core=off|on|auto,side-cpu=N,\
             sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,\
-            ril=on|off,httu=off|access|dirty,host=emulated|PATH,side-core=off|on|auto,\
+            pri=on|off,stall=on|off,ril=on|off,httu=off|access|dirty,host=emulated|PATH,side-core=off|on|auto,\
             side-cpu=N,sanitize=on|off]"
     )]
     iommus: Vec<IommuConfig>,
@@ -139,10 +140,10 @@ struct RunArgs {
     /// 16 KiB of memory (BAR 2). With `pasid=on`, or a width, it has the PASID capability; once
     /// software has enabled that, register 0xA0 selects the PASID of its DMA (bits 19:0; bit 31: it
     /// has one). `ats=on` and `pri=on` are the capabilities of a device TLB and of page requests,
-    /// which its IOMMU must have, too (--iommu).
+    /// and `stall=on` lets an SMMU stall its DMA, all of which its IOMMU must have, too (--iommu).
     #[arg(
         long = "device",
-        value_name = "edu[,iommu=on|off|ID,bus=ID,pasid=on|off|BITS,ats=on|off,pri=on|off,dma-mask=MASK]"
+        value_name = "edu[,iommu=on|off|ID,bus=ID,pasid=on|off|BITS,ats=on|off,pri=on|off,stall=on|off,dma-mask=MASK]"
     )]
     devices: Vec<DeviceConfig>,
 

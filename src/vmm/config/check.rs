@@ -103,6 +103,9 @@ impl MachineConfig {
             if device.pri() && !offers(IommuModel::page_requests) {
                 return Err(ConfigError::NotOffered(number, "pri"));
             }
+            if device.stall() && !offers(IommuModel::stalls) {
+                return Err(ConfigError::NotOffered(number, "stall"));
+            }
         }
         Ok(())
     }
@@ -118,7 +121,8 @@ impl MachineConfig {
             if matches!(device, DeviceConfig::Vfio(_)) {
                 return Err(ConfigError::NotConventional(option, number, bus, "assigned devices"));
             }
-            let conventional_has_none = [(device.pasid(), "PASIDs"), (device.ats(), "ATS")];
+            let conventional_has_none =
+                [(device.pasid(), "PASIDs"), (device.ats(), "ATS"), (device.stall(), "stalls")];
             if let Some((_, what)) = conventional_has_none.into_iter().find(|(has, _)| *has) {
                 return Err(ConfigError::NotConventional(option, number, bus, what));
             }
@@ -192,6 +196,9 @@ mod tests {
         assert_eq!(machine(&[both.into()], edu).validate(), Ok(()));
         let bare = machine(&[], EduConfig { ats: true, ..EduConfig::default() });
         assert_eq!(bare.validate(), Err(ConfigError::NotOffered(2, "ats")));
+        let stalled = EduConfig { stall: true, ..EduConfig::default() };
+        let stall = machine(&[VtdOptions::default().into()], stalled);
+        assert_eq!(stall.validate(), Err(ConfigError::NotOffered(2, "stall")));
     }
 
     fn edu(iommu: IommuChoice, pasid: bool) -> EduConfig {

@@ -75,6 +75,11 @@ impl DeviceConfig {
         matches!(self, Self::Edu(EduConfig { pri: true, .. }))
     }
 
+    /// Whether an SMMU can stall its transactions.
+    pub fn stall(&self) -> bool {
+        matches!(self, Self::Edu(EduConfig { stall: true, .. }))
+    }
+
     /// The option that makes such a device.
     pub(super) fn option(&self) -> &'static str {
         match self {
@@ -169,6 +174,9 @@ pub struct EduConfig {
     pub ats: bool,
     /// It has the PRI capability, which needs ATS.
     pub pri: bool,
+    /// An SMMU can stall its transactions, as of no other device on PCI: a device tree says so. Not
+    /// with ATS.
+    pub stall: bool,
     /// DMA addresses are masked with this.
     pub dma_mask: u64,
 }
@@ -182,6 +190,6 @@ impl Default for EduConfig {
     fn default() -> Self {
         let dma_mask = Self::DEFAULT_DMA_MASK;
         let iommu = IommuChoice::Unsaid;
-        Self { iommu, bus: None, pasid_bits: 0, ats: false, pri: false, dma_mask }
+        Self { iommu, bus: None, pasid_bits: 0, ats: false, pri: false, stall: false, dma_mask }
     }
 }

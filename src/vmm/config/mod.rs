@@ -227,8 +227,13 @@ impl IommuModel {
     pub fn page_requests(&self) -> bool {
         match self {
             Self::Vtd(vtd) => vtd.pri,
-            Self::SmmuV3(_) => false,
+            Self::SmmuV3(smmu) => smmu.pri,
         }
+    }
+
+    /// Whether it stalls transactions that fault.
+    pub fn stalls(&self) -> bool {
+        matches!(self, Self::SmmuV3(SmmuV3Options { stall: true, .. }))
     }
 
     /// Its options, if it is a VT-d.
@@ -320,6 +325,10 @@ pub struct SmmuV3Options {
     pub httu: Option<Httu>,
     /// Offers device TLBs (ATS).
     pub ats: bool,
+    /// Offers page requests (PRI), which need `ats`.
+    pub pri: bool,
+    /// Offers to stall transactions that fault, of devices that can be stalled.
+    pub stall: bool,
     /// Compares every DMA with the guest's tables and reports uses of stale ones.
     pub sanitize: bool,
 }
@@ -333,6 +342,8 @@ impl Default for SmmuV3Options {
             substream_bits: None,
             httu: None,
             ats: false,
+            pri: false,
+            stall: false,
             sanitize: false,
         }
     }

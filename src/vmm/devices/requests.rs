@@ -69,8 +69,7 @@ impl ServiceControl for DeviceControl {
     }
 
     fn wait(&self, group: u16, address: u64, tries: &mut PageTries) -> Result<(), DmaError> {
-        let response = self.wait_for_page(group);
-        tries.answered(address, response).map_err(|_| DmaError::at(address))
+        self.wait_to_retry(group, address, tries).map_err(|_| DmaError::at(address))
     }
 
     fn outstanding(&self) -> usize {

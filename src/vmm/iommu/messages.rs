@@ -86,6 +86,8 @@ pub(super) struct SmmuDma {
     pub messages: Arc<dyn InterruptSink>,
     /// The device asks for translations (ATS).
     pub asks: bool,
+    /// Its requests for memory can be stalled.
+    pub stalls: bool,
 }
 
 impl DmaMaster for SmmuDma {
@@ -94,14 +96,15 @@ impl DmaMaster for SmmuDma {
     }
 
     fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
-        let Self { port, messages, asks } = self;
+        let Self { port, messages, asks, stalls } = self;
         let word = <[u8; 4]>::try_from(data).map(u32::from_le_bytes);
         // Only aligned writes of four bytes interrupt.
         let Some(word) = word.ok().filter(|_| iova.is_multiple_of(4)) else {
             return DmaMaster::write(port, pasid, iova, data);
         };
-        if *asks {
+        if *asks || *stalls {
             // A device that asks for translations gets memory's; messages it sends untranslated.
+            // One that is stalled is so by what does not lead to memory, nor to messages.
             match DmaPort::write(port, attributes(pasid), iova, data) {
                 Err(Refusal::Interrupt { .. }) => {}
                 result => return result.map_err(|error| refusal(iova, &error)),

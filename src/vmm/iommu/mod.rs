@@ -45,6 +45,8 @@ pub(super) struct AssignedFunction {
     pub pasid: bool,
     /// It makes page requests.
     pub pri: bool,
+    /// An SMMU can stall it.
+    pub stall: bool,
     /// The number of the virtual IOMMU.
     pub iommu: usize,
     /// The path of the physical device that it is, if it is one.

@@ -134,8 +134,9 @@ pub(super) fn bind_devices(
         let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
         let device = DeviceConfig::default()
             .with_pasid_bits(pasid_bits)
-            .with_ats(ats)
-            .with_pri(function.pri);
+            .with_ats(ats && !function.stall)
+            .with_pri(function.pri)
+            .with_stalls(function.stall);
         emulated.add_device(&name, unit, bdf, device).map_err(failed("adding a device"))?;
         let dev = host.verbs.device_bind(&name).map_err(failed("binding a device"))?;
         devices.push(BoundDevice { bdf, dev, host: host.clone() });

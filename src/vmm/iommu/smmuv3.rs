@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtual SMMUv3 of a machine, and the unit behind it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, OnceLock, Weak};
@@ -42,6 +42,8 @@ pub(super) struct SmmuV3 {
     translated: BTreeMap<Bdf, Arc<dyn InterruptSink>>,
     /// The host objects in use when a guest last switched translation off.
     objects_in_use: Arc<Mutex<Option<SmmuObjects>>>,
+    /// The functions that can be stalled.
+    stalled: BTreeSet<Bdf>,
     /// The emulated unit; `None` if there are only devices of the kernel.
     unit: Option<Arc<SmmuV3Unit>>,
     services: AssignedServices,
@@ -97,7 +99,17 @@ impl SmmuV3 {
         let messages = Arc::new(DeviceMessages::new(devices.iter().map(port)));
         let sink = |device: &BoundDevice| (device.bdf, (plan.messages)(device.bdf));
         let translated = devices.iter().map(sink).collect();
-        let smmu = Self { smmu, interrupts, messages, translated, objects_in_use, unit, services };
+        let stalled = plan.functions.iter().filter(|it| it.stall).map(|it| it.bdf).collect();
+        let smmu = Self {
+            smmu,
+            interrupts,
+            messages,
+            translated,
+            objects_in_use,
+            stalled,
+            unit,
+            services,
+        };
         Ok((smmu, devices))
     }
 }
@@ -135,7 +147,8 @@ impl VirtualIommu for SmmuV3 {
 
     fn dma_master(&self, bdf: Bdf, _: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>> {
         let (port, messages) = (self.dma_port(bdf)?, self.translated.get(&bdf)?.clone());
-        Some(Box::new(SmmuDma { port, messages, asks: false }))
+        let stalls = self.stalled.contains(&bdf);
+        Some(Box::new(SmmuDma { port, messages, asks: false, stalls }))
     }
 
     fn services(&self, bdf: Bdf) -> HostServices {
@@ -182,7 +195,7 @@ impl BusDevice for Smmu {
 /// The interrupts of the SMMU itself.
 struct OwnInterrupts {
     messages: Arc<dyn InterruptSink>,
-    /// Those of events, global errors and CMD_SYNC, in this order.
+    /// Those of events, global errors, CMD_SYNC and page requests, in this order.
     wires: OnceLock<Vec<EdgeLine>>,
 }
 
@@ -200,6 +213,7 @@ impl SmmuInterrupts for OwnInterrupts {
             SmmuInterrupt::EventQueue => 0,
             SmmuInterrupt::GlobalError => 1,
             SmmuInterrupt::CommandSync => 2,
+            SmmuInterrupt::PageQueue => 3,
         };
         let wire = self.wires.get().and_then(|wires| wires.get(number));
         if let Some(Err(error)) = wire.map(Trigger::trigger) {
@@ -242,6 +256,8 @@ fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
         .with_va_52(options.address_width == 52)
         .with_ssid_bits(ssid_bits)
         .with_ats(options.ats)
+        .with_page_requests(options.pri)
+        .with_stalls(options.stall)
         .with_msi_doorbell(Some(MESSAGE_RANGE))
         .with_sanitize(options.sanitize)
         // It serves this virtual SMMU alone: what its guest is not told of is illegal to it.
@@ -264,6 +280,8 @@ fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
         .with_substream_bits(options.substream_bits)
         .with_httu(options.httu)
         .with_ats(options.ats)
+        .with_page_requests(options.pri)
+        .with_stalls(options.stall)
 }
 
 #[cfg(test)]

@@ -31,10 +31,22 @@ fn no_interrupts(_: Bdf) -> Arc<dyn InterruptSink> {
     Arc::new(NoInterrupts)
 }
 
-pub(super) const FUNCTION: AssignedFunction =
-    AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, pri: false, iommu: 0, vfio: None };
-const OTHER: AssignedFunction =
-    AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, pri: false, iommu: 1, vfio: None };
+pub(super) const FUNCTION: AssignedFunction = AssignedFunction {
+    bdf: Bdf::from_raw(8),
+    pasid: true,
+    pri: false,
+    stall: false,
+    iommu: 0,
+    vfio: None,
+};
+const OTHER: AssignedFunction = AssignedFunction {
+    bdf: Bdf::from_raw(16),
+    pasid: true,
+    pri: false,
+    stall: false,
+    iommu: 1,
+    vfio: None,
+};
 
 fn iommus(
     configs: &[IommuConfig],
@@ -289,7 +301,14 @@ fn mixed(model: IommuModel, memory: &MachineMemory, kernel: &Host) -> Iommus {
     let path = Some(PathBuf::from("/physical"));
     let functions = [
         FUNCTION,
-        AssignedFunction { bdf: PHYSICAL, pasid: false, pri: false, iommu: 0, vfio: path },
+        AssignedFunction {
+            bdf: PHYSICAL,
+            pasid: false,
+            pri: false,
+            stall: false,
+            iommu: 0,
+            vfio: path,
+        },
     ];
     let iommus =
         Iommus::new(&config, false, memory, Some(kernel), &functions, &no_interrupts, None);

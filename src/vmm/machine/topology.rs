@@ -46,7 +46,8 @@ pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
                 DeviceConfig::Vfio(vfio) => Some(vfio.path.clone()),
                 _ => None,
             };
-            functions.push(AssignedFunction { bdf, pasid, pri: device.pri(), iommu, vfio });
+            let (pri, stall) = (device.pri(), device.stall());
+            functions.push(AssignedFunction { bdf, pasid, pri, stall, iommu, vfio });
         }
     }
     Ok(functions)

@@ -17,9 +17,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use super::{VfioError, VfioProblem};
+use twostage::spec::pci::PageResponse;
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
+use twostage::spec::smmuv3::page_request::PageRequest;
 use twostage::spec::smmuv3::StreamId;
-use twostage::viommu::smmuv3::{EventRecordWords, EventTarget};
+use twostage::viommu::smmuv3::{EventRecordWords, EventTarget, StalledTransaction};
+use twostage::viommu::PageTicket;
 
 /// Linux's default window for MSIs in the address spaces of all devices.
 const MSI_WINDOW: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
@@ -116,6 +119,23 @@ impl EventTarget for DoorbellWatch {
 
     fn events_lost(&self) {
         self.target.events_lost();
+    }
+
+    fn page_requests(&self, requests: &[PageRequest], ticket: PageTicket) -> Option<PageResponse> {
+        self.target.page_requests(requests, ticket)
+    }
+
+    fn stall_epoch(&self) -> u64 {
+        self.target.stall_epoch()
+    }
+
+    fn stalled(
+        &self,
+        transaction: &StalledTransaction,
+        ticket: PageTicket,
+        epoch: u64,
+    ) -> Option<PageResponse> {
+        self.target.stalled(transaction, ticket, epoch)
     }
 }
 

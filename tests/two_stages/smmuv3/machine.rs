@@ -3,6 +3,7 @@
 
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
+use std::thread;
 
 use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::smmuv3::SmmuNesting;
@@ -50,26 +51,60 @@ pub struct Machine {
     pub host: Arc<Host>,
     pub messages: Arc<Messages>,
     pub unit: Arc<SmmuV3Unit>,
+    kind: Kind,
     devices: Vec<ObjectId>,
 }
 
-/// A host with one unit and two unbound devices; every call of it can be made to fail.
-pub fn host() -> (Arc<Host>, Arc<SmmuV3Unit>) {
-    let config = SmmuV3UnitConfig::default().with_ats(true).with_page_requests(true);
-    let unit = SmmuV3Unit::new(config);
-    let host = EmulatedHost::new();
-    let id = host.add_unit(unit.clone());
-    for (name, rid) in [("a", A), ("b", B)] {
-        let config = DeviceConfig::default().with_ats(true).with_pri(true);
-        host.add_device(name, id, rid, config).unwrap();
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+pub struct Kind {
+    pub unit: SmmuV3UnitConfig,
+    /// Of [`A`] and [`B`].
+    pub devices: [DeviceConfig; 2],
+    /// What the guest is offered, as far as the unit has it.
+    pub offered: SmmuConfig,
+}
+
+impl Default for Kind {
+    fn default() -> Self {
+        let device = DeviceConfig::default().with_ats(true).with_pri(true);
+        Self {
+            unit: SmmuV3UnitConfig::default().with_ats(true).with_page_requests(true),
+            devices: [device.clone(), device],
+            offered: SmmuConfig::default(),
+        }
     }
-    (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
+}
+
+impl Kind {
+    /// A host with one unit and two unbound devices; every call of it can be made to fail.
+    pub fn host(&self) -> (Arc<Host>, Arc<SmmuV3Unit>) {
+        let unit = SmmuV3Unit::new(self.unit.clone());
+        let host = EmulatedHost::new();
+        let id = host.add_unit(unit.clone());
+        for ((name, rid), config) in [("a", A), ("b", B)].into_iter().zip(&self.devices) {
+            host.add_device(name, id, rid, config.clone()).unwrap();
+        }
+        (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
+    }
+
+    /// A machine of this kind.
+    pub fn machine(self) -> Machine {
+        let (host, unit) = self.host();
+        Machine::with(self, host, unit).unwrap()
+    }
+}
+
+/// See [`Kind::host`], of the default kind.
+pub fn host() -> (Arc<Host>, Arc<SmmuV3Unit>) {
+    Kind::default().host()
 }
 
 /// What a VMM has before there is a virtual SMMU: guest memory in the host, and bound devices.
 pub struct Ground {
     pub host: Arc<Host>,
     pub unit: Arc<SmmuV3Unit>,
+    kind: Kind,
     ioas: Arc<GuestIoas>,
     memory: Memory,
     /// The device objects of [`A`] and [`B`].
@@ -79,6 +114,7 @@ pub struct Ground {
 impl Ground {
     /// On `host`, with the memory that `memory` maps.
     fn new(
+        kind: Kind,
         host: Arc<Host>,
         unit: Arc<SmmuV3Unit>,
         memory: impl FnOnce(&GuestIoas) -> Result<Memory, NestingError>,
@@ -87,12 +123,13 @@ impl Ground {
         let memory = memory(&ioas).map_err(text)?;
         let devices = ["a", "b"].into_iter().map(|name| host.device_bind(name));
         let devices = devices.collect::<Result<_, _>>().map_err(text)?;
-        Ok(Self { host, unit, ioas, memory, devices })
+        Ok(Self { host, unit, kind, ioas, memory, devices })
     }
 
     /// Nesting with both devices, which are blocked.
     pub fn nest(&self) -> Result<Arc<SmmuNesting>, String> {
-        let nesting = Arc::new(SmmuNesting::new(self.ioas.clone()));
+        let nesting = SmmuNesting::new(self.ioas.clone()).serving(&self.kind.offered);
+        let nesting = Arc::new(nesting);
         for (rid, dev) in [A, B].into_iter().zip(&self.devices) {
             nesting.add_device(rid, *dev).map_err(text)?;
         }
@@ -103,8 +140,14 @@ impl Ground {
 impl Machine {
     /// Builds everything on `host`, as a VMM does before it starts its guest.
     pub fn on(host: Arc<Host>, unit: Arc<SmmuV3Unit>) -> Result<Self, String> {
+        Self::with(Kind::default(), host, unit)
+    }
+
+    /// The same, of a `kind` that `host` is of.
+    pub fn with(kind: Kind, host: Arc<Host>, unit: Arc<SmmuV3Unit>) -> Result<Self, String> {
         let extensions = host.extensions();
-        let ground = Ground::new(host, unit, |ioas| {
+        let offered = kind.offered.clone();
+        let ground = Ground::new(kind, host, unit, |ioas| {
             Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
         })?;
         let nesting = ground.nest()?;
@@ -113,7 +156,7 @@ impl Machine {
             .iter()
             .filter_map(|device| host_smmu(device.rid.to_string(), &device.info, extensions))
             .collect();
-        let config = SmmuConfig::default().intersect(&units).map_err(text)?;
+        let config = offered.intersect(&units).map_err(text)?;
         let messages = Arc::<Messages>::default();
         let map = ground.memory.map.clone();
         let smmu =
@@ -126,11 +169,11 @@ impl Machine {
 
     /// A host with a copy of this machine's memory, for a machine that goes on where this one is.
     pub fn next_ground(&self) -> Ground {
-        let (host, unit) = host();
+        let (host, unit) = self.kind.host();
         let copied = |ioas: &GuestIoas| {
             self.memory.copied(|start, region| ioas.map(start, region, Protection::READ_WRITE))
         };
-        Ground::new(host, unit, copied).unwrap()
+        Ground::new(self.kind.clone(), host, unit, copied).unwrap()
     }
 
     /// This machine as it was at `state`, on `ground` with `nesting`, which blocks its devices.
@@ -153,11 +196,11 @@ impl Machine {
         messages: Arc<Messages>,
         guest: Driver<Arc<Smmu>>,
     ) -> Self {
-        let Ground { host, unit, devices, .. } = ground;
+        let Ground { host, unit, kind, devices, .. } = ground;
         nesting.set_fault_target(Arc::downgrade(&guest.registers) as Weak<dyn EventTarget>);
         let (host, unit, devices) = (host.clone(), unit.clone(), devices.clone());
-        let memory = ground.memory.clone();
-        Self { guest, memory, nesting, host, messages, unit, devices }
+        let (memory, kind) = (ground.memory.clone(), kind.clone());
+        Self { guest, memory, nesting, host, messages, unit, kind, devices }
     }
 
     /// The device object of `rid`.
@@ -202,6 +245,18 @@ impl Machine {
             }
         }
         host.inner().inner().live_objects()
+    }
+}
+
+/// A test that fails leaves devices that wait for its guest, and it waits for their threads. As it
+/// drops this, the guest is halted, and whoever waits is answered.
+pub struct Served<'a>(pub &'a Machine);
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.guest.registers.halt();
+        }
     }
 }
 

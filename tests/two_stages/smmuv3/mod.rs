@@ -5,9 +5,12 @@ mod flags;
 mod granularity;
 mod machine;
 mod mixed;
+mod page_requests;
 mod restore;
 mod stack;
+mod stalls;
 mod substreams;
+mod waiting;
 
 use twostage::iommufd::{Errno, HostIommu as _};
 use twostage::nesting::smmuv3::SmmuNesting;

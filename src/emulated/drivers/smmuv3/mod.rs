@@ -149,7 +149,8 @@ impl Driver for SmmuDriver {
     }
 
     fn extensions(&self) -> Extensions {
-        Extensions::default().with_fault_reports(true).with_table_updates(true)
+        let extensions = Extensions::default().with_fault_reports(true);
+        extensions.with_table_updates(true).with_smmu_faults(true)
     }
 
     fn pasid_bits(&self) -> u8 {
@@ -288,7 +289,10 @@ impl Driver for SmmuDriver {
 
     /// A device that makes none can still have a page table with a fault queue, as in Linux.
     fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
-        self.unit.page_requests().filter(|_| device.config.pri)
+        match device.config.stalls {
+            true => self.unit.stalled(),
+            false => self.unit.page_requests().filter(|_| device.config.pri),
+        }
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {

@@ -133,6 +133,8 @@ pub(crate) struct Fault {
     pub stage2: bool,
     /// A device with PRI requests the page, as software can fix the translation.
     pub asks_for_page: bool,
+    /// The transaction stalls, of a device that may be stalled.
+    pub stalls: bool,
     /// Nothing is attached for the requester: whoever gets the report may attach something.
     pub nothing_attached: bool,
     /// The report; none if there is to be none.

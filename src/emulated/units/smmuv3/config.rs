@@ -4,8 +4,11 @@
 use std::ops::RangeInclusive;
 
 use crate::units::engine::CacheSizes;
+use crate::units::page_requests::MAX_GROUPS;
 use twostage::iommufd::iommu_hw_info_arm_smmuv3;
-use twostage::spec::smmuv3::regs::{Aidr, Httu, Idr0, Idr1, Idr3, Idr5, Iidr};
+use twostage::spec::smmuv3::regs::{
+    Aidr, Httu, Idr0, Idr1, Idr3, Idr5, Iidr, STALL_NONE, STALL_OR_TERMINATE,
+};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::{address_size, ADDRESS_WIDTH};
 
@@ -17,7 +20,7 @@ const MAX_SSID_BITS: u8 = 20;
 
 /// The abilities and cache sizes of an emulated SMMUv3.
 ///
-/// Without stalls (IDR0.STALL_MODEL = 0b01); ASIDs and VMIDs have 16 bits.
+/// ASIDs and VMIDs have 16 bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SmmuV3UnitConfig {
@@ -41,6 +44,10 @@ pub struct SmmuV3UnitConfig {
     /// Takes page requests, if it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them and
     /// supports only devices that stall, which PCI devices must not; here it serves page requests.
     pub page_requests: bool,
+    /// Stalls faulting transactions where the user's stage 1 says so (IDR0.STALL_MODEL = 0b00), of
+    /// devices that can be stalled ([`DeviceConfig::stalls`](crate::DeviceConfig::stalls)): those
+    /// of others are terminated, as §3.12 allows.
+    pub stalls: bool,
     /// The flags it sets in descriptors of stage 1 that it uses (IDR0.HTTU). With the dirty state,
     /// the host tracks dirty pages, as far as Linux's driver does: in page tables of stage 1.
     pub httu: Httu,
@@ -67,7 +74,7 @@ pub struct SmmuV3UnitConfig {
 
 impl Default for SmmuV3UnitConfig {
     /// A recent unit with 48 bits: everything except virtual addresses of 52 bits, ATS, page
-    /// requests and a doorbell.
+    /// requests, stalls and a doorbell.
     fn default() -> Self {
         Self {
             address_width: 48,
@@ -79,6 +86,7 @@ impl Default for SmmuV3UnitConfig {
             ats: false,
             page_requests: false,
             httu: Httu::Dirty,
+            stalls: false,
             nesting: true,
             s2fwb: true,
             canwbs: false,
@@ -102,6 +110,7 @@ impl SmmuV3UnitConfig {
         with_ats ats: bool;
         with_page_requests page_requests: bool;
         with_httu httu: Httu;
+        with_stalls stalls: bool;
         with_nesting nesting: bool;
         with_s2fwb s2fwb: bool;
         with_canwbs canwbs: bool;
@@ -180,7 +189,7 @@ impl SmmuV3UnitConfig {
             .with_msi(true)
             .with_cd2l(self.two_level_cd)
             .with_ttendian(0b10)
-            .with_stall_model(0b01)
+            .with_stall_model(if self.stalls { STALL_OR_TERMINATE } else { STALL_NONE })
             .with_term_model(true)
             .with_st_level(0b01);
         let idr1 = Idr1::new()
@@ -195,7 +204,8 @@ impl SmmuV3UnitConfig {
             .with_gran4k(self.has_granule(Granule::K4))
             .with_gran16k(self.has_granule(Granule::K16))
             .with_gran64k(self.has_granule(Granule::K64))
-            .with_vax(self.va_52.into());
+            .with_vax(self.va_52.into())
+            .with_stall_max(if self.stalls { MAX_GROUPS } else { 0 });
         iommu_hw_info_arm_smmuv3 {
             idr: [idr0.into_bits(), idr1.into_bits(), 0, idr3.into_bits(), 0, idr5.into_bits()],
             iidr: Iidr::new().into_bits(),

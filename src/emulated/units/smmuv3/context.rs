@@ -5,7 +5,7 @@
 use std::sync::atomic::Ordering;
 
 use super::config::SmmuV3UnitConfig;
-use super::fault::Fault;
+use super::fault::{Fault, FaultModel};
 use super::tables::{Shape, Stage1};
 use crate::units::engine::{
     half, without_top_byte, Caches, Half, HostStage2, LocalCounters, PathRights, Stage2Refusal,
@@ -27,8 +27,8 @@ const MIN_INPUT_BITS: u8 = 25;
 pub(super) struct AddressSpace {
     /// ASID.
     pub asid: u16,
-    /// R: faults are recorded.
-    pub recorded: bool,
+    /// R and S: what becomes of faults.
+    pub faults: FaultModel,
     /// Of TTB0 and TTB1; none for a half without walks (EPD).
     halves: [Option<Stage1>; 2],
     /// TBI0 and TBI1: the upper byte of an address is ignored.
@@ -36,14 +36,19 @@ pub(super) struct AddressSpace {
 }
 
 impl AddressSpace {
-    /// Decodes `cd`; none if it is not valid, or ILLEGAL for an SMMU of `config`.
-    pub fn new(cd: &Cd, config: &SmmuV3UnitConfig) -> Option<Self> {
+    /// Decodes `cd`; none if it is not valid, or ILLEGAL for an SMMU of `config` and a stream that
+    /// `may_stall` (S1STALLD).
+    pub fn new(cd: &Cd, config: &SmmuV3UnitConfig, may_stall: bool) -> Option<Self> {
         let word = cd.qw0;
-        // TERM_MODEL is 1, STALL_MODEL 0b01, TTENDIAN 0b10 and TTF 0b10.
+        let faults = match word.s() {
+            true => FaultModel::Stall,
+            false => FaultModel::Terminate { recorded: word.r() },
+        };
+        // TERM_MODEL is 1, TTENDIAN 0b10 and TTF 0b10.
         let endless = word.epd0() && word.epd1();
         let legal = word.v()
             && word.a()
-            && !word.s()
+            && (!word.s() || config.stalls && may_stall)
             && (endless || !word.endi())
             && word.aa64()
             && (!word.ha() || config.httu >= Httu::Access)
@@ -78,7 +83,7 @@ impl AddressSpace {
                 updates,
                 write_no_execute: word.wxn(),
                 privileged_access_never: word.pan(),
-                recorded: word.r(),
+                faults,
                 shape: Shape::new(granule, input_bits),
                 rights: PathRights::NONE,
             };
@@ -88,7 +93,7 @@ impl AddressSpace {
         let upper = half(true, word.epd1(), cd.table1(), cd.granule1(), word.t1sz())?;
         Some(Self {
             asid: word.asid(),
-            recorded: word.r(),
+            faults,
             halves: [lower, upper],
             top_byte_ignored: [word.tbi0(), word.tbi1()],
         })
@@ -231,7 +236,7 @@ mod tests {
     }
 
     fn legal(cd: Cd) -> bool {
-        AddressSpace::new(&cd, &SmmuV3UnitConfig::default()).is_some()
+        AddressSpace::new(&cd, &SmmuV3UnitConfig::default(), true).is_some()
     }
 
     #[test]
@@ -281,7 +286,7 @@ mod tests {
                 [(false, false, none), (true, false, ha), (false, true, hd), (true, true, both)]
             {
                 let cd = Cd { qw0: good().qw0.with_ha(ha).with_hd(hd), ..good() };
-                let space = AddressSpace::new(&cd, &config);
+                let space = AddressSpace::new(&cd, &config, true);
                 let found = space.map(|space| space.half(0).1.unwrap().updates);
                 assert_eq!(found, expected, "{httu:?}, HA {ha}, HD {hd}");
             }
@@ -290,17 +295,17 @@ mod tests {
 
     #[test]
     fn bit_55_says_which_half() {
-        let space = AddressSpace::new(&good(), &SmmuV3UnitConfig::default()).unwrap();
+        let space = AddressSpace::new(&good(), &SmmuV3UnitConfig::default(), true).unwrap();
         let upper = |address| space.half(address).1.map(|tables| tables.upper);
         assert_eq!((upper(0x1000), upper(u64::MAX)), (Some(false), Some(true)));
         assert_eq!(upper(0xff00_0000_0000_1000), Some(false));
         assert_eq!(space.half(0xff00_0000_0000_1000).0, 0xff00_0000_0000_1000);
         let tagged = Cd { qw0: good().qw0.with_tbi0(true).with_tbi1(true), ..good() };
-        let space = AddressSpace::new(&tagged, &SmmuV3UnitConfig::default()).unwrap();
+        let space = AddressSpace::new(&tagged, &SmmuV3UnitConfig::default(), true).unwrap();
         assert_eq!(space.half(0xff00_0000_0000_1000).0, 0x1000);
         assert_eq!(space.half(0x00ff_ffff_ffff_f000).0, 0xffff_ffff_ffff_f000);
         let off = Cd { qw0: good().qw0.with_epd1(true), ..good() };
-        let space = AddressSpace::new(&off, &SmmuV3UnitConfig::default()).unwrap();
+        let space = AddressSpace::new(&off, &SmmuV3UnitConfig::default(), true).unwrap();
         assert_eq!(space.half(u64::MAX).1, None);
     }
 

@@ -72,7 +72,7 @@ impl SmmuV3 {
             address_bits: self.config.output_bits(),
         };
         let cd = table.fetch(&ste, number)?;
-        let space = AddressSpace::new(&cd, &self.config);
+        let space = AddressSpace::new(&cd, &self.config, !ste.qw1.s1stalld());
         let space = space.ok_or(Fault::config(EventId::BadCd))?;
         Ok(Configuration { tag: stream.tag, space: Some(space), host: stream.host.clone() })
     }
@@ -91,13 +91,13 @@ impl SmmuV3 {
         let walk = Walk { caches, source: at.source, global: at.global, counters, lower };
         let Some(space) = &configuration.space else {
             if address >> self.config.output_bits() != 0 {
-                return Err(Fault::stage1(EventId::AddressSize, true));
+                return Err(Fault::too_large());
             }
             let refused = |why| Fault::stage2(why, EventClass::Input, address);
             return walk.stage2_only(address, kind, Rights::ALL).map_err(refused);
         };
         let (address, tables) = space.half(address);
-        let tables = tables.ok_or(Fault::stage1(EventId::Translation, space.recorded))?;
+        let tables = tables.ok_or(Fault::stage1(EventId::Translation, space.faults))?;
         walk.walk(tables, address, kind).or_else(|fault| {
             if self.doorbell(&fault, kind).is_some() {
                 walk.mark(tables, address, kind)?;

@@ -48,7 +48,16 @@ impl Report for Event {
     }
 }
 
-/// A transaction was terminated.
+/// What an address space has for transactions that fault in it (§5.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FaultModel {
+    /// They are terminated, and recorded if CD.R says so.
+    Terminate { recorded: bool },
+    /// They stall (CD.S), which is always recorded.
+    Stall,
+}
+
+/// A transaction was terminated, or stalls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The stream table entry aborts: there is no event.
@@ -65,28 +74,36 @@ pub(crate) enum Fault {
         second_address: u64,
         /// Flags of a descriptor were to be written.
         update: bool,
-        /// It is recorded: not if CD.R says otherwise.
-        recorded: bool,
+        /// What becomes of it.
+        model: FaultModel,
     },
 }
+
+/// What no context descriptor decides about.
+const RECORDED: FaultModel = FaultModel::Terminate { recorded: true };
 
 impl Fault {
     /// A fault of the stream's configuration.
     pub fn config(id: EventId) -> Self {
         let (class, update) = (EventClass::Cd, false);
-        Self::Event { id, stage2: false, class, second_address: 0, update, recorded: true }
+        Self::Event { id, stage2: false, class, second_address: 0, update, model: RECORDED }
     }
 
     /// A stage-1 fault caused by the transaction's address.
-    pub fn stage1(id: EventId, recorded: bool) -> Self {
+    pub fn stage1(id: EventId, model: FaultModel) -> Self {
         let (class, update) = (EventClass::Input, false);
-        Self::Event { id, stage2: false, class, second_address: 0, update, recorded }
+        Self::Event { id, stage2: false, class, second_address: 0, update, model }
+    }
+
+    /// The address of a transaction that bypasses stage 1 is too large.
+    pub fn too_large() -> Self {
+        Self::stage1(EventId::AddressSize, RECORDED)
     }
 
     /// A fetch from `address` failed.
     pub fn fetch(id: EventId, class: EventClass, address: u64) -> Self {
         let (second_address, update) = (address, false);
-        Self::Event { id, stage2: false, class, second_address, update, recorded: true }
+        Self::Event { id, stage2: false, class, second_address, update, model: RECORDED }
     }
 
     /// Stage 2 does not allow an access to `ipa`.
@@ -96,7 +113,7 @@ impl Fault {
             Stage2Refusal::Denied => EventId::Permission,
         };
         let (second_address, update) = (ipa, false);
-        Self::Event { id, stage2: true, class, second_address, update, recorded: true }
+        Self::Event { id, stage2: true, class, second_address, update, model: RECORDED }
     }
 
     /// Stage 2 does not allow writing the flags of the descriptor at `ipa` (§3.13.5).
@@ -107,7 +124,7 @@ impl Fault {
             class: EventClass::TranslationTable,
             second_address: ipa,
             update: true,
-            recorded: true,
+            model: RECORDED,
         }
     }
 
@@ -122,6 +139,7 @@ impl Fault {
             reason,
             stage2,
             asks_for_page: self.asks_for_page(),
+            stalls: matches!(self, Self::Event { model: FaultModel::Stall, .. }),
             // Any structure may be cached, valid or not (§3.21.3), so software must announce each
             // that becomes valid: nobody is asked to.
             nothing_attached: false,
@@ -139,10 +157,12 @@ impl Fault {
 
     /// The event record of the fault of `request`, if any.
     fn record(&self, request: &Request) -> Option<EventRecord> {
-        let Self::Event { id, stage2, class, second_address, update, recorded: true } = *self
-        else {
+        let Self::Event { id, stage2, class, second_address, update, model } = *self else {
             return None;
         };
+        if model == (FaultModel::Terminate { recorded: false }) {
+            return None;
+        }
         let stream = StreamId(request.rid.into());
         let substream = request.pasid.and_then(SubstreamId::new);
         let mut record = EventRecord::new(id, stream, substream);
@@ -185,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_record_has_what_its_event_defines() {
-        let fault = Fault::stage1(EventId::Translation, true);
+        let fault = Fault::stage1(EventId::Translation, RECORDED);
         let record = fault.record(&request(false, Some(5))).unwrap();
         assert_eq!(record.id(), Some(EventId::Translation));
         assert_eq!((record.stream(), record.substream()), (StreamId(0x18), SubstreamId::new(5)));
@@ -228,7 +248,9 @@ mod tests {
     #[test]
     fn some_faults_leave_no_record() {
         assert_eq!(Fault::Abort.record(&request(true, None)), None);
-        let silent = Fault::stage1(EventId::Translation, false);
-        assert_eq!(silent.record(&request(true, None)), None);
+        let silent =
+            |model| Fault::stage1(EventId::Translation, model).record(&request(true, None));
+        assert_eq!(silent(FaultModel::Terminate { recorded: false }), None);
+        assert!(silent(FaultModel::Stall).is_some(), "of a device that cannot be stalled");
     }
 }

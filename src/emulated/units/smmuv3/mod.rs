@@ -78,6 +78,11 @@ impl SmmuV3Unit {
         self.config.page_requests().then_some(&self.page_requests)
     }
 
+    /// Its stalled transactions; none if it stalls none.
+    pub(crate) fn stalled(&self) -> Option<&PageRequests> {
+        self.config.stalls.then_some(&self.page_requests)
+    }
+
     /// The stale translations used so far; `None` for a unit without the sanitizer
     /// ([`SmmuV3UnitConfig::sanitize`]).
     pub fn sanitizer_report(&self) -> Option<SanitizerReport> {

@@ -11,7 +11,7 @@ use super::invalidation::{GLOBAL, STAGE2_ONLY};
 use crate::units::engine::{HostStage2, Lookup, Source};
 use crate::units::hardware::CacheTag;
 use crate::units::stage2::{DirtyLog, Stage2};
-use twostage::spec::smmuv3::regs::Idr0;
+use twostage::spec::smmuv3::regs::{Idr0, STALL_OR_TERMINATE};
 use twostage::spec::smmuv3::stream_table::{S1Format, Ste};
 
 /// Maximum number of configurations. If a guest uses more, descriptors are read for every request
@@ -68,8 +68,8 @@ impl UserStage1 {
         let idr0 = Idr0::from_bits(config.info().idr[0]);
         let illegal = (config.ssid_bits() != 0 && contexts > config.ssid_bits())
             || two_level && !idr0.cd2l()
-            // No transaction stalls (IDR0.STALL_MODEL), so stalls cannot be disabled.
-            || ste.qw1.s1stalld()
+            // Where no transaction stalls (IDR0.STALL_MODEL), that cannot be disabled.
+            || ste.qw1.s1stalld() && idr0.stall_model() != STALL_OR_TERMINATE
             || ste.context_table() >> config.output_bits() != 0;
         if illegal {
             Self::Illegal

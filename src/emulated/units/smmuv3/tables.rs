@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Stage-1 tables, VMSAv8-64, for the walker (§3.4, §5.4).
 
-use super::fault::Fault;
+use super::fault::{Fault, FaultModel};
 use crate::units::engine::{
     size, At, Entry, Path, PathRights, RequestKind, Rights, Stage2Refusal, TableFormat,
 };
@@ -65,8 +65,8 @@ pub(super) struct Stage1 {
     pub write_no_execute: bool,
     /// PAN: privileged requests cannot access unprivileged pages.
     pub privileged_access_never: bool,
-    /// R: faults are recorded.
-    pub recorded: bool,
+    /// R and S: what becomes of faults.
+    pub faults: FaultModel,
     /// By granule and input bits.
     pub shape: Shape,
     /// By all of these.
@@ -90,7 +90,7 @@ impl Stage1 {
     }
 
     fn fault(&self, id: EventId) -> Fault {
-        Fault::stage1(id, self.recorded)
+        Fault::stage1(id, self.faults)
     }
 
     /// Whether a write would make the page or block dirty: it is read-only, but DBM says that it is

@@ -91,6 +91,7 @@ impl Fault {
             reason: DmaFaultReason::Vtd(self.reason),
             stage2: self.stage2,
             asks_for_page: self.asks_for_page(request.kind),
+            stalls: false,
             nothing_attached: self.reason == FaultReason::PasidEntryNotPresent,
             report: Some(Box::new(report)),
         }

@@ -3,6 +3,7 @@
 
 use super::state::{self, Entry, State, Unit, ABORT};
 use crate::iommufd::{iommu_hwpt_arm_smmuv3, HwptAlloc, HwptData, HwptFlags, ObjectId};
+use crate::nesting::reader::QueueThread;
 use crate::nesting::{NestingError, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
@@ -77,12 +78,14 @@ impl State {
     /// Allocates the `HWPT_NESTED` of `entry`, without users.
     fn alloc_nested(&mut self, rid: Bdf, dev: ObjectId, entry: Entry) -> Result<ObjectId> {
         let Some(unit) = &self.unit else { return Err(NestingError::NoDevice(rid)) };
+        let pages = self.pages.as_ref().filter(|_| state::translates(entry));
+        let fault = pages.map(QueueThread::object);
         let args = HwptAlloc {
-            flags: HwptFlags::new(),
+            flags: HwptFlags::new().with_fault_id_valid(fault.is_some()),
             dev,
             pt: unit.viommu(),
             data: HwptData::ArmSmmuV3(iommu_hwpt_arm_smmuv3 { ste: entry }),
-            fault: None,
+            fault,
         };
         let hwpt = self
             .objects

@@ -41,7 +41,8 @@ impl EventRoute {
         self.lost.get()
     }
 
-    fn target(&self) -> Option<Arc<dyn EventTarget>> {
+    /// Where events go.
+    pub fn target(&self) -> Option<Arc<dyn EventTarget>> {
         self.target.read().as_ref()?.upgrade()
     }
 

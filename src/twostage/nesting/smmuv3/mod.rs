@@ -17,11 +17,15 @@
 //!   issued twice, except those of device-TLBs. After a refusal everything is flushed, the command
 //!   to blame is searched for, and the virtual SMMU is told even if all commands are accepted the
 //!   second time;
-//! * a thread reads the vEVENTQ, and passes the events to the virtual SMMU.
+//! * a thread reads the vEVENTQ, and passes the events to the virtual SMMU;
+//! * where page requests or stalls may be offered, and the host has them
+//!   ([`crate::iommufd::Extensions::smmu_faults`]), each `HWPT_NESTED` with stage 1 has the fault
+//!   queue of the host, and another thread reads that.
 
 mod attachments;
 mod faults;
 mod invalidate;
+mod page_requests;
 mod sides;
 mod state;
 #[cfg(test)]
@@ -35,14 +39,17 @@ use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
 use crate::nesting::reader::QueueThread;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
-use crate::spec::pci::Bdf;
+use crate::spec::pci::{Bdf, PageResponse};
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
 use crate::threads::ThreadStart;
-use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
-use crate::viommu::HostSideError;
+use crate::viommu::smmuv3::{
+    EventTarget, SmmuConfig, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
+};
+use crate::viommu::{HostSideError, PageTicket};
 use faults::EventRoute;
 use invalidate::Refused;
+use page_requests::PageRouter;
 use state::{Entry, State, Unit};
 
 /// How many events the host keeps for the guest by default.
@@ -59,6 +66,7 @@ const DELIVERY_TIME: Duration = Duration::from_secs(5);
 pub struct SmmuNesting {
     state: Mutex<State>,
     route: Arc<EventRoute>,
+    pages: Arc<PageRouter>,
 }
 
 impl SmmuNesting {
@@ -71,12 +79,21 @@ impl SmmuNesting {
     /// The same, for up to `event_depth` unread events.
     pub fn with_event_depth(ioas: Arc<GuestIoas>, event_depth: u32) -> Self {
         let route = Arc::new(EventRoute::default());
-        let state = State::new(Objects::new(ioas), route.clone(), event_depth);
-        Self { state: Mutex::new(state), route }
+        let pages = Arc::new(PageRouter::new(route.clone()));
+        let state = State::new(Objects::new(ioas), route.clone(), pages.clone(), event_depth);
+        Self { state: Mutex::new(state), route, pages }
     }
 
-    /// The same, with `threads` to start the thread that delivers events; without this call, that
-    /// is [`StdThreads`](crate::threads::StdThreads).
+    /// The same, for a guest that is offered no more than `config`: without this call, neither page
+    /// requests nor stalls. To be called before devices are added.
+    #[must_use]
+    pub fn serving(mut self, config: &SmmuConfig) -> Self {
+        self.state.get_mut().serves_faults = config.page_requests || config.stalls;
+        self
+    }
+
+    /// The same, with `threads` to start the threads that deliver events and page requests; without
+    /// this call, that is [`StdThreads`](crate::threads::StdThreads).
     pub fn with_threads(mut self, threads: Arc<dyn ThreadStart>) -> Self {
         self.state.get_mut().threads = threads;
         self
@@ -188,7 +205,10 @@ impl SmmuNesting {
     pub fn shutdown(&self) -> Result<(), NestingError> {
         let events = self.state().unit.as_mut().and_then(Unit::take_events);
         let queue = events.map(QueueThread::stop);
-        self.state().shutdown(queue)
+        let pages = self.state().pages.take();
+        let pages = pages.map(QueueThread::stop);
+        self.pages.route.close();
+        self.state().shutdown(queue, pages)
     }
 
     /// Releases the objects of the physical SMMU after the last device. The event thread is waited
@@ -223,6 +243,14 @@ impl SmmuHostSide for SmmuNesting {
         let Refused { number, error, flushed, unanswered, done, still_reachable } = refused;
         let error = error.for_viommu("invalidating".into(), still_reachable);
         Err(SmmuInvalidateError { refused: number, flushed, unanswered, done, error })
+    }
+
+    fn respond(&self, _: StreamId, ticket: PageTicket, response: PageResponse) {
+        self.pages.route.respond(ticket, response);
+    }
+
+    fn retry_unread(&self) {
+        self.pages.retry_unread();
     }
 }
 

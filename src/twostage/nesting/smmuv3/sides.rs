@@ -7,18 +7,21 @@ use super::SmmuNesting;
 use crate::iommufd::ObjectId;
 use crate::nesting::sides::{join, Side, Sides};
 use crate::nesting::{DeviceInfo, GuestIoas, Result};
-use crate::spec::pci::Bdf;
+use crate::spec::pci::{Bdf, PageResponse};
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
-use crate::viommu::HostSideError;
+use crate::viommu::{HostSideError, PageTicket};
 
 impl Side for SmmuNesting {
     type Target = dyn EventTarget;
 
     fn beside(&self, ioas: Arc<GuestIoas>) -> Self {
         let state = self.state();
-        Self::with_event_depth(ioas, state.event_depth).with_threads(state.threads.clone())
+        let beside = Self::with_event_depth(ioas, state.event_depth);
+        let mut beside = beside.with_threads(state.threads.clone());
+        beside.state.get_mut().serves_faults = state.serves_faults;
+        beside
     }
 
     fn ioas(&self) -> Result<Arc<GuestIoas>> {
@@ -67,6 +70,16 @@ impl SmmuHostSide for Sides<SmmuNesting> {
             result = both(result, side.invalidate(commands));
         }
         result
+    }
+
+    fn respond(&self, stream: StreamId, ticket: PageTicket, response: PageResponse) {
+        if let Some(rid) = stream.bdf() {
+            self.of(rid).respond(stream, ticket, response);
+        }
+    }
+
+    fn retry_unread(&self) {
+        self.iter().for_each(|side| side.retry_unread());
     }
 }
 

@@ -7,13 +7,14 @@ use std::io;
 use std::sync::Arc;
 
 use super::faults::{deliver, EventRoute};
+use super::page_requests::PageRouter;
 use super::SmmuNestingCounters;
 use crate::iommufd::{
     Errno, EventQueue, HwInfo, HwInfoData, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3,
 };
 use crate::nesting::objects::{NestedHwpts, Objects};
 use crate::nesting::reader::{QueueThread, Signal};
-use crate::nesting::{hw_info, Context, NestingError, Result};
+use crate::nesting::{hw_info, page_route, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
 use crate::spec::smmuv3::StreamId;
@@ -43,6 +44,11 @@ pub(super) struct Device {
 pub(super) struct State {
     pub objects: Objects,
     route: Arc<EventRoute>,
+    router: Arc<PageRouter>,
+    /// Page requests or stalls may be offered: tables get the fault queue, where the host has such.
+    pub serves_faults: bool,
+    /// Reads the fault queue, once there is one.
+    pub pages: Option<QueueThread>,
     /// How many unread events the host keeps.
     pub event_depth: u32,
     /// Starts the thread that reads the vEVENTQ.
@@ -62,10 +68,18 @@ pub(super) struct State {
 
 impl State {
     /// Without devices, on `objects`.
-    pub fn new(objects: Objects, route: Arc<EventRoute>, event_depth: u32) -> Self {
+    pub fn new(
+        objects: Objects,
+        route: Arc<EventRoute>,
+        router: Arc<PageRouter>,
+        event_depth: u32,
+    ) -> Self {
         Self {
             objects,
             route,
+            router,
+            serves_faults: false,
+            pages: None,
             event_depth,
             threads: Arc::new(StdThreads),
             unit: None,
@@ -102,6 +116,9 @@ impl State {
             return Err(NestingError::NoSmmu(rid));
         }
         hw_info::say_unknown(rid, &info);
+        if self.serves_faults && self.objects.extensions().smmu_faults {
+            self.open_fault_queue(rid)?;
+        }
         let viommu = match &self.unit {
             Some(unit) => unit.viommu(),
             None => {
@@ -116,6 +133,7 @@ impl State {
             Ok(vdevice) => {
                 let device = Device { rid, dev, vdevice, info, attached: None, unsettled: false };
                 self.devices.insert(stream, device);
+                self.router.add(dev, stream, !hw_info::has_ats(&info));
                 return Ok(());
             }
             Err(source) => source,
@@ -130,6 +148,27 @@ impl State {
                 Err(NestingError::Host { what, source })
             }
         }
+    }
+
+    /// Makes the fault queue of the host, if there is none, for the guest's `rid` and those after
+    /// it: before any of them is in use, as it takes a thread.
+    fn open_fault_queue(&mut self, rid: Bdf) -> Result<()> {
+        if self.pages.is_some() {
+            return Ok(());
+        }
+        let queue = self.objects.host().fault_queue_alloc();
+        let queue = queue.context(|| format!("allocating a fault queue for {rid}"))?;
+        let object = queue.object();
+        let router = Arc::downgrade(&self.router);
+        let bring = move || router.upgrade().map_or(Ok(false), |router| router.bring());
+        match page_route::deliver(&*self.threads, queue, &self.router.route, bring) {
+            Ok(pages) => self.pages = Some(pages),
+            Err(error) => {
+                self.objects.destroy(object);
+                return Err(NestingError::NoThread(error.to_string()));
+            }
+        }
+        Ok(())
     }
 
     /// Whether `dev` is behind another physical SMMU than the unit's: the nesting parent, too,
@@ -151,12 +190,14 @@ impl State {
         let device = *self.devices.get(&stream).ok_or(NestingError::NoDevice(rid))?;
         self.detach(stream)?;
         self.devices.remove(&stream);
+        self.router.remove(device.dev);
         self.objects.destroy(device.vdevice);
         Ok(())
     }
 
-    /// See [`super::SmmuNesting::shutdown`]. `queue` is the closed vEVENTQ.
-    pub fn shutdown(&mut self, queue: Option<ObjectId>) -> Result<()> {
+    /// See [`super::SmmuNesting::shutdown`]. `queue` is the closed vEVENTQ, and `pages` the fault
+    /// queue, which nobody reads any more.
+    pub fn shutdown(&mut self, queue: Option<ObjectId>, pages: Option<ObjectId>) -> Result<()> {
         if let Some(queue) = queue {
             self.objects.destroy(queue);
         }
@@ -165,9 +206,13 @@ impl State {
         for stream in &streams {
             result = result.and(self.detach(*stream));
         }
+        if result.is_ok() {
+            self.destroy_nested();
+        }
+        // After the HWPTs that use it.
+        pages.into_iter().for_each(|pages| self.objects.destroy(pages));
         // What is still attached keeps everything below it: the next call retries.
         result?;
-        self.destroy_nested();
         for device in std::mem::take(&mut self.devices).into_values() {
             self.objects.destroy(device.vdevice);
         }

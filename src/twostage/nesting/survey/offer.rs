@@ -264,7 +264,9 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         address_bits: config.input_bits,
         pasid_bits: config.substream_bits.unwrap_or(0).min(SubstreamId::BITS as u8),
         ats: config.ats,
-        no_page_requests: Some("Linux's vIOMMU has none, and no stalls".into()),
+        no_page_requests: Some(
+            "Linux gives those of an SMMUv3 to nobody, nor transactions that it stalls".into(),
+        ),
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
         no_table_updates,
         features: Offer::features([

@@ -7,8 +7,9 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use super::page_requests::{requests, PageRoute};
+use super::page_requests::requests;
 use crate::iommufd::{FaultSink, HostFault, ObjectId};
+use crate::nesting::page_route::PageRoute;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::page_request::PageResponse;

@@ -236,7 +236,7 @@ impl VtdHostSide for VtdNesting {
     }
 
     fn drain_page_requests(&self, progress: &mut Progress, time: Duration) {
-        self.0.faults.pages.drain(progress, time);
+        page_requests::drain(&self.0.faults.pages, progress, time);
     }
 
     fn invalidate_device_tlb(&self, rid: Bdf, pasid: Option<u32>, range: PageRange) -> bool {

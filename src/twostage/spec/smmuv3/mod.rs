@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Arm SMMUv3: registers, tables, commands and events.
+//! Arm SMMUv3: registers, tables, commands, events and page requests.
 //!
 //! Source: Arm System Memory Management Unit Architecture Specification, version 3 (IHI 0070); the
 //! format of the translation tables is that of the Arm Architecture Reference Manual (DDI 0487),
@@ -10,6 +10,7 @@
 pub mod command;
 pub mod context;
 pub mod event;
+pub mod page_request;
 pub mod queue;
 pub mod regs;
 pub mod stream_table;

@@ -5,8 +5,6 @@ use twostage_bits::bitfield;
 
 /// Size of a command, in bytes.
 pub const COMMAND_SIZE: u64 = 16;
-/// Size of a page request, in bytes.
-pub const PAGE_REQUEST_SIZE: u64 = 16;
 
 /// The maximum of [`QueueBase::log2size`]: indices have so many bits, and one for the wrap.
 pub const MAX_LOG2SIZE: u8 = 19;

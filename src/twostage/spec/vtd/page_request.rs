@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page request descriptors (§7.4.1.1), and the codes of page group responses (§7.6.1).
+//! Page request descriptors (§7.4.1.1). Page group responses (§7.6.1) have the codes of PCIe.
 
 use twostage_bits::bitfield;
 
 use super::PAGE_SHIFT;
 use crate::spec::pci::{Bdf, Pasid};
+
+pub use crate::spec::pci::PageResponse;
 
 /// Size of a page request descriptor, in bytes.
 pub const PAGE_REQUEST_SIZE: u64 = 32;
@@ -105,37 +107,6 @@ impl PageRequest {
     }
 }
 
-/// The response to a group of page requests (PCIe 6.0 §10.4.2.2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum PageResponse {
-    /// 0: the device may try again. It finds out then whether it has the pages.
-    Success,
-    /// 1: the device cannot have one of the pages.
-    InvalidRequest,
-    /// 15: there is an error that repeats; the device makes no requests until it is reset.
-    Failure,
-}
-
-impl PageResponse {
-    /// Decodes the four bits of a response code; reserved ones mean a failure.
-    pub const fn from_code(code: u8) -> Self {
-        match code {
-            0 => Self::Success,
-            1 => Self::InvalidRequest,
-            _ => Self::Failure,
-        }
-    }
-
-    /// The four bits of the code.
-    pub const fn code(self) -> u8 {
-        match self {
-            Self::Success => 0,
-            Self::InvalidRequest => 1,
-            Self::Failure => 15,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,13 +152,5 @@ mod tests {
             );
         }
         assert_eq!(PageRequest::decode([2, 0, 0, 0]), None);
-    }
-
-    #[test]
-    fn reserved_codes_are_failures() {
-        for code in 0..16 {
-            let response = PageResponse::from_code(code);
-            assert_eq!(response.code(), if code < 2 { code } else { 15 });
-        }
     }
 }

@@ -53,6 +53,9 @@ impl Smmu {
     pub(super) fn disable_translation(&self, registers: &Registers) -> Applied {
         self.bypass_globally(registers)?;
         self.streams.set_table(None);
+        // From here on, none is added (§6.3.9.6).
+        self.end_page_requests(None);
+        self.end_stalls(None);
         Ok(())
     }
 

@@ -5,7 +5,8 @@
 use std::collections::BTreeMap;
 
 use crate::spec::smmuv3::regs::{
-    Aidr, Httu, Idr0, Idr1, Idr3, Idr5, Iidr, STALL_NONE, ST_LEVEL_2, TTF_AARCH64,
+    Aidr, Httu, Idr0, Idr1, Idr3, Idr5, Iidr, STALL_NONE, STALL_OR_TERMINATE, ST_LEVEL_2,
+    TTF_AARCH64,
 };
 use crate::spec::smmuv3::translation::Granule;
 use crate::spec::smmuv3::SubstreamId;
@@ -72,17 +73,24 @@ pub struct SmmuConfig {
     pub httu: Option<Httu>,
     /// Offer ATS, for devices that have the capability in configuration space.
     pub ats: bool,
+    /// Offer page requests (PRI), which need ATS, for devices that make them.
+    pub page_requests: bool,
+    /// Offer to stall transactions that fault (STALL_MODEL of 0b00): of devices that can be
+    /// stalled. Stalled ones can only be terminated with an abort (TERM_MODEL).
+    pub stalls: bool,
     /// Send interrupts as messages (MSI).
     pub msi: bool,
     /// Binary logarithm of the maximum command queue size, 7 to 19.
     pub command_queue_bits: u8,
     /// Binary logarithm of the maximum event queue size, 7 to 19.
     pub event_queue_bits: u8,
+    /// Binary logarithm of the maximum PRI queue size, 7 to 19.
+    pub page_queue_bits: u8,
     /// Tell the guest that terminated transactions are always aborted (TERM_MODEL): it must request
     /// that in each context descriptor.
     pub always_abort: bool,
-    /// A host lets context descriptors stall transactions. Nothing could resume them, so each that
-    /// does is told not to (S1STALLD), and stalls are not offered to the guest.
+    /// A host lets context descriptors stall transactions. Unless `stalls` are offered, nothing
+    /// could resume them, so each that does is told not to (S1STALLD).
     pub host_stalls: bool,
     /// The x of the SMMUv3.x reported to the guest (AIDR).
     pub minor_revision: u8,
@@ -106,10 +114,14 @@ impl Default for SmmuConfig {
             break_before_make_level: 2,
             httu: None,
             ats: false,
+            page_requests: false,
+            stalls: false,
             msi: true,
-            // Linux makes queues as large as possible: 64 KiB of commands, 128 KiB of events.
+            // Linux makes queues as large as possible: 64 KiB of commands and page requests, 128
+            // KiB of events.
             command_queue_bits: 12,
             event_queue_bits: 12,
+            page_queue_bits: 12,
             always_abort: true,
             host_stalls: false,
             // The first with range invalidation and break-before-make levels.
@@ -140,6 +152,9 @@ pub enum SmmuConfigError {
     /// There would be no translation table format.
     #[error("no translation granule is enabled; nothing could be translated")]
     NoGranule,
+    /// Page requests come from devices with ATS.
+    #[error("page requests need ATS")]
+    PageRequestsAlone,
     /// BBML is 0 to 2.
     #[error("break-before-make level {0} is reserved; use 0, 1 or 2")]
     BreakBeforeMakeLevel(u8),
@@ -171,9 +186,12 @@ impl SmmuConfig {
         with_break_before_make_level break_before_make_level: u8;
         with_httu httu: Option<Httu>;
         with_ats ats: bool;
+        with_page_requests page_requests: bool;
+        with_stalls stalls: bool;
         with_msi msi: bool;
         with_command_queue_bits command_queue_bits: u8;
         with_event_queue_bits event_queue_bits: u8;
+        with_page_queue_bits page_queue_bits: u8;
         with_always_abort always_abort: bool;
         with_host_stalls host_stalls: bool;
         with_minor_revision minor_revision: u8;
@@ -207,7 +225,10 @@ impl SmmuConfig {
         if self.break_before_make_level > 2 {
             return Err(SmmuConfigError::BreakBeforeMakeLevel(self.break_before_make_level));
         }
-        for bits in [self.command_queue_bits, self.event_queue_bits] {
+        if self.page_requests && !self.ats {
+            return Err(SmmuConfigError::PageRequestsAlone);
+        }
+        for bits in [self.command_queue_bits, self.event_queue_bits, self.page_queue_bits] {
             if !(MIN_QUEUE_BITS..=MAX_QUEUE_BITS).contains(&bits) {
                 return Err(SmmuConfigError::QueueBits(bits));
             }
@@ -266,7 +287,7 @@ impl Capabilities {
 
 impl SmmuConfig {
     /// The identification registers for this configuration. All other features read as absent:
-    /// stage 2, EL2, stalls, page requests, broadcast maintenance, address translation operations.
+    /// stage 2, EL2, broadcast maintenance, address translation operations.
     ///
     /// # Errors
     /// The configuration is impossible ([`SmmuConfig::check`]).
@@ -278,27 +299,34 @@ impl SmmuConfig {
             .with_cohacc(true)
             .with_httu(self.httu.unwrap_or_default().into_bits())
             .with_ats(self.ats)
+            .with_pri(self.page_requests)
             .with_asid16(self.asid16)
             .with_msi(self.msi)
             .with_cd2l(self.two_level_contexts)
             .with_ttendian(LITTLE_ENDIAN)
-            .with_stall_model(STALL_NONE)
-            .with_term_model(self.always_abort)
+            .with_stall_model(if self.stalls { STALL_OR_TERMINATE } else { STALL_NONE })
+            .with_term_model(self.always_abort || self.stalls)
             .with_st_level(ST_LEVEL_2);
         let idr1 = Idr1::new()
             .with_sidsize(self.stream_bits)
             .with_ssidsize(self.substream_bits.unwrap_or(0))
+            .with_priqs(if self.page_requests { self.page_queue_bits } else { 0 })
             .with_eventqs(self.event_queue_bits)
             .with_cmdqs(self.command_queue_bits);
-        let idr3 =
-            Idr3::new().with_ril(self.range_invalidation).with_bbml(self.break_before_make_level);
+        // Responses to an overflow have the PASID, whatever STE.PPAR says (PPS).
+        let idr3 = Idr3::new()
+            .with_pps(self.page_requests)
+            .with_ril(self.range_invalidation)
+            .with_bbml(self.break_before_make_level);
         let widest = if self.minor_revision == 0 { OAS_48 } else { u8::MAX };
         let idr5 = Idr5::new()
             .with_oas(self.oas().unwrap_or_default().min(widest))
             .with_gran4k(self.granule_4k)
             .with_gran16k(self.granule_16k)
             .with_gran64k(self.granule_64k)
-            .with_vax(u8::from(self.input_bits == 52));
+            .with_vax(u8::from(self.input_bits == 52))
+            // As many as there are stall tags.
+            .with_stall_max(if self.stalls { u16::MAX } else { 0 });
         Ok(Capabilities {
             idr0,
             idr1,
@@ -306,7 +334,7 @@ impl SmmuConfig {
             idr5,
             iidr: Iidr::new(),
             aidr: Aidr::new().with_minor(self.minor_revision),
-            disable_stalls: self.host_stalls,
+            disable_stalls: self.host_stalls && !self.stalls,
         })
     }
 }

@@ -21,7 +21,12 @@ impl Smmu {
             .with_cmdqen(value.cmdqen())
             .with_atschk(value.atschk() && idr0.ats());
         registers.cr0 = cr0;
-        self.fault_log().events.enabled = cr0.eventqen();
+        {
+            let mut log = self.fault_log();
+            log.events.enabled = cr0.eventqen();
+            // In effect while translation is enabled only (§6.3.9.5), which is looked at elsewhere.
+            log.pages.enabled = cr0.priqen();
+        }
         let smmuen = registers.cr0ack.smmuen();
         registers.cr0ack = cr0.with_smmuen(smmuen);
         // Differs from CR0ACK if an earlier write could not be completed.

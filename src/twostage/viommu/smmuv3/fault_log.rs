@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the SMMU reports to software on its own: the event queue in guest memory and global errors,
-//! and the interrupts of both (§3.5, §3.18, §7.2, §7.5).
+//! What the SMMU reports to software on its own: the queues of events and of page requests in guest
+//! memory and global errors, and the interrupts of all (§3.5, §3.18, §7.2, §7.5, §8).
 //!
 //! It has a separate lock, taken after the model's, because events come from any thread.
 
-use crate::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
-use crate::spec::smmuv3::queue::{OutputCons, OutputProd, QueueBase, QueueLayout};
-use crate::spec::smmuv3::regs::{Gerror, Idr0, Idr1, IrqCfg0, IrqCtrl};
+use super::output_queue::{OutputQueue, Pushed};
+use crate::spec::smmuv3::event::{EventRecord, EVENT_WORDS};
+use crate::spec::smmuv3::page_request::PageRequest;
+use crate::spec::smmuv3::regs::{Gerror, Idr0, Idr1, IrqCfg0, IrqCtrl, PRIQ_LAST_ONLY};
 use crate::viommu::registers::pair;
 use crate::viommu::TableMemory;
 
-/// The event queue, the global errors and their interrupts, as the guest sees them.
+/// The queues that the SMMU writes, the global errors and their interrupts, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[cfg_attr(
     feature = "serde",
@@ -26,9 +27,13 @@ pub struct FaultLog {
     /// GERROR_IRQ_CFG0 to 2.
     pub errors_interrupt: InterruptConfig,
     /// Registers of the event queue.
-    pub events: EventQueue,
+    pub events: OutputQueue,
     /// EVENTQ_IRQ_CFG0 to 2.
     pub events_interrupt: InterruptConfig,
+    /// Registers of the PRI queue.
+    pub pages: OutputQueue,
+    /// PRIQ_IRQ_CFG0 to 2, with LO.
+    pub pages_interrupt: InterruptConfig,
 }
 
 /// The identification register fields that matter here.
@@ -38,11 +43,19 @@ pub(super) struct Offered {
     pub msi: bool,
     /// IDR1.EVENTQS.
     pub eventqs: u8,
+    /// IDR0.PRI.
+    pub pri: bool,
+    /// IDR1.PRIQS.
+    pub priqs: u8,
 }
+
+/// Words of an entry of the PRI queue.
+const PAGE_REQUEST_WORDS: usize = 2;
 
 impl Offered {
     pub fn new(idr0: Idr0, idr1: Idr1) -> Self {
-        Self { msi: idr0.msi(), eventqs: idr1.eventqs() }
+        let (msi, pri) = (idr0.msi(), idr0.pri());
+        Self { msi, eventqs: idr1.eventqs(), pri, priqs: idr1.priqs() }
     }
 }
 
@@ -55,20 +68,57 @@ impl FaultLog {
         record: EventRecord,
     ) -> (Recorded, Option<Signal>) {
         // After an aborted write nothing is written until software acknowledges it (§7.2.1).
-        let recorded = if self.errors.active().eventq_abt_err() {
-            Recorded::NoMemory
-        } else {
-            self.events.push(memory, offered.eventqs, record)
+        let pushed = match self.errors.active().eventq_abt_err() {
+            true => Pushed::NoMemory,
+            false => self.events.push(memory, offered.eventqs, record.to_words()),
         };
-        let signal = match recorded {
-            Recorded::Yes { first: true } | Recorded::Full { news: true } => {
-                self.events_signal(offered)
-            }
-            Recorded::Yes { first: false } | Recorded::Full { news: false } => None,
-            Recorded::Disabled => None,
-            Recorded::NoMemory => self.raise(offered, Gerror::new().with_eventq_abt_err(true)),
+        let stalled = record.qw1.stall();
+        let signal = match pushed {
+            Pushed::Yes { first } => first.then(|| self.events_signal(offered)).flatten(),
+            // What is not lost is no overflow (§7.4).
+            Pushed::Full if !stalled && self.events.overflow() => self.events_signal(offered),
+            Pushed::Full | Pushed::Disabled => None,
+            Pushed::NoMemory => self.raise(offered, Gerror::new().with_eventq_abt_err(true)),
+        };
+        let recorded = match pushed {
+            Pushed::Yes { .. } => Recorded::Yes,
+            _ if stalled => Recorded::Held,
+            Pushed::Disabled => Recorded::Disabled,
+            Pushed::Full | Pushed::NoMemory => Recorded::Lost,
         };
         (recorded, signal)
+    }
+
+    /// Adds a page request to the PRI queue (§8.1, §8.2). Returns also the interrupt to send.
+    pub(super) fn ask(
+        &mut self,
+        offered: Offered,
+        memory: &dyn TableMemory,
+        request: &PageRequest,
+    ) -> (Asked, Option<Signal>) {
+        if self.errors.active().priq_abt_err() {
+            return (Asked::Refused, None);
+        }
+        let last_only = self.pages_interrupt.attributes & PRIQ_LAST_ONLY != 0;
+        let last = last_only && request.last;
+        // Unlike events, none is written before the overflow is acknowledged.
+        let pushed = match self.pages.enabled && self.pages.has_overflow() {
+            true => Pushed::Full,
+            false => self.pages.push(memory, offered.priqs, request.encode()),
+        };
+        let (asked, interrupt) = match pushed {
+            Pushed::Yes { first } => (Asked::Queued, if last_only { last } else { first }),
+            Pushed::Full => {
+                self.pages.overflow();
+                (Asked::Overflow, last)
+            }
+            Pushed::Disabled => (Asked::Refused, false),
+            Pushed::NoMemory => {
+                let error = Gerror::new().with_priq_abt_err(true);
+                return (Asked::Refused, self.raise(offered, error));
+            }
+        };
+        (asked, interrupt.then(|| self.pages_signal(offered)).flatten())
     }
 
     /// Events were lost on their way here: an overflow.
@@ -89,15 +139,19 @@ impl FaultLog {
         &mut self,
         offered: Offered,
         value: IrqCtrl,
-    ) -> [Option<Signal>; 2] {
+    ) -> [Option<Signal>; 3] {
         let before = self.irq_ctrl;
         self.irq_ctrl = IrqCtrl::new()
             .with_eventq_irqen(value.eventq_irqen())
+            .with_priq_irqen(value.priq_irqen() && offered.pri)
             .with_gerror_irqen(value.gerror_irqen());
-        let events = !before.eventq_irqen() && self.events.has_news(offered.eventqs);
+        let events = !before.eventq_irqen() && self.events.has_news::<EVENT_WORDS>(offered.eventqs);
+        let pages =
+            !before.priq_irqen() && self.pages.has_news::<PAGE_REQUEST_WORDS>(offered.priqs);
         let errors = !before.gerror_irqen() && self.errors.active() != Gerror::new();
         [
             events.then(|| self.events_signal(offered)).flatten(),
+            pages.then(|| self.pages_signal(offered)).flatten(),
             errors.then(|| self.errors_signal(offered)).flatten(),
         ]
     }
@@ -107,93 +161,41 @@ impl FaultLog {
         self.irq_ctrl.eventq_irqen().then_some(signal)
     }
 
+    fn pages_signal(&self, offered: Offered) -> Option<Signal> {
+        let signal = self.pages_interrupt.signal(SmmuInterrupt::PageQueue, offered.msi);
+        self.irq_ctrl.priq_irqen().then_some(signal)
+    }
+
     fn errors_signal(&self, offered: Offered) -> Option<Signal> {
         let signal = self.errors_interrupt.signal(SmmuInterrupt::GlobalError, offered.msi);
         self.irq_ctrl.gerror_irqen().then_some(signal)
     }
 }
 
-/// Registers of the event queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(
-    feature = "serde",
-    derive(serde::Serialize, serde::Deserialize),
-    serde(deny_unknown_fields)
-)]
-#[non_exhaustive]
-pub struct EventQueue {
-    /// CR0.EVENTQEN, as in effect.
-    pub enabled: bool,
-    /// EVENTQ_BASE.
-    pub base: QueueBase,
-    /// EVENTQ_PROD.
-    pub prod: OutputProd,
-    /// EVENTQ_CONS.
-    pub cons: OutputCons,
-}
-
 /// What happened to a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Recorded {
-    /// It is in the queue; `first` if that was empty before.
-    Yes { first: bool },
+    /// It is in the queue.
+    Yes,
     /// The queue is disabled.
     Disabled,
-    /// The queue is full. `news` unless an overflow is already being reported.
-    Full { news: bool },
-    /// The queue is outside guest memory, or was and the guest has not acknowledged that yet.
-    NoMemory,
+    /// It is lost: the queue is full, or outside guest memory, or was and the guest has not
+    /// acknowledged that yet.
+    Lost,
+    /// It is that of a stalled transaction, which the queue cannot take now, and is not lost.
+    Held,
 }
 
-impl EventQueue {
-    /// Writes `record` to the queue, which has at most `2^max_log2size` entries.
-    fn push(
-        &mut self,
-        memory: &dyn TableMemory,
-        max_log2size: u8,
-        record: EventRecord,
-    ) -> Recorded {
-        if !self.enabled {
-            return Recorded::Disabled;
-        }
-        let queue = self.layout(max_log2size);
-        let (prod, cons) = (self.prod.wr(), self.cons.rd());
-        if queue.is_full(prod, cons) {
-            return Recorded::Full { news: self.overflow() };
-        }
-        let mut bytes = [0; EVENT_SIZE as usize];
-        for (place, word) in bytes.as_chunks_mut().0.iter_mut().zip(record.to_words()) {
-            *place = word.to_le_bytes();
-        }
-        if memory.write(queue.address(prod), &bytes).is_err() {
-            return Recorded::NoMemory;
-        }
-        self.prod.set_wr(queue.next(prod));
-        Recorded::Yes { first: queue.is_empty(prod, cons) }
-    }
-
-    /// An event was lost. Returns `false` if that is already being reported.
-    fn overflow(&mut self) -> bool {
-        if self.has_overflow() {
-            return false;
-        }
-        self.prod.set_ovflg(!self.cons.ovackflg());
-        true
-    }
-
-    /// Whether there is anything that software has not seen.
-    fn has_news(&self, max_log2size: u8) -> bool {
-        let queue = self.layout(max_log2size);
-        self.enabled && (self.has_overflow() || !queue.is_empty(self.prod.wr(), self.cons.rd()))
-    }
-
-    fn has_overflow(&self) -> bool {
-        self.prod.ovflg() != self.cons.ovackflg()
-    }
-
-    fn layout(&self, max_log2size: u8) -> QueueLayout {
-        self.base.layout(EVENT_SIZE, max_log2size)
-    }
+/// What happened to a page request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// It is in the queue.
+    Queued,
+    /// The queue is full, or was.
+    Overflow,
+    /// The queue is disabled or outside guest memory, or was that and the guest has not
+    /// acknowledged it.
+    Refused,
 }
 
 /// GERROR and GERRORN (§7.5): an error is active while its bits in them differ.
@@ -240,6 +242,8 @@ pub enum SmmuInterrupt {
     GlobalError,
     /// `cmdq-sync`: a CMD_SYNC that requests an interrupt is complete.
     CommandSync,
+    /// `priq`: the PRI queue is no longer empty, or has the last request of a group.
+    PageQueue,
 }
 
 /// The sink of an SMMU's interrupts. It must not block, and must not call the SMMU.
@@ -266,12 +270,12 @@ pub struct InterruptConfig {
     pub address: IrqCfg0,
     /// CFG1: its data.
     pub data: u32,
-    /// CFG2: memory attributes of the message, without effect.
+    /// CFG2: memory attributes of the message, without effect, and LO.
     pub attributes: u32,
 }
 
 impl InterruptConfig {
-    /// The writable bits of CFG2: SH, MemAttr.
+    /// The writable bits of CFG2: SH, MemAttr. That of the PRI queue has LO, too.
     pub(super) const ATTRIBUTES: u32 = 0x3f;
 
     /// CFG1 and CFG2 as one 64-bit value.
@@ -306,6 +310,7 @@ impl Signal {
             SmmuInterrupt::EventQueue => none.with_msi_eventq_abt_err(true),
             SmmuInterrupt::GlobalError => none.with_msi_gerror_abt_err(true),
             SmmuInterrupt::CommandSync => none.with_msi_cmdq_abt_err(true),
+            SmmuInterrupt::PageQueue => none.with_msi_priq_abt_err(true),
         }
     }
 }
@@ -313,82 +318,6 @@ impl Signal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::smmuv3::event::EventId;
-    use crate::spec::smmuv3::StreamId;
-    use vm_memory::bitmap::AtomicBitmap;
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion};
-
-    fn memory() -> GuestMemoryMmap<AtomicBitmap> {
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap()
-    }
-
-    /// Four entries at 0x100.
-    fn queue() -> EventQueue {
-        EventQueue { enabled: true, base: QueueBase::from_bits(0x102), ..Default::default() }
-    }
-
-    fn record(stream: u32) -> EventRecord {
-        EventRecord::new(EventId::BadSte, StreamId(stream), None)
-    }
-
-    #[test]
-    fn records_stand_in_memory_and_the_index_wraps() {
-        let memory = memory();
-        let written = MmapRegion::bitmap(memory.iter().next().unwrap());
-        let mut queue = queue();
-        for number in 0..10 {
-            let recorded = queue.push(&memory, 19, record(number));
-            assert_eq!(recorded, Recorded::Yes { first: true });
-            assert_eq!(written.get_and_reset(), [1], "the page is marked");
-            let place = GuestAddress(0x100 + 32 * u64::from(number % 4));
-            assert_eq!(memory.read_obj::<[u64; 4]>(place).unwrap(), record(number).to_words());
-            assert!(queue.has_news(19));
-            queue.cons.set_rd(queue.prod.wr());
-            assert!(!queue.has_news(19));
-        }
-        assert_eq!(queue.prod.wr(), 10 % 8);
-        assert_eq!(queue.push(&memory, 19, record(0)), Recorded::Yes { first: true });
-        assert_eq!(queue.push(&memory, 19, record(1)), Recorded::Yes { first: false });
-    }
-
-    #[test]
-    fn a_full_queue_overflows_once_until_it_is_acknowledged() {
-        let memory = memory();
-        let mut queue = queue();
-        (0..4).for_each(|number| {
-            queue.push(&memory, 19, record(number));
-        });
-        assert_eq!(queue.push(&memory, 19, record(4)), Recorded::Full { news: true });
-        assert_eq!(queue.push(&memory, 19, record(5)), Recorded::Full { news: false });
-        assert_eq!(queue.prod.into_bits(), 1 << 31 | 4);
-        // There is space again before the acknowledgement.
-        queue.cons.set_rd(1);
-        assert_eq!(queue.push(&memory, 19, record(6)), Recorded::Yes { first: false });
-        queue.cons.set_ovackflg(true);
-        assert!(!queue.has_overflow());
-        assert_eq!(queue.push(&memory, 19, record(7)), Recorded::Full { news: true });
-        assert!(!queue.prod.ovflg());
-    }
-
-    #[test]
-    fn no_more_entries_than_the_smmu_has() {
-        let mut queue = queue();
-        queue.base.set_log2size(31);
-        let memory = memory();
-        assert_eq!(queue.push(&memory, 1, record(0)), Recorded::Yes { first: true });
-        assert_eq!(queue.push(&memory, 1, record(0)), Recorded::Yes { first: false });
-        assert_eq!(queue.push(&memory, 1, record(0)), Recorded::Full { news: true });
-    }
-
-    #[test]
-    fn a_queue_that_is_disabled_or_no_memory_takes_nothing() {
-        let mut queue = EventQueue { enabled: false, ..queue() };
-        assert_eq!(queue.push(&memory(), 19, record(0)), Recorded::Disabled);
-        queue.enabled = true;
-        queue.base = QueueBase::from_bits(0x10_0002);
-        assert_eq!(queue.push(&memory(), 19, record(0)), Recorded::NoMemory);
-        assert_eq!(queue.prod, OutputProd::new());
-    }
 
     #[test]
     fn errors_toggle_and_are_acknowledged() {

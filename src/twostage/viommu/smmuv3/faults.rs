@@ -15,9 +15,11 @@
 use super::fault_log::Recorded;
 use super::policy::ConfigFault;
 use super::requesters::Standing;
-use super::{EventRecordWords, EventTarget, Smmu, StreamPolicy};
+use super::{EventRecordWords, EventTarget, Smmu, StalledTransaction, StreamPolicy};
+use crate::spec::pci::PageResponse;
 use crate::spec::smmuv3::event::{Event1, EventClass, EventId, EventRecord};
-use crate::viommu::FaultOutcome;
+use crate::spec::smmuv3::page_request::PageRequest;
+use crate::viommu::{FaultOutcome, PageTicket};
 
 impl EventTarget for Smmu {
     fn event(&self, record: EventRecordWords) {
@@ -36,6 +38,23 @@ impl EventTarget for Smmu {
         }
     }
 
+    fn page_requests(&self, requests: &[PageRequest], ticket: PageTicket) -> Option<PageResponse> {
+        self.take_page_requests(requests, ticket)
+    }
+
+    fn stall_epoch(&self) -> u64 {
+        self.epoch_of_stalls()
+    }
+
+    fn stalled(
+        &self,
+        transaction: &StalledTransaction,
+        ticket: PageTicket,
+        epoch: u64,
+    ) -> Option<PageResponse> {
+        self.take_stalled(transaction, ticket, epoch)
+    }
+
     fn events_lost(&self) {
         self.counters.events_lost.count();
         let signal = self.fault_log().lose(self.offered);
@@ -48,18 +67,17 @@ impl Smmu {
     pub(super) fn record_event(&self, record: EventRecord) {
         let (recorded, signal) = self.fault_log().record(self.offered, &*self.memory, record);
         let (counter, outcome) = match recorded {
-            Recorded::Yes { .. } => (&self.counters.events_recorded, FaultOutcome::Recorded),
+            Recorded::Yes => (&self.counters.events_recorded, FaultOutcome::Recorded),
             Recorded::Disabled => (&self.counters.events_suppressed, FaultOutcome::Suppressed),
-            Recorded::Full { .. } | Recorded::NoMemory => {
-                (&self.counters.events_lost, FaultOutcome::Lost)
-            }
+            // None that stalls comes here.
+            Recorded::Lost | Recorded::Held => (&self.counters.events_lost, FaultOutcome::Lost),
         };
         counter.count();
         self.observe_event(&record, outcome);
         self.send(signal);
     }
 
-    fn observe_event(&self, record: &EventRecord, outcome: FaultOutcome) {
+    pub(super) fn observe_event(&self, record: &EventRecord, outcome: FaultOutcome) {
         if let Some(observer) = &self.observer {
             observer.event(record, outcome);
         }
@@ -88,8 +106,8 @@ fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
     }
 }
 
-/// The guest's own entry or tables refused the access. It does not stall: stalls are not offered to
-/// the guest. The second address is UNKNOWN, or a host address.
+/// The guest's own entry or tables refused the access. It does not stall: what stalls comes as
+/// [`StalledTransaction`]. The second address is UNKNOWN, or a host address.
 fn by_stage_1(record: EventRecord) -> EventRecord {
     let qw1 = record.qw1.with_stall(false).with_stag(0);
     EventRecord { qw1, second_address: 0, ..record }

@@ -6,9 +6,11 @@
 
 use std::fmt::Debug;
 
+use crate::spec::pci::PageResponse;
 use crate::spec::smmuv3::command::Command;
-use crate::spec::smmuv3::StreamId;
-use crate::viommu::HostSideError;
+use crate::spec::smmuv3::page_request::PageRequest;
+use crate::spec::smmuv3::{StreamId, SubstreamId};
+use crate::viommu::{HostSideError, PageTicket};
 
 /// The four words of an event record, in host order (§7.3).
 pub type EventRecordWords = [u64; 4];
@@ -57,6 +59,37 @@ pub trait SmmuHostSide: Debug + Send + Sync {
     /// # Errors
     /// The host refused part of it, even if that was made good.
     fn invalidate(&self, commands: &[Command]) -> Result<(), SmmuInvalidateError>;
+
+    /// Responds to what [`EventTarget::page_requests`] or [`EventTarget::stalled`] has taken of
+    /// `stream`; once. A stalled transaction is tried again after [`PageResponse::Success`], and
+    /// otherwise ends with an abort. Has no effect where the host has answered meanwhile. May be
+    /// called from any thread, also at the same time as other methods.
+    fn respond(&self, stream: StreamId, ticket: PageTicket, response: PageResponse) {
+        let _ = (stream, ticket, response);
+    }
+
+    /// Every stalled transaction that the host has for the guest, and that nobody has begun to read
+    /// yet, is tried again. To be called like [`SmmuHostSide::respond`]; does not wait.
+    fn retry_unread(&self) {}
+}
+
+/// A transaction that a host has stalled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StalledTransaction {
+    /// Its stream.
+    pub stream: StreamId,
+    /// SubstreamID, if it has one.
+    pub substream: Option<SubstreamId>,
+    /// STAG: distinguishes it from the others of its stream that are stalled.
+    pub stag: u16,
+    /// Its address, in bytes.
+    pub address: u64,
+    /// It is a write.
+    pub write: bool,
+    /// It is an instruction fetch.
+    pub execute: bool,
+    /// It is privileged.
+    pub privileged: bool,
 }
 
 /// The host did not do a batch of invalidations.
@@ -102,4 +135,30 @@ pub trait EventTarget: Send + Sync {
 
     /// Events were lost on their way here.
     fn events_lost(&self);
+
+    /// A device asks for pages: `requests` are a whole group of one stream, the last one of which
+    /// has [`PageRequest::last`]. Returns the response; or `None`, and the guest responds by
+    /// [`SmmuHostSide::respond`] with `ticket`.
+    fn page_requests(&self, requests: &[PageRequest], ticket: PageTicket) -> Option<PageResponse> {
+        let _ = (requests, ticket);
+        Some(PageResponse::Failure)
+    }
+
+    /// To be called before what the host has stalled is read, for [`EventTarget::stalled`].
+    fn stall_epoch(&self) -> u64 {
+        0
+    }
+
+    /// A transaction is stalled, as was read after [`EventTarget::stall_epoch`] had said `epoch`.
+    /// Returns the response, as for [`SmmuHostSide::respond`]; or `None`, and the guest responds by
+    /// that with `ticket`.
+    fn stalled(
+        &self,
+        transaction: &StalledTransaction,
+        ticket: PageTicket,
+        epoch: u64,
+    ) -> Option<PageResponse> {
+        let _ = (transaction, ticket, epoch);
+        Some(PageResponse::InvalidRequest)
+    }
 }

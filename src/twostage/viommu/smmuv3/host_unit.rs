@@ -31,6 +31,10 @@ pub struct HostSmmu {
     ats: bool,
     /// The flags that it sets in the guest's tables, which no kernel does.
     httu: Httu,
+    /// Page requests of devices reach the guest.
+    page_requests: bool,
+    /// So do transactions that stall.
+    stalls: bool,
 }
 
 impl HostSmmu {
@@ -72,6 +76,8 @@ impl HostSmmu {
             aidr: Aidr::from_bits(aidr),
             ats,
             httu: Httu::None,
+            page_requests: false,
+            stalls: false,
         }
     }
 
@@ -79,6 +85,16 @@ impl HostSmmu {
     /// ([`crate::iommufd::Extensions::table_updates`]).
     pub fn with_httu(mut self, httu: Httu) -> Self {
         self.httu = httu;
+        self
+    }
+
+    /// The same, of a host that gives page requests and stalled transactions to the guest, as far
+    /// as `idr0` has them ([`crate::iommufd::Extensions::smmu_faults`]).
+    #[must_use]
+    pub fn with_faults_served(mut self, idr0: u32) -> Self {
+        let idr0 = Idr0::from_bits(idr0);
+        self.page_requests = idr0.pri();
+        self.stalls = idr0.stall_model() == STALL_OR_TERMINATE;
         self
     }
 
@@ -118,10 +134,16 @@ impl SmmuConfig {
                 "ats=on was requested, and no other device has ATS either; say ats=off";
             return Err(first.lacks("ATS", needed_for.into()).into());
         }
+        // So it is with page requests.
+        if self.page_requests && !hosts.iter().any(|host| host.page_requests) {
+            let needed_for = "pri=on was requested, and no host gives page requests of an SMMUv3 \
+                              to its guest, but the emulated one; say pri=off";
+            return Err(first.lacks("IDR0.PRI", needed_for.into()).into());
+        }
         Ok(self.lowered(hosts)?)
     }
 
-    /// The same, but for ATS, which is a matter of each device.
+    /// The same, but for ATS and page requests, which are a matter of each device.
     fn lowered(&self, hosts: &[HostSmmu]) -> Result<Self, CapabilityConflict> {
         self.require_substreams(hosts)?;
         let mut lowered = self.clone();
@@ -153,7 +175,8 @@ impl SmmuConfig {
     /// Whether `host` supports all of this configuration: a guest that knows it already cannot do
     /// with less.
     pub(crate) fn check_late(&self, host: &HostSmmu) -> Result<(), CapabilityConflict> {
-        if host.idr0.stall_model() == STALL_OR_TERMINATE && !self.host_stalls {
+        let can_stall = host.idr0.stall_model() == STALL_OR_TERMINATE;
+        if can_stall && !self.host_stalls && !self.stalls {
             let needed_for = "the virtual SMMUv3 was built with host_stalls=false; build it with \
                               true, or with this device";
             return Err(host.lacks("an IDR0.STALL_MODEL without stalls", needed_for.into()));
@@ -209,6 +232,12 @@ impl SmmuConfig {
         if host.idr0.stall_model() == STALL_FORCED {
             let what = "nobody could resume a transaction that stalls";
             return needed("IDR0.STALL_MODEL that can terminate", what);
+        }
+        if self.stalls && !host.stalls {
+            let needed_for =
+                "stall=on was requested, and its host stalls nothing for a guest; say \
+                              stall=off";
+            return Err(host.lacks("an IDR0.STALL_MODEL of 0b00 for guests", needed_for.into()));
         }
         if self.input_bits == 52 && host.idr5.vax() == 0 {
             return Err(host.lacks("IDR5.VAX", "aw=52 was requested; say aw=48".into()));

@@ -9,19 +9,20 @@
 //! stops with CERROR_ILL, CR0ACK and GBPA.Update stay as they were, and the next write retries. No
 //! CMD_SYNC completes before that.
 //!
-//! Not offered: a stage 2 of the guest's own, EL2, page requests, stalls, address translation
-//! operations, the Secure state. Their registers read as zero, their commands are CERROR_ILL.
+//! Not offered: a stage 2 of the guest's own, EL2, address translation operations, the Secure
+//! state. Their registers read as zero, their commands are CERROR_ILL; and so do those of page
+//! requests and stalls, unless they were asked for.
 //!
 //! # Locks
 //! The registers have one lock, held across calls to the host and to [`SmmuInterrupts`], neither of
 //! which may call the SMMU except to report events and to halt it. A thread that works through the
 //! command queue unlocks the registers after each CMD_SYNC and each change of configuration, and
-//! queues behind those that wait for them. Event queue and global errors have a lock of their own,
-//! and so have the published policies: both are taken after the registers, for a moment, and are
-//! the only locks that [`EventTarget`] takes. An event may therefore come from any thread, even
-//! while another thread waits in the host for DMA to end. Where the registers are memory of the
-//! guest, each of these shows its state there before it is unlocked, and the loan of that memory
-//! has the last lock.
+//! queues behind those that wait for them. Queues for the guest and global errors have a lock of
+//! their own, and so have the published policies, and page requests and stalled transactions that
+//! wait for the guest: all are taken after the registers, for a moment, and are the only locks that
+//! [`EventTarget`] takes. An event may therefore come from any thread, even while another thread
+//! waits in the host for DMA to end. Where the registers are memory of the guest, each of these
+//! shows its state there before it is unlocked, and the loan of that memory has the last lock.
 
 mod apply;
 mod config;
@@ -30,12 +31,15 @@ mod fault_log;
 mod faults;
 pub(super) mod host_side;
 mod host_unit;
+mod output_queue;
 mod page;
+mod page_requests;
 mod policy;
 mod queue;
 mod registers;
 mod requesters;
 mod restore;
+mod stalls;
 mod state;
 
 use crate::sync::Mutex;
@@ -44,13 +48,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 pub use config::{Capabilities, SmmuConfig, SmmuConfigError};
-pub use fault_log::{
-    EventQueue, FaultLog, GlobalErrors, InterruptConfig, SmmuInterrupt, SmmuInterrupts,
-};
+pub use fault_log::{FaultLog, GlobalErrors, InterruptConfig, SmmuInterrupt, SmmuInterrupts};
 pub use host_side::{
-    EventRecordWords, EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
+    EventRecordWords, EventTarget, SmmuHostSide, SmmuInvalidateError, StalledTransaction,
+    StreamPolicy,
 };
 pub use host_unit::HostSmmu;
+pub use output_queue::OutputQueue;
 pub use policy::ConfigFault;
 pub use state::{DecisionState, Registers, SmmuCounters, SmmuState, StreamState, TableRegisters};
 
@@ -62,9 +66,11 @@ use crate::ratelimit::RateLimit;
 use crate::spec::smmuv3::regs::Gerror;
 use crate::spec::smmuv3::StreamId;
 use fault_log::{Offered, Signal};
+use page_requests::PageRequests;
 use policy::{policy_while_disabled, StreamTable};
 use queue::Slice;
 use requesters::{Decision, Streams};
+use stalls::Stalls;
 use state::Counters;
 
 /// Locked state of an SMMU.
@@ -123,6 +129,8 @@ pub struct Smmu {
     page: OnceLock<Arc<RegisterPage>>,
     halted: AtomicBool,
     faults: Mutex<FaultLog>,
+    pages: Mutex<PageRequests>,
+    stalls: Mutex<Stalls>,
     streams: Streams,
     counters: Counters,
     log: RateLimit,
@@ -164,6 +172,8 @@ impl Smmu {
             page: OnceLock::new(),
             halted: AtomicBool::new(false),
             faults: Mutex::default(),
+            pages: Mutex::default(),
+            stalls: Mutex::default(),
             streams: Streams::default(),
             counters: Counters::default(),
             log: RateLimit::default(),
@@ -212,6 +222,8 @@ impl Smmu {
         let _registers = self.lock();
         if self.streams.remove(stream) {
             let _ = self.take_away(stream);
+            self.end_page_requests(Some(stream));
+            self.end_stalls(Some(stream));
         }
     }
 
@@ -237,6 +249,9 @@ impl Smmu {
     /// on, until [`Smmu::reset`].
     pub fn halt(&self) {
         self.halted.store(true, Ordering::Relaxed);
+        // Nobody will respond to them.
+        self.end_page_requests(None);
+        self.end_stalls(None);
     }
 
     fn is_halted(&self) -> bool {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The register page as memory of the guest ([`RegisterPage`]): the first 4 KiB of page 0, without
-//! the indices of the event queue, which are in page 1.
+//! the indices of the event and PRI queues, which are in page 1.
 //!
 //! What a guest writes while it has the page is applied in an order in which nothing is enabled
 //! half-way: addresses first, then the index of the command queue, CR0 last. No error is active
@@ -31,18 +31,21 @@ const REGISTERS: [u64; 7] = [
     regs::CR1,
     regs::CR0,
 ];
-const FAULTS: [u64; 7] = [
+const FAULTS: [u64; 10] = [
     regs::EVENTQ_BASE,
     regs::EVENTQ_IRQ_CFG0,
     regs::EVENTQ_IRQ_CFG1,
     regs::GERROR_IRQ_CFG0,
     regs::GERROR_IRQ_CFG1,
+    regs::PRIQ_BASE,
+    regs::PRIQ_IRQ_CFG0,
+    regs::PRIQ_IRQ_CFG1,
     regs::IRQ_CTRL,
     regs::GERROR,
 ];
 
 /// Registers to be applied in this order, if the guest wrote to them in memory.
-const ORDER: [u64; 13] = [
+const ORDER: [u64; 16] = [
     regs::CR1,
     regs::STRTAB_BASE_CFG,
     regs::STRTAB_BASE,
@@ -52,6 +55,9 @@ const ORDER: [u64; 13] = [
     regs::EVENTQ_IRQ_CFG1,
     regs::GERROR_IRQ_CFG0,
     regs::GERROR_IRQ_CFG1,
+    regs::PRIQ_BASE,
+    regs::PRIQ_IRQ_CFG0,
+    regs::PRIQ_IRQ_CFG1,
     regs::CMDQ_PROD,
     regs::STATUSR,
     regs::IRQ_CTRL,
@@ -59,14 +65,14 @@ const ORDER: [u64; 13] = [
 ];
 
 /// CMDQ_CONS is the upper half of its slot; nothing of the first page that changes is behind
-/// EVENTQ_IRQ_CFG1.
+/// PRIQ_IRQ_CFG1.
 const PLACES: Places = Places {
     head: regs::CMDQ_PROD + 4,
     tail: regs::CMDQ_PROD,
     tail_size: 4,
     command: None,
     acknowledged: None,
-    end: regs::EVENTQ_IRQ_CFG1 + 8,
+    end: regs::PRIQ_IRQ_CFG1 + 8,
 };
 
 impl Show<Registers> for Smmu {
@@ -139,6 +145,8 @@ impl Paged for Smmu {
     }
 
     fn drain(&self) {
+        // What the guest wrote may let the event queue take what it could not.
+        self.record_held();
         self.drain_queue();
     }
 

@@ -7,7 +7,7 @@
 use super::config::Capabilities;
 use super::StreamPolicy;
 use crate::spec::smmuv3::event::{EventId, EventRecord};
-use crate::spec::smmuv3::regs::{Gbpa, StrtabBase, StrtabBaseCfg, StrtabFormat};
+use crate::spec::smmuv3::regs::{Gbpa, StrtabBase, StrtabBaseCfg, StrtabFormat, STALL_NONE};
 use crate::spec::smmuv3::stream_table::{
     EnableAts, L1StreamTableDescriptor, S1Format, Ste, Ste0, Ste1, StreamConfig,
     L1_DESCRIPTOR_SIZE, STE_SIZE,
@@ -141,8 +141,8 @@ fn stream_policy(ste: &Ste, caps: &Capabilities) -> Result<StreamPolicy, ConfigF
 fn stage1(ste: &Ste, caps: &Capabilities) -> Result<StreamPolicy, ConfigFault> {
     let illegal = ste.qw0.s1cdmax() > caps.idr1.ssidsize() && caps.idr1.ssidsize() > 0
         || ste.context_table() & above_output(caps) != 0
-        // Stalls are not offered, so there are none to disable.
-        || ste.qw1.s1stalld()
+        // Where stalls are not offered, there are none to disable.
+        || ste.qw1.s1stalld() && caps.idr0.stall_model() == STALL_NONE
         || caps.idr0.ats() && ste.ats() == EnableAts::SplitStage;
     if illegal {
         return Err(ConfigFault::BAD_STE);
@@ -155,7 +155,7 @@ fn stage1(ste: &Ste, caps: &Capabilities) -> Result<StreamPolicy, ConfigFault> {
         .with_s1cir(ste.qw1.s1cir())
         .with_s1cor(ste.qw1.s1cor())
         .with_s1csh(ste.qw1.s1csh())
-        .with_s1stalld(caps.disable_stalls)
+        .with_s1stalld(ste.qw1.s1stalld() || caps.disable_stalls)
         .with_eats(u8::from(caps.idr0.ats() && ste.ats() == EnableAts::Full));
     if ste.qw0.s1cdmax() == 0 || caps.idr1.ssidsize() == 0 {
         return Ok(StreamPolicy::Stage1 { ste: [qw0.into_bits(), qw1.into_bits()] });

@@ -24,10 +24,12 @@ use super::apply::Scope;
 use super::fault_log::{Signal, SmmuInterrupt};
 use super::state::Registers;
 use super::Smmu;
+use crate::spec::pci::PageResponse;
 use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, Words, ATC_SIZE_ALL};
+use crate::spec::smmuv3::page_request::{page_response, Resume};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SIZE};
-use crate::spec::smmuv3::regs::{Gerror, STALL_NONE};
-use crate::spec::smmuv3::StreamId;
+use crate::spec::smmuv3::regs::Gerror;
+use crate::spec::smmuv3::{StreamId, SubstreamId};
 use crate::viommu::ledger::NotApplied;
 use crate::viommu::register_page::Show;
 
@@ -121,7 +123,7 @@ impl Smmu {
             let command = self.fetch(pass).map_err(Stop::Guest)?;
             left = left.saturating_sub(cost(&command));
             let action = self.action(&command).map_err(Stop::Guest)?;
-            if matches!(action, Action::Configure(_) | Action::Sync(_)) {
+            if !matches!(action, Action::Invalidate | Action::Nothing) {
                 self.flush(registers, pass)?;
             }
             if matches!(action, Action::Sync(_)) && std::mem::take(&mut registers.unanswered) {
@@ -143,7 +145,8 @@ impl Smmu {
                 Action::Configure(scope) => self
                     .configure(registers, scope)
                     .map_err(|not_applied| Stop::of(not_applied, pass.fetch))?,
-                Action::Sync(_) => {}
+                Action::Answer(answer) => self.answer(answer),
+                Action::Sync(_) => self.retry_unrecorded(),
             }
             pass.fetch = pass.queue.next(pass.fetch);
             if pass.batch.is_empty() {
@@ -256,11 +259,35 @@ enum Action {
     Invalidate,
     /// Stream table entries are read again.
     Configure(Scope),
+    /// A device that waits goes on. After the invalidations before it, so that these are not done
+    /// twice, and then it.
+    Answer(Answer),
     /// All earlier commands are complete: signal it.
     Sync(SyncSignal),
 }
 
+/// What a device that waits is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// CMD_PRI_RESP.
+    Pages { stream: StreamId, substream: Option<SubstreamId>, group: u16, response: PageResponse },
+    /// CMD_RESUME.
+    Resume { stream: StreamId, stag: u16, resume: Resume },
+    /// CMD_STALL_TERM.
+    Terminate { stream: StreamId },
+}
+
 impl Smmu {
+    fn answer(&self, answer: Answer) {
+        match answer {
+            Answer::Pages { stream, substream, group, response } => {
+                self.respond_to_group(stream, substream, group, response);
+            }
+            Answer::Resume { stream, stag, resume } => self.resume(stream, stag, resume),
+            Answer::Terminate { stream } => self.end_stalls(Some(stream)),
+        }
+    }
+
     /// The action for `command`.
     ///
     /// # Errors
@@ -302,9 +329,18 @@ impl Smmu {
                 let action = if translating { invalidate } else { Action::Nothing };
                 offered(idr0.ats(), self.of_stream(stream, action))
             }
-            Command::PriResp { .. } => offered(idr0.pri(), invalidate),
-            Command::Resume { .. } | Command::StallTerm { .. } => {
-                offered(idr0.stall_model() != STALL_NONE, invalidate)
+            Command::PriResp { stream, substream, group, response } => {
+                let response = page_response(response).ok_or(CommandError::Illegal)?;
+                let answer = Answer::Pages { stream, substream, group, response };
+                offered(idr0.pri(), Action::Answer(answer))
+            }
+            Command::Resume { stream, stag, response } => {
+                let resume = Resume::from_bits(response);
+                let answer = Answer::Resume { stream, stag, resume };
+                offered(self.offers_stalls(), Action::Answer(answer))
+            }
+            Command::StallTerm { stream } => {
+                offered(self.offers_stalls(), Action::Answer(Answer::Terminate { stream }))
             }
             Command::Sync { signal } => Ok(Action::Sync(signal)),
         }

@@ -6,11 +6,12 @@
 //! enabled.
 
 use super::fault_log::{FaultLog, InterruptConfig};
+use super::output_queue::OutputQueue;
 use super::state::Registers;
 use super::Smmu;
-use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, OutputCons, OutputProd, QueueBase};
+use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, QueueBase};
 use crate::spec::smmuv3::regs::{
-    self, Cr0, Cr1, Cr2, Gbpa, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg,
+    self, Cr0, Cr1, Cr2, Gbpa, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg, PRIQ_LAST_ONLY,
 };
 use crate::viommu::paged::Paged;
 use crate::viommu::registers::{pair, SlotAccess};
@@ -46,6 +47,11 @@ impl Smmu {
         self.observe_access(offset, data.len(), access.extract(value), true);
         self.write_slot(&mut registers, access, value);
         drop(registers);
+        // What lets the event queue take what it could not: it has space, or is enabled, or an
+        // error was acknowledged.
+        if matches!(access.slot, regs::CR0 | regs::GERROR | regs::EVENTQ_PROD) {
+            self.record_held();
+        }
         // What lets the queue continue: it is enabled, has more commands, or an error was
         // acknowledged.
         if matches!(access.slot, regs::CR0 | regs::GERROR | regs::CMDQ_PROD) {
@@ -165,38 +171,39 @@ impl Smmu {
             }
             // The target of a message is fixed while it may be on its way.
             regs::GERROR_IRQ_CFG0 | regs::GERROR_IRQ_CFG1 if !irq_ctrl.gerror_irqen() => {
-                self.write_message(&mut log.errors_interrupt, access, value);
+                self.write_message(&mut log.errors_interrupt, access, value, 0);
             }
             regs::EVENTQ_IRQ_CFG0 | regs::EVENTQ_IRQ_CFG1 if !irq_ctrl.eventq_irqen() => {
-                self.write_message(&mut log.events_interrupt, access, value);
+                self.write_message(&mut log.events_interrupt, access, value, 0);
             }
-            regs::EVENTQ_BASE if !log.events.enabled => {
-                let old = log.events.base.into_bits();
-                let new = access.merge(old, value, QueueBase::WRITABLE);
-                log.events.base = QueueBase::from_bits(new);
+            regs::EVENTQ_BASE => write_base(&mut log.events, access, value),
+            regs::EVENTQ_PROD => write_indices(&mut log.events, access, value),
+            _ if !self.offered.pri => {}
+            regs::PRIQ_IRQ_CFG0 | regs::PRIQ_IRQ_CFG1 if !irq_ctrl.priq_irqen() => {
+                self.write_message(&mut log.pages_interrupt, access, value, PRIQ_LAST_ONLY);
             }
-            regs::EVENTQ_PROD => {
-                // Owned by the SMMU while the queue is enabled.
-                if let Some(low) = low.filter(|_| !log.events.enabled) {
-                    let prod = OutputProd::from_bits(low);
-                    log.events.prod = OutputProd::new().with_wr(prod.wr()).with_ovflg(prod.ovflg());
-                }
-                if let Some(high) = high {
-                    let cons = OutputCons::from_bits(high);
-                    log.events.cons =
-                        OutputCons::new().with_rd(cons.rd()).with_ovackflg(cons.ovackflg());
-                }
-            }
+            regs::PRIQ_BASE => write_base(&mut log.pages, access, value),
+            regs::PRIQ_PROD => write_indices(&mut log.pages, access, value),
             _ => {}
         }
     }
 
     /// Writes the registers of a message: reserved if there are no messages.
-    fn write_message(&self, config: &mut InterruptConfig, access: SlotAccess, value: u64) {
+    /// `more` are the bits that CFG2 has besides attributes.
+    fn write_message(
+        &self,
+        config: &mut InterruptConfig,
+        access: SlotAccess,
+        value: u64,
+        more: u32,
+    ) {
         if !self.offered.msi {
             return;
         }
-        if matches!(access.slot, regs::GERROR_IRQ_CFG0 | regs::EVENTQ_IRQ_CFG0) {
+        if matches!(
+            access.slot,
+            regs::GERROR_IRQ_CFG0 | regs::EVENTQ_IRQ_CFG0 | regs::PRIQ_IRQ_CFG0
+        ) {
             let new = access.merge(config.address.into_bits(), value, IrqCfg0::WRITABLE);
             config.address = IrqCfg0::from_bits(new);
             return;
@@ -204,7 +211,26 @@ impl Smmu {
         let (data, attributes) = access.halves(value);
         config.data = data.unwrap_or(config.data);
         config.attributes = attributes
-            .map_or(config.attributes, |attributes| attributes & InterruptConfig::ATTRIBUTES);
+            .map_or(config.attributes, |bits| bits & (InterruptConfig::ATTRIBUTES | more));
+    }
+}
+
+/// Software writes `*_BASE`, which is fixed while the queue is enabled.
+fn write_base(queue: &mut OutputQueue, access: SlotAccess, value: u64) {
+    if !queue.enabled {
+        let new = access.merge(queue.base.into_bits(), value, QueueBase::WRITABLE);
+        queue.base = QueueBase::from_bits(new);
+    }
+}
+
+/// Software writes `*_PROD` and `*_CONS`.
+fn write_indices(queue: &mut OutputQueue, access: SlotAccess, value: u64) {
+    let (low, high) = access.halves(value);
+    if let Some(low) = low {
+        queue.write_prod(low);
+    }
+    if let Some(high) = high {
+        queue.write_cons(high);
     }
 }
 
@@ -225,6 +251,11 @@ pub(super) fn fault_slot(log: &FaultLog, slot: u64) -> u64 {
         regs::EVENTQ_IRQ_CFG0 => log.events_interrupt.address.into_bits(),
         regs::EVENTQ_IRQ_CFG1 => log.events_interrupt.message_words(),
         regs::EVENTQ_PROD => pair(log.events.prod.into_bits(), log.events.cons.into_bits()),
+        // Zero unless page requests are offered.
+        regs::PRIQ_BASE => log.pages.base.into_bits(),
+        regs::PRIQ_IRQ_CFG0 => log.pages_interrupt.address.into_bits(),
+        regs::PRIQ_IRQ_CFG1 => log.pages_interrupt.message_words(),
+        regs::PRIQ_PROD => pair(log.pages.prod.into_bits(), log.pages.cons.into_bits()),
         _ => 0,
     }
 }

@@ -4,13 +4,16 @@
 //! A snapshot has the decisions that the host was given, not what the stream table says by then:
 //! the guest may have written entries that it has yet to announce. What the host has cached is not
 //! part of it. A cache may drop anything at any time (§3.17), so a new host that starts without is
-//! one that the guest has to expect. Between two slices of the command queue nothing is under way.
+//! one that the guest has to expect. Nor are page requests and stalled transactions without an
+//! answer: devices make them again on the new host, and what the guest says to the former ones has
+//! no effect. Between two slices of the command queue nothing is under way.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use super::config::{Capabilities, SmmuConfigError};
-use super::fault_log::FaultLog;
+use super::fault_log::{FaultLog, InterruptConfig};
+use super::output_queue::OutputQueue;
 use super::policy::{is_possible, policy_while_disabled};
 use super::state::{DecisionState, Registers, SmmuState, StreamState, MODEL};
 use super::{ConfigFault, Smmu, SmmuHostSide, SmmuInterrupts, StreamPolicy};
@@ -126,6 +129,8 @@ impl Smmu {
         self.streams.set_table(None);
         self.streams.set_recording_bad_streams(false);
         *self.fault_log() = FaultLog::default();
+        self.end_page_requests(None);
+        self.end_stalls(None);
         let losses = self.streams.losses();
         let mut result = Ok(());
         let mut commands = vec![Command::TlbiNsnhAll];
@@ -172,6 +177,11 @@ fn impossible(error: SmmuConfigError) -> RestoreError {
 fn check(state: &SmmuState, caps: &Capabilities) -> Result<(), String> {
     if !state.streams.is_sorted_by(|one, next| one.stream < next.stream) {
         return Err("the streams do not ascend".into());
+    }
+    let FaultLog { pages, pages_interrupt, .. } = &state.faults;
+    let unused = (OutputQueue::default(), InterruptConfig::default());
+    if !state.config.page_requests && (pages, pages_interrupt) != (&unused.0, &unused.1) {
+        return Err("the PRI queue is in use, but no page requests are offered".into());
     }
     state.streams.iter().try_for_each(|stream| check_stream(stream, caps))
 }

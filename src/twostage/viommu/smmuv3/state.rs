@@ -278,6 +278,20 @@ crate::counters! {
         events_lost,
         /// Events suppressed.
         events_suppressed,
+        /// Page requests written to the PRI queue.
+        page_requests,
+        /// Page requests that found the PRI queue full, or that it was: the device tries again.
+        page_requests_lost,
+        /// Page requests that nothing takes: the device is told.
+        page_requests_refused,
+        /// Stalled transactions whose record was written to the event queue.
+        stalls,
+        /// Stalled transactions whose record the event queue could not take at once.
+        stalls_held,
+        /// Stalled transactions that were tried again, as a CMD_SYNC came before their record.
+        stalls_retried,
+        /// Stalled transactions that ended, as no guest could resume them.
+        stalls_refused,
         /// Times the command queue stopped with an error.
         command_errors,
         /// Other mistakes of the guest: ignored writes, messages to invalid addresses.

@@ -13,6 +13,7 @@ use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::qi::{AddressMask, IotlbScope};
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PageRange;
+pub use crate::viommu::PageTicket;
 use crate::viommu::{HostSideError, Requester};
 
 /// A first-stage table (VT-d scalable mode, PGTT first-stage).
@@ -288,10 +289,6 @@ pub trait VtdHostSide: Debug + Send + Sync {
         true
     }
 }
-
-/// Names a group of page requests for its host side, which gives no number twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PageTicket(pub u64);
 
 /// The progress of a batch of invalidations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::boot::{StartState, DEVICE_TREE_SIZE};
 use super::layout::*;
 use super::IrqChip;
-use crate::arch::devicetree::{self, Assigned, Gic, Pci, Platform, Serial, Smmu, Span};
+use crate::arch::devicetree::{self, Assigned, Gic, Pci, Platform, Serial, Smmu, Span, Stalled};
 use crate::config::{IommuConfig, MachineConfig};
 use crate::iommu::{interrupt_source, AssignedFunction};
 use crate::machine::topology::assigned_functions;
@@ -67,6 +67,7 @@ fn platform<'a>(
         },
         smmus: smmus(config)?,
         assigned: assigned(config, memory)?,
+        stalled: stalled(config)?,
     })
 }
 
@@ -90,6 +91,16 @@ fn smmus(config: &MachineConfig) -> Result<Vec<Smmu>> {
         }
     }
     Ok(smmus)
+}
+
+/// The functions that can be stalled. None is behind a bridge to PCI, where others have its
+/// requester ID.
+fn stalled(config: &MachineConfig) -> Result<Vec<Stalled>> {
+    let places = config.devices.iter().zip(config.places()?);
+    let stalled = places.filter(|(device, _)| device.stall());
+    Ok(stalled
+        .map(|(_, place)| Stalled { bdf: place.bdf, port: place.bridges.first().map(|it| it.bdf) })
+        .collect())
 }
 
 /// The assigned devices behind a virtual SMMU: the host maps their MSIs to its own window, which

@@ -69,11 +69,11 @@ pub const INTX_LINES: [IntxLine; 4] = [
 /// The first shared peripheral interrupt for virtual IOMMUs.
 const IOMMU_IRQS: u32 = 16;
 
-/// The shared peripheral interrupts of the virtual IOMMU `number`: for events, global errors and
-/// CMD_SYNC. If none are left, it uses MSIs only.
-pub fn iommu_interrupts(number: usize) -> Option<[u32; 3]> {
-    let first = u32::try_from(number).ok()?.checked_mul(3)?.checked_add(IOMMU_IRQS)?;
-    (first + 3 <= PINS).then_some([first, first + 1, first + 2])
+/// The shared peripheral interrupts of the virtual IOMMU `number`: for events, global errors,
+/// CMD_SYNC and page requests. If none are left, it uses MSIs only.
+pub fn iommu_interrupts(number: usize) -> Option<[u32; 4]> {
+    let first = u32::try_from(number).ok()?.checked_mul(4)?.checked_add(IOMMU_IRQS)?;
+    (first + 4 <= PINS).then_some([first, first + 1, first + 2, first + 3])
 }
 
 /// Fixed addresses besides RAM, both ends inclusive.

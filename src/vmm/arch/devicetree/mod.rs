@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 use crate::boot::Module;
 use twostage::devicetree::{self, AssignedPhandles, Error, FdtWriter, Messages};
 
-pub use twostage::devicetree::{Assigned, Span};
+pub use twostage::devicetree::{Assigned, Span, Stalled};
 
 /// Cells of an address, and of a size, of 32 bits each.
 const ADDRESS_CELLS: u32 = 2;
@@ -48,6 +48,8 @@ pub struct Platform<'a> {
     pub smmus: Vec<Smmu>,
     /// Assigned devices of the host.
     pub assigned: Vec<Assigned>,
+    /// Functions that an SMMU can stall.
+    pub stalled: Vec<Stalled>,
 }
 
 /// A GICv3 with one interrupt translation service.
@@ -91,7 +93,7 @@ pub struct Smmu {
     pub registers: Span,
     /// Shared peripheral interrupts, edge-triggered: for the event queue, global errors, and
     /// CMD_SYNC. Without, it uses MSIs only.
-    pub spis: Option<[u32; 3]>,
+    pub spis: Option<[u32; 4]>,
     /// Its device ID at the interrupt translation service.
     pub device_id: u32,
     /// The requester IDs behind it, which are also StreamIDs.
@@ -164,13 +166,14 @@ mod tests {
             },
             smmus: Vec::new(),
             assigned: Vec::new(),
+            stalled: Vec::new(),
         }
     }
 
     fn smmu(functions: &[u16]) -> Smmu {
         let requesters = functions.iter().map(|function| *function..=*function).collect();
         let registers = span(0xa00_0000, 0x2_0000);
-        Smmu { registers, spis: Some([8, 9, 10]), device_id: 0xff00, requesters }
+        Smmu { registers, spis: Some([8, 9, 10, 11]), device_id: 0xff00, requesters }
     }
 
     /// A tree, by the paths of its nodes.
@@ -315,8 +318,8 @@ mod tests {
             tree.cells("/pcie@f000000", "iommu-map"),
             [8, first_handle, 8, 1, 0x10, first_handle, 0x10, 1, 0x18, second_handle, 0x18, 1]
         );
-        assert_eq!(tree.cells(first, "interrupts"), [0, 8, 1, 0, 9, 1, 0, 10, 1]);
-        assert_eq!(tree.text(first, "interrupt-names"), "eventq\0gerror\0cmdq-sync");
+        assert_eq!(tree.cells(first, "interrupts"), [0, 8, 1, 0, 9, 1, 0, 10, 1, 0, 11, 1]);
+        assert_eq!(tree.text(first, "interrupt-names"), "eventq\0gerror\0cmdq-sync\0priq");
         assert_eq!(tree.cells(first, "msi-parent"), [ITS, 0xff00]);
     }
 
@@ -342,7 +345,7 @@ mod tests {
         let sum = tree.iter().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
             (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
         });
-        assert_eq!((tree.len(), sum), (4727, 0xb439_e154_c509_474d), "{sum:#x}");
+        assert_eq!((tree.len(), sum), (4747, 0xe34c_512a_145c_9976), "{sum:#x}");
     }
 
     #[test]

@@ -175,6 +175,7 @@ pub(super) fn host_bridge(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Resul
     fdt.property_array_u32("msi-map", &[0, ITS, 0, REQUESTERS])?;
     iommu_map(fdt, platform)?;
     devicetree::assigned_functions(fdt, &platform.assigned, ASSIGNED)?;
+    devicetree::stalled_functions(fdt, &platform.stalled)?;
     fdt.end_node(node)
 }
 

@@ -88,7 +88,7 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
 }
 
 /// Wired interrupts of the virtual IOMMU `number`: on a PC it uses MSIs only.
-pub const fn iommu_interrupts(_number: usize) -> Option<[u32; 3]> {
+pub const fn iommu_interrupts(_number: usize) -> Option<[u32; 4]> {
     None
 }
 

@@ -7,6 +7,7 @@ mod flags;
 mod reference;
 mod sanitizer;
 mod staleness;
+mod stalls;
 
 use std::ops::Deref;
 use std::sync::Arc;

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::host::refusal::Outcome as HostOutcome;
-use crate::units::page_requests::PageRequestSink;
+use crate::units::page_requests::{PageRequestSink, Waits};
 use crate::DmaServices;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
@@ -273,7 +273,11 @@ fn a_page_request_forgets_the_way_to_the_page() {
         // The table is read-only, and cached as such; its leaf is not.
         machine.poke(entry, value & !2);
         machine.attach(None, 1, root, 4, 0);
-        machine.unit.page_requests().unwrap().set_sink(RID, Some(Arc::new(Software)));
+        machine.unit.page_requests().unwrap().set_sink(
+            RID,
+            Waits::ForPages,
+            Some(Arc::new(Software)),
+        );
         let mut port = machine.port();
         port.set_services(DmaServices { wait_for_pages: false, ..DmaServices::default() });
         port.control().set_device_tlb(device_tlb);

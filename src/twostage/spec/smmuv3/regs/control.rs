@@ -222,6 +222,10 @@ impl Gerror {
     pub const ALL: Self = Self::from_bits(0x1fd);
 }
 
+/// LO, of PRIQ_IRQ_CFG2: the interrupt of the PRI queue is for requests that are the last of their
+/// group, not for a queue that is no longer empty (§6.3.36).
+pub const PRIQ_LAST_ONLY: u32 = 1 << 31;
+
 /// GERROR_IRQ_CFG0, EVENTQ_IRQ_CFG0, PRIQ_IRQ_CFG0: the address of an MSI.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]

@@ -11,6 +11,7 @@ use twostage_bits::bitfield;
 use crate::spec::smmuv3::address_size;
 pub use control::{
     Cr0, Cr1, Cr2, Gbpa, Gerror, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg, StrtabFormat,
+    PRIQ_LAST_ONLY,
 };
 
 /// Size of a register page, in bytes.
@@ -409,9 +410,11 @@ mod tests {
         assert_eq!(Idr1::new().with_sidsize(63).into_bits(), 0x3f);
         assert_eq!(Idr1::new().with_ssidsize(31).into_bits(), 0x1f << 6);
         assert_eq!(Idr1::new().with_eventqs(31).into_bits(), 0x1f << 16);
+        assert_eq!(Idr1::new().with_priqs(31).into_bits(), 0x1f << 11);
         assert_eq!(Idr1::new().with_cmdqs(31).into_bits(), 0x1f << 21);
         assert_eq!(Idr1::new().with_tables_preset(true).into_bits(), 1 << 30);
         assert_eq!(Idr3::new().with_had(true).with_fwb(true).into_bits(), 1 << 2 | 1 << 8);
+        assert_eq!(Idr3::new().with_pps(true).into_bits(), 1 << 5);
         assert_eq!(Idr3::new().with_ril(true).with_bbml(3).into_bits(), 7 << 10);
         assert_eq!(Idr5::new().with_gran4k(true).with_gran64k(true).into_bits(), 5 << 4);
         assert_eq!(Idr5::new().with_vax(1).with_stall_max(1).into_bits(), 1 << 10 | 1 << 16);

@@ -5,11 +5,13 @@ mod configuration;
 mod faults;
 mod linux;
 mod page;
+mod page_requests;
 mod properties;
 mod queue;
 mod registers;
 mod restore;
 mod specification;
+mod stalls;
 
 use crate::sync::Mutex;
 use std::sync::Arc;
@@ -17,12 +19,13 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
+use crate::spec::pci::PageResponse;
 use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, Words};
 use crate::spec::smmuv3::event::{EventId, EventRecord};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError};
 use crate::spec::smmuv3::regs;
 use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
-use crate::viommu::HostSideError;
+use crate::viommu::{HostSideError, PageTicket};
 
 /// Host calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,10 @@ struct FakeHost {
     flushes: AtomicBool,
     /// No device answers.
     silent: AtomicBool,
+    /// What page requests and stalled transactions were answered.
+    answers: Mutex<Vec<(PageTicket, PageResponse)>>,
+    /// How often what it has not given was tried again.
+    retries: Mutex<u32>,
     /// An SMMU that is halted during every call.
     halting: Mutex<Option<Arc<Smmu>>>,
     /// An SMMU that gets an event of [`STREAM`] during every call.
@@ -76,6 +83,14 @@ impl SmmuHostSide for FakeHost {
             true => Err(SmmuInvalidateError::unanswered(silence())),
             false => Ok(()),
         }
+    }
+
+    fn respond(&self, _: StreamId, ticket: PageTicket, response: PageResponse) {
+        self.answers.lock().push((ticket, response));
+    }
+
+    fn retry_unread(&self) {
+        *self.retries.lock() += 1;
     }
 }
 

@@ -15,7 +15,7 @@ type Change<'a> = &'a dyn Fn(&mut SmmuState);
 impl Guest {
     /// The guest on a new SMMU and host, in the same memory. The state goes through JSON, where
     /// that is possible.
-    fn restored(&self, state: &SmmuState) -> Result<Self, RestoreError> {
+    pub(super) fn restored(&self, state: &SmmuState) -> Result<Self, RestoreError> {
         #[cfg(feature = "serde")]
         let state = &serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap();
         self.restored_on(Arc::default(), state)
