@@ -12,11 +12,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use env_logger::Target;
 
 use self::info_probe::{info, probe, InfoArgs, ProbeArgs, INFO_EXIT_CODES, PROBE_EXIT_CODES};
-use self::options::{CpusOption, MemoryOption};
+use self::options::{on_off, CpusOption, MemoryOption};
 use self::outputs::{check_outputs, ReportOption};
 use crate::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
@@ -135,6 +135,15 @@ struct RunArgs {
     #[arg(long = "pci-bridge", value_name = "id=NAME,bus=PORT")]
     pci_bridges: Vec<PciBridgeConfig>,
 
+    /// Whether PCI configuration space is at I/O ports (0xCF8 to 0xCFF), too, beside memory (ECAM).
+    /// Linux prefers ports, with two exits for each access. With `off` it uses memory: its reads
+    /// are no exits, on bus 0. Kernels that look at devices before they know of ECAM, like Xen,
+    /// need the ports.
+    #[cfg(target_arch = "x86_64")]
+    #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set,
+        value_parser = on_off)]
+    pci_ports: bool,
+
     /// PCI device; may be given several times. The first on bus 0 is 00:01.0. `edu` is QEMU's, with
     /// function-level reset, MSI-X (a vector for each byte of its interrupt status, in BAR 1) and
     /// 16 KiB of memory (BAR 2). With `pasid=on`, or a width, it has the PASID capability; once
@@ -228,6 +237,10 @@ impl RunArgs {
             devices: devices.collect(),
             root_ports: self.root_ports,
             pci_bridges: self.pci_bridges,
+            #[cfg(target_arch = "x86_64")]
+            pci_ports: self.pci_ports,
+            #[cfg(target_arch = "aarch64")]
+            pci_ports: false,
             serial: self.serial,
             trace: self.trace,
         }

@@ -44,6 +44,8 @@ pub struct MachineConfig {
     pub root_ports: Vec<RootPortConfig>,
     /// Bridges from PCI Express to conventional PCI.
     pub pci_bridges: Vec<PciBridgeConfig>,
+    /// Whether configuration space is at I/O ports, too (PCI 3.0 §3.2.2.3.2). PCs have such ports.
+    pub pci_ports: bool,
     /// The serial port's backend.
     pub serial: SerialConfig,
     /// The trace file, if any.
@@ -388,6 +390,7 @@ pub(super) mod testing {
             devices: Vec::new(),
             root_ports: Vec::new(),
             pci_bridges: Vec::new(),
+            pci_ports: cfg!(target_arch = "x86_64"),
             serial: SerialConfig::Null,
             trace: None,
         }

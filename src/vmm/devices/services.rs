@@ -87,6 +87,11 @@ impl ServiceCapabilities {
         self.update(config);
     }
 
+    /// Whether there is a page request interface.
+    pub fn has_page_requests(&self) -> bool {
+        self.pri.is_some()
+    }
+
     /// Shows in `config` whether the page request interface has stopped.
     pub fn update(&self, config: &mut ConfigSpace) {
         if let Some(pri) = self.pri {

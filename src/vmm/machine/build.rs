@@ -15,9 +15,11 @@ use crate::config::MachineConfig;
 use crate::interrupts::{Interrupts, Messages, Ways};
 use crate::iommu::{BoundDevice, DirectDevices, Host, Iommu, Iommus, SideCore};
 use crate::memory::MachineMemory;
-use crate::pci::{Ecam, PciMemory};
+use crate::pci::layout::CONFIG_SIZE;
+use crate::pci::{ConfigLender, Ecam, PciBus, PciMemory};
 use crate::process::stop::Stopper;
 use crate::trace::Trace;
+use crate::vfio::page_size;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 
@@ -151,6 +153,17 @@ pub(super) fn device_files(
         Ok((*bdf, (host.device_file(*dev)?, iommufd.clone())))
     };
     bound.filter(|device| device.host.is_kernel()).map(file).collect()
+}
+
+/// Gives the guest configuration space as memory for reading. Where that cannot be, reads exit.
+pub(super) fn lend_config(vm: &VmFd, bus: &PciBus, lender: &dyn ConfigLender) {
+    let possible = vm.check_extension(Cap::ReadonlyMem) && arch::memory_is_coherent(vm);
+    if !possible || page_size() != CONFIG_SIZE as u64 {
+        return;
+    }
+    if let Err(error) = bus.lend_config(ECAM_START, lender) {
+        log::warn!("reads of configuration space exit: {error}");
+    }
 }
 
 /// Everything that answers in the memory space, except the board.

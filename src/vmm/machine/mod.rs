@@ -86,17 +86,20 @@ impl Machine {
         let stopper = Stopper::new()?;
         let side_core =
             build::side_core(&vm, config, iommus_or_none, &processors, slots, &stopper)?;
+        let free_slots = KvmSlots::new(vm.clone(), slots + iommus_or_none.len() as u32);
         let wiring = Wiring {
             interrupts: interrupts.clone(),
             doorbells: Arc::new(KvmDoorbells(vm.clone())),
-            lender: Arc::new(KvmSlots::new(vm, slots + iommus_or_none.len() as u32)),
+            lender: Arc::new(free_slots.clone()),
             files: build::device_files(host.as_ref(), iommus_or_none, direct.as_ref())?,
             trace: trace.clone(),
         };
         let pci = PciTopology::new(config, &memory, iommus_or_none, wiring)?;
+        build::lend_config(&vm, &pci.bus, &free_slots);
         let serial = SerialPort::new(&config.serial, &interrupts)?;
         let mut mmio = build::mmio(config, &pci, iommus_or_none, side_core.as_ref())?;
-        let board = Board::new(&mut mmio, serial.clone(), &pci.bus, interrupts.lines(), &stopper)?;
+        let ports = config.pci_ports.then_some(&pci.bus);
+        let board = Board::new(&mut mmio, serial.clone(), ports, interrupts.lines(), &stopper)?;
         arch::firmware::write(&memory, config, chip, &start)?;
         let observer = trace.clone().map(|trace| trace as Arc<dyn ExitObserver>);
         let exits = Arc::new(Exits { mmio, board, counters: ExitCounters::default(), observer });

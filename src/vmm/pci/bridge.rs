@@ -100,6 +100,10 @@ impl PciFunction for Bridge {
         &self.config
     }
 
+    fn config_is_memory(&self) -> bool {
+        true
+    }
+
     /// Returns also whether it is programmed in another way.
     fn config_written(&self, offset: u16, length: usize) -> bool {
         let config = self.config.lock();

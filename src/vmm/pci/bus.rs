@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use twostage::sync::{Mutex, RwLock};
 
 use super::layout::{COMMAND, CONFIG_SIZE};
-use super::{BarPlacement, Bridge, ConfigSpace, Identity, PciFunction};
+use super::{BarPlacement, Bridge, ConfigLender, ConfigSpace, Identity, PageLoan, PciFunction};
 use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::bus::BusDevice;
 use twostage::spec::pci::Bdf;
@@ -38,6 +39,8 @@ pub struct PciBus {
     segments: BTreeMap<u8, Segment>,
     /// Every decoding BAR, according to configuration space.
     decoders: RwLock<Vec<Decoder>>,
+    /// The functions on the root bus whose configuration space the guest has as memory.
+    lent: Mutex<BTreeMap<u8, Box<dyn PageLoan>>>,
 }
 
 impl PciBus {
@@ -58,6 +61,22 @@ impl PciBus {
     #[cfg(test)]
     pub(crate) fn function(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
         Some(self.route(bdf)?.0.clone())
+    }
+
+    /// Gives the guest the configuration space of the functions on the root bus as memory for
+    /// reading, as far as it is; `ecam` is the address of that of 00:00.0. Behind bridges, numbers
+    /// of buses may change, and requests go nowhere.
+    ///
+    /// # Errors
+    /// The first error of a function, whose reads exit, as those of all after it.
+    pub fn lend_config(&self, ecam: u64, lender: &dyn ConfigLender) -> io::Result<()> {
+        let Some(root) = self.segments.get(&0) else { return Ok(()) };
+        for (devfn, function) in root.functions.iter().filter(|(_, each)| each.config_is_memory()) {
+            let page = lock(function.config()).show()?;
+            let address = ecam + u64::from(*devfn) * CONFIG_SIZE as u64;
+            self.lent.lock().insert(*devfn, lender.lend_config(address, page)?);
+        }
+        Ok(())
     }
 
     /// The function that configuration requests for `bdf` reach, as bridges are programmed.
@@ -107,7 +126,11 @@ impl PciBus {
         if moved {
             self.update_decoders();
         }
-        if function.config_written(offset, data.len()) {
+        let reset = function.config_written(offset, data.len());
+        if bdf.bus() == 0 && !function.config_is_memory() {
+            self.lent.lock().remove(&bdf.devfn());
+        }
+        if reset {
             if let Some(bridge) = bridge {
                 self.reprogrammed(bridge);
             }
@@ -237,6 +260,10 @@ impl Default for HostBridge {
 impl PciFunction for HostBridge {
     fn config(&self) -> &Mutex<ConfigSpace> {
         &self.config
+    }
+
+    fn config_is_memory(&self) -> bool {
+        true
     }
 
     fn reset(&self) {

@@ -3,9 +3,13 @@
 //! address registers with the memory they decode.
 
 use std::fmt;
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
+use super::config_page::ConfigPage;
 use super::layout::*;
+use super::memory_bar::{BarPlacement, MemoryBar};
 use super::way::Way;
 
 /// The identification of a function.
@@ -31,6 +35,8 @@ pub struct ConfigSpace {
     bars: [Option<MemoryBar>; BARS],
     /// The bridge that the function is behind.
     way: Option<Arc<Way>>,
+    /// Where the guest reads it without an exit.
+    page: Option<Arc<ConfigPage>>,
     /// Place of the next capability and of the pointer to it.
     capability: Place,
     extended_capability: Place,
@@ -53,6 +59,7 @@ impl ConfigSpace {
             writable: Box::new([0; CONFIG_SIZE]),
             bars: [None; BARS],
             way: None,
+            page: None,
             capability: Place { pointer: CAPABILITIES_POINTER, next: HEADER_END },
             // The first extended capability has a fixed offset and no pointer to it.
             extended_capability: Place { pointer: 0, next: EXTENDED_START },
@@ -85,8 +92,8 @@ impl ConfigSpace {
     /// capabilities.
     pub fn of_image(bytes: Box<[u8; CONFIG_SIZE]>, writable: Box<[u8; CONFIG_SIZE]>) -> Self {
         let full = Place { pointer: 0, next: CONFIG_SIZE as u16 };
-        let bars = [None; BARS];
-        Self { bytes, writable, bars, way: None, capability: full, extended_capability: full }
+        let (bars, way, page) = ([None; BARS], None, None);
+        Self { bytes, writable, bars, way, page, capability: full, extended_capability: full }
     }
 
     /// More extended capabilities go to `next` and beyond, where nothing is; the one at `last`,
@@ -193,6 +200,23 @@ impl ConfigSpace {
         offset
     }
 
+    /// From now on a page shows what software reads.
+    ///
+    /// # Errors
+    /// The process has no memory.
+    pub(super) fn show(&mut self) -> io::Result<Arc<ConfigPage>> {
+        let page = Arc::new(ConfigPage::new(&self.bytes)?);
+        self.page = Some(page.clone());
+        Ok(page)
+    }
+
+    /// The bytes in `range` changed.
+    fn changed(&self, range: Range<usize>) {
+        if let Some(page) = &self.page {
+            page.show(&self.bytes, range);
+        }
+    }
+
     /// Software reads; bytes beyond configuration space read as ones.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         let start = usize::from(offset);
@@ -207,13 +231,14 @@ impl ConfigSpace {
         let start = usize::from(offset);
         let range = start..start + data.len();
         let (Some(bytes), Some(writable)) =
-            (self.bytes.get_mut(range.clone()), self.writable.get(range))
+            (self.bytes.get_mut(range.clone()), self.writable.get(range.clone()))
         else {
             return;
         };
         for ((byte, mask), value) in bytes.iter_mut().zip(writable).zip(data) {
             *byte = *byte & !mask | value & mask;
         }
+        self.changed(range);
     }
 
     /// The part of a function-level reset in here (§6.6.2): what software can change is zero, so
@@ -222,6 +247,7 @@ impl ConfigSpace {
         for (byte, writable) in self.bytes.iter_mut().zip(self.writable.iter()) {
             *byte &= !writable;
         }
+        self.changed(0..CONFIG_SIZE);
         self.set_interrupt_status(false);
     }
 
@@ -276,7 +302,9 @@ impl ConfigSpace {
     /// Sets bytes, writable or not. The offsets are from this program, not the guest.
     fn put(&mut self, offset: u16, bytes: &[u8]) {
         let start = usize::from(offset);
-        self.bytes[start..start + bytes.len()].copy_from_slice(bytes);
+        let range = start..start + bytes.len();
+        self.bytes[range.clone()].copy_from_slice(bytes);
+        self.changed(range);
     }
 
     /// Lets software change the bits set in `mask`.
@@ -293,58 +321,6 @@ impl fmt::Debug for ConfigSpace {
             .field("device", &format_args!("{:#06x}", self.u16(DEVICE_ID)))
             .field("command", &self.command())
             .finish_non_exhaustive()
-    }
-}
-
-/// The kind of a memory BAR.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryBar {
-    /// Bytes, a power of two.
-    pub size: u64,
-    /// Its address has 64 bits and uses the next register, too.
-    pub wide: bool,
-    /// Reads have no side effects.
-    pub prefetchable: bool,
-}
-
-impl MemoryBar {
-    /// The minimum size: the low four bits of a register encode the kind of BAR.
-    pub const MIN_SIZE: u64 = 16;
-
-    /// The low four bits of its register (§7.5.1.2.1).
-    fn kind(&self) -> u64 {
-        u64::from(self.wide) << 2 | u64::from(self.prefetchable) << 3
-    }
-
-    /// The bits of its address.
-    fn address_mask(&self) -> u64 {
-        let width = if self.wide { u64::MAX } else { u32::MAX.into() };
-        width & !(self.size - 1)
-    }
-}
-
-/// The current place of a memory BAR.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BarPlacement {
-    /// Which BAR.
-    pub index: usize,
-    /// First address.
-    pub start: u64,
-    /// Last address, included.
-    pub last: u64,
-}
-
-impl BarPlacement {
-    /// BAR `index` of `size` bytes at `start`, a multiple of that.
-    fn new(index: usize, start: u64, size: u64) -> Self {
-        // `start` is a multiple of the size, so the bits do not overlap.
-        Self { index, start, last: start | (size - 1) }
-    }
-
-    /// The offset in the BAR of an access to `address`, if all of its `length` bytes are in it.
-    pub(super) fn offset(&self, address: u64, length: usize) -> Option<u64> {
-        let last = address.checked_add((length as u64).checked_sub(1)?)?;
-        (last <= self.last).then(|| address.checked_sub(self.start)).flatten()
     }
 }
 
@@ -468,23 +444,5 @@ mod tests {
         assert_eq!(data, [0xff; 4]);
         config.write(4094, &data);
         config.write(u16::MAX, &data);
-    }
-
-    #[test]
-    fn the_register_says_what_kind_it_is() {
-        let narrow = MemoryBar { size: 0x1000, wide: false, prefetchable: false };
-        assert_eq!((narrow.kind(), narrow.address_mask()), (0, 0xffff_f000));
-        let wide = MemoryBar { size: 1 << 33, wide: true, prefetchable: true };
-        assert_eq!((wide.kind(), wide.address_mask()), (0xc, !0 << 33));
-    }
-
-    #[test]
-    fn an_access_lies_in_the_bar_or_does_not() {
-        let bar = BarPlacement::new(0, 0xe000_0000, 0x1000);
-        assert_eq!(bar.offset(0xe000_0ffc, 4), Some(0xffc));
-        assert_eq!(bar.offset(0xe000_0ffd, 4), None);
-        assert_eq!(bar.offset(0xdfff_ffff, 4), None);
-        assert_eq!(bar.offset(u64::MAX, 4), None);
-        assert_eq!(bar.offset(0xe000_0000, 0), None);
     }
 }

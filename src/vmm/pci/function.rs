@@ -20,6 +20,12 @@ pub trait PciFunction: Send + Sync {
     /// Its configuration space.
     fn config(&self) -> &Mutex<ConfigSpace>;
 
+    /// Whether software may read configuration space without this being told: each read returns
+    /// what is there. May become false with a write, for good.
+    fn config_is_memory(&self) -> bool {
+        false
+    }
+
     /// Called before software reads `length` bytes at `offset` of configuration space, which is not
     /// locked.
     fn config_reading(&self, _offset: u16, _length: usize) {}

@@ -8,10 +8,12 @@
 mod bridge;
 mod bus;
 mod capabilities;
+mod config_page;
 mod config_space;
 mod function;
 mod intx;
 pub(crate) mod layout;
+mod memory_bar;
 mod msix;
 mod way;
 
@@ -20,12 +22,14 @@ pub use bus::{Ecam, HostBridge, PciBus, PciMemory};
 pub use capabilities::{
     make_endpoint, AtsCapability, ExpressCapability, MsiCapability, PasidCapability, PriCapability,
 };
-pub use config_space::{BarPlacement, ConfigSpace, Identity, MemoryBar};
+pub use config_page::{ConfigLender, ConfigPage, PageLoan};
+pub use config_space::{ConfigSpace, Identity};
 pub use function::{Location, PciFunction};
 #[cfg(target_arch = "x86_64")]
 pub use intx::line_of_pin;
 pub use intx::{EventLine, IntxLine, IntxPin, IntxRouter};
 pub use layout::{AtsCapabilities, MsixControl, PasidCapabilities};
+pub use memory_bar::{BarPlacement, MemoryBar};
 pub use msix::{EventVector, InterruptVector, Msix, MsixCapability, MsixPlace};
 
 pub use way::Way;

@@ -2,6 +2,7 @@
 //! Parts of a device's file mapped into this process and, as KVM memory slots, into the guest.
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
@@ -11,9 +12,11 @@ use std::ptr::NonNull;
 use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
 
+use crate::pci::layout::CONFIG_SIZE;
+use crate::pci::{ConfigLender, ConfigPage, PageLoan};
 use twostage::warn_limited;
 
 /// Mapped memory, unmapped when it is dropped. This process does not access it: it is for mapping
@@ -125,24 +128,49 @@ impl Slots {
     }
 }
 
-impl Lender for KvmSlots {
-    fn lend(&self, address: u64, mapping: Arc<Mapping>) -> io::Result<Box<dyn Loan>> {
+impl KvmSlots {
+    /// Maps the `length` bytes at `memory` of this process, which `keeper` keeps, to `address`.
+    ///
+    /// # Safety
+    /// They are mapped until `keeper` is dropped, and nobody has a reference to them.
+    unsafe fn map(
+        &self,
+        (address, memory, length): (u64, u64, u64),
+        flags: u32,
+        keeper: Arc<dyn Any + Send + Sync>,
+    ) -> io::Result<Slot> {
         let slots = &self.0;
         let mut used = slots.used();
-        let slot = (slots.first..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX);
+        let number = (slots.first..).find(|slot| !used.contains(slot)).unwrap_or(u32::MAX);
         let region = kvm_userspace_memory_region {
-            slot,
+            slot: number,
             guest_phys_addr: address,
-            memory_size: mapping.length(),
-            userspace_addr: mapping.address(),
-            flags: 0,
+            memory_size: length,
+            userspace_addr: memory,
+            flags,
         };
-        // SAFETY: the mapping has this length, and lives until `Slot` has taken the slot away from
-        // the guest. Nobody here has a reference to what the guest changes in it. No other slot has
-        // this number.
+        // SAFETY: the memory lives until `Slot` has taken the slot away from the guest, by the
+        // caller's promise. No other slot has this number.
         unsafe { slots.vm.set_user_memory_region(region) }?;
-        used.insert(slot);
-        Ok(Box::new(Slot { slots: slots.clone(), slot, address, mapping }))
+        used.insert(number);
+        Ok(Slot { slots: slots.clone(), number, address, memory, keeper })
+    }
+}
+
+impl Lender for KvmSlots {
+    fn lend(&self, address: u64, mapping: Arc<Mapping>) -> io::Result<Box<dyn Loan>> {
+        let place = (address, mapping.address(), mapping.length());
+        // SAFETY: the mapping has this length while it exists. Nobody here has a reference to what
+        // the guest changes in it.
+        Ok(Box::new(unsafe { self.map(place, 0, mapping) }?))
+    }
+}
+
+impl ConfigLender for KvmSlots {
+    fn lend_config(&self, address: u64, page: Arc<ConfigPage>) -> io::Result<Box<dyn PageLoan>> {
+        let place = (address, page.address(), CONFIG_SIZE as u64);
+        // SAFETY: the page has this length while it exists, and is only accessed by atomic stores.
+        Ok(Box::new(unsafe { self.map(place, KVM_MEM_READONLY, page) }?))
     }
 }
 
@@ -155,29 +183,32 @@ impl fmt::Debug for KvmSlots {
 /// A slot that is in use.
 struct Slot {
     slots: Arc<Slots>,
-    slot: u32,
+    number: u32,
     address: u64,
-    mapping: Arc<Mapping>,
+    memory: u64,
+    keeper: Arc<dyn Any + Send + Sync>,
 }
 
 impl Loan for Slot {}
 
+impl PageLoan for Slot {}
+
 impl Drop for Slot {
     fn drop(&mut self) {
         let region = kvm_userspace_memory_region {
-            slot: self.slot,
+            slot: self.number,
             guest_phys_addr: self.address,
             memory_size: 0,
-            userspace_addr: self.mapping.address(),
+            userspace_addr: self.memory,
             flags: 0,
         };
         // SAFETY: a slot of no length refers to no memory: this takes it away from the guest.
         match unsafe { self.slots.vm.set_user_memory_region(region) } {
-            Ok(()) => drop(self.slots.used().remove(&self.slot)),
+            Ok(()) => drop(self.slots.used().remove(&self.number)),
             Err(error) => {
                 warn_limited!("a device's memory stays with the guest: {error}");
                 // The guest may still access it, so it must stay mapped.
-                std::mem::forget(self.mapping.clone());
+                std::mem::forget(self.keeper.clone());
             }
         }
     }
@@ -218,5 +249,20 @@ mod tests {
         let third = slots.lend(0x10_1000, mapping.clone()).unwrap();
         drop((second, third));
         assert_eq!((format!("{slots:?}"), Arc::strong_count(&mapping)), ("KvmSlots({})".into(), 1));
+    }
+
+    #[test]
+    fn configuration_space_is_lent_and_taken_back() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("no /dev/kvm: not tested");
+            return;
+        };
+        let slots = KvmSlots::new(Arc::new(kvm.create_vm().unwrap()), 2);
+        let page = Arc::new(ConfigPage::new(&[0; CONFIG_SIZE]).unwrap());
+        let lent = slots.lend_config(0xb000_0000, page.clone()).unwrap();
+        assert!(slots.lend_config(0xb000_0000, page.clone()).is_err(), "something is there");
+        assert_eq!((format!("{slots:?}"), Arc::strong_count(&page)), ("KvmSlots({2})".into(), 2));
+        drop(lent);
+        assert_eq!((format!("{slots:?}"), Arc::strong_count(&page)), ("KvmSlots({})".into(), 1));
     }
 }

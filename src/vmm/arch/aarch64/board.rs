@@ -31,7 +31,7 @@ impl Board {
     pub fn new(
         mmio: &mut Bus,
         serial: Arc<SerialPort>,
-        _pci: &Arc<PciBus>,
+        _pci: Option<&Arc<PciBus>>,
         _lines: &Lines,
         stopper: &Stopper,
     ) -> Result<Self> {

@@ -37,21 +37,21 @@ pub(crate) struct Board {
 
 impl Board {
     /// The devices, with those registers that are memory-mapped on `mmio`: `serial`, the
-    /// configuration ports of `pci`, clocks, the interrupt controller behind `lines` and the
-    /// interval timer, if they are not in the kernel, and the power registers, which stop the
-    /// machine through `stopper`.
+    /// configuration ports of `pci`, if they are to be there, clocks, the interrupt controller
+    /// behind `lines` and the interval timer, if they are not in the kernel, and the power
+    /// registers, which stop the machine through `stopper`.
     ///
     /// # Errors
     /// Two of them claim the same addresses; the process has no file descriptors left.
     pub fn new(
         mmio: &mut Bus,
         serial: Arc<SerialPort>,
-        pci: &Arc<PciBus>,
+        pci: Option<&Arc<PciBus>>,
         lines: &Lines,
         stopper: &Stopper,
     ) -> Result<Self> {
-        let config_ports =
-            PortsWithReset { config: ConfigPorts::new(pci.clone()), stopper: stopper.clone() };
+        let config = pci.cloned().map(ConfigPorts::new);
+        let config_ports = PortsWithReset { config, stopper: stopper.clone() };
         let keyboard = KeyboardController::new(stopper.clone());
         let (pm1, pm_timer) = (u64::from(PM1_EVENT_PORT), u64::from(PM_TIMER_PORT));
         let mut devices: Vec<(RangeInclusive<u64>, Arc<dyn BusDevice>)> = vec![

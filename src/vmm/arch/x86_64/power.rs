@@ -128,7 +128,8 @@ impl BusDevice for Pm1Registers {
 /// The ports of PCI configuration space, which include the reset register: it is accessed by single
 /// bytes.
 pub(super) struct PortsWithReset {
-    pub config: ConfigPorts,
+    /// Configuration space, if it is there.
+    pub config: Option<ConfigPorts>,
     pub stopper: Stopper,
 }
 
@@ -140,7 +141,10 @@ impl BusDevice for PortsWithReset {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match (offset, data) {
             (Self::OFFSET, [byte]) => *byte = 0,
-            (_, data) => self.config.read(offset, data),
+            (_, data) => match &self.config {
+                Some(config) => config.read(offset, data),
+                None => data.fill(0xff),
+            },
         }
     }
 
@@ -149,7 +153,11 @@ impl BusDevice for PortsWithReset {
             (Self::OFFSET, [byte]) if byte & RESET_NOW != 0 => {
                 self.stopper.stop(StopReason::Reset(ResetCause::ResetRegister));
             }
-            _ => self.config.write(offset, data),
+            _ => {
+                if let Some(config) = &self.config {
+                    config.write(offset, data);
+                }
+            }
         }
     }
 }
@@ -308,7 +316,7 @@ mod tests {
     fn the_reset_register_does_not_disturb_configuration_space() {
         let stopper = Stopper::new().unwrap();
         let config = ConfigPorts::new(Arc::new(PciBus::default()));
-        let ports = PortsWithReset { config, stopper: stopper.clone() };
+        let ports = PortsWithReset { config: Some(config), stopper: stopper.clone() };
         ports.write(0, &0x8000_0004u32.to_le_bytes());
         // Linux first sets the kind of reset, then triggers it.
         ports.write(1, &[0x02]);
@@ -316,6 +324,18 @@ mod tests {
         let mut address = [0; 4];
         ports.read(0, &mut address);
         assert_eq!(u32::from_le_bytes(address), 0x8000_0004);
+        ports.write(1, &[RESET_VALUE]);
+        assert_eq!(stopper.reason(), Some(&StopReason::Reset(ResetCause::ResetRegister)));
+    }
+
+    #[test]
+    fn without_configuration_space_the_reset_register_is_there() {
+        let stopper = Stopper::new().unwrap();
+        let ports = PortsWithReset { config: None, stopper: stopper.clone() };
+        ports.write(0, &0x8000_0000u32.to_le_bytes());
+        let mut address = [0; 4];
+        ports.read(0, &mut address);
+        assert_eq!((address, stopper.reason()), ([0xff; 4], None));
         ports.write(1, &[RESET_VALUE]);
         assert_eq!(stopper.reason(), Some(&StopReason::Reset(ResetCause::ResetRegister)));
     }

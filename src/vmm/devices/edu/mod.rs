@@ -254,6 +254,11 @@ impl PciFunction for Edu {
         &self.shared.config
     }
 
+    fn config_is_memory(&self) -> bool {
+        // The page request interface stops when its last request is answered.
+        !self.shared.services.has_page_requests()
+    }
+
     fn config_reading(&self, _offset: u16, _length: usize) {
         self.shared.services.update(&mut self.shared.config());
     }

@@ -306,6 +306,11 @@ impl PciFunction for VirtioPci {
         &self.config
     }
 
+    fn config_is_memory(&self) -> bool {
+        // Its data register shows another register.
+        self.window.access(&self.config.lock()).is_none()
+    }
+
     fn config_reading(&self, offset: u16, length: usize) {
         if !self.window.is_data(offset, length) {
             return;

@@ -63,7 +63,10 @@ fn the_bar_is_reached_through_configuration_space() {
         rig.write_config(window + 8, &offset.to_le_bytes());
         rig.write_config(window + 12, &length.to_le_bytes());
     };
+    // Until then the guest may have configuration space as memory.
+    assert!(rig.pci.config_is_memory());
     access(0x14, 1);
+    assert!(!rig.pci.config_is_memory());
     rig.write_config(window + 16, &[3]);
     assert_eq!((rig.status(), rig.read_config(window + 16, 4)), (3, 3));
     access(0x12, 2);
