@@ -250,6 +250,35 @@ fn updates_of_flags_are_offered_where_the_host_makes_them() {
     }
 }
 
+/// A device behind an SMMU can have a fault queue whether it asks or not.
+#[test]
+fn page_requests_and_stalls_of_smmus_are_offered_where_the_host_brings_them() {
+    let report = |unit: SmmuV3UnitConfig, extensions: Option<Extensions>| {
+        let host = EmulatedHost::new();
+        let ats = unit.ats;
+        let unit = host.add_unit(SmmuV3Unit::new(unit));
+        let device = DeviceConfig::default().with_ats(ats).with_pri(ats);
+        host.add_device("edu", unit, Bdf::from_raw(8), device).unwrap();
+        let mut facts = survey(&*host, &["edu".to_owned()]).unwrap();
+        facts[0].extensions = extensions.unwrap_or(facts[0].extensions);
+        let NestingReport { devices, offer, .. } = NestingReport::new(&facts);
+        let offer = offer.unwrap();
+        let stalls = offer.features.iter().any(|each| each.starts_with("stalls"));
+        assert_eq!(offer.registers["IDR0"] >> 16 & 1 != 0, offer.no_page_requests.is_none());
+        assert_eq!(offer.registers["IDR0"] >> 24 & 3 == 0, stalls);
+        (devices[0].page_requests, offer.no_page_requests, stalls)
+    };
+    let able = || SmmuV3UnitConfig::default().with_ats(true).with_page_requests(true);
+    let linux = "Linux gives those of an SMMUv3 to nobody, nor transactions that it stalls";
+    let none = |why: &str, stalls| (false, Some(why.to_owned()), stalls);
+    assert_eq!(report(able().with_stalls(true), None), (true, None, true));
+    assert_eq!(report(able(), None), (true, None, false));
+    let without = report(SmmuV3UnitConfig::default().with_stalls(true), None);
+    assert_eq!(without, none("the IOMMU of edu lacks IDR0.PRI", true));
+    let kernel = report(able().with_stalls(true), Some(Extensions::default()));
+    assert_eq!(kernel, none(linux, false));
+}
+
 #[test]
 fn a_survey_tells_smmus_apart() {
     let host = EmulatedHost::new();

@@ -16,6 +16,7 @@ use crate::iommufd::{
     Errno, Extensions, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags,
     ObjectId, Result, ViommuKind,
 };
+use crate::spec::smmuv3::regs::Idr0;
 pub use device::{DeviceReport, NestingFeatures, PasidReport, Region, RegionKind};
 #[cfg(feature = "serde")]
 pub use offer::hexadecimal;
@@ -108,6 +109,30 @@ pub struct DeviceFacts {
     /// The index of its SMMU among those of the devices: a vIOMMU belongs to one SMMU. `None` where
     /// nesting needs no vIOMMU.
     pub smmu: Option<usize>,
+}
+
+impl DeviceFacts {
+    /// It has a device TLB, as far as the host knows, without which there are no page requests.
+    fn ats(&self) -> bool {
+        !self.info.capabilities.pci_ats_not_supported()
+    }
+
+    /// Its page requests reach the user. Behind an SMMUv3, a device that makes none can have a
+    /// fault queue, too: what counts there is whether the host brings any.
+    fn asks(&self) -> bool {
+        let brought = match self.smmu_idr0() {
+            Some(idr0) => self.extensions.smmu_faults && idr0.pri(),
+            None => true,
+        };
+        self.page_requests && self.ats() && brought
+    }
+
+    /// IDR0 of its SMMUv3, if it is behind one.
+    fn smmu_idr0(&self) -> Option<Idr0> {
+        let HwInfoData::ArmSmmuV3(smmu) = self.info.data else { return None };
+        let [idr0, ..] = smmu.idr;
+        Some(Idr0::from_bits(idr0))
+    }
 }
 
 /// Binds the devices of `host` given by `names`, finds out what each supports, and unbinds them

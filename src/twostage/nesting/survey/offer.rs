@@ -7,7 +7,7 @@ use std::fmt;
 use super::{difference, DeviceFacts};
 use crate::iommufd::HwInfoData;
 use crate::nesting::{host_smmu, host_vtd};
-use crate::spec::smmuv3::regs::Httu;
+use crate::spec::smmuv3::regs::{Httu, STALL_OR_TERMINATE};
 use crate::spec::smmuv3::SubstreamId;
 use crate::viommu::smmuv3::SmmuConfig;
 use crate::viommu::vtd::{HostVtd, VtdConfig};
@@ -168,21 +168,22 @@ impl Offer {
 }
 
 fn ats(facts: &[DeviceFacts]) -> bool {
-    facts.iter().any(|device| !device.info.capabilities.pci_ats_not_supported())
+    facts.iter().any(DeviceFacts::ats)
 }
 
-/// Why a virtual VT-d in front of `hosts`, the units of all devices of `facts`, takes no page
-/// requests.
-fn no_page_requests(facts: &[DeviceFacts], hosts: &[HostVtd], ats: bool) -> Option<String> {
-    let without = hosts.iter().find(|host| !host.ecap.prs());
-    match without {
-        Some(host) => Some(format!("the IOMMU of {} lacks ECAP.PRS", host.device)),
-        None if !ats => Some("they need device-TLBs (ATS)".into()),
-        None if !facts.iter().any(|device| device.page_requests) => {
-            Some("no device makes them (PRI)".into())
-        }
-        None => None,
+/// Why a virtual IOMMU in front of all devices of `facts` takes no page requests, if not because
+/// their units do not.
+fn no_page_requests(facts: &[DeviceFacts], ats: bool) -> Option<String> {
+    match facts.iter().any(DeviceFacts::asks) {
+        _ if !ats => Some("they need device-TLBs (ATS)".into()),
+        false => Some("no device makes them (PRI)".into()),
+        true => None,
     }
+}
+
+/// The unit of `device` takes none.
+fn takes_none(device: &str, bit: &str) -> String {
+    format!("the IOMMU of {device} lacks {bit}")
 }
 
 fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
@@ -199,7 +200,11 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
     let pasid_bits = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
     let wide = |host: &HostVtd| host.cap.fs5lp() && host.cap.guest_address_width() >= 57;
     let device_iotlb = ats(facts) && hosts.iter().all(|host| host.ecap.dt());
-    let no_page_requests = no_page_requests(facts, &hosts, device_iotlb);
+    let without = hosts.iter().find(|host| !host.ecap.prs());
+    let no_page_requests = match without {
+        Some(host) => Some(takes_none(&host.device, "ECAP.PRS")),
+        None => no_page_requests(facts, device_iotlb),
+    };
     let wanted = VtdConfig {
         address_width: if hosts.iter().all(wide) { 57 } else { 48 },
         pasid_bits,
@@ -244,7 +249,20 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         }
         hosts.push(host);
     }
-    let wanted = SmmuConfig { ats: ats(facts), ..SmmuConfig::default() };
+    // One for all devices.
+    let idr0 = first.smmu_idr0().unwrap_or_default();
+    let served = first.extensions.smmu_faults;
+    let stalls = served && idr0.stall_model() == STALL_OR_TERMINATE;
+    let no_page_requests = match idr0.pri() {
+        _ if !served => {
+            let why = "Linux gives those of an SMMUv3 to nobody, nor transactions that it stalls";
+            Some(why.into())
+        }
+        false => Some(takes_none(&first.name, "IDR0.PRI")),
+        true => no_page_requests(facts, ats(facts)),
+    };
+    let page_requests = no_page_requests.is_none();
+    let wanted = SmmuConfig { ats: ats(facts), page_requests, stalls, ..SmmuConfig::default() };
     // Whatever the unit's OAS, which the kernel does not tell: it caps CD.IPS to that (§3.4).
     let wide = SmmuConfig { input_bits: 52, output_bits: 52, ..wanted.clone() };
     let config = match wide.intersect(&hosts) {
@@ -264,9 +282,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         address_bits: config.input_bits,
         pasid_bits: config.substream_bits.unwrap_or(0).min(SubstreamId::BITS as u8),
         ats: config.ats,
-        no_page_requests: Some(
-            "Linux gives those of an SMMUv3 to nobody, nor transactions that it stalls".into(),
-        ),
+        no_page_requests,
         dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
         no_table_updates,
         features: Offer::features([
@@ -278,6 +294,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
             (config.range_invalidation, "invalidation by range"),
             (httu >= Httu::Access, "updates of access flags"),
             (httu >= Httu::Dirty, "updates of the dirty state"),
+            (stalls, "stalls of transactions that fault"),
         ]),
         registers: offered.registers(),
     })

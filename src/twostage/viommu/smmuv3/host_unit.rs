@@ -185,6 +185,9 @@ impl SmmuConfig {
         if self.httu > Some(host.httu) {
             return Err(host.lacks("IDR0.HTTU", OFFERED_BEFORE.into()));
         }
+        if self.substream_bits > Some(host.idr1.ssidsize()) {
+            return Err(host.lacks("IDR1.SSIDSIZE", OFFERED_BEFORE.into()));
+        }
         let lowered = self.lowered(std::slice::from_ref(host))?;
         let lost = [
             ("IDR5.GRAN4K", self.granule_4k && !lowered.granule_4k),
@@ -363,6 +366,9 @@ mod tests {
         let config = SmmuConfig::default().intersect(&hosts[..1]).unwrap();
         let late = config.check_late(&hosts[1]).unwrap_err().to_string();
         assert_eq!(late, format!("the IOMMU of a lacks IDR0.HTTU: {OFFERED_BEFORE}"));
+        let fewer = host("b", |idr| idr[1] = 19 << 6).with_httu(Httu::Dirty);
+        let late = config.check_late(&fewer).unwrap_err().to_string();
+        assert_eq!(late, format!("the IOMMU of b lacks IDR1.SSIDSIZE: {OFFERED_BEFORE}"));
     }
 
     #[test]
