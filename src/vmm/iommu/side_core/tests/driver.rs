@@ -56,6 +56,8 @@ pub struct Driver {
     /// Data of the event, of waits; the tail.
     event: u32,
     waits: u32,
+    /// Waits that it has not awaited.
+    open: u64,
     tail: u64,
     root: u64,
 }
@@ -70,6 +72,7 @@ impl Driver {
             expected: Vec::new(),
             event,
             waits: 0,
+            open: 0,
             tail: 0,
             root: 0,
         }
@@ -95,6 +98,7 @@ impl Driver {
                 _ => self.invalidate(),
             }
         }
+        self.await_all();
         &self.steps
     }
 
@@ -184,10 +188,12 @@ impl Driver {
         self.steps.push(Step::Read(REGISTERS + offset));
     }
 
-    /// One to four waits, of which it awaits the last.
+    /// One to four waits. Most of the time it goes on before they are done, as long as the queue
+    /// has room: a busy machine lets the other thread run only now and then.
     fn invalidate(&mut self) {
         for _ in 0..1 + self.random.below(4) {
             self.waits += 1;
+            self.open += 1;
             let wait = Descriptor::Wait {
                 status: Some(StatusWrite { address: STATUS, data: self.waits }),
                 interrupt: self.random.below(1000) == 0,
@@ -204,7 +210,15 @@ impl Driver {
             0 => Step::Write64(tail, self.tail),
             _ => Step::Write32(tail, self.tail as u32),
         });
+        if self.random.below(4) == 0 || self.open > DESCRIPTORS / 2 {
+            self.await_all();
+        }
+    }
+
+    /// Awaits the last wait.
+    fn await_all(&mut self) {
         self.steps.push(Step::Await { address: STATUS, mask: u32::MAX, value: self.waits });
+        self.open = 0;
     }
 
     fn set_root(&mut self) {
