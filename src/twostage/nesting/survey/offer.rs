@@ -29,7 +29,7 @@ pub struct Offer {
     /// Why page requests are not offered; `None`: they are, for devices that make them.
     pub no_page_requests: Option<String>,
     /// Why nothing sets the flags in the guest's tables that say what was accessed and written;
-    /// `None`: the IOMMU does, as far as [`Self::features`] say.
+    /// `None`: the IOMMU does, as far as its features say.
     pub no_table_updates: Option<String>,
     /// Dirty pages can be tracked with devices behind it.
     pub dirty_tracking: bool,
