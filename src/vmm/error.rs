@@ -10,6 +10,7 @@ use crate::config::ConfigError;
 use crate::devices::virtio::{DiskError, TapError};
 use crate::memory::MemoryError;
 use crate::process::exit_code;
+use crate::process::jail::JailError;
 use crate::vfio::VfioError;
 use twostage::iommufd::OpenError;
 use twostage::viommu::CapabilityConflict;
@@ -97,6 +98,9 @@ pub enum Error {
     /// The virtual IOMMU or its host cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
+    /// The process cannot be jailed.
+    #[error("{0}")]
+    Jail(#[from] JailError),
     /// An interrupt cannot be connected.
     #[error("interrupts: {0}")]
     Interrupts(String),
@@ -128,6 +132,7 @@ impl Error {
             | Self::Pci(_)
             | Self::Firmware(_)
             | Self::Iommu(_)
+            | Self::Jail(_)
             | Self::Interrupts(_)
             | Self::EventLoop(_) => exit_code::OS_ERROR,
             Self::Output { .. } => exit_code::IO_ERROR,

@@ -11,6 +11,7 @@ mod code;
 mod images;
 
 mod guests;
+mod jail;
 mod offers;
 mod options;
 

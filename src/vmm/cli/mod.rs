@@ -4,28 +4,30 @@
 mod device_options;
 mod info_probe;
 mod iommu_options;
+mod jail_options;
 mod options;
 mod outputs;
+mod restarts;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use env_logger::Target;
 
 use self::info_probe::{info, probe, InfoArgs, ProbeArgs, INFO_EXIT_CODES, PROBE_EXIT_CODES};
+use self::jail_options::JailArgs;
 use self::options::{on_off, CpusOption, MemoryOption};
-use self::outputs::{check_outputs, ReportOption};
+use self::outputs::{check_outputs, ReportOption, Reports};
+use self::restarts::{continue_output, wait_for_devices, Backoff};
 use crate::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
     PciBridgeConfig, RngConfig, RootPortConfig, SerialConfig, VfioConfig,
 };
 use crate::console::output::{self, Output};
-use crate::devices::virtio::none_is_left_behind;
 use crate::process::stop::StopReason;
-use crate::{process::exit_code, process::signals, Error, Machine};
+use crate::{process::exit_code, process::jail, process::signals, Error, Machine};
 
 /// A lightweight virtual machine monitor with virtual IOMMUs whose stage-1 tables are walked by
 /// hardware.
@@ -60,11 +62,12 @@ Exit codes:
    70  a bug, such as objects of the host's IOMMU that are left behind
    71  the operating system refused a resource
    74  a file cannot be written
+   77  the jail refused a system call, which is an attack or a bug
    80  the guest reset itself
    81  KVM cannot go on with the guest
   128  and the number of the signal that ended the machine";
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 struct RunArgs {
     /// Kernel: a bzImage, an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot
     /// header; on arm64 an Image.
@@ -206,6 +209,9 @@ struct RunArgs {
     /// or Chrome. Each life of a machine that restarts is a process of the trace.
     #[arg(long, value_name = "PATH")]
     trace: Option<PathBuf>,
+
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 /// What happens after a reset.
@@ -218,6 +224,12 @@ enum OnReset {
 }
 
 impl RunArgs {
+    fn prepare_jail(&self) -> Result<(), Error> {
+        let restarts = self.on_reset == OnReset::Restart;
+        let again = restarts.then(|| self.clone().machine_config());
+        Ok(jail::prepare(self.jail.settings(again.as_ref())?)?)
+    }
+
     fn machine_config(self) -> MachineConfig {
         let disks = self.disks.into_iter().map(DeviceConfig::Disk);
         let nets = self.nets.into_iter().map(DeviceConfig::Net);
@@ -257,8 +269,14 @@ pub fn main() -> ExitCode {
     // An early report request is held until there is something to report; this fails only if
     // everything else does.
     let held = signals::hold();
+    let parsed = Cli::try_parse();
+    // Before the log has a thread.
+    let jailed = match &parsed {
+        Ok(Cli { command: Command::Run(args) }) => args.prepare_jail(),
+        _ => Ok(()),
+    };
     start_log();
-    let code = match (held, Cli::try_parse()) {
+    let code = match (held.and(jailed), parsed) {
         (Err(error), _) => fail(&error),
         (_, Err(error)) => usage(&error),
         (_, Ok(cli)) => match cli.command {
@@ -283,24 +301,27 @@ fn start_log() {
 }
 
 fn run(args: RunArgs) -> u8 {
-    let mut output = args.report.clone();
+    let report = args.report.clone();
     let on_reset = args.on_reset;
     let mut config = args.machine_config();
-    if let Err(contradiction) = check_outputs(&config, output.file()) {
+    if let Err(contradiction) = check_outputs(&config, report.file()) {
         complain(&contradiction);
         return exit_code::USAGE;
     }
-    if let Err(error) = output.create() {
-        complain(&error);
-        return exit_code::IO_ERROR;
-    }
+    let mut reports = match report.open() {
+        Ok(reports) => reports,
+        Err(error) => {
+            complain(&error);
+            return exit_code::IO_ERROR;
+        }
+    };
     let (mut unwritten, mut trace) = (false, None);
     // Failing to write a report is no reason to stop a machine.
-    let mut live = |config: &MachineConfig, output: &ReportOption| {
+    let mut live = |config: &MachineConfig, reports: &Reports| {
         let machine = Machine::new(config, trace.take())?;
         trace = machine.trace();
         machine.run(&mut |report| {
-            let written = output.write(report);
+            let written = reports.write(report);
             unwritten = written.is_err();
             if let Err(error) = written {
                 complain(&error);
@@ -308,7 +329,7 @@ fn run(args: RunArgs) -> u8 {
         })
     };
     let mut backoff = Backoff::default();
-    let mut result = backoff.time(|| live(&config, &output));
+    let mut result = backoff.time(|| live(&config, &reports));
     while matches!(result, Ok(StopReason::Reset(_))) && on_reset == OnReset::Restart {
         backoff.wait();
         if let Some(signal) = wait_for_devices() {
@@ -316,8 +337,8 @@ fn run(args: RunArgs) -> u8 {
             break;
         }
         continue_output(&mut config);
-        output.next_life();
-        result = backoff.time(|| live(&config, &output));
+        reports.next_life();
+        result = backoff.time(|| live(&config, &reports));
     }
     let traced = trace.is_none_or(|trace| trace.finish());
     match result {
@@ -334,72 +355,10 @@ fn run(args: RunArgs) -> u8 {
     }
 }
 
-/// After a shorter life of a machine, the restart waits.
-const SHORT: Duration = Duration::from_secs(1);
-/// The wait after the first short life.
-const FIRST: Duration = Duration::from_millis(125);
-/// The maximum wait.
-const LONGEST: Duration = Duration::from_secs(8);
-
-/// The wait before a restart, for machines that keep resetting themselves: doubles with each short
-/// life; a longer one resets it.
-#[derive(Debug, Default)]
-struct Backoff {
-    last: Duration,
-    next: Duration,
-}
-
-impl Backoff {
-    /// Runs and times one life.
-    fn time<T>(&mut self, life: impl FnOnce() -> T) -> T {
-        let started = Instant::now();
-        let result = life();
-        self.ended_after(started.elapsed());
-        result
-    }
-
-    fn ended_after(&mut self, life: Duration) {
-        self.last = life;
-        self.next = match life < SHORT {
-            true => self.next.saturating_mul(2).clamp(FIRST, LONGEST),
-            false => Duration::ZERO,
-        };
-    }
-
-    /// Waits, if it is due; a signal ends the wait and is left for the next life.
-    fn wait(&self) {
-        if self.next.is_zero() {
-            return;
-        }
-        log::warn!(
-            "the guest reset the machine after {} ms; it starts again in {} ms",
-            self.last.as_millis(),
-            self.next.as_millis()
-        );
-        signals::sleep(self.next);
-    }
-}
-
-/// The old machine's devices may still hold resources such as a disk's lock: waits for their
-/// threads. Returns the signal if one that ends the machine came.
-fn wait_for_devices() -> Option<i32> {
-    if !none_is_left_behind() {
-        log::warn!("device threads are waiting for the host: the machine restarts when they end");
-    }
-    signals::wait_until(none_is_left_behind)
-}
-
 /// Reports why there is no machine; returns the exit code.
 fn fail(error: &Error) -> u8 {
     complain(error);
     error.exit_code()
-}
-
-/// A restarted machine appends to its files.
-fn continue_output(config: &mut MachineConfig) {
-    if let SerialConfig::File(path) = &config.serial {
-        config.serial = SerialConfig::Append(path.clone());
-    }
 }
 
 /// Prints a one-line error message.
@@ -444,6 +403,7 @@ mod tests {
             exit_code::SOFTWARE,
             exit_code::OS_ERROR,
             exit_code::IO_ERROR,
+            exit_code::REFUSED,
             exit_code::GUEST_RESET,
             exit_code::GUEST_STUCK,
             exit_code::SIGNAL_BASE,
@@ -469,16 +429,5 @@ mod tests {
         let Command::Run(args) = cli.command else { panic!("{cli:?}") };
         assert_eq!(args.devices.len(), 2);
         assert_eq!(args.iommus, [IommuConfig::default()]);
-    }
-
-    #[test]
-    fn short_lives_are_ever_further_apart() {
-        let mut backoff = Backoff::default();
-        let mut after = |milliseconds| {
-            backoff.ended_after(Duration::from_millis(milliseconds));
-            backoff.next.as_millis()
-        };
-        let waits: Vec<_> = [5, 999, 0, 7, 0, 0, 0, 0, 1000, 1].map(&mut after).into();
-        assert_eq!(waits, [125, 250, 500, 1000, 2000, 4000, 8000, 8000, 0, 125]);
     }
 }

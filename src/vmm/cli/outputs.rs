@@ -3,8 +3,8 @@
 //! overwrites another file of the command line.
 
 use std::ffi::OsString;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -27,6 +27,14 @@ enum Format {
 pub struct ReportOption {
     format: Option<Format>,
     file: Option<PathBuf>,
+}
+
+/// Where reports go.
+#[derive(Debug)]
+pub struct Reports {
+    option: ReportOption,
+    /// Stays open: a jailed process opens none.
+    file: Option<File>,
     /// Offset in the file of this life's reports, each of which replaces the last.
     at: u64,
 }
@@ -54,7 +62,7 @@ impl FromStr for ReportOption {
             "json" => Some(Format::Json),
             _ => return Err(format!("'{text}' is none of none, text, json[,file=PATH]")),
         };
-        Ok(Self { format, file, at: 0 })
+        Ok(Self { format, file })
     }
 }
 
@@ -64,20 +72,27 @@ impl ReportOption {
         self.file.as_deref()
     }
 
-    /// Creates the report file, before a machine runs for nothing.
+    /// Opens or creates the report file, before a machine runs for nothing.
     ///
     /// # Errors
     /// Read-only.
-    pub fn create(&self) -> Result<(), ReportError> {
-        let Some(path) = &self.file else { return Ok(()) };
-        let created = named_file::open(path, OpenOptions::new().create(true).append(true), 0);
-        created.map(drop).map_err(|source| self.failed(source))
+    pub fn open(&self) -> Result<Reports, ReportError> {
+        let open = |path| named_file::open(path, OpenOptions::new().create(true).append(true), 0);
+        let file = self.file().map(open).transpose().map_err(|source| self.failed(source))?;
+        Ok(Reports { option: self.clone(), file, at: 0 })
     }
 
+    fn failed(&self, source: io::Error) -> ReportError {
+        let to = self.file().map_or("standard error".into(), |path| path.display().to_string());
+        ReportError { to, source }
+    }
+}
+
+impl Reports {
     /// A new life: appends to the file from now on.
     pub fn next_life(&mut self) {
-        let length = |path| std::fs::metadata(path).map_or(0, |file| file.len());
-        self.at = self.file().map_or(0, length);
+        let length = |file: &File| file.metadata().map_or(0, |file| file.len());
+        self.at = self.file.as_ref().map_or(0, length);
     }
 
     /// Writes `report`, replacing the last one of this life.
@@ -85,28 +100,19 @@ impl ReportOption {
     /// # Errors
     /// It cannot be written.
     pub fn write(&self, report: &Report) -> Result<(), ReportError> {
-        self.try_write(report).map_err(|source| self.failed(source))
-    }
-
-    fn failed(&self, source: io::Error) -> ReportError {
-        let to = self.file().map_or("standard error".into(), |path| path.display().to_string());
-        ReportError { to, source }
+        self.try_write(report).map_err(|source| self.option.failed(source))
     }
 
     fn try_write(&self, report: &Report) -> io::Result<()> {
-        let text = match self.format {
+        let text = match self.option.format {
             None => return Ok(()),
             Some(Format::Text) => report.to_string(),
             Some(Format::Json) => serde_json::to_string_pretty(report)? + "\n",
         };
-        let Some(path) = &self.file else { return output::write_to_standard_error(&text) };
-        let (mut options, first) = (OpenOptions::new(), self.at == 0);
-        options.write(true).create(first).truncate(first);
-        let mut file = named_file::open(path, &options, 0)?;
-        // Only files can be truncated.
-        if !first {
+        let Some(file) = &self.file else { return output::write_to_standard_error(&text) };
+        // Only files can be truncated; it is written at its end.
+        if file.metadata()?.is_file() {
             file.set_len(self.at)?;
-            file.seek(SeekFrom::End(0))?;
         }
         // Anything else may have a slow reader.
         let until = deadline::of(Turn::Report).unwrap_or_else(deadline::soon);
@@ -201,7 +207,7 @@ mod tests {
     #[test]
     fn forms_and_files_are_understood() {
         let parse = |text: &str| text.parse::<ReportOption>();
-        let option = |format, file| Ok(ReportOption { format, file, at: 0 });
+        let option = |format, file| Ok(ReportOption { format, file });
         assert_eq!(parse("none"), option(None, None));
         assert_eq!(parse("text"), option(Some(Format::Text), None));
         let file = Some(PathBuf::from("/tmp/r"));

@@ -10,6 +10,9 @@ pub const MAX_DEVICES: usize = 31;
 /// A configuration that contradicts itself or cannot be built.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
+    /// The process cannot become another user.
+    #[error("--uid: {0}")]
+    User(&'static str),
     /// No vCPU.
     #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
     NoVcpus,

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use twostage::sync::{Condvar, Mutex};
 
 use crate::console::deadline::{self, write_some, Patient, Turn, PATIENCE, PIECE};
+use crate::process::jail::{self, Kind};
 use crate::{Error, Result};
 
 /// Capacity of the buffer, in bytes.
@@ -113,7 +114,7 @@ impl Output {
         let writer = shared.clone();
         thread::Builder::new()
             .name("output".into())
-            .spawn(move || writer.write_all_to(&file))
+            .spawn(jail::inside(Kind::Output, move || writer.write_all_to(&file)))
             .map_err(Error::os("output thread"))?;
         Ok(Self(Arc::new(Handle(shared))))
     }

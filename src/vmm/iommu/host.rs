@@ -12,6 +12,7 @@ use twostage::sync::Mutex;
 
 use crate::config::MachineConfig;
 use crate::memory::MachineMemory;
+use crate::process::jail::JailedThreads;
 use crate::report::{CallReport, HostReport};
 use crate::trace::{EmulatedCalls, Trace};
 use crate::vfio::{VfioError, VfioProblem};
@@ -91,7 +92,8 @@ impl Host {
         trace: Option<&Arc<Trace>>,
     ) -> Result<Option<Self>> {
         let Some(path) = config.kernel_host() else { return Ok(None) };
-        let kernel = Arc::new(KernelHost::open(&path).map_err(Error::KernelHost)?);
+        let kernel = KernelHost::open(&path).map_err(Error::KernelHost)?;
+        let kernel = Arc::new(kernel.with_threads(Arc::new(JailedThreads)));
         let calls = trace.cloned().map(|trace| trace as Arc<_>);
         let host = Self::counted(kernel.clone(), memory, calls)?;
         Ok(Some(Self { kernel: Some(kernel), ..host }))

@@ -19,6 +19,7 @@ use crate::arch::EdgeLine;
 use crate::bus::BusDevice;
 use crate::config::SmmuV3Options;
 use crate::devices::{DmaMaster, HostServices};
+use crate::process::jail::JailedThreads;
 use crate::report::{ModelReport, SmmuV3Report};
 use crate::vfio::{message_window, DoorbellWatch};
 use crate::Result;
@@ -83,6 +84,7 @@ impl SmmuV3 {
         };
         let builder = Smmuv3Builder::new(around.host.ioas.clone(), tables, interrupts.clone())
             .config(&smmu_config(options))
+            .threads(Arc::new(JailedThreads))
             .observer(observer)
             .without_devices()
             .fault_target(|smmu| Arc::new(DoorbellWatch::new(smmu, windows)));

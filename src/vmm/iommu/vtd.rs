@@ -10,6 +10,7 @@ use super::Surroundings;
 use crate::bus::BusDevice;
 use crate::config::VtdOptions;
 use crate::devices::{DmaMaster, HostServices, MessageWrites, ServiceListener};
+use crate::process::jail::JailedThreads;
 use crate::report::{ModelReport, VtdReport};
 use crate::Result;
 use twostage::nesting::vtd::Serving;
@@ -60,6 +61,7 @@ impl Vtd {
         let builder = VtdBuilder::new(around.host.ioas.clone(), tables, plan.interrupts.clone())
             .config(&config.with_second_stage(second_stage))
             .nesting(options.nesting)
+            .threads(Arc::new(JailedThreads))
             .observer(around.observer(&plan.id, around.noting_objects()))
             .without_devices();
         let builder = devices.iter().fold(builder, |builder, BoundDevice { bdf, dev, host }| {

@@ -27,6 +27,7 @@ use crate::iommu::{DirectDevices, Host, Iommu, Iommus, SideCore};
 use crate::machine::topology::{PciTopology, Wiring};
 use crate::memory::MachineMemory;
 use crate::process::event_loop::{EventLoop, Wake};
+use crate::process::jail::{self, Kind};
 use crate::process::signals::{self, kick_signal};
 use crate::process::stop::{PanicGuard, StopReason, Stopper};
 use crate::report::Report;
@@ -138,6 +139,8 @@ impl Machine {
         if let Some(side_core) = &mut self.side_core {
             side_core.start()?;
         }
+        // Everything is open.
+        jail::lock()?;
         let mut threads = Vec::new();
         let processors = std::mem::take(&mut self.processors);
         let result = self.serve(processors, &mut threads, &mut events, on_report);
@@ -250,10 +253,10 @@ fn spawn_vcpu(
 ) -> Result<VcpuThread> {
     let handle = thread::Builder::new()
         .name(format!("vcpu{}", processor.id()))
-        .spawn(move || {
+        .spawn(jail::inside(Kind::Vcpu, move || {
             let _guard = PanicGuard(&stopper, "a vCPU thread");
             run_vcpu(processor, &exits, &memory, &stopper);
-        })
+        }))
         .map_err(Error::os("vCPU thread"))?;
     Ok(VcpuThread(Some(handle)))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Signal dispositions not covered by a crate: which signals the process inherited as ignored, and
-//! what is done before a fatal one.
+//! Signal dispositions not covered by a crate: which signals the process inherited as ignored, what
+//! is done before a fatal one, and what about a system call that a filter refuses.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -38,7 +38,10 @@ pub(crate) fn before_death(last: fn()) {
         return;
     }
     for (signal, earlier) in FATAL.into_iter().zip(&EARLIER) {
-        let Some(action) = action(signal).filter(|action| action.sa_sigaction != libc::SIG_IGN)
+        // `refused` does this, too.
+        let is_ours = signal == SIGSYS && ON_REFUSAL.get().is_some();
+        let Some(action) =
+            action(signal).filter(|action| action.sa_sigaction != libc::SIG_IGN && !is_ours)
         else {
             continue;
         };
@@ -78,6 +81,110 @@ extern "C" fn die(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
             libc::raise(signal);
         }
     }
+}
+
+/// Does what is done before the process dies.
+pub(crate) fn last_words() {
+    if let Some(last) = LAST.get() {
+        last();
+    }
+}
+
+/// Ends the process, without anything that it does at its end. For signal handlers.
+pub(crate) fn exit_now(code: c_int) -> ! {
+    // SAFETY: it only makes a system call, and does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// A system call that a filter refused.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    /// Its number.
+    pub number: c_int,
+    /// Its second argument: what an `ioctl` requests.
+    pub second: u64,
+    /// The name of the thread, with zeros behind it.
+    pub thread: [u8; 16],
+}
+
+/// What is done about refused calls: returns the error for the caller.
+static ON_REFUSAL: OnceLock<fn(&Refused) -> c_int> = OnceLock::new();
+
+/// Makes `answer` decide about refused calls (`SECCOMP_RET_TRAP`). It must be async-signal-safe.
+pub(crate) fn on_refusal(answer: fn(&Refused) -> c_int) {
+    let Some(mut ours) = action(SIGSYS).filter(|_| ON_REFUSAL.set(answer).is_ok()) else { return };
+    let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = refused;
+    ours.sa_sigaction = handler as *const () as usize;
+    ours.sa_flags = libc::SA_SIGINFO;
+    // SAFETY: `ours` is an action from the system, with a handler of the type that its flags say.
+    if unsafe { libc::sigaction(SIGSYS, &ours, std::ptr::null_mut()) } != 0 {
+        log::debug!("signal {SIGSYS} cannot be caught");
+    }
+}
+
+/// `si_code` of a call that a filter refused.
+const SYS_SECCOMP: c_int = 1;
+
+/// The start of `siginfo_t` for SIGSYS (Linux's `include/uapi/asm-generic/siginfo.h`, 64-bit).
+#[repr(C)]
+struct SigsysInfo {
+    signal: c_int,
+    errno: c_int,
+    code: c_int,
+    _padding: c_int,
+    _address: *mut c_void,
+    number: c_int,
+    _arch: u32,
+}
+
+/// Answers a refused call, or lets the process die of a signal that somebody sent.
+extern "C" fn refused(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel passes readable information to a handler with SA_SIGINFO, larger than
+    // this.
+    let SigsysInfo { code, number, .. } = unsafe { info.cast::<SigsysInfo>().read() };
+    let Some(answer) = ON_REFUSAL.get().filter(|_| code == SYS_SECCOMP) else {
+        last_words();
+        // SAFETY: the default needs no handler; the signal arrives again after this one.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
+        return;
+    };
+    let mut thread = [0; 16];
+    // SAFETY: PR_GET_NAME writes at most 16 bytes to the given place.
+    unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
+    // SAFETY: the kernel passes the thread's state, which nobody else has while the handler runs.
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext };
+    let refused = Refused { number, second: second_argument(registers), thread };
+    fail_with(registers, answer(&refused));
+}
+
+/// The second argument of the system call that was refused.
+#[cfg(target_arch = "x86_64")]
+fn second_argument(registers: &libc::mcontext_t) -> u64 {
+    // A constant index, which the compiler checks.
+    registers.gregs[libc::REG_RSI as usize] as u64
+}
+
+/// The system call that was refused fails with that error.
+#[cfg(target_arch = "x86_64")]
+fn fail_with(registers: &mut libc::mcontext_t, error: c_int) {
+    registers.gregs[libc::REG_RAX as usize] = -i64::from(error);
+}
+
+/// The second argument of the system call that was refused.
+#[cfg(target_arch = "aarch64")]
+fn second_argument(registers: &libc::mcontext_t) -> u64 {
+    // A constant index, which the compiler checks.
+    registers.regs[1]
+}
+
+/// The system call that was refused fails with that error.
+#[cfg(target_arch = "aarch64")]
+fn fail_with(registers: &mut libc::mcontext_t, error: c_int) {
+    // As the kernel returns errors: a negative number.
+    registers.regs[0] = (-i64::from(error)) as u64;
 }
 
 #[cfg(test)]

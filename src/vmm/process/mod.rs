@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process around the machine: signals, named files, stop reasons, and exit codes.
+//! The process around the machine: signals, named files, its jail, stop reasons, and exit codes.
 
 pub(crate) mod disposition;
 pub(crate) mod event_loop;
+pub(crate) mod jail;
 pub(crate) mod named_file;
 pub(crate) mod signals;
 pub(crate) mod stop;
@@ -25,6 +26,8 @@ pub mod exit_code {
     pub const OS_ERROR: u8 = 71;
     /// A file could not be written.
     pub const IO_ERROR: u8 = 74;
+    /// The jail refused a system call: an attack, or a bug.
+    pub const REFUSED: u8 = 77;
     /// The guest reset itself: reset register, keyboard controller or triple fault.
     pub const GUEST_RESET: u8 = 80;
     /// KVM could not run the guest: an instruction it cannot emulate, a failed entry.

@@ -24,6 +24,7 @@ use crate::pci::{
     ConfigSpace, ExpressCapability, Identity, InterruptVector, IntxPin, Location, MsiCapability,
     Msix, MsixCapability, MsixPlace, PciFunction,
 };
+use crate::process::jail::{self, Kind};
 use crate::{Error, Result};
 use twostage::viommu::InterruptSink;
 use twostage::warn_limited;
@@ -141,21 +142,20 @@ impl Edu {
         let mask = config.dma_mask;
         let mut engine = Engine::new(mask);
         let mut memory = GatedMemory { memory, rights, control, life: 0 };
+        let of_worker = shared.clone();
+        let work = move || {
+            for (life, transfer) in work {
+                if memory.life != life {
+                    // Its buffer must not tell of an earlier life (§6.6.2).
+                    engine = Engine::new(mask);
+                    memory.life = life;
+                }
+                of_worker.transfer(&mut engine, &mut memory, transfer);
+            }
+        };
         let worker = thread::Builder::new()
             .name("edu-dma".to_owned())
-            .spawn({
-                let shared = shared.clone();
-                move || {
-                    for (life, transfer) in work {
-                        if memory.life != life {
-                            // Its buffer must not tell of an earlier life (§6.6.2).
-                            engine = Engine::new(mask);
-                            memory.life = life;
-                        }
-                        shared.transfer(&mut engine, &mut memory, transfer);
-                    }
-                }
-            })
+            .spawn(jail::inside(Kind::Device, work))
             .map_err(Error::os("device thread"))?;
         Ok(Self { shared, transfers: Some(Mutex::new(transfers)), worker: Some(worker) })
     }

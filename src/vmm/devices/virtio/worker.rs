@@ -20,6 +20,7 @@ use super::chain::{Broken, Unserved};
 use super::link::Link;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
+use crate::process::jail::{self, Kind};
 
 /// Event identifiers: this, or the number of a queue.
 const STOP: u32 = u32::MAX;
@@ -110,7 +111,7 @@ impl Worker {
         let end = EndOf(ended.clone());
         let of_worker = link.clone();
         link.gate.start();
-        let thread = thread::Builder::new().name(name).spawn(move || {
+        let work = jail::inside(Kind::Device, move || {
             // Dropped last, after the device is unlocked or freed.
             let _end = end;
             let (device, link) = (device, of_worker);
@@ -120,7 +121,8 @@ impl Worker {
             if let Err(error) = run(server) {
                 link.set_needs_reset(&format_args!("event loop: {error:?}"));
             }
-        })?;
+        });
+        let thread = thread::Builder::new().name(name).spawn(work)?;
         Ok(Self { link, stop, told: None, ended, thread: Some(thread) })
     }
 

@@ -36,10 +36,12 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use super::Iommu;
 use crate::bus::BusDevice;
 use crate::config::{MachineConfig, SideCoreChoice};
+use crate::process::jail::{Kind, Place};
 use crate::process::stop::{PanicGuard, Stopper};
 use crate::{Error, Result};
 use kvm::{Abilities, Mapped, PageSlot, Ring};
 use pace::{Arrivals, Parked, Patience, Rest};
+use processors::Processors;
 pub use report::SideCoreReport;
 use twostage::sync::{Condvar, Mutex};
 use twostage::viommu::{PagedRegisters, Recall, RegisterPage};
@@ -152,7 +154,7 @@ impl SideCore {
             Ok(abilities) => abilities,
             Err(lacking) => return cannot(auto, lacking).map(|()| None),
         };
-        if let Some(warning) = warning(auto, processors::usable()) {
+        if let Some(warning) = warning(auto, Processors::open().usable()) {
             log::warn!("{warning}");
         }
         let ring = Ring::new(vcpu).map_err(Error::os("the ring of coalesced writes"))?;
@@ -211,10 +213,12 @@ impl SideCore {
     /// There is no thread.
     pub fn start(&mut self) -> Result<()> {
         let shared = self.shared.clone();
+        // It opens files first.
+        let place = Place::of(Kind::SideCore);
         let run = move || {
             // A guest would wait for it in vain.
             let _guard = PanicGuard(&shared.stopper, "the side core");
-            shared.run();
+            shared.run(place);
         };
         let thread = std::thread::Builder::new().name("side-core".into());
         self.thread = Some(thread.spawn(run).map_err(Error::os("the side core's thread"))?);

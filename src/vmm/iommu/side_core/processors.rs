@@ -8,12 +8,71 @@ use std::os::unix::fs::FileExt;
 use rustix::process::getpid;
 use rustix::thread::{sched_getaffinity, sched_setaffinity, CpuSet};
 
-/// The processors that this process may use at the same time: those of its affinity (that of its
-/// first thread, as the side core may be bound to one of them), as far as its control group has
-/// time for them.
-pub(super) fn usable() -> usize {
-    let allowed = sched_getaffinity(Some(getpid())).map_or(1, |set| set.count() as usize);
-    allowed.min(quota().unwrap_or(allowed))
+/// The processors that this process may use at the same time.
+pub(super) struct Processors {
+    /// What its control groups have time for.
+    limits: Vec<Limit>,
+}
+
+/// Files that stay open: a jailed thread opens none.
+enum Limit {
+    /// Quota and period.
+    Both(File),
+    /// Each in a file of its own: of older control groups.
+    Each(File, File),
+}
+
+impl Processors {
+    /// Those of the control groups that this process is in now.
+    pub fn open() -> Self {
+        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let path = |line: &str| {
+            let (_, rest) = line.split_once(':')?;
+            let (controllers, path) = rest.split_once(':')?;
+            let v2 = controllers.is_empty().then(|| format!("/sys/fs/cgroup{path}"));
+            let v1 = controllers.split(',').any(|name| name == "cpu");
+            v2.or_else(|| v1.then(|| format!("/sys/fs/cgroup/{controllers}{path}")))
+        };
+        Self { limits: groups.lines().filter_map(path).flat_map(|path| limits_of(&path)).collect() }
+    }
+
+    /// Those of its affinity (that of its first thread, as the side core may be bound to one of
+    /// them), as far as its control groups have time for them.
+    pub fn usable(&self) -> usize {
+        let allowed = sched_getaffinity(Some(getpid())).map_or(1, |set| set.count() as usize);
+        let quota = self.limits.iter().filter_map(Limit::whole).min();
+        allowed.min(quota.unwrap_or(allowed))
+    }
+}
+
+impl Limit {
+    /// Whole processors; `None` without a limit.
+    fn whole(&self) -> Option<usize> {
+        match self {
+            Self::Both(file) => whole(&read(file)?),
+            Self::Each(quota, period) => {
+                whole(&format!("{} {}", read(quota)?.trim(), read(period)?.trim()))
+            }
+        }
+    }
+}
+
+/// The limits of the group at `path` and of those that it is in.
+fn limits_of(path: &str) -> Vec<Limit> {
+    let folders = std::path::Path::new(path).ancestors();
+    let limit = |folder: &std::path::Path| {
+        let open = |name: &str| File::open(folder.join(name)).ok();
+        let both = open("cpu.max").map(Limit::Both);
+        both.or_else(|| Some(Limit::Each(open("cpu.cfs_quota_us")?, open("cpu.cfs_period_us")?)))
+    };
+    folders.take_while(|folder| folder.starts_with("/sys/fs/cgroup")).filter_map(limit).collect()
+}
+
+/// The contents of a file of procfs or of a control group, or the start of it.
+fn read(file: &File) -> Option<String> {
+    let mut bytes = [0; 4096];
+    let length = file.read_at(&mut bytes, 0).ok()?;
+    std::str::from_utf8(bytes.get(..length)?).ok().map(str::to_owned)
 }
 
 /// The numbers of the processors of its affinity, as text, if `processor` is not one of them.
@@ -36,33 +95,6 @@ pub(super) fn bind(processor: usize) -> io::Result<()> {
     }
     set.set(processor);
     Ok(sched_setaffinity(None, &set)?)
-}
-
-/// Whole processors that the control groups of this process have time for; `None` without a limit.
-fn quota() -> Option<usize> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = |line: &str| {
-        let (_, rest) = line.split_once(':')?;
-        let (controllers, path) = rest.split_once(':')?;
-        let v2 = controllers.is_empty().then(|| format!("/sys/fs/cgroup{path}"));
-        let v1 = controllers.split(',').any(|name| name == "cpu");
-        v2.or_else(|| v1.then(|| format!("/sys/fs/cgroup/{controllers}{path}")))
-    };
-    groups.lines().filter_map(path).filter_map(|path| least_of(&path)).min()
-}
-
-/// The smallest limit of the group at `path` and of those that it is in.
-fn least_of(path: &str) -> Option<usize> {
-    let folders = std::path::Path::new(path).ancestors();
-    let limits = folders.take_while(|folder| folder.starts_with("/sys/fs/cgroup"));
-    let limit = |folder: &std::path::Path| {
-        let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
-        read("cpu.max").and_then(|text| whole(&text)).or_else(|| {
-            let (quota, period) = (read("cpu.cfs_quota_us")?, read("cpu.cfs_period_us")?);
-            whole(&format!("{} {}", quota.trim(), period.trim()))
-        })
-    };
-    limits.filter_map(limit).min()
 }
 
 /// Whole processors of `text`, a quota and a period; `None` if it is no limit.
@@ -88,17 +120,15 @@ impl Preemptions {
 
     /// Those since the last call; 0 if they cannot be known.
     pub fn since(&mut self) -> u64 {
-        let all = self.status.as_ref().and_then(read).unwrap_or(self.last);
+        let all = self.status.as_ref().and_then(preemptions).unwrap_or(self.last);
         let since = all.saturating_sub(self.last);
         self.last = all;
         since
     }
 }
 
-fn read(status: &File) -> Option<u64> {
-    let mut bytes = [0; 4096];
-    let length = status.read_at(&mut bytes, 0).ok()?;
-    let text = std::str::from_utf8(bytes.get(..length)?).ok()?;
+fn preemptions(status: &File) -> Option<u64> {
+    let text = read(status)?;
     let line = text.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"))?;
     line.trim().parse().ok()
 }
@@ -119,7 +149,10 @@ mod tests {
 
     #[test]
     fn this_process_has_processors() {
-        assert!(usable() >= 1 || quota() == Some(0));
+        let processors = Processors::open();
+        assert!(
+            processors.usable() >= 1 || processors.limits.iter().any(|it| it.whole() == Some(0))
+        );
         let first = (0..CpuSet::MAX_CPU).find(|at| check(*at).is_ok()).unwrap();
         assert!(check(usize::MAX).unwrap_err().contains(&first.to_string()));
         assert!(bind(usize::MAX).is_err());

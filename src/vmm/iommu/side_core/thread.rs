@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use super::kvm::{insist, Mapped};
 use super::pace::{Parked, Watch};
-use super::processors::{self, Preemptions};
+use super::processors::{self, Preemptions, Processors};
 use super::{Shared, Unit};
+use crate::process::jail::Place;
 use twostage::viommu::Look;
 
 /// Rounds between two looks at the clock.
@@ -18,19 +19,21 @@ const REFUSALS: u32 = 3;
 
 impl Shared {
     /// Until the machine stops.
-    pub(super) fn run(&self) {
+    pub(super) fn run(&self, place: Place) {
+        let (processors, mut preemptions) = (Processors::open(), Preemptions::new());
         if let Some(cpu) = self.cpu {
             if let Err(error) = processors::bind(cpu) {
                 log::warn!("the side core is not bound to processor {cpu}: {error}");
             }
         }
+        place.take();
         let mut refusals = 0;
         while self.wait() {
             let start = Instant::now();
-            let parked = if self.auto && processors::usable() <= self.vcpus {
+            let parked = if self.auto && processors.usable() <= self.vcpus {
                 Parked::NoProcessor
             } else {
-                match self.poll() {
+                match self.poll(&mut preemptions) {
                     Ok(parked) => parked,
                     Err(error) => {
                         refusals += 1;
@@ -61,12 +64,12 @@ impl Shared {
     }
 
     /// Polls until it parks.
-    fn poll(&self) -> Result<Parked, kvm_ioctls::Error> {
+    fn poll(&self, preemptions: &mut Preemptions) -> Result<Parked, kvm_ioctls::Error> {
         let tails = || self.units.iter().map(Unit::tails).sum();
         let result = self.register_zones().map(|()| {
             self.polls.fetch_add(1, Ordering::Relaxed);
             self.polling.store(true, Ordering::Relaxed);
-            let mut preemptions = Preemptions::new();
+            preemptions.since();
             let mut watch = Watch::new(self.auto, Instant::now(), tails());
             loop {
                 let mut worked = false;

@@ -13,6 +13,7 @@ use twostage::sync::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::{Action, Engine, Finished, Operation};
+use crate::process::jail::{self, Kind};
 
 /// Threads of a disk at most. They are started when there is something for them to do.
 const MOST: usize = 16;
@@ -78,7 +79,8 @@ impl Engine for Threads {
             return;
         }
         let shared = self.shared.clone();
-        match thread::Builder::new().name("disk".to_owned()).spawn(move || perform(&shared)) {
+        let work = jail::inside(Kind::Disk, move || perform(&shared));
+        match thread::Builder::new().name("disk".to_owned()).spawn(work) {
             Ok(thread) => self.threads.push(thread),
             Err(error) if self.threads.is_empty() => {
                 let mut work = self.shared.work.lock();

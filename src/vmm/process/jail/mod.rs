@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The jail of the process (`--jail`): what a guest that has taken over a thread can still do.
+//!
+//! In order:
+//! 1. [`prepare`] makes the filters, before there are other threads.
+//! 2. Everything that the command line names is opened, and the threads that need nothing else are
+//!    started. Each of them, first of all, gives up every privilege and installs the filter of its
+//!    [`Kind`].
+//! 3. [`lock`]: the main thread gives up what it does not need any more: files (`landlock`),
+//!    capabilities, its user, and with a filter most system calls. The vCPUs are started after
+//!    that, and all other threads by these: they inherit it, and each has its own filter on top.
+//!
+//! The filter of a thread allows what threads of its kind do, and what those do that it starts
+//! ([`kinds`]). A refused call ends the process: one line, and an exit code of its own
+//! ([`refusal`]).
+//!
+//! Without `--on-reset restart` nothing is opened after [`lock`]. With it the main thread opens the
+//! files of the command line again for each life, so it keeps access to these and no others, the
+//! capabilities for that, and its user.
+//!
+//! With `--jail log` there are only filters, and what they would refuse is done, and recorded by
+//! the kernel (in its log, or that of auditd, by the thread's name). Landlock cannot do that.
+
+mod filter;
+mod ioctls;
+mod kinds;
+mod privileges;
+mod refusal;
+#[cfg(test)]
+mod tests;
+
+use std::cell::Cell;
+use std::io::{self, Write};
+use std::process;
+use std::sync::OnceLock;
+use std::thread;
+
+use rustix::process::{set_dumpable_behavior, DumpableBehavior};
+use seccompiler::{apply_filter, BpfProgram};
+use twostage::sync::{Condvar, Mutex};
+use twostage::threads::{NewThread, ThreadStart};
+
+use crate::process::exit_code;
+pub(crate) use kinds::Kind;
+pub(crate) use privileges::{Access, Reopened, User};
+
+/// `--jail`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Mode {
+    /// What is not allowed is refused.
+    On,
+    /// There is no jail.
+    #[default]
+    Off,
+    /// System calls that are not allowed are recorded, and made.
+    Log,
+}
+
+/// How the process is jailed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Settings {
+    pub mode: Mode,
+    /// The user that the process becomes, if any.
+    pub user: Option<User>,
+    /// What the main thread opens again, if it builds machines in the jail.
+    pub reopened: Option<Vec<Reopened>>,
+}
+
+/// Why there is no jail.
+#[derive(Debug, thiserror::Error)]
+#[error("--jail: {what}: {source}")]
+pub struct JailError {
+    what: &'static str,
+    source: io::Error,
+}
+
+impl JailError {
+    fn of<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+        what: &'static str,
+    ) -> impl FnOnce(E) -> Self {
+        move |source| Self { what, source: io::Error::other(source) }
+    }
+}
+
+/// The jail of this process, if it has one.
+static JAIL: OnceLock<Jail> = OnceLock::new();
+
+thread_local! {
+    /// This thread has given up its privileges, and has a filter.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+#[derive(Debug)]
+struct Jail {
+    settings: Settings,
+    /// By kind.
+    filters: Vec<BpfProgram>,
+    processes: BpfProgram,
+}
+
+/// Prepares the jail of the process: called once, before other threads are started.
+///
+/// # Errors
+/// A filter cannot be made, or the kernel has none.
+pub(crate) fn prepare(settings: Settings) -> Result<(), JailError> {
+    if settings.mode == Mode::Off {
+        return Ok(());
+    }
+    twostage::jail::prepare().map_err(JailError::of("a thread"))?;
+    let make = |kind: &Kind| filter::of(*kind, &settings).map_err(JailError::of("a filter"));
+    let filters = Kind::ALL.iter().map(make).collect::<Result<_, _>>()?;
+    let processes = filter::no_processes().map_err(JailError::of("a filter"))?;
+    refusal::report_refusals();
+    // There is only one.
+    let _ = JAIL.set(Jail { settings, filters, processes });
+    Ok(())
+}
+
+impl Jail {
+    /// The current thread is of that kind from now on. `inside`: it was started by one in the jail.
+    fn enter(&self, kind: Kind, inside: bool) -> Result<(), JailError> {
+        if self.settings.mode == Mode::On {
+            if !inside {
+                privileges::no_files()?;
+                privileges::become_user(self.settings.user)?;
+            }
+            privileges::no_capabilities()?;
+        }
+        self.filter(kind)
+    }
+
+    fn filter(&self, kind: Kind) -> Result<(), JailError> {
+        let Some(filter) = self.filters.get(kind as usize) else { return Ok(()) };
+        apply_filter(filter).map_err(JailError::of("this kernel takes no filter"))?;
+        INSIDE.set(true);
+        Ok(())
+    }
+}
+
+/// The main thread has opened everything, and is jailed from now on, and so are all others. From
+/// the second call on, this does nothing.
+///
+/// # Errors
+/// The system refuses something.
+pub(crate) fn lock() -> Result<(), JailError> {
+    let Some(jail) = JAIL.get().filter(|_| !INSIDE.get()) else { return Ok(()) };
+    drop(TAKEN.wait_while(OUTSIDE.lock(), |outside| *outside != 0));
+    if jail.settings.mode == Mode::On {
+        match &jail.settings.reopened {
+            None => {
+                privileges::no_files()?;
+                privileges::become_user(jail.settings.user)?;
+                privileges::no_capabilities()?;
+            }
+            Some(reopened) => {
+                privileges::only_files(reopened)?;
+                privileges::capabilities_to_reopen()?;
+            }
+        }
+        let dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+        dumpable.map_err(JailError::of("PR_SET_DUMPABLE"))?;
+    }
+    apply_filter(&jail.processes).map_err(JailError::of("this kernel takes no filter"))?;
+    jail.filter(Kind::Main)
+}
+
+/// How many threads were started outside of the jail and have not entered it yet.
+static OUTSIDE: Mutex<usize> = Mutex::new(0);
+/// There are fewer of them.
+static TAKEN: Condvar = Condvar::new();
+
+/// The place in the jail of a thread that is started now.
+#[derive(Debug)]
+pub(crate) struct Place {
+    kind: Kind,
+    inside: bool,
+}
+
+impl Place {
+    /// For a thread that the current one starts.
+    pub fn of(kind: Kind) -> Self {
+        let inside = INSIDE.get();
+        *OUTSIDE.lock() += usize::from(!inside);
+        Self { kind, inside }
+    }
+
+    /// The current thread, which was started, takes it. If that fails, the process ends.
+    pub fn take(self) {
+        let Some(jail) = JAIL.get() else { return };
+        if let Err(error) = jail.enter(self.kind, self.inside) {
+            let name = thread::current().name().unwrap_or_default().to_owned();
+            // If nobody reads it, the exit code has to suffice.
+            let _ = writeln!(io::stderr(), "twostage: error: thread {name}: {error}");
+            process::exit(exit_code::OS_ERROR.into());
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.inside {
+            // Whether it was taken or there is no such thread.
+            *OUTSIDE.lock() -= 1;
+            TAKEN.notify_all();
+        }
+    }
+}
+
+/// What a thread of that kind, which the current thread starts, does: `work`, in the jail.
+pub(crate) fn inside<T>(kind: Kind, work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    let place = Place::of(kind);
+    move || {
+        place.take();
+        work()
+    }
+}
+
+/// Threads of the library, in the jail.
+#[derive(Debug)]
+pub(crate) struct JailedThreads;
+
+impl ThreadStart for JailedThreads {
+    fn start(&self, new: NewThread) -> io::Result<()> {
+        let kind = Kind::of_library(new.kind());
+        let builder = thread::Builder::new().name(new.name().to_owned());
+        builder.spawn(inside(kind, || new.run())).map(drop)
+    }
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `--jail`: what the kernel says of each thread of a machine.
+
+use std::fs;
+
+use super::*;
+use child::Running;
+
+/// The value of a field of `/proc/PID/status`.
+fn field(status: &str, name: &str) -> String {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or_default().trim().to_owned()
+}
+
+const NAMES: [&str; 6] = ["twostage", "output", "vcpu0", "vcpu1", "edu-dma", "page-requests"];
+
+/// A machine with several kinds of threads, whose guest idles; and the name and status of each.
+fn threads(jail: &[&str]) -> Vec<(String, String)> {
+    let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
+    let report = NamedTempFile::new().unwrap();
+    let disk = kernel(&[0; 4096]);
+    let mut command = with_default_signals(TWOSTAGE);
+    command.args(["run", "--memory", "size=16M", "--cpus", "boot=2", "--kernel", text(&image)]);
+    command.args(["--iommu", "vtd,ats=on,pri=on", "--device", "edu,pasid=on,ats=on,pri=on"]);
+    command.args(["--disk", &format!("path={},iommu=off", text(&disk))]);
+    command.args(["--rng", "src=/dev/urandom"]).args(jail);
+    command.args(["--report", &format!("json,file={}", text(&report))]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut machine = Running::new(&mut command);
+    let mut byte = [0];
+    machine.0.stdout.take().unwrap().read_exact(&mut byte).unwrap();
+    let read = |task: std::io::Result<fs::DirEntry>| {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        (field(&status, "Name"), status)
+    };
+    let mut threads = Vec::new();
+    wait_until("threads with their names", || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", machine.0.id())).unwrap();
+        threads = tasks.map(read).collect::<Vec<_>>();
+        NAMES.iter().all(|name| threads.iter().any(|(known, _)| known == name))
+    });
+    // The report's file is open, whoever the process is now.
+    machine.signal("USR1");
+    wait_until("a report", || fs::read(report.path()).unwrap().ends_with(b"}\n"));
+    machine.signal("TERM");
+    assert_eq!(machine.end().code(), Some(128 + 15));
+    let mut said = String::new();
+    machine.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "");
+    threads
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+#[test]
+fn every_thread_has_a_filter_and_no_privileges() {
+    if !kvm() {
+        return;
+    }
+    let threads = threads(&["--jail", "on"]);
+    for (name, status) in &threads {
+        assert_eq!(field(status, "Seccomp"), "2", "{name}");
+        assert_eq!(field(status, "NoNewPrivs"), "1", "{name}");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(field(status, set), "0".repeat(16), "{name}: {set}");
+        }
+        if is_root() {
+            for set in ["Uid", "Gid"] {
+                assert_eq!(field(status, set), ["65534"; 4].join("\t"), "{name}: {set}");
+            }
+            assert_eq!(field(status, "Groups"), "", "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_user_and_the_group_are_those_that_are_named() {
+    if !kvm() || !is_root() {
+        return eprintln!("not root, or no KVM: not tested");
+    }
+    for (name, status) in threads(&["--jail", "on", "--uid", "1234", "--gid", "4321"]) {
+        assert_eq!(field(&status, "Uid"), ["1234"; 4].join("\t"), "{name}");
+        assert_eq!(field(&status, "Gid"), ["4321"; 4].join("\t"), "{name}");
+    }
+    for (name, status) in threads(&["--jail", "on", "--uid", "0"]) {
+        assert_eq!(field(&status, "Uid"), ["0"; 4].join("\t"), "{name}");
+        assert_eq!(field(&status, "CapPrm"), "0".repeat(16), "{name}");
+    }
+}
+
+#[test]
+fn a_log_has_filters_only_and_no_jail_has_none() {
+    if !kvm() {
+        return;
+    }
+    let own = fs::read_to_string("/proc/self/status").unwrap();
+    for (jail, seccomp) in [("log", "2".to_owned()), ("off", field(&own, "Seccomp"))] {
+        for (name, status) in threads(&["--jail", jail]) {
+            assert_eq!(field(&status, "Seccomp"), seccomp, "{name}");
+            assert_eq!(field(&status, "CapPrm"), field(&own, "CapPrm"), "{name}");
+            assert_eq!(field(&status, "Uid"), field(&own, "Uid"), "{name}");
+        }
+    }
+}
+
+#[test]
+fn users_that_contradict_something_are_refused() {
+    let refused = |args: &[&str], hint| {
+        assert_refused(&twostage(&[&["run", "--kernel", "k"], args].concat()), USAGE, hint);
+    };
+    refused(&["--jail", "off", "--uid", "5"], "--uid: say --jail on");
+    refused(&["--uid", "4294967295"], "--uid");
+    let why = match is_root() {
+        true => "--uid: with --on-reset restart it stays the user",
+        false => "--uid: only root",
+    };
+    refused(&["--jail", "on", "--on-reset", "restart", "--uid", "5"], why);
+}
