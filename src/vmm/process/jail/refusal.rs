@@ -92,7 +92,7 @@ const KNOWN: Names = names! {
     SYS_fchdir SYS_fchmod SYS_fchmodat SYS_fchown SYS_fchownat SYS_fcntl SYS_fdatasync
     SYS_flock SYS_fstat SYS_fstatfs SYS_fsync SYS_ftruncate SYS_futex SYS_getcwd
     SYS_getdents64 SYS_getegid SYS_geteuid SYS_getgid SYS_getpeername SYS_getpgid SYS_getpid
-    SYS_getppid SYS_getrandom SYS_getrlimit SYS_getrusage SYS_getsockname SYS_getsockopt
+    SYS_getppid SYS_getrandom SYS_getrusage SYS_getsockname SYS_getsockopt
     SYS_gettid SYS_getuid SYS_init_module SYS_inotify_init1 SYS_io_uring_enter
     SYS_io_uring_register SYS_io_uring_setup SYS_ioctl SYS_kcmp SYS_kexec_load SYS_keyctl
     SYS_kill SYS_landlock_restrict_self SYS_linkat SYS_listen SYS_lseek SYS_madvise
@@ -118,9 +118,9 @@ const KNOWN: Names = names! {
 #[cfg(target_arch = "x86_64")]
 const OLDER: Names = names! {
     SYS_access SYS_arch_prctl SYS_chmod SYS_chown SYS_creat SYS_dup2 SYS_epoll_wait
-    SYS_eventfd SYS_fork SYS_getpgrp SYS_inotify_init SYS_ioperm SYS_iopl SYS_link SYS_lstat
-    SYS_mkdir SYS_mknod SYS_modify_ldt SYS_open SYS_pipe SYS_poll SYS_readlink SYS_rename
-    SYS_rmdir SYS_select SYS_stat SYS_symlink SYS_unlink SYS_vfork
+    SYS_eventfd SYS_fork SYS_getpgrp SYS_getrlimit SYS_inotify_init SYS_ioperm SYS_iopl SYS_link
+    SYS_lstat SYS_mkdir SYS_mknod SYS_modify_ldt SYS_open SYS_pipe SYS_poll SYS_readlink
+    SYS_rename SYS_rmdir SYS_select SYS_stat SYS_symlink SYS_unlink SYS_vfork
 };
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: Names = &[];
