@@ -117,10 +117,12 @@ mod tests {
     }
 
     /// What is lent, by address.
-    #[derive(Default)]
-    struct Lender(Arc<Mutex<Vec<(u64, Arc<ConfigPage>)>>>);
+    type Pages = Arc<Mutex<Vec<(u64, Arc<ConfigPage>)>>>;
 
-    struct Lent(Arc<Mutex<Vec<(u64, Arc<ConfigPage>)>>>, u64);
+    #[derive(Default)]
+    struct Lender(Pages);
+
+    struct Lent(Pages, u64);
 
     impl PageLoan for Lent {}
 
