@@ -75,31 +75,27 @@ impl PageRoute {
         late.then_some(awaited)
     }
 
-    /// Has all groups that are there and not read tried again, if they are `stalled`. Does not
-    /// wait.
-    pub fn retry_unread(&self, stalled: impl Fn(&PageRequestGroup) -> bool) {
+    /// Takes the groups that are there and not read, if they are `stalled`; the thread delivers the
+    /// others. Does not wait.
+    pub fn take_unread(
+        &self,
+        stalled: impl Fn(&PageRequestGroup) -> bool,
+    ) -> Vec<(PageTicket, PageRequestGroup)> {
         let mut route = self.route.lock();
-        let Some(queue) = route.queue.clone() else { return };
-        let mut retried = Vec::new();
-        // All first: what is tried again may come again at once. An error is the thread's to tell.
+        let Some(queue) = route.queue.clone() else { return Vec::new() };
+        let mut taken = Vec::new();
+        // An error is the thread's to tell.
         while let Ok(Some(group)) = queue.next_group() {
+            let ticket = route.ticket(group.cookie);
             match stalled(&group) {
-                true => {
-                    route.forget(group.cookie);
-                    retried.push(group.cookie);
-                }
-                false => {
-                    let ticket = route.ticket(group.cookie);
-                    route.kept.push((ticket, group));
-                }
+                true => taken.push((ticket, group)),
+                false => route.kept.push((ticket, group)),
             }
         }
-        let told =
-            retried.into_iter().map(|cookie| queue.respond(cookie, PageResponseCode::Success));
-        told.for_each(not_in_vain);
         if let Some(signal) = route.signal.as_ref().filter(|_| !route.kept.is_empty()) {
             signal.changed(true);
         }
+        taken
     }
 
     /// Has `deliver` deliver all groups that are there. Returns whether there was any. By one
@@ -338,12 +334,14 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_has_read_is_tried_again_if_it_is_stalled() {
+    fn what_nobody_has_read_is_taken_if_it_is_stalled() {
         let (route, queue) = route([group(1, &[0])]);
         let first = tickets(&route);
         // The host has answered the first one by itself.
         queue.groups.lock().extend([group(1, &[0x1000]), group(2, &[0]), group(3, &[0x1000])]);
-        route.retry_unread(|group| group.requests[0].address == 0x1000);
+        let taken = route.take_unread(|group| group.requests[0].address == 0x1000);
+        assert_eq!(taken.iter().map(|(_, group)| group.cookie).collect::<Vec<_>>(), [1, 3]);
+        taken.iter().for_each(|(ticket, _)| route.respond(*ticket, PageResponse::Success));
         let answers = [1, 3].map(|cookie| (cookie, PageResponseCode::Success));
         assert_eq!(*queue.answers.lock(), answers);
         let kept = tickets(&route);

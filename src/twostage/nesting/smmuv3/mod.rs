@@ -44,7 +44,7 @@ use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
 use crate::threads::ThreadStart;
 use crate::viommu::smmuv3::{
-    EventTarget, SmmuConfig, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
+    EventTarget, SmmuConfig, SmmuHostSide, SmmuInvalidateError, StalledTransaction, StreamPolicy,
 };
 use crate::viommu::{HostSideError, PageTicket};
 use faults::EventRoute;
@@ -249,8 +249,8 @@ impl SmmuHostSide for SmmuNesting {
         self.pages.route.respond(ticket, response);
     }
 
-    fn retry_unread(&self) {
-        self.pages.retry_unread();
+    fn take_unread(&self) -> Vec<(StalledTransaction, PageTicket)> {
+        self.pages.take_unread()
     }
 }
 

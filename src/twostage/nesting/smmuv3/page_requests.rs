@@ -17,6 +17,7 @@ use crate::spec::smmuv3::page_request::PageRequest;
 use crate::spec::smmuv3::{StreamId, SubstreamId};
 use crate::sync::RwLock;
 use crate::viommu::smmuv3::StalledTransaction;
+use crate::viommu::PageTicket;
 
 /// Indices of groups have 9 bits.
 const GROUPS: u32 = 1 << 9;
@@ -86,9 +87,18 @@ impl PageRouter {
         })
     }
 
-    /// See [`SmmuHostSide::retry_unread`](crate::viommu::smmuv3::SmmuHostSide::retry_unread).
-    pub fn retry_unread(&self) {
-        self.route.retry_unread(|group| self.source(group).is_some_and(|source| source.stalls));
+    /// See [`SmmuHostSide::take_unread`](crate::viommu::smmuv3::SmmuHostSide::take_unread).
+    pub fn take_unread(&self) -> Vec<(StalledTransaction, PageTicket)> {
+        let stalls = |group: &PageRequestGroup| self.source(group).filter(|source| source.stalls);
+        let groups = self.route.take_unread(|group| stalls(group).is_some());
+        let mut taken = Vec::with_capacity(groups.len());
+        for (ticket, group) in groups {
+            match stalls(&group).and_then(|source| stalled(source.stream, &group)) {
+                Some(transaction) => taken.push((transaction, ticket)),
+                None => self.route.respond(ticket, PageResponse::InvalidRequest),
+            }
+        }
+        taken
     }
 }
 

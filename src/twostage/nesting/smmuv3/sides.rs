@@ -10,7 +10,9 @@ use crate::nesting::{DeviceInfo, GuestIoas, Result};
 use crate::spec::pci::{Bdf, PageResponse};
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
-use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
+use crate::viommu::smmuv3::{
+    EventTarget, SmmuHostSide, SmmuInvalidateError, StalledTransaction, StreamPolicy,
+};
 use crate::viommu::{HostSideError, PageTicket};
 
 impl Side for SmmuNesting {
@@ -78,8 +80,8 @@ impl SmmuHostSide for Sides<SmmuNesting> {
         }
     }
 
-    fn retry_unread(&self) {
-        self.iter().for_each(|side| side.retry_unread());
+    fn take_unread(&self) -> Vec<(StalledTransaction, PageTicket)> {
+        self.iter().flat_map(|side| side.take_unread()).collect()
     }
 }
 

@@ -68,9 +68,12 @@ pub trait SmmuHostSide: Debug + Send + Sync {
         let _ = (stream, ticket, response);
     }
 
-    /// Every stalled transaction that the host has for the guest, and that nobody has begun to read
-    /// yet, is tried again. To be called like [`SmmuHostSide::respond`]; does not wait.
-    fn retry_unread(&self) {}
+    /// Takes the stalled transactions that the host has for the guest and that nobody has begun to
+    /// read yet: they are not given to [`EventTarget::stalled`], and need a response. To be called
+    /// like [`SmmuHostSide::respond`]; does not wait.
+    fn take_unread(&self) -> Vec<(StalledTransaction, PageTicket)> {
+        Vec::new()
+    }
 }
 
 /// A transaction that a host has stalled.

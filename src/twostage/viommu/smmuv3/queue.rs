@@ -146,7 +146,7 @@ impl Smmu {
                     .configure(registers, scope)
                     .map_err(|not_applied| Stop::of(not_applied, pass.fetch))?,
                 Action::Answer(answer) => self.answer(answer),
-                Action::Sync(_) => self.retry_unrecorded(),
+                Action::Sync(_) => self.settle_stalls(),
             }
             pass.fetch = pass.queue.next(pass.fetch);
             if pass.batch.is_empty() {
@@ -284,7 +284,7 @@ impl Smmu {
                 self.respond_to_group(stream, substream, group, response);
             }
             Answer::Resume { stream, stag, resume } => self.resume(stream, stag, resume),
-            Answer::Terminate { stream } => self.end_stalls(Some(stream)),
+            Answer::Terminate { stream } => self.terminate_stalls(stream),
         }
     }
 

@@ -6,7 +6,8 @@
 //! part of it. A cache may drop anything at any time (§3.17), so a new host that starts without is
 //! one that the guest has to expect. Nor are page requests and stalled transactions without an
 //! answer: devices make them again on the new host, and what the guest says to the former ones has
-//! no effect. Between two slices of the command queue nothing is under way.
+//! no effect, unless the new host gives a tag or an index again that is in one of these records.
+//! Between two slices of the command queue nothing is under way.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;

@@ -4,9 +4,11 @@
 //!
 //! A stalled transaction is *open* from its record until the guest resumes it. Its record is never
 //! lost: while the event queue cannot take it, it is *held*, and written, oldest first, once the
-//! queue can (§7.2.1). What has no record by the time that a CMD_SYNC completes is tried again
-//! instead, whether the host still has it or it is held: its record could tell of tables that the
-//! guest has invalidated (§4.7.3).
+//! queue can (§7.2.1). A CMD_SYNC first takes what the host still has, so that a stream makes
+//! progress beside a guest that invalidates without end. What it cannot record before it completes
+//! is tried again: a later record could tell of tables that the guest has invalidated (§4.7.3).
+//! One that the host reports after the CMD_SYNC, for a fault before it, has a record all the same,
+//! as has one whose page is there by now: the guest resumes it, and it is translated anew.
 //!
 //! Each has exactly one answer. The host answers by itself where it replaces what the stream is
 //! attached to, for every substream: with an abort, as Linux does, though the architecture would
@@ -46,6 +48,21 @@ struct Told {
 }
 
 impl Stalls {
+    /// Holds a transaction until the event queue takes its record. Returns the former one with its
+    /// tag, if that is held: the host has ended that, or it would not use the tag again.
+    fn hold(
+        &mut self,
+        transaction: &StalledTransaction,
+        ticket: PageTicket,
+    ) -> Option<(StreamId, PageTicket)> {
+        let tag = |record: &EventRecord| (record.stream(), record.qw1.stag());
+        let record = record(transaction);
+        let former = self.held.iter().position(|(held, _)| tag(held) == tag(&record));
+        let former = former.and_then(|number| self.held.remove(number));
+        self.held.push_back((record, ticket));
+        former.map(|(record, ticket)| (record.stream(), ticket))
+    }
+
     /// Takes the tickets of all, open or held, or those of `stream`.
     fn take(&mut self, stream: Option<StreamId>) -> Vec<(StreamId, PageTicket)> {
         let of = |it: StreamId| stream.is_none_or(|stream| stream == it);
@@ -95,8 +112,9 @@ impl Smmu {
             self.counters.stalls_retried.count();
             return Some(PageResponse::Success);
         }
-        stalls.held.push_back((record(transaction), ticket));
-        let told = self.write_held(&mut stalls);
+        let former = stalls.hold(transaction, ticket);
+        let mut told = self.write_held(&mut stalls);
+        told.answers.extend(former);
         let held = stalls.held.len() as u64;
         drop(stalls);
         if held != 0 {
@@ -172,18 +190,42 @@ impl Smmu {
         self.answer_stalls(ended, PageResponse::InvalidRequest);
     }
 
-    /// A CMD_SYNC is about to complete: what is stalled and has no record is tried again.
-    pub(super) fn retry_unrecorded(&self) {
+    /// Holds what the host has not given yet, and writes what the event queue takes; what is of the
+    /// stream `ended` is refused.
+    fn hold_unread(&self, ended: Option<StreamId>) -> (MutexGuard<'_, Stalls>, Told) {
+        // Before the lock: the host's is not taken with it.
+        let unread = self.host.take_unread();
+        let (mut stalls, mut refused) = (self.stalls(), Vec::new());
+        for (transaction, ticket) in unread {
+            let stream = transaction.stream;
+            match self.serves(stream) && ended != Some(stream) {
+                true => refused.extend(stalls.hold(&transaction, ticket)),
+                false => refused.push((stream, ticket)),
+            }
+        }
+        let mut told = self.write_held(&mut stalls);
+        told.answers.extend(refused);
+        (stalls, told)
+    }
+
+    /// A CMD_STALL_TERM: what is stalled of `stream` ends, also what the host has not given yet.
+    pub(super) fn terminate_stalls(&self, stream: StreamId) {
+        let (stalls, told) = self.hold_unread(Some(stream));
+        drop(stalls);
+        self.tell(told);
+        self.end_stalls(Some(stream));
+    }
+
+    /// A CMD_SYNC is about to complete: what is stalled has a record, or is tried again.
+    pub(super) fn settle_stalls(&self) {
         if !self.offers_stalls() {
             return;
         }
-        // First: what the host is given later may have been read before.
-        self.host.retry_unread();
-        let held = {
-            let mut stalls = self.stalls();
-            stalls.epoch = stalls.epoch.wrapping_add(1);
-            std::mem::take(&mut stalls.held)
-        };
+        let (mut stalls, told) = self.hold_unread(None);
+        stalls.epoch = stalls.epoch.wrapping_add(1);
+        let held = std::mem::take(&mut stalls.held);
+        drop(stalls);
+        self.tell(told);
         self.counters.stalls_retried.add(held.len() as u64);
         let of = |(record, ticket): (EventRecord, PageTicket)| (record.stream(), ticket);
         self.answer_stalls(held.into_iter().map(of).collect(), PageResponse::Success);

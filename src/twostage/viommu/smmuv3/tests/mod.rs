@@ -47,8 +47,10 @@ struct FakeHost {
     silent: AtomicBool,
     /// What page requests and stalled transactions were answered.
     answers: Mutex<Vec<(PageTicket, PageResponse)>>,
-    /// How often what it has not given was tried again.
-    retries: Mutex<u32>,
+    /// Stalled transactions that it has not given.
+    unread: Mutex<Vec<(StalledTransaction, PageTicket)>>,
+    /// How often it was asked for them.
+    looks: Mutex<u32>,
     /// An SMMU that is halted during every call.
     halting: Mutex<Option<Arc<Smmu>>>,
     /// An SMMU that gets an event of [`STREAM`] during every call.
@@ -89,8 +91,9 @@ impl SmmuHostSide for FakeHost {
         self.answers.lock().push((ticket, response));
     }
 
-    fn retry_unread(&self) {
-        *self.retries.lock() += 1;
+    fn take_unread(&self) -> Vec<(StalledTransaction, PageTicket)> {
+        *self.looks.lock() += 1;
+        std::mem::take(&mut *self.unread.lock())
     }
 }
 

@@ -217,7 +217,7 @@ fn what_has_no_record_by_a_sync_is_tried_again() {
     guest.submit(&[tlbi(1)]);
     assert_eq!(guest.smmu.stall_epoch(), epoch);
     guest.submit(&[SYNC]);
-    assert_eq!(*guest.host.retries.lock(), 1, "what the host has not given yet");
+    assert_eq!(*guest.host.looks.lock(), 1, "what the host has not given yet");
     // What it had, and gives now.
     assert_eq!(guest.smmu.stalled(&transaction(1), PageTicket(1), epoch), Some(Success));
     assert_eq!(guest.take_event(), None);
@@ -229,7 +229,49 @@ fn what_has_no_record_by_a_sync_is_tried_again() {
     // A guest that was offered no stalls costs the host nothing.
     let guest = Guest::running();
     guest.submit(&[SYNC]);
-    assert_eq!(*guest.host.retries.lock(), 0);
+    assert_eq!(*guest.host.looks.lock(), 0);
+}
+
+/// However many there are: a stream makes progress beside a guest that invalidates without end.
+#[test]
+fn a_sync_records_what_the_host_has_not_given_yet() {
+    let guest = stalling();
+    guest.host.unread.lock().push((transaction(1), PageTicket(1)));
+    guest.submit(&[SYNC]);
+    let event = guest.take_event().unwrap();
+    assert_eq!((event.qw1.stall(), event.qw1.stag()), (true, 1));
+    assert_eq!(answers(&guest), []);
+    resume(&guest, 1, Resume::Retry);
+    assert_eq!(answers(&guest), [(1, Success)]);
+    // What cannot be recorded by then is tried again; what is blocked by now is refused.
+    fill(&guest);
+    let blocked = StalledTransaction { stream: OTHER, ..transaction(2) };
+    guest.host.unread.lock().extend([(transaction(2), PageTicket(2)), (blocked, PageTicket(3))]);
+    guest.submit(&[SYNC]);
+    assert_eq!(answers(&guest), [(3, InvalidRequest), (2, Success)]);
+}
+
+/// §4.7.2: CMD_STALL_TERM ends what is stalled, whoever has it.
+#[test]
+fn what_the_host_has_not_given_yet_is_terminated_too() {
+    let guest = stalling();
+    guest.host.unread.lock().push((transaction(1), PageTicket(1)));
+    guest.submit(&[Command::StallTerm { stream: STREAM }, SYNC]);
+    assert_eq!(answers(&guest), [(1, InvalidRequest)]);
+    assert_eq!(guest.take_event(), None);
+}
+
+/// A guest that takes no events and has the host end what is stalled, again and again.
+#[test]
+fn a_tag_has_one_held_record() {
+    let guest = stalling();
+    fill(&guest);
+    for ticket in 0..3 {
+        assert_eq!(stall(&guest, 7, ticket), None);
+    }
+    assert_eq!(answers(&guest), [(0, InvalidRequest), (1, InvalidRequest)]);
+    guest.submit(&[SYNC]);
+    assert_eq!(answers(&guest), [(2, Success)]);
 }
 
 /// §6.3.9.6, and what the architecture does not know.
@@ -297,6 +339,7 @@ fn a_restored_smmu_has_the_records_and_nothing_stalled() {
 #[derive(Debug, Clone)]
 enum Step {
     Stall { old: bool },
+    Unread,
     Resume { stag: u16, response: u8 },
     Terminate,
     Sync,
@@ -311,6 +354,7 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => prop::bool::weighted(0.1).prop_map(|old| Step::Stall { old }),
+        2 => Just(Step::Unread),
         6 => (0..40u16, 0..4u8).prop_map(|(stag, response)| Step::Resume { stag, response }),
         1 => Just(Step::Terminate),
         2 => Just(Step::Sync),
@@ -342,6 +386,11 @@ proptest! {
                     given.insert(ticket, at_once.is_some().into());
                     epoch = read;
                 }
+                Step::Unread => {
+                    let unread = (transaction(ticket as u16), PageTicket(ticket));
+                    guest.host.unread.lock().push(unread);
+                    given.insert(ticket, 0);
+                }
                 Step::Resume { stag, response } => {
                     guest.submit(&[Command::Resume { stream: STREAM, stag, response }]);
                 }
@@ -367,6 +416,9 @@ proptest! {
                 }
             }
         }
+        // What nobody has taken is the host's to answer.
+        let unread = std::mem::take(&mut *guest.host.unread.lock());
+        given.extend(unread.into_iter().map(|(_, ticket)| (ticket.0, 1)));
         guest.smmu.halt();
         for (ticket, _) in answers(&guest) {
             *given.entry(ticket).or_default() += 1;
