@@ -13,12 +13,12 @@ use std::fmt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use env_logger::Target;
 
 use self::info_probe::{info, probe, InfoArgs, ProbeArgs, INFO_EXIT_CODES, PROBE_EXIT_CODES};
 use self::jail_options::JailArgs;
-use self::options::{on_off, CpusOption, MemoryOption};
+use self::options::{CpusOption, MemoryOption};
 use self::outputs::{check_outputs, ReportOption, Reports};
 use self::restarts::{continue_output, wait_for_devices, Backoff};
 use crate::config::{
@@ -143,8 +143,8 @@ struct RunArgs {
     /// are no exits, on bus 0. Kernels that look at devices before they know of ECAM, like Xen,
     /// need the ports.
     #[cfg(target_arch = "x86_64")]
-    #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set,
-        value_parser = on_off)]
+    #[arg(long, value_name = "on|off", default_value = "on",
+        action = clap::ArgAction::Set, value_parser = self::options::on_off)]
     pci_ports: bool,
 
     /// PCI device; may be given several times. The first on bus 0 is 00:01.0. `edu` is QEMU's, with
