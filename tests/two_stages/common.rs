@@ -137,6 +137,15 @@ impl TwoHosts {
     }
 }
 
+/// Tells the DMA to stop when dropped, as by a test that fails.
+pub struct Stops<'a>(pub &'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Eight bytes read through `port` at `iova`.
 pub fn word(port: &mut DmaPort, iova: u64) -> Option<u64> {
     let mut bytes = [0; 8];

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::guest::{Completion, Entry};
 use super::machine::{Kind, Machine, Served};
-use crate::common::{A, B, PAGE};
+use crate::common::{Stops, A, B, PAGE};
 use twostage::patience::wait_until;
 use twostage::spec::pci::{Bdf, PageResponse};
 use twostage::spec::smmuv3::command::{AddressRange, Command};
@@ -200,15 +200,6 @@ impl Life<'_> {
             Step::Attach { rid, table } => self.set(rid, Some(table)),
             Step::Detach { rid } => self.set(rid, None),
         }
-    }
-}
-
-/// Tells the DMA to stop when dropped, as by a test that fails.
-struct Stops<'a>(&'a AtomicBool);
-
-impl Drop for Stops<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

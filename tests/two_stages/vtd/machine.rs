@@ -3,6 +3,7 @@
 
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
+use std::thread;
 
 use twostage::iommufd::{Errno, FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::vtd::{Nesting, Serving, VtdNesting};
@@ -275,6 +276,18 @@ impl<const MIRRORED: bool, const TABLES: u8> MachineOf<MIRRORED, TABLES> {
             }
         }
         host.inner().inner().live_objects()
+    }
+}
+
+/// A test that fails leaves devices that wait for its guest, and it waits for their threads. As it
+/// drops this, the guest is halted, and whoever waits is answered.
+pub struct Served<'a>(pub &'a Machine);
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.iommu.halt();
+        }
     }
 }
 

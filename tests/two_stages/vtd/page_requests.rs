@@ -10,8 +10,8 @@ use std::thread::{self, ScopedJoinHandle};
 
 use proptest::prelude::*;
 
-use super::machine::{host_of, pasid, vtd_config, Machine};
-use crate::common::{A, B, PAGE};
+use super::machine::{host_of, pasid, vtd_config, Machine, Served};
+use crate::common::{Stops, A, B, PAGE};
 use twostage::iommufd::Errno;
 use twostage::patience::{wait_for, wait_until};
 use twostage::spec::pci::Bdf;
@@ -65,6 +65,7 @@ fn while_reading(
     guest: impl FnOnce(&Reading<'_>),
 ) -> Result<u64, DmaError> {
     thread::scope(|scope| {
+        let _served = Served(machine);
         let dma = scope.spawn(|| machine.read(rid, Some(PASID), iova));
         guest(&dma);
         dma.join().unwrap()
@@ -452,6 +453,7 @@ proptest! {
         let mut life = Life { machine: &machine, tables, pages, on: &on, late, taken };
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
+            let (_served, stops) = (Served(&machine), Stops(&stop));
             let start = |(rid, pasid): (usize, usize)| {
                 let (machine, on, stop) = (&machine, &on[rid][pasid], &stop);
                 let who = ([A, B][rid], PASIDS[pasid]);
@@ -466,7 +468,7 @@ proptest! {
             for step in &steps {
                 life.step(step);
             }
-            stop.store(true, Ordering::Relaxed);
+            drop(stops);
             wait_until("the end of all DMA", || {
                 life.step(&Step::Refuse);
                 life.step(&Step::Late { n: 0, success: true });
