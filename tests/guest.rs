@@ -60,7 +60,7 @@ struct Machine<'a> {
     iommus: &'a [&'a str],
     devices: &'a [&'a str],
     /// Options with their values.
-    bridges: &'a [&'a str],
+    options: &'a [&'a str],
     vcpus: u8,
     trace: Option<&'a Path>,
 }
@@ -70,7 +70,7 @@ const MACHINE: Machine = Machine {
     cmdline: "",
     iommus: &["vtd,aw=57,pasid-bits=20"],
     devices: &[WIDE_EDU_WITH_PASID, WIDE_EDU],
-    bridges: &[],
+    options: &[],
     vcpus: 1,
     trace: None,
 };
@@ -113,7 +113,7 @@ impl Machine<'_> {
         for device in self.devices {
             command.args(["--device", device]);
         }
-        command.args(self.bridges);
+        command.args(self.options);
         if let Some(trace) = self.trace {
             command.arg("--trace").arg(trace);
         }
@@ -336,11 +336,11 @@ fn every_check_holds_behind_root_ports_and_a_bridge_to_pci() {
     }
     const BEHIND_PORT: &str = "edu,pasid=on,dma-mask=0xffffffffffffffff,bus=rp0";
     const BEHIND_PCI: &str = "edu,dma-mask=0xffffffffffffffff,bus=br0";
-    let bridges =
+    let options =
         &["--root-port", "id=rp0", "--root-port", "id=rp1", "--pci-bridge", "id=br0,bus=rp1"];
     // The guest finds them in the order of buses, and compares the requester in each fault record
     // with the function behind the port, and with device 0 of the bus behind the bridge.
-    let outcome = Machine { devices: &[BEHIND_PORT, BEHIND_PCI], bridges, ..MACHINE }.run();
+    let outcome = Machine { devices: &[BEHIND_PORT, BEHIND_PCI], options, ..MACHINE }.run();
     assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&["malformed_tables"]));
     assert_nested(&outcome, 1, 2);
     assert_remapped(&outcome);
@@ -349,7 +349,7 @@ fn every_check_holds_behind_root_ports_and_a_bridge_to_pci() {
     // The second of two behind the bridge, which have one Requester ID: to the unit they are one
     // device. It has no function-level reset.
     let devices = &[BEHIND_PCI, BEHIND_PCI];
-    let outcome = Machine { cmdline: "first=1", devices, bridges, ..MACHINE }.run();
+    let outcome = Machine { cmdline: "first=1", devices, options, ..MACHINE }.run();
     assert!(outcome.skipped.contains("edu") && outcome.passed > 170, "{:?}", outcome.skipped);
     assert_nested(&outcome, 1, 1);
     assert_eq!(outcome.report["devices"][1]["bdf"], "03:01.0");

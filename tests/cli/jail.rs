@@ -106,15 +106,41 @@ fn a_log_has_filters_only_and_no_jail_has_none() {
 }
 
 #[test]
-fn users_that_contradict_something_are_refused() {
-    let refused = |args: &[&str], hint| {
+fn a_machine_is_built_again_in_the_jail() {
+    if !kvm() {
+        return;
+    }
+    let cpus = rustix::thread::sched_getaffinity(None).unwrap();
+    let cpu = (0..rustix::thread::CpuSet::MAX_CPU).find(|cpu| cpus.is_set(*cpu)).unwrap();
+    // The side core is started, and bound, in the jail from the second life on.
+    let iommu = format!("vtd,side-core=on,side-cpu={cpu}");
+    let image = kernel(&[0; 4096]);
+    let disk = format!("path={},readonly=on,iommu=off", text(&image));
+    let reports = guests::lives(&iommu, &["--jail", "on", "--disk", &disk]);
+    for report in &reports[1..] {
+        let devices = report["devices"].as_array().unwrap();
+        let served: Vec<_> = devices.iter().filter_map(|it| it["served_by"].as_str()).collect();
+        assert_eq!(served.len(), 2, "{report:#}");
+        assert!(!served.contains(&"io_uring"), "a ring is not made there: {report:#}");
+    }
+}
+
+#[test]
+fn users_and_groups_that_contradict_something_are_refused() {
+    let refused = |args: &[&str], hint: &str| {
         assert_refused(&twostage(&[&["run", "--kernel", "k"], args].concat()), USAGE, hint);
     };
-    refused(&["--jail", "off", "--uid", "5"], "--uid: say --jail on");
-    refused(&["--uid", "4294967295"], "--uid");
-    let why = match is_root() {
-        true => "--uid: with --on-reset restart it stays the user",
-        false => "--uid: only root",
-    };
-    refused(&["--jail", "on", "--on-reset", "restart", "--uid", "5"], why);
+    for option in ["--uid", "--gid"] {
+        refused(&["--jail", "off", option, "5"], &format!("{option}: say --jail on"));
+        refused(&[option, "4294967295"], option);
+        let why = match is_root() {
+            true => format!("{option}: with --on-reset restart it stays the user"),
+            false => format!("{option}: only root"),
+        };
+        refused(&["--jail", "on", "--on-reset", "restart", option, "5"], &why);
+    }
+    if is_root() {
+        let args = ["--jail", "on", "--uid", "0", "--gid", "5"];
+        refused(&args, "--gid: with --uid 0 it stays the user");
+    }
 }

@@ -9,7 +9,8 @@ use twostage::patience::wait_until;
 
 use super::child::{with_default_signals, Running, TWOSTAGE};
 use super::{
-    assert_nested, groups, images, kvm, number, Machine, Value, EITHER_OR, MACHINE, TWO_UNITS,
+    assert_nested, assert_remapped, groups, images, kvm, number, Machine, Value, EITHER_OR,
+    MACHINE, TWO_UNITS,
 };
 
 const SIDE_CORE: &str = "vtd,aw=57,pasid-bits=20,side-core=on";
@@ -38,6 +39,17 @@ fn every_check_holds_with_one_side_core_for_two_units() {
     assert!(outcome.passed > 2 * 160, "{} checks", outcome.passed);
     assert_nested(&outcome, 2, 2);
     assert_eq!(outcome.report["side_core"]["mode"], "auto");
+}
+
+#[test]
+fn every_check_holds_with_a_side_core_in_the_jail() {
+    if !kvm() {
+        return;
+    }
+    let outcome = Machine { iommus: &[SIDE_CORE], options: &["--jail", "on"], ..MACHINE }.run();
+    assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&["malformed_tables"]));
+    assert_ne!(number(&outcome.report, "/side_core/tails_coalesced"), 0);
+    assert_remapped(&outcome);
 }
 
 /// Counts, not times: exits of a guest that unmaps one page after the other.

@@ -60,15 +60,24 @@ impl JailArgs {
             JailMode::Log => Mode::Log,
         };
         let user = User { uid: self.uid.unwrap_or(NOBODY), gid: self.gid.unwrap_or(NOBODY) };
-        let contradiction = match self.uid {
-            None | Some(0) => None,
-            Some(_) if mode != Mode::On => Some("say --jail on, too"),
-            Some(_) if !geteuid().is_root() => Some("only root can become another user"),
-            Some(_) if restarts => Some("with --on-reset restart it stays the user that it is"),
-            Some(_) => None,
+        let named = match (self.uid, self.gid) {
+            (None | Some(0), None) => None,
+            (None | Some(0), Some(_)) => Some("--gid"),
+            (Some(_), _) => Some("--uid"),
         };
-        if let Some(why) = contradiction {
-            return Err(ConfigError::User(why));
+        let contradiction = if mode != Mode::On {
+            Some("say --jail on, too")
+        } else if !geteuid().is_root() {
+            Some("only root can become another user")
+        } else if restarts {
+            Some("with --on-reset restart it stays the user that it is")
+        } else if self.uid == Some(0) {
+            Some("with --uid 0 it stays the user that it is")
+        } else {
+            None
+        };
+        if let (Some(option), Some(why)) = (named, contradiction) {
+            return Err(ConfigError::User { option, why });
         }
         let becomes = geteuid().is_root() && user.uid != 0 && !restarts;
         let reopened = again.map(reopened);

@@ -11,8 +11,13 @@ pub const MAX_DEVICES: usize = 31;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// The process cannot become another user.
-    #[error("--uid: {0}")]
-    User(&'static str),
+    #[error("{option}: {why}")]
+    User {
+        /// Which says so.
+        option: &'static str,
+        /// Why it cannot.
+        why: &'static str,
+    },
     /// No vCPU.
     #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
     NoVcpus,

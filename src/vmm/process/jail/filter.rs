@@ -80,6 +80,8 @@ fn conditions(number: i64) -> Result<Vec<SeccompRule>, BackendError> {
             let thread = (libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND) as u64;
             Ok(vec![rule(&[(0, MaskedEq(thread), thread)])?])
         }
+        // The calling thread's.
+        libc::SYS_sched_setaffinity => one_of(&[0]),
         // Signals to this process.
         libc::SYS_tgkill => one_of(&[std::process::id() as libc::c_int]),
         libc::SYS_socket => one_of(&[libc::AF_UNIX]),

@@ -67,8 +67,11 @@ pub(super) const RUNNING: &[Ioctl] = &[RUN, GET_ONE_REG];
 /// Interrupts for the guest.
 pub(super) const INTERRUPTS: &[Ioctl] = &[SIGNAL_MSI, IRQ_LINE];
 
-/// What a guest sets up: interrupts of devices, notifications, and where memory of devices is.
-pub(super) const WIRING: &[Ioctl] = &[IRQFD, SET_GSI_ROUTING, IOEVENTFD, SET_USER_MEMORY_REGION];
+/// Where interrupts of devices go: by their vectors, and by the tables of virtual IOMMUs.
+pub(super) const ROUTING: &[Ioctl] = &[IRQFD, SET_GSI_ROUTING];
+
+/// What a guest sets up: notifications, and where memory of devices is.
+pub(super) const WIRING: &[Ioctl] = &[IOEVENTFD, SET_USER_MEMORY_REGION];
 
 /// Interrupts of assigned devices, and their reset.
 pub(super) const ASSIGNED: &[Ioctl] = &[SET_IRQS, RESET];
@@ -92,6 +95,10 @@ pub(super) const FILES: &[Ioctl] = &[
     Ioctl { name: "TUNSETIFF", request: libc::TUNSETIFF as u32 },
     Ioctl { name: "TUNGETIFF", request: libc::TUNGETIFF as u32 },
     Ioctl { name: "TUNSETVNETHDRSZ", request: libc::TUNSETVNETHDRSZ as u32 },
+    // What the frames of one that was handed over look like.
+    Ioctl { name: "TUNGETFILTER", request: libc::TUNGETFILTER as u32 },
+    Ioctl { name: "TUNATTACHFILTER", request: libc::TUNATTACHFILTER as u32 },
+    Ioctl { name: "TUNDETACHFILTER", request: libc::TUNDETACHFILTER as u32 },
     vfio("VFIO_DEVICE_GET_INFO", 7),
     vfio("VFIO_DEVICE_GET_REGION_INFO", 8),
     vfio("VFIO_DEVICE_GET_IRQ_INFO", 9),

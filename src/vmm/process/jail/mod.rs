@@ -126,12 +126,16 @@ impl Jail {
             }
             privileges::no_capabilities()?;
         }
-        self.filter(kind)
+        self.filter(kind, inside)
     }
 
-    fn filter(&self, kind: Kind) -> Result<(), JailError> {
+    /// `inside`: there is a filter already, inherited.
+    fn filter(&self, kind: Kind, inside: bool) -> Result<(), JailError> {
         let Some(filter) = self.filters.get(kind as usize) else { return Ok(()) };
-        apply_filter(filter).map_err(JailError::of("this kernel takes no filter"))?;
+        let others = (!inside).then_some(&self.processes);
+        for filter in others.into_iter().chain([filter]) {
+            apply_filter(filter).map_err(JailError::of("this kernel takes no filter"))?;
+        }
         INSIDE.set(true);
         Ok(())
     }
@@ -160,8 +164,12 @@ pub(crate) fn lock() -> Result<(), JailError> {
         let dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable);
         dumpable.map_err(JailError::of("PR_SET_DUMPABLE"))?;
     }
-    apply_filter(&jail.processes).map_err(JailError::of("this kernel takes no filter"))?;
-    jail.filter(Kind::Main)
+    jail.filter(Kind::Main, false)
+}
+
+/// The current thread is in the jail: what it makes is made there.
+pub(crate) fn is_inside() -> bool {
+    INSIDE.get()
 }
 
 /// How many threads were started outside of the jail and have not entered it yet.
@@ -179,7 +187,7 @@ pub(crate) struct Place {
 impl Place {
     /// For a thread that the current one starts.
     pub fn of(kind: Kind) -> Self {
-        let inside = INSIDE.get();
+        let inside = is_inside();
         *OUTSIDE.lock() += usize::from(!inside);
         Self { kind, inside }
     }

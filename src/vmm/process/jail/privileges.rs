@@ -27,9 +27,9 @@ pub(crate) struct User {
 /// How something is opened again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// To be read, or listed.
+    /// To be read, or listed, as a device, too.
     Read,
-    /// To be read and written, as a device, too.
+    /// To be read and written, likewise.
     Write,
 }
 
@@ -66,8 +66,9 @@ fn restrict(reopened: &[Reopened]) -> Result<RestrictionStatus, RulesetError> {
         .handle_access(AccessFs::from_all(abi))?
         .handle_access(AccessNet::from_all(abi))?
         .create()?;
-    let read = AccessFs::ReadFile | AccessFs::ReadDir;
-    let write = AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev;
+    // A read-only disk is asked for the size of its blocks.
+    let read = AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::IoctlDev;
+    let write = AccessFs::WriteFile | AccessFs::Truncate;
     for Reopened { path, access } in reopened {
         let access = match access {
             Access::Read => read,

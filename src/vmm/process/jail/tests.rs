@@ -21,13 +21,14 @@ use super::*;
 const HOSTILE: &str = "TWOSTAGE_TEST_HOSTILE";
 
 /// What an attacker tries, and the system call that it takes on this machine.
-const ATTEMPTS: [(&str, &[&str]); 10] = [
+const ATTEMPTS: [(&str, &[&str]); 11] = [
     ("open", &["openat"]),
     ("create", &["openat"]),
     ("socket", &["socket"]),
     ("ptrace", &["ptrace"]),
     ("execve", &["execve"]),
     ("fork", &["clone", "fork"]),
+    ("clone3", &["clone3", "clone"]),
     ("kill", &["kill"]),
     ("code", &["mmap"]),
     ("ioctl", &["ioctl 0x541b"]),
@@ -42,12 +43,25 @@ fn attempt(what: &str, with: &str) {
         // SAFETY: it refers to no memory.
         "ptrace" => drop(unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) }),
         "execve" => drop(Command::new("/bin/touch").arg(with).exec()),
-        // SAFETY: the child, if there is one, only ends.
-        "fork" => unsafe {
-            if libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) == 0 {
-                libc::_exit(0);
+        "fork" => fork(),
+        "clone3" => {
+            // `struct clone_args` as it was at first: the signal is its fifth word.
+            let mut words = [0u64; 8];
+            words[4] = libc::SIGCHLD as u64;
+            let size = std::mem::size_of_val(&words);
+            // SAFETY: the words live until the call returns; the child, if there is one, only ends.
+            let child = unsafe {
+                let child = libc::syscall(libc::SYS_clone3, &words, size);
+                if child == 0 {
+                    libc::_exit(0);
+                }
+                child
+            };
+            // As the C library does.
+            if child == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS) {
+                fork();
             }
-        },
+        }
         "kill" => {
             let other = with.parse().ok().and_then(Pid::from_raw).unwrap();
             let _ = kill_process(other, Signal::KILL);
@@ -64,16 +78,25 @@ fn attempt(what: &str, with: &str) {
     }
 }
 
+fn fork() {
+    // SAFETY: the child, if there is one, only ends.
+    unsafe {
+        if libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) == 0 {
+            libc::_exit(0);
+        }
+    }
+}
+
 /// Does `work` on a thread of that kind, which is started as in a machine.
-fn on_a_thread(kind: Kind, work: Box<dyn FnOnce() + Send>) {
+fn on_a_thread(kind: Kind, early: bool, work: Box<dyn FnOnce() + Send>) {
     let start = |kind: Kind, work: Box<dyn FnOnce() + Send>| {
         let thread = thread::Builder::new().name(format!("{kind:?}"));
         thread.spawn(inside(kind, work)).unwrap().join().unwrap();
     };
     match kind {
         Kind::Main => work(),
-        Kind::Device => start(Kind::Vcpu, Box::new(move || start(kind, work))),
-        Kind::Disk => on_a_thread(Kind::Device, Box::new(move || start(kind, work))),
+        Kind::Device if !early => start(Kind::Vcpu, Box::new(move || start(kind, work))),
+        Kind::Disk => on_a_thread(Kind::Device, false, Box::new(move || start(kind, work))),
         _ => start(kind, work),
     }
 }
@@ -82,9 +105,9 @@ fn on_a_thread(kind: Kind, work: Box<dyn FnOnce() + Send>) {
 #[test]
 fn hostile() {
     let Ok(text) = env::var(HOSTILE) else { return };
-    let mut words = text.splitn(3, ' ').map(str::to_owned);
+    let mut words = text.splitn(4, ' ').map(str::to_owned);
     let mut word = || words.next().unwrap();
-    let (kind, what, with) = (word(), word(), word());
+    let (kind, early, what, with) = (word(), word() == "true", word(), word());
     let kind = Kind::ALL.into_iter().find(|known| format!("{known:?}") == kind).unwrap();
     let name = CString::new(format!("{kind:?}")).unwrap();
     rustix::thread::set_name(&name).unwrap();
@@ -92,18 +115,25 @@ fn hostile() {
     let settings = Settings { mode: Mode::On, user, ..Settings::default() };
     prepare(settings).unwrap();
     // Those that are started before and after the main thread is in the jail.
-    if !matches!(kind, Kind::Output | Kind::Events | Kind::Queue) {
+    if !early {
         lock().unwrap();
     }
-    on_a_thread(kind, Box::new(move || attempt(&what, &with)));
+    on_a_thread(kind, early, Box::new(move || attempt(&what, &with)));
     // It was not refused.
     process::exit(0);
 }
 
-fn run(kind: Kind, what: &str, with: &str) -> Output {
+/// Kinds of threads, and whether they are started before the main thread is in the jail: those of
+/// virtio devices are not, that of an edu is.
+fn threads() -> impl Iterator<Item = (Kind, bool)> {
+    let is_early = |kind| matches!(kind, Kind::Output | Kind::Events | Kind::Queue);
+    Kind::ALL.into_iter().map(move |kind| (kind, is_early(kind))).chain([(Kind::Device, true)])
+}
+
+fn run((kind, early): (Kind, bool), what: &str, with: &str) -> Output {
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", "process::jail::tests::hostile", "--nocapture", "--test-threads=1"]);
-    command.env(HOSTILE, format!("{kind:?} {what} {with}")).stdin(Stdio::null());
+    command.env(HOSTILE, format!("{kind:?} {early} {what} {with}")).stdin(Stdio::null());
     command.output().unwrap()
 }
 
@@ -125,15 +155,15 @@ fn what_a_hostile_thread_tries_is_refused_with_one_line_and_leaves_nothing_behin
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
     std::fs::set_permissions(folder.path(), open).unwrap();
     let file = folder.path().join("file");
-    for kind in Kind::ALL {
+    for (kind, early) in threads() {
         for (what, calls) in ATTEMPTS {
             let with = match what {
                 "kill" => victim.0.id().to_string(),
                 _ => file.display().to_string(),
             };
-            let output = run(kind, what, &with);
+            let output = run((kind, early), what, &with);
             let errors = String::from_utf8_lossy(&output.stderr);
-            let context = format!("{kind:?}, {what}: {:?}: {errors}", output.status);
+            let context = format!("{kind:?} ({early}), {what}: {:?}: {errors}", output.status);
             assert_eq!(output.status.code(), Some(exit_code::REFUSED.into()), "{context}");
             assert_eq!(errors.lines().count(), 1, "{context}");
             let said = |call: &&str| errors.contains(&format!("thread {kind:?}: {call} ("));
@@ -146,8 +176,8 @@ fn what_a_hostile_thread_tries_is_refused_with_one_line_and_leaves_nothing_behin
 
 #[test]
 fn a_panic_in_the_jail_is_told_with_what_there_is_of_a_backtrace() {
-    for kind in Kind::ALL {
-        let output = run(kind, "panic", "-");
+    for (kind, early) in threads() {
+        let output = run((kind, early), "panic", "-");
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(errors.contains("panicked at"), "{kind:?}: {errors}");
         assert!(!errors.contains("--jail"), "{kind:?}: {errors}");

@@ -21,6 +21,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::buffers::BounceBuffer;
+use crate::process::jail;
 use threads::Threads;
 use uring::Uring;
 
@@ -98,12 +99,18 @@ pub(super) trait Engine: fmt::Debug + Send {
     fn event(&self) -> RawFd;
 }
 
-/// The best engine that the system permits for the disk `file`, with up to `depth` operations.
+/// The best engine that the system, and the jail, permit for the disk `file`, with up to `depth`
+/// operations.
 ///
 /// # Errors
 /// There is none.
 pub(super) fn best(file: &Arc<File>, depth: usize) -> io::Result<Box<dyn Engine>> {
-    match Uring::new(file.clone(), depth) {
+    // The jail refuses that, and whoever tries it is no more.
+    let uring = match jail::is_inside() {
+        true => Err(io::ErrorKind::PermissionDenied.into()),
+        false => Uring::new(file.clone(), depth),
+    };
+    match uring {
         Ok(uring) => Ok(Box::new(uring)),
         Err(error) => {
             log::info!("io_uring is not to be had ({error}): threads wait for disks");
