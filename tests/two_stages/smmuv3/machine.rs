@@ -3,7 +3,7 @@
 
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::smmuv3::SmmuNesting;
@@ -258,6 +258,23 @@ impl Drop for Served<'_> {
             self.0.guest.registers.halt();
         }
     }
+}
+
+pub type Reading<'a> = ScopedJoinHandle<'a, Result<u64, DmaError>>;
+
+/// Has `rid` read at `iova` while `guest` serves it; returns what it has read.
+pub fn while_reading(
+    machine: &Machine,
+    rid: Bdf,
+    iova: u64,
+    guest: impl FnOnce(&Reading<'_>),
+) -> Result<u64, DmaError> {
+    thread::scope(|scope| {
+        let _served = Served(machine);
+        let dma = scope.spawn(|| machine.read(rid, iova));
+        guest(&dma);
+        dma.join().unwrap()
+    })
 }
 
 /// Eight bytes read by `rid` at `iova`.

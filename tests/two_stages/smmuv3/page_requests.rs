@@ -2,10 +2,8 @@
 //! Page requests: a device asks for a page that is not there, the guest brings it and responds, and
 //! the device goes on (§8, §4.5.2).
 
-use std::thread::{self, ScopedJoinHandle};
-
 use super::guest::{Completion, Entry};
-use super::machine::{Kind, Machine, Served};
+use super::machine::{while_reading, Kind, Machine};
 use crate::common::{A, B};
 use twostage::iommufd::Errno;
 use twostage::patience::{wait_for, wait_until};
@@ -15,7 +13,7 @@ use twostage::spec::smmuv3::page_request::PageRequest;
 use twostage::spec::smmuv3::regs::{self, Idr0};
 use twostage::viommu::smmuv3::SmmuConfig;
 use twostage_emulated::kit::Mmio;
-use twostage_emulated::{DeviceConfig, DmaError, GraphObject, ObjectKind, SmmuV3UnitConfig};
+use twostage_emulated::{DeviceConfig, GraphObject, ObjectKind, SmmuV3UnitConfig};
 
 const IOVA: u64 = 0x12_3456_7000;
 
@@ -48,23 +46,6 @@ fn serving(machine: Machine) -> (Machine, u64) {
 fn put(machine: &Machine, rid: Bdf, table: u64, asid: u16) {
     let cd = machine.guest.context(table, asid);
     machine.guest.set_raw_entry(rid.into(), [1 | 5 << 1 | cd, 1 << 28]);
-}
-
-type Reading<'a> = ScopedJoinHandle<'a, Result<u64, DmaError>>;
-
-/// Has `rid` read at `iova` while `guest` serves it; returns what it has read.
-fn while_reading(
-    machine: &Machine,
-    rid: Bdf,
-    iova: u64,
-    guest: impl FnOnce(&Reading<'_>),
-) -> Result<u64, DmaError> {
-    thread::scope(|scope| {
-        let _served = Served(machine);
-        let dma = scope.spawn(|| machine.read(rid, iova));
-        guest(&dma);
-        dma.join().unwrap()
-    })
 }
 
 /// Waits for a request in the queue.

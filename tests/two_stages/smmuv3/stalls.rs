@@ -2,13 +2,12 @@
 //! The stall model: a transaction that faults waits, the guest brings its page and resumes it
 //! (§3.12.2, §4.7, §7.2.1).
 
-use std::thread::{self, ScopedJoinHandle};
+use std::thread;
 
 use super::guest::{cfgi_cd, Completion, Entry};
-use super::machine::{Kind, Machine, Served};
+use super::machine::{while_reading, Kind, Machine, Served};
 use crate::common::{A, B, PAGE};
 use twostage::patience::{wait_for, wait_until};
-use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::event::{EventClass, EventId, EventRecord};
 use twostage::spec::smmuv3::page_request::Resume;
@@ -16,7 +15,7 @@ use twostage::spec::smmuv3::regs::{self, Idr0};
 use twostage::spec::smmuv3::StreamId;
 use twostage::viommu::smmuv3::SmmuConfig;
 use twostage_emulated::kit::Mmio;
-use twostage_emulated::{DeviceConfig, DmaError, SmmuV3UnitConfig};
+use twostage_emulated::{DeviceConfig, SmmuV3UnitConfig};
 
 const ASID: u16 = 3;
 const IOVA: u64 = 0x12_3456_7000;
@@ -47,23 +46,6 @@ fn stalling(machine: Machine) -> (Machine, u64) {
     }
     guest.enable();
     (machine, table)
-}
-
-type Reading<'a> = ScopedJoinHandle<'a, Result<u64, DmaError>>;
-
-/// Has `rid` read at `iova` while `guest` serves it; returns what it has read.
-fn while_reading(
-    machine: &Machine,
-    rid: Bdf,
-    iova: u64,
-    guest: impl FnOnce(&Reading<'_>),
-) -> Result<u64, DmaError> {
-    thread::scope(|scope| {
-        let _served = Served(machine);
-        let dma = scope.spawn(|| machine.read(rid, iova));
-        guest(&dma);
-        dma.join().unwrap()
-    })
 }
 
 /// The event of a transaction that stalls.
