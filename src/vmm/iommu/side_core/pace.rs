@@ -16,15 +16,17 @@ const NONE_FOR: u32 = 5;
 /// Preemptions in a window of a thread that has a processor of its own: now and then the kernel has
 /// something to do.
 const PREEMPTIONS: u64 = 3;
-/// How long it stays parked for want of a processor: at first, and at most.
+/// How long it stays parked for want of a processor, or because polling did not pay: at first, and
+/// at most.
 const REST: Duration = Duration::from_millis(100);
 const LONGEST_REST: Duration = Duration::from_secs(10);
+const LONGEST_REST_IDLE: Duration = Duration::from_secs(1);
 
 /// Quiet operations before a page is lent: at first, and at most.
 const PATIENCE: u64 = 256;
 const MOST_PATIENCE: u64 = 1 << 16;
-/// Operations without exits for which it was worth to lend the page: that and taking it back cost
-/// 15 to 50 exits.
+/// Operations without exits for which it was worth to poll, or to lend the page: that and taking it
+/// back cost 15 to 50 exits.
 const PAID: u64 = 512;
 
 /// Why a side core does not poll.
@@ -108,7 +110,7 @@ impl Watch {
     }
 }
 
-/// How long a side core rests that found no processor: longer each time.
+/// How long a side core rests that found no processor, or too little to do: longer each time.
 #[derive(Debug, Default)]
 pub(super) struct Rest {
     next: Option<Duration>,
@@ -116,18 +118,23 @@ pub(super) struct Rest {
 }
 
 impl Rest {
-    /// It parked at `now` because of `why`, after it polled for `polled`.
-    pub fn parked(&mut self, now: Instant, why: Parked, polled: Duration) {
-        if why == Parked::Idle {
+    /// It parked at `now` because of `why`, after it polled for `polled` and served `tails` tail
+    /// writes.
+    pub fn parked(&mut self, now: Instant, why: Parked, polled: Duration, tails: u64) {
+        let (longest, paid) = match why {
+            Parked::Idle => (LONGEST_REST_IDLE, tails >= PAID),
+            Parked::NoProcessor | Parked::Preempted => (LONGEST_REST, false),
+        };
+        if paid {
             self.next = None;
             return;
         }
         let rest = match self.next {
-            Some(next) if polled < LONGEST_REST => next,
+            Some(next) if polled < LONGEST_REST => next.min(longest),
             _ => REST,
         };
         self.until = Some(now + rest);
-        self.next = Some((rest * 2).min(LONGEST_REST));
+        self.next = Some((rest * 2).min(longest));
     }
 
     /// Whether it is over at `now`.
@@ -212,15 +219,35 @@ mod tests {
         let now = Instant::now();
         let mut rest = Rest::default();
         assert!(rest.is_over(now));
-        rest.parked(now, Parked::Preempted, WINDOW);
+        rest.parked(now, Parked::Preempted, WINDOW, PAID);
         assert!(!rest.is_over(now) && rest.is_over(now + REST));
-        rest.parked(now, Parked::NoProcessor, Duration::ZERO);
+        rest.parked(now, Parked::NoProcessor, Duration::ZERO, 0);
         assert!(!rest.is_over(now + REST) && rest.is_over(now + 2 * REST));
         for _ in 0..20 {
-            rest.parked(now, Parked::Preempted, WINDOW);
+            rest.parked(now, Parked::Preempted, WINDOW, 0);
         }
         assert!(rest.is_over(now + LONGEST_REST));
-        rest.parked(now, Parked::Preempted, LONGEST_REST);
+        rest.parked(now, Parked::Preempted, LONGEST_REST, 0);
+        assert!(rest.is_over(now + REST));
+    }
+
+    #[test]
+    fn a_poll_that_served_little_is_followed_by_a_rest() {
+        let now = Instant::now();
+        let mut rest = Rest::default();
+        rest.parked(now, Parked::Idle, WINDOW, PAID);
+        assert!(rest.is_over(now));
+        rest.parked(now, Parked::Idle, WINDOW, PAID - 1);
+        assert!(!rest.is_over(now) && rest.is_over(now + REST));
+        for _ in 0..20 {
+            rest.parked(now, Parked::Idle, WINDOW, 0);
+        }
+        assert!(
+            !rest.is_over(now + LONGEST_REST_IDLE / 2) && rest.is_over(now + LONGEST_REST_IDLE)
+        );
+        // One that paid: the next one is followed by a short rest again.
+        rest.parked(now, Parked::Idle, WINDOW, PAID);
+        rest.parked(now, Parked::Idle, WINDOW, 0);
         assert!(rest.is_over(now + REST));
     }
 

@@ -29,7 +29,7 @@ impl Shared {
         place.take();
         let mut refusals = 0;
         while self.wait() {
-            let start = Instant::now();
+            let (start, before) = (Instant::now(), self.tails());
             let parked = if self.auto && processors.usable() <= self.vcpus {
                 Parked::NoProcessor
             } else {
@@ -51,9 +51,17 @@ impl Shared {
             count.into_iter().for_each(|count| _ = count.fetch_add(1, Ordering::Relaxed));
             self.polled_ms.fetch_add(polled.as_millis() as u64, Ordering::Relaxed);
             let mut state = self.state.lock();
-            state.rest.parked(now, parked, polled);
+            // One that is to poll anyway begins again when there is something to do.
+            if self.auto || parked != Parked::Idle {
+                state.rest.parked(now, parked, polled, self.tails() - before);
+            }
             state.wanted = false;
         }
+    }
+
+    /// Tail writes that it has served.
+    fn tails(&self) -> u64 {
+        self.units.iter().map(Unit::tails).sum()
     }
 
     /// Parked, until there is something to poll for. Returns `false` when the machine stops.
@@ -65,12 +73,11 @@ impl Shared {
 
     /// Polls until it parks.
     fn poll(&self, preemptions: &mut Preemptions) -> Result<Parked, kvm_ioctls::Error> {
-        let tails = || self.units.iter().map(Unit::tails).sum();
         let result = self.register_zones().map(|()| {
             self.polls.fetch_add(1, Ordering::Relaxed);
             self.polling.store(true, Ordering::Relaxed);
             preemptions.since();
-            let mut watch = Watch::new(self.auto, Instant::now(), tails());
+            let mut watch = Watch::new(self.auto, Instant::now(), self.tails());
             loop {
                 let mut worked = false;
                 for _ in 0..ROUNDS {
@@ -85,7 +92,7 @@ impl Shared {
                 if self.state.lock().ended {
                     return Parked::Idle;
                 }
-                let parked = watch.park(Instant::now(), tails(), || preemptions.since());
+                let parked = watch.park(Instant::now(), self.tails(), || preemptions.since());
                 if let Some(parked) = parked {
                     return parked;
                 }
