@@ -32,8 +32,9 @@ help:
 	@echo 'make selftests     Linux'"'"'s iommufd selftests, unmodified, under that library'
 	@echo 'make bench         benchmarks (criterion), then comparisons with QEMU'
 	@echo 'make compare-arm64 /dev/iommu calls for the same arm64 guest, compared with QEMU'"'"'s'
-	@echo 'make fuzz          10 million random sequences of ioctls, DMA and closes to the emulated'
-	@echo '                   host, and a million changed snapshots (nightly Rust)'
+	@echo 'make fuzz          fuzzers of all that guests, files and programs reach, RUNS executions'
+	@echo '                   of TARGET, or a million of each; and what they reach (nightly Rust)'
+	@echo 'make fuzz-all      the same for SECONDS (600), shared by all targets on all processors'
 	@echo 'make loom          the lock-free gate of DMA lookups, in all thread interleavings'
 	@echo 'make tsan          concurrent DMA and changes for a minute under ThreadSanitizer (rustup)'
 	@echo 'make lint          format, clippy (for arm64, too), documentation, dependencies'
@@ -125,11 +126,13 @@ bench:
 compare-arm64: binary-arm64
 	scripts/bench/compare-with-qemu-arm64
 
-# About twenty minutes. scripts/check/fuzz takes another number of sequences.
 fuzz:
 	@$(need) cc c++ cargo
-	scripts/check/fuzz ioctls 10000000
-	scripts/check/fuzz states 1000000
+	scripts/check/fuzz run $(or $(TARGET),all) $(or $(RUNS),1000000)
+
+fuzz-all:
+	@$(need) cc c++ cargo
+	scripts/check/fuzz share $(or $(SECONDS),600)
 
 # A separate target directory, as --cfg loom applies to all dependencies.
 loom:
@@ -143,7 +146,6 @@ tsan:
 lint:
 	@$(need) cc cargo rustfmt cargo-clippy
 	cargo fmt --all --check
-	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	cargo test --locked --quiet -p twostage-tests --test house
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	@# Without the features that other packages enable.
@@ -152,8 +154,8 @@ lint:
 	cargo clippy --locked -p twostage-emulated -p twostage-iommufd-preload --all-targets \
 		--features selftest -- -D warnings
 	@ARM64=$(ARM64) scripts/check/lint-arm64
-	@# The fuzz targets compile. Nothing is linked, so libFuzzer is not built.
-	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
+	@# The fuzzers' programs compile. Nothing is linked, so libFuzzer is not built.
+	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked -p twostage-fuzz --features libfuzzer
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
 	@# As docs.rs does.
 	RUSTDOCFLAGS='-D warnings' \
@@ -190,5 +192,5 @@ clean:
 	rm -rf guest-images/build
 
 .PHONY: help run demo test test-all test-x86-host test-arm64 nested-check preload qemu-demo package \
-	selftests bench compare-arm64 fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
+	selftests bench compare-arm64 fuzz fuzz-all loom tsan lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help

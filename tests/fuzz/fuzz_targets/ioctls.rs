@@ -3,4 +3,4 @@
 //! library.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| twostage_fuzz::run(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| twostage_fuzz::ioctls::run(bytes));

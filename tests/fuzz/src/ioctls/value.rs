@@ -7,7 +7,7 @@ use arbitrary::{Result, Unstructured};
 pub const PAGE: u64 = 0x1000;
 /// Pages of memory of a process.
 pub const PAGES: u64 = 16;
-/// Its address in the table of values: [`crate::process::Process`] inserts the real address.
+/// Its address in the table of values: [`super::process::Process`] inserts the real address.
 pub const MEMORY: u64 = 0x7100_0000_0000;
 
 /// What a value is.

@@ -8,7 +8,7 @@ use iommufd_bindings::*;
 use twostage_emulated::uapi::vfio_request as vfio;
 use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
-use crate::value::{value, Kind};
+use super::value::{value, Kind};
 
 /// One ioctl.
 #[derive(Debug)]

@@ -14,9 +14,9 @@ use twostage_emulated::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
-use crate::access::User;
-use crate::table::iommufd;
-use crate::value::{MEMORY, PAGE, PAGES};
+use super::access::User;
+use super::table::iommufd;
+use super::value::{MEMORY, PAGE, PAGES};
 
 /// A device of the machine.
 struct Device {
