@@ -7,7 +7,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use twostage::spec::pci::Pasid;
+use twostage::spec::smmuv3::command::{AddressRange, Command};
+use twostage::spec::smmuv3::StreamId;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor};
+use twostage_emulated::kit::smmuv3;
 use twostage_emulated::kit::vtd::{Completion, Entry};
 use twostage_emulated::{DmaAccess, DmaAttributes, VtdUnitConfig};
 
@@ -17,11 +20,15 @@ mod common;
 #[allow(dead_code)]
 #[path = "vtd/machine.rs"]
 mod machine;
+#[allow(dead_code)]
+#[path = "smmuv3/machine.rs"]
+mod smmu_machine;
 
 use common::{A, PAGE};
 use machine::{vtd_config, Machine};
 
 const DOMAIN: u16 = 1;
+const ASID: u16 = 1;
 const IOVA: u64 = 0x4000_0000;
 
 /// The system's allocator.
@@ -97,6 +104,32 @@ fn a_batch_of_invalidations_takes_no_allocation() {
             for round in 0..4 {
                 let (made, done) = allocations(|| machine.guest.submit_words(&descriptors));
                 assert_eq!(done, Completion::Done);
+                assert!(round == 0 || made == 0, "{made} for {count} pages, {stride} apart");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_commands_takes_no_allocation() {
+    let (host, unit) = smmu_machine::host();
+    let machine = smmu_machine::Machine::on(host, unit).expect("the default machine");
+    let table = machine.guest.page();
+    machine.guest.map(table, IOVA, machine.guest.page(), 3, true);
+    let cd = machine.guest.context(table, ASID);
+    machine.guest.enable();
+    machine.guest.set_entry(StreamId::from(A), smmuv3::Entry::Stage1 { cd });
+    assert_eq!(machine.guest.flush_entries(&[A]), smmuv3::Completion::Done);
+    let page = |number: u64, leaf| {
+        let range = AddressRange { leaf, ..AddressRange::at(IOVA + number * PAGE) };
+        Command::TlbiNhVa { vmid: 0, asid: ASID, range }.encode()
+    };
+    for (stride, leaf) in [(1, true), (2, true), (2, false)] {
+        for count in [1, 16, 120] {
+            let commands: Vec<_> = (0..count).map(|it| page(it * stride, leaf)).collect();
+            for round in 0..4 {
+                let (made, done) = allocations(|| machine.guest.submit_words(&commands));
+                assert_eq!(done, smmuv3::Completion::Done);
                 assert!(round == 0 || made == 0, "{made} for {count} pages, {stride} apart");
             }
         }

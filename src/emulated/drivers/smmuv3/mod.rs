@@ -3,6 +3,7 @@
 //! for nesting parents; the user's stage 1 is nested through a vIOMMU, which takes commands of the
 //! user's queue and reports events of its streams.
 
+mod streams;
 #[cfg(test)]
 mod tests;
 mod vsmmu;
@@ -22,10 +23,11 @@ use crate::units::hardware::CacheTag;
 use crate::units::page_requests::PageRequests;
 use crate::units::smmuv3::{SmmuV3Unit, StreamEntry};
 use crate::units::stage2::{DirtyLog, Stage2};
+use streams::{Master, Vmaster};
 use twostage::iommufd::{Errno, Extensions, FaultSink, HwptFlags, ObjectId, ViommuKind};
 use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::translation::Granule;
-use vsmmu::{Master, SmmuNested, Vmaster, Vsmmu};
+use vsmmu::{SmmuNested, Vsmmu};
 
 /// Linux's window for the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device
 /// behind an SMMU can map anything else there.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vIOMMU of an SMMU: the user's streams and their events, the user's stream table entries, and
-//! invalidation commands.
+//! A vIOMMU of an SMMU: the user's stream table entries, and invalidation commands.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, MutexGuard, Weak};
+use std::sync::Arc;
 use twostage::sync::Mutex;
+
+use super::streams::{Streams, Vmaster};
 
 use crate::drivers::user_data::{ARM_SMMUV3, ARM_SMMUV3_INVALIDATE};
 use crate::drivers::{NestedDomain, PagingDomain, Partial, UserArray, UserData, ViommuDriver};
@@ -13,16 +13,17 @@ use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome};
 use crate::units::engine::IovaRange;
 use crate::units::hardware::CacheTag;
-use crate::units::smmuv3::{EventSink, Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
-use twostage::iommufd::{Errno, FaultSink, HostFault, HwptFlags, ObjectId, VEVENTQ_ARM_SMMUV3};
+use crate::units::smmuv3::{Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
+use twostage::iommufd::{Errno, HwptFlags};
 use twostage::spec::pci::Pasid;
 use twostage::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
-use twostage::spec::smmuv3::event::EventRecord;
 use twostage::spec::smmuv3::stream_table::{EnableAts, Ste, Ste0, Ste1, StreamConfig};
-use twostage::spec::smmuv3::StreamId;
 
 /// Commands that Linux issues together (`CMDQ_BATCH_ENTRIES`, without the CMD_SYNC).
 const BLOCK: usize = 63;
+
+/// How many commands, and bytes of one, a vIOMMU keeps memory for, for the next call.
+const KEPT: usize = 4096;
 
 /// Bytes of a command.
 const COMMAND_SIZE: usize = 16;
@@ -36,6 +37,16 @@ pub(super) struct Vsmmu {
     /// Keeps the VMID in use.
     _parent: Arc<dyn PagingDomain>,
     streams: Arc<Streams>,
+    scratch: Mutex<Scratch>,
+}
+
+/// Memory for invalidations, so that a call takes no allocation.
+#[derive(Debug, Default)]
+struct Scratch {
+    commands: Vec<[u64; 2]>,
+    converted: Vec<Invalidation>,
+    /// One entry of the user's.
+    entry: Vec<u8>,
 }
 
 impl Vsmmu {
@@ -48,7 +59,8 @@ impl Vsmmu {
     ) -> Self {
         let streams = Streams::new(events.clone());
         let (unit, streams) = (unit.clone(), Arc::new(streams));
-        Self { unit, tag, _parent: parent.clone(), streams }
+        let scratch = Mutex::default();
+        Self { unit, tag, _parent: parent.clone(), streams, scratch }
     }
 
     /// Converts a user's command for the SMMU. Only here is it decoded: the uAPI has words, and a
@@ -117,9 +129,10 @@ impl ViommuDriver for Vsmmu {
     /// Linux converts commands one by one and issues them in blocks. When it refuses one, those
     /// before it in its block count as done, but are never issued.
     fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial> {
-        let commands = read_all(entries)?;
+        let Scratch { commands, converted, entry } = &mut *self.scratch.lock();
+        read_all(entries, entry, commands)?;
         for (number, block) in commands.chunks(BLOCK).enumerate() {
-            let mut converted = Vec::with_capacity(block.len());
+            converted.clear();
             for command in block {
                 match self.convert(*command) {
                     Ok(invalidation) => converted.push(invalidation),
@@ -128,7 +141,7 @@ impl ViommuDriver for Vsmmu {
                     }
                 }
             }
-            if !self.unit.invalidate(&converted) {
+            if !self.unit.invalidate(converted) {
                 let done = number * BLOCK + converted.len().saturating_sub(1);
                 let refused = refuse(Errno::ETIMEDOUT, "a device did not answer CMD_ATC_INV");
                 return refused.map_err(|refusal| Partial { done, refusal });
@@ -182,14 +195,22 @@ fn atc_range(address: u64, size: u8) -> IovaRange {
 ///
 /// # Errors
 /// `EINVAL` another type, or none; `E2BIG` the excess bytes of a command are not zero; `EFAULT`.
-fn read_all(entries: &dyn UserArray) -> Outcome<Vec<[u64; 2]>> {
+fn read_all(
+    entries: &dyn UserArray,
+    entry: &mut Vec<u8>,
+    commands: &mut Vec<[u64; 2]>,
+) -> Outcome<()> {
     let (count, length) = (entries.count(), entries.entry_length());
     if entries.data_type() != ARM_SMMUV3_INVALIDATE || count == 0 {
         let detail = format!("{count} invalidations of type {:#x}", entries.data_type());
         return refuse(Errno::EINVAL, detail);
     }
-    let mut entry = vec![0; length.max(COMMAND_SIZE)];
-    let mut commands = Vec::with_capacity(count);
+    commands.clear();
+    entry.clear();
+    // Whatever the last call took.
+    commands.shrink_to(KEPT);
+    entry.shrink_to(KEPT);
+    entry.resize(length.max(COMMAND_SIZE), 0);
     for index in 0..count {
         // Neither factor has more than 32 bits. At least the entry's length.
         entries.read(index as u64 * length as u64, entry.get_mut(..length).unwrap_or_default())?;
@@ -199,138 +220,13 @@ fn read_all(entries: &dyn UserArray) -> Outcome<Vec<[u64; 2]>> {
         }
         commands.push(words(*command));
     }
-    Ok(commands)
+    Ok(())
 }
 
 /// Two little-endian words.
 fn words(bytes: [u8; COMMAND_SIZE]) -> [u64; 2] {
     let value = u128::from_le_bytes(bytes);
     [value as u64, (value >> 64) as u64]
-}
-
-/// The streams of a vIOMMU.
-#[derive(Debug)]
-struct Streams {
-    /// Requester IDs by the user's StreamIDs.
-    by_vsid: Mutex<BTreeMap<u64, u16>>,
-    events: Arc<ViommuEvents>,
-}
-
-impl Streams {
-    /// No streams yet; their events will go to `events`.
-    fn new(events: Arc<ViommuEvents>) -> Self {
-        Self { by_vsid: Mutex::default(), events }
-    }
-
-    /// The user calls the stream of requester ID `rid` `vsid`.
-    fn insert(&self, vsid: u64, rid: u16) {
-        self.by_vsid().insert(vsid, rid);
-    }
-
-    /// Removes the stream called `vsid`.
-    fn remove(&self, vsid: u64) {
-        self.by_vsid().remove(&vsid);
-    }
-
-    /// Destination of the events of `device`, if the vIOMMU knows it.
-    fn vmaster(&self, device: &Requester) -> Option<Vmaster> {
-        let (vsid, _) = self
-            .by_vsid()
-            .iter()
-            .map(|(vsid, sid)| (*vsid, *sid))
-            .find(|(_, sid)| *sid == device.rid.raw())?;
-        // Linux truncates it like this.
-        Some(Vmaster { vsid: vsid as u32, events: self.events.clone() })
-    }
-
-    /// The stream that the user calls `vsid`.
-    ///
-    /// # Errors
-    /// `EIO` there is none.
-    fn sid(&self, vsid: StreamId) -> Outcome<u16> {
-        match self.by_vsid().get(&vsid.raw().into()) {
-            Some(sid) => Ok(*sid),
-            None => refuse(Errno::EIO, format!("no vDEVICE has the StreamID {vsid}")),
-        }
-    }
-
-    fn by_vsid(&self) -> MutexGuard<'_, BTreeMap<u64, u16>> {
-        self.by_vsid.lock()
-    }
-}
-
-/// Destination of the events of a user's stream.
-#[derive(Debug, Clone)]
-pub(super) struct Vmaster {
-    /// The user's StreamID.
-    pub vsid: u32,
-    /// The vEVENTQs of the vIOMMU.
-    pub events: Arc<ViommuEvents>,
-}
-
-/// The event destinations of a stream: stage 1's events go to the vIOMMU that it is attached
-/// through, with the user's StreamID; stage 2's concern the host.
-#[derive(Debug, Default)]
-pub(super) struct Master(Mutex<Targets>);
-
-#[derive(Default)]
-struct Targets {
-    /// The vIOMMU that the stream is attached through.
-    vmaster: Option<Vmaster>,
-    /// Beyond Linux: gets the faults of stage 2.
-    sink: Option<(ObjectId, Weak<dyn FaultSink>)>,
-}
-
-impl std::fmt::Debug for Targets {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Targets").field("vmaster", &self.vmaster).finish_non_exhaustive()
-    }
-}
-
-impl Master {
-    /// Sets the vIOMMU that the stream is attached through, if any.
-    pub fn set_vmaster(&self, vmaster: Option<Vmaster>) {
-        self.targets().vmaster = vmaster;
-    }
-
-    /// Sets the sink for faults of stage 2.
-    pub fn set_fault_sink(&self, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
-        self.targets().sink = sink;
-    }
-
-    fn targets(&self) -> MutexGuard<'_, Targets> {
-        self.0.lock()
-    }
-}
-
-impl EventSink for Master {
-    fn event(&self, record: &EventRecord) {
-        let targets = self.targets();
-        if !record.qw1.s2() {
-            if let Some(Vmaster { vsid, events }) = &targets.vmaster {
-                let record = EventRecord { qw0: record.qw0.with_stream_id(*vsid), ..*record };
-                let bytes: Vec<u8> =
-                    record.to_words().into_iter().flat_map(u64::to_le_bytes).collect();
-                // Without a vEVENTQ the event is dropped.
-                let _ = events.report(VEVENTQ_ARM_SMMUV3, &bytes);
-            }
-            return;
-        }
-        let sink = targets.sink.as_ref().and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)));
-        drop(targets);
-        if let Some((dev, sink)) = sink {
-            sink.dma_fault(&HostFault {
-                dev,
-                pasid: record.substream().map(|substream| substream.raw()),
-                address: record.input_address,
-                write: !record.qw1.rnw(),
-                execute: record.qw1.ind(),
-                privileged: record.qw1.pnu(),
-                reason: record.qw0.id(),
-                stage2: true,
-            });
-        }
-    }
 }
 
 /// The user's stream table entry, for streams of a vIOMMU.

@@ -2,9 +2,7 @@
 //! From the guest's invalidations to the host's: one call on the vIOMMU per batch, without the
 //! commands that another one makes redundant.
 
-use std::collections::HashSet;
-use std::mem::{discriminant, Discriminant};
-
+use super::flush_set::{cache, is_of_device, Cache, Scratch};
 use super::state::{self, Device, State};
 use crate::iommufd::{iommu_viommu_arm_smmuv3_invalidate, Errno, HostError, InvalidateData};
 use crate::nesting::{NestingError, Result};
@@ -37,9 +35,21 @@ impl State {
     /// See [`crate::viommu::smmuv3::SmmuHostSide::invalidate`].
     pub fn invalidate(&mut self, batch: &[Command]) -> Result<(), Refused> {
         self.counters.commands_in += batch.len() as u64;
-        let (commands, foreign) = own(batch);
-        let commands = self.needed(commands);
-        match (self.forward(&commands), foreign) {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.start(batch);
+        let number = scratch.own.len();
+        let foreign = batch.get(number).map(|command| Refused {
+            number,
+            error: NestingError::NoInvalidation(command.name()),
+            flushed: false,
+            unanswered: false,
+            done: false,
+            still_reachable: false,
+        });
+        self.needed(&mut scratch);
+        let forwarded = self.forward(&scratch);
+        self.scratch = scratch;
+        match (forwarded, foreign) {
             // Of the two, only this one is not done.
             (Err(silent), Some(foreign)) if silent.done => {
                 Err(Refused { unanswered: true, ..foreign })
@@ -48,18 +58,17 @@ impl State {
         }
     }
 
-    fn forward(&mut self, commands: &[Numbered]) -> Result<(), Refused> {
+    fn forward(&mut self, Scratch { needed, commands, .. }: &Scratch) -> Result<(), Refused> {
         // A stream that could not be blocked when a flush failed is still there.
         let behind = self.flush_due && self.any_translates();
         if commands.is_empty() && !behind {
             return Ok(());
         }
-        let all: Vec<Command> = commands.iter().map(|numbered| numbered.command).collect();
         let mut refusal = None;
         if !behind {
-            match self.issue(&all) {
+            match self.issue(commands) {
                 Ok(()) => return Ok(()),
-                Err(source) if self.done_despite_silence(&all, &source) => {
+                Err(source) if self.done_despite_silence(commands, &source) => {
                     let error = NestingError::Host { what: "invalidating".into(), source };
                     let (number, still_reachable) = (0, false);
                     let (flushed, unanswered, done) = (false, true, true);
@@ -82,10 +91,10 @@ impl State {
         }
         // ... but the guest must be told: with the command to blame, or, if the host accepts all of
         // them now, with the first, as any of them may have failed.
-        let culprit = self.first_refused(&all).or(refusal.map(|source| (0, source)));
+        let culprit = self.first_refused(commands).or(refusal.map(|source| (0, source)));
         let Some((at, source)) = culprit else { return Ok(()) };
         Err(Refused {
-            number: commands.get(at).map_or(0, |command| command.number),
+            number: needed.get(at).map_or(0, |command| command.number),
             error: NestingError::Host { what: "invalidating".into(), source },
             flushed: true,
             unanswered: false,
@@ -111,13 +120,13 @@ impl State {
             })
     }
 
-    /// The subset of `commands` that the host must do. For a stream that does not use stage 1 only
+    /// Finds what the host must do of the own commands. For a stream that does not use stage 1 only
     /// translations can be cached; stale ones are flushed before the next stream uses stage 1.
-    fn needed(&mut self, mut commands: Vec<Numbered>) -> Vec<Numbered> {
+    fn needed(&mut self, scratch: &mut Scratch) {
         let translates = self.any_translates();
-        let before = commands.len();
+        let before = scratch.own.len();
         let mut stale = false;
-        commands.retain(|command| match cache(&command.command) {
+        scratch.own.retain(|command| match cache(&command.command) {
             Some(Cache::Configuration(stream)) => {
                 self.device(stream).is_some_and(|device| self.may_translate(device))
             }
@@ -130,11 +139,10 @@ impl State {
             }
         });
         self.flush_due |= stale && self.tlb_used;
-        let cached = commands.len();
+        let cached = scratch.own.len();
         self.counters.not_cached += (before - cached) as u64;
-        let needed = without_covered(commands);
-        self.counters.merged += (cached - needed.len()) as u64;
-        needed
+        scratch.drop_covered();
+        self.counters.merged += (cached - scratch.needed.len()) as u64;
     }
 
     fn device(&self, stream: StreamId) -> Option<&Device> {
@@ -246,185 +254,14 @@ impl State {
         for piece in commands.chunks(MAX_COMMANDS) {
             let words =
                 |command: &Command| iommu_viommu_arm_smmuv3_invalidate { cmd: command.encode() };
-            let piece: Vec<_> = piece.iter().map(words).collect();
+            self.words.clear();
+            self.words.extend(piece.iter().map(words));
             self.objects
                 .host()
-                .hwpt_invalidate(viommu, InvalidateData::ArmSmmuV3(&piece))
+                .hwpt_invalidate(viommu, InvalidateData::ArmSmmuV3(&self.words))
                 .map_err(|stopped| stopped.error)?;
             self.counters.commands_out += piece.len() as u64;
         }
         Ok(())
-    }
-}
-
-/// The commands of `batch` up to the first that is not an invalidation of stage 1, which the
-/// virtual SMMU does not pass on; and that one, as an error.
-fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
-    let own = batch.iter().take_while(|command| cache(command).is_some());
-    let own = own.enumerate().map(|(number, &command)| Numbered { number, command });
-    let own: Vec<Numbered> = own.collect();
-    let number = own.len();
-    let foreign = batch.get(number).map(|command| Refused {
-        number,
-        error: NestingError::NoInvalidation(command.name()),
-        flushed: false,
-        unanswered: false,
-        done: false,
-        still_reachable: false,
-    });
-    (own, foreign)
-}
-
-/// A command, with its number in the batch from the virtual SMMU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Numbered {
-    /// Its number in the batch.
-    pub number: usize,
-    /// The command.
-    pub command: Command,
-}
-
-/// The cache that a command invalidates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cache {
-    /// Context descriptors of this stream.
-    Configuration(StreamId),
-    /// Translations.
-    Tlb,
-    /// Translations cached by the device of this stream.
-    Device(StreamId),
-}
-
-/// The cache that `command` invalidates; `None` if it is not an invalidation of stage 1.
-fn cache(command: &Command) -> Option<Cache> {
-    match *command {
-        Command::CfgiCd { stream, .. } | Command::CfgiCdAll { stream } => {
-            Some(Cache::Configuration(stream))
-        }
-        Command::TlbiNhAll { .. }
-        | Command::TlbiNhAsid { .. }
-        | Command::TlbiNhVa { .. }
-        | Command::TlbiNhVaa { .. }
-        | Command::TlbiNsnhAll => Some(Cache::Tlb),
-        Command::AtcInv { stream, .. } => Some(Cache::Device(stream)),
-        _ => None,
-    }
-}
-
-/// Whether `command` invalidates a device-TLB.
-fn is_of_device(command: &Command) -> bool {
-    matches!(cache(command), Some(Cache::Device(_)))
-}
-
-fn kind(command: &Command) -> Option<Discriminant<Cache>> {
-    cache(command).as_ref().map(discriminant)
-}
-
-/// `commands`, in order, without those that another one covers.
-///
-/// The guest wrote every command of a batch, and changed the structures concerned, before the first
-/// command reaches the host. So commands for the same cache may be merged as long as no command for
-/// another cache is between them. Across caches the order matters: translations are made from
-/// context descriptors, and device-TLB entries from translations, so a cache may be refilled from a
-/// stale one that is only invalidated later.
-fn without_covered(commands: Vec<Numbered>) -> Vec<Numbered> {
-    let mut kept = Vec::with_capacity(commands.len());
-    for run in commands.chunk_by(|one, next| kind(&one.command) == kind(&next.command)) {
-        let all: Vec<&Numbered> = run.iter().filter(|of| is_of_all(&of.command)).collect();
-        let mut seen = HashSet::new();
-        kept.extend(run.iter().filter(|this| {
-            let covered = all.iter().any(|all| covers(&all.command, &this.command));
-            !covered && seen.insert(same_for_host(this.command))
-        }));
-    }
-    kept
-}
-
-/// The host replaces the guest's VMID with its own, and has one command for all translations.
-fn same_for_host(command: Command) -> Command {
-    match command {
-        Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => Command::TlbiNhAll { vmid: 0 },
-        Command::TlbiNhAsid { asid, .. } => Command::TlbiNhAsid { vmid: 0, asid },
-        Command::TlbiNhVa { asid, range, .. } => Command::TlbiNhVa { vmid: 0, asid, range },
-        Command::TlbiNhVaa { range, .. } => Command::TlbiNhVaa { vmid: 0, range },
-        other => other,
-    }
-}
-
-fn is_of_all(command: &Command) -> bool {
-    matches!(command, Command::TlbiNhAll { .. } | Command::TlbiNsnhAll | Command::CfgiCdAll { .. })
-}
-
-/// Whether `all`, which [`is_of_all`], also does what the other kind of command does.
-/// `TLBI_NH_ASID` covers none: it spares global translations, which invalidations by address drop.
-fn covers(all: &Command, command: &Command) -> bool {
-    match (all, command) {
-        (Command::CfgiCdAll { stream: all }, Command::CfgiCd { stream, .. }) => all == stream,
-        (
-            Command::TlbiNhAll { .. } | Command::TlbiNsnhAll,
-            Command::TlbiNhAsid { .. } | Command::TlbiNhVa { .. } | Command::TlbiNhVaa { .. },
-        ) => true,
-        _ => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::spec::smmuv3::command::AddressRange;
-
-    const ALL: Command = Command::TlbiNhAll { vmid: 0 };
-
-    fn page(asid: u16, page: u64) -> Command {
-        Command::TlbiNhVa { vmid: 0, asid, range: AddressRange::at(page << 12) }
-    }
-
-    fn asid(asid: u16) -> Command {
-        Command::TlbiNhAsid { vmid: 0, asid }
-    }
-
-    fn cd(stream: u32, substream: u32) -> Command {
-        let substream = Pasid::new(substream).unwrap();
-        Command::CfgiCd { stream: StreamId(stream), substream, leaf: true }
-    }
-
-    fn atc(stream: u32) -> Command {
-        let stream = StreamId(stream);
-        Command::AtcInv { stream, substream: None, global: false, address: 0, size: 52 }
-    }
-
-    /// The numbers of the commands kept.
-    fn kept(commands: &[Command]) -> Vec<usize> {
-        let numbered =
-            commands.iter().enumerate().map(|(number, &command)| Numbered { number, command });
-        without_covered(numbered.collect()).iter().map(|command| command.number).collect()
-    }
-
-    #[test]
-    fn what_is_of_all_covers_the_rest_of_its_run() {
-        assert_eq!(kept(&[page(1, 1), asid(1), ALL, page(2, 2)]), [2]);
-        assert_eq!(kept(&[ALL, Command::TlbiNsnhAll, page(1, 1)]), [0]);
-        let all_of_8 = Command::CfgiCdAll { stream: StreamId(8) };
-        assert_eq!(kept(&[cd(8, 0), cd(9, 0), all_of_8, cd(8, 5)]), [1, 2]);
-    }
-
-    #[test]
-    fn repetitions_go() {
-        assert_eq!(kept(&[page(1, 1), page(1, 2), page(1, 1), page(2, 1)]), [0, 1, 3]);
-        let other_vmid = Command::TlbiNhAsid { vmid: 7, asid: 1 };
-        assert_eq!(kept(&[asid(1), other_vmid, atc(8), atc(8)]), [0, 2]);
-    }
-
-    #[test]
-    fn an_asid_does_not_cover_addresses_for_they_may_be_global() {
-        assert_eq!(kept(&[page(1, 1), asid(1)]), [0, 1]);
-    }
-
-    #[test]
-    fn nothing_moves_past_another_kind() {
-        // Between the first and the last, the TLB may be filled from a stale context descriptor.
-        assert_eq!(kept(&[page(1, 1), cd(8, 0), page(1, 1)]), [0, 1, 2]);
-        assert_eq!(kept(&[page(1, 1), cd(8, 0), ALL]), [0, 1, 2]);
-        assert_eq!(kept(&[atc(8), page(1, 1), atc(8)]), [0, 1, 2]);
     }
 }

@@ -24,6 +24,7 @@
 
 mod attachments;
 mod faults;
+mod flush_set;
 mod invalidate;
 mod page_requests;
 mod sides;

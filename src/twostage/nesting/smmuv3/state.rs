@@ -7,10 +7,12 @@ use std::io;
 use std::sync::Arc;
 
 use super::faults::{deliver, EventRoute};
+use super::flush_set::Scratch;
 use super::page_requests::PageRouter;
 use super::SmmuNestingCounters;
 use crate::iommufd::{
-    Errno, EventQueue, HwInfo, HwInfoData, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3,
+    iommu_viommu_arm_smmuv3_invalidate, Errno, EventQueue, HwInfo, HwInfoData, ObjectId,
+    ViommuKind, VEVENTQ_ARM_SMMUV3,
 };
 use crate::nesting::objects::{NestedHwpts, Objects};
 use crate::nesting::reader::{QueueThread, Signal};
@@ -62,6 +64,9 @@ pub(super) struct State {
     /// The TLB may hold stale entries that no unblocked stream can use: it must be flushed before
     /// one can.
     pub flush_due: bool,
+    pub scratch: Scratch,
+    /// Of the last host call: memory for the next one.
+    pub words: Vec<iommu_viommu_arm_smmuv3_invalidate>,
     /// Except the host calls and events, which are counted where they occur.
     pub counters: SmmuNestingCounters,
 }
@@ -87,6 +92,8 @@ impl State {
             nested: NestedHwpts::default(),
             tlb_used: false,
             flush_due: false,
+            scratch: Scratch::default(),
+            words: Vec::new(),
             counters: SmmuNestingCounters::default(),
         }
     }

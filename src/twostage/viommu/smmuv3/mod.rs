@@ -68,7 +68,7 @@ use crate::spec::smmuv3::StreamId;
 use fault_log::{Offered, Signal};
 use page_requests::PageRequests;
 use policy::{policy_while_disabled, StreamTable};
-use queue::Slice;
+use queue::{Batch, Slice};
 use requesters::{Decision, Streams};
 use stalls::Stalls;
 use state::Counters;
@@ -131,6 +131,8 @@ pub struct Smmu {
     faults: Mutex<FaultLog>,
     pages: Mutex<PageRequests>,
     stalls: Mutex<Stalls>,
+    /// Empty between slices of the queue.
+    batch: Mutex<Batch>,
     streams: Streams,
     counters: Counters,
     log: RateLimit,
@@ -174,6 +176,7 @@ impl Smmu {
             faults: Mutex::default(),
             pages: Mutex::default(),
             stalls: Mutex::default(),
+            batch: Mutex::default(),
             streams: Streams::default(),
             counters: Counters::default(),
             log: RateLimit::default(),

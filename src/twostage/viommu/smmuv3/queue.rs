@@ -83,9 +83,22 @@ struct Pass {
     /// The guest's CMDQ_PROD: the index behind the last command.
     end: u32,
     /// Invalidations batched and not done yet.
-    batch: Vec<Command>,
+    batch: Batch,
+}
+
+/// Invalidations to be done together. Empty, it keeps its memory for the next slice.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    commands: Vec<Command>,
     /// The index of each of them.
     indices: Vec<u32>,
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.commands.clear();
+        self.indices.clear();
+    }
 }
 
 impl Smmu {
@@ -95,20 +108,21 @@ impl Smmu {
             return Slice::Done;
         }
         let queue = registers.cmdq_base.layout(COMMAND_SIZE, self.caps.idr1.cmdqs());
-        let mut pass = Pass {
-            queue,
-            fetch: queue.truncate(registers.cmdq_cons.rd()),
-            end: queue.truncate(registers.cmdq_prod.wr()),
-            batch: Vec::new(),
-            indices: Vec::new(),
-        };
-        if pass.fetch == pass.end {
+        let fetch = queue.truncate(registers.cmdq_cons.rd());
+        let end = queue.truncate(registers.cmdq_prod.wr());
+        if fetch == end {
             return Slice::Done;
         }
-        self.walk(registers, &mut pass).unwrap_or_else(|stop| {
+        let batch = std::mem::take(&mut *self.batch.lock());
+        let mut pass = Pass { queue, fetch, end, batch };
+        let slice = self.walk(registers, &mut pass).unwrap_or_else(|stop| {
             self.stop_queue(registers, &mut pass, stop);
             Slice::Done
-        })
+        });
+        // What a stop has left is fetched again.
+        pass.batch.clear();
+        *self.batch.lock() = pass.batch;
+        slice
     }
 
     fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Slice, Stop> {
@@ -139,8 +153,8 @@ impl Smmu {
             match action {
                 Action::Nothing => {}
                 Action::Invalidate => {
-                    pass.batch.push(command);
-                    pass.indices.push(pass.fetch);
+                    pass.batch.commands.push(command);
+                    pass.batch.indices.push(pass.fetch);
                 }
                 Action::Configure(scope) => self
                     .configure(registers, scope)
@@ -149,7 +163,7 @@ impl Smmu {
                 Action::Sync(_) => self.settle_stalls(),
             }
             pass.fetch = pass.queue.next(pass.fetch);
-            if pass.batch.is_empty() {
+            if pass.batch.commands.is_empty() {
                 registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
             }
             if let Action::Sync(signal) = action {
@@ -183,7 +197,7 @@ impl Smmu {
 
     /// [`Smmu::flush`], unless the batch is empty: no command could be blamed for a failure.
     fn flush_batch(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
-        if pass.batch.is_empty() {
+        if pass.batch.commands.is_empty() {
             return Ok(());
         }
         self.flush(registers, pass)
@@ -192,13 +206,16 @@ impl Smmu {
     /// Gives the batch, and what must be given again, to the host; CMDQ_CONS then follows. A
     /// failure is blamed on a batched command, or else on the one at the fetch index.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
-        let batch = std::mem::take(&mut pass.batch);
-        let indices = std::mem::take(&mut pass.indices);
+        let Batch { commands, indices } = &pass.batch;
         let blamed = indices.first().copied().unwrap_or(pass.fetch);
-        if let Err(error) = self.invalidate_host(&batch) {
+        let result = self.invalidate_host(commands);
+        let refused = |number: usize| indices.get(number).copied().unwrap_or(blamed);
+        let result = result.map_err(|error| (refused(error.refused), error));
+        pass.batch.clear();
+        if let Err((refused, error)) = result {
             registers.unanswered |= error.unanswered;
             if !error.done {
-                return Err(Stop::Host(indices.get(error.refused).copied().unwrap_or(blamed)));
+                return Err(Stop::Host(refused));
             }
         }
         self.reapply(registers).map_err(|not_applied| Stop::of(not_applied, blamed))?;
