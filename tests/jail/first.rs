@@ -8,7 +8,7 @@ mod filter;
 use std::env;
 use std::hint::black_box;
 use std::process::{self, Command};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::thread;
 
 use seccompiler::{apply_filter, SeccompAction};
@@ -62,9 +62,29 @@ fn the_first_return_of_memory() {
     guest.join().unwrap();
 }
 
-const FIRST: [(&str, fn()); 2] = [
+/// Threads that may do little have memory of their own, more of them than the C library takes
+/// without asking how many processors there are.
+fn memory_of_many_threads() {
+    const MANY: usize = 20;
+    jail::prepare().unwrap();
+    let threads = [libc::SYS_clone3, libc::SYS_set_robust_list, libc::SYS_rseq];
+    let own = [&threads[..], &[libc::SYS_prctl, libc::SYS_gettid, libc::SYS_exit_group]].concat();
+    apply_filter(&filter(&GUEST, &own, SeccompAction::KillProcess).unwrap()).unwrap();
+    let all = Barrier::new(MANY);
+    thread::scope(|scope| {
+        for _ in 0..MANY {
+            scope.spawn(|| {
+                drop(black_box(vec![1u8; 1000]));
+                all.wait();
+            });
+        }
+    });
+}
+
+const FIRST: [(&str, fn()); 3] = [
     ("the-first-thread", the_first_thread),
     ("the-first-return-of-memory", the_first_return_of_memory),
+    ("memory-of-many-threads", memory_of_many_threads),
 ];
 
 fn main() {
