@@ -16,10 +16,14 @@ const NAMES: [&str; 6] = ["twostage", "output", "vcpu0", "vcpu1", "edu-dma", "pa
 
 /// A machine with several kinds of threads, whose guest idles; and the name and status of each.
 fn threads(jail: &[&str]) -> Vec<(String, String)> {
+    threads_of(with_default_signals(TWOSTAGE), jail)
+}
+
+/// The same of `command`, which gets the arguments.
+fn threads_of(mut command: Command, jail: &[&str]) -> Vec<(String, String)> {
     let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
     let report = NamedTempFile::new().unwrap();
     let disk = kernel(&[0; 4096]);
-    let mut command = with_default_signals(TWOSTAGE);
     command.args(["run", "--memory", "size=16M", "--cpus", "boot=2", "--kernel", text(&image)]);
     command.args(["--iommu", "vtd,ats=on,pri=on", "--device", "edu,pasid=on,ats=on,pri=on"]);
     command.args(["--disk", &format!("path={},iommu=off", text(&disk))]);
@@ -59,8 +63,7 @@ fn every_thread_has_a_filter_and_no_privileges() {
     if !kvm() {
         return;
     }
-    let threads = threads(&["--jail", "on"]);
-    for (name, status) in &threads {
+    for (name, status) in threads(&[]).iter().chain(&threads(&["--jail", "on"])) {
         assert_eq!(field(status, "Seccomp"), "2", "{name}");
         assert_eq!(field(status, "NoNewPrivs"), "1", "{name}");
         for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
@@ -87,6 +90,25 @@ fn the_user_and_the_group_are_those_that_are_named() {
     for (name, status) in threads(&["--jail", "on", "--uid", "0"]) {
         assert_eq!(field(&status, "Uid"), ["0"; 4].join("\t"), "{name}");
         assert_eq!(field(&status, "CapPrm"), "0".repeat(16), "{name}");
+    }
+}
+
+/// The root of a user namespace without other users, as `scripts/nested/here` makes one.
+#[test]
+fn a_root_who_cannot_become_another_stays_and_has_a_jail() {
+    let unshare = |program: &str| {
+        let mut command = with_default_signals("unshare");
+        command.args(["--map-root-user", program]);
+        command
+    };
+    if !kvm() || !unshare("true").status().is_ok_and(|status| status.success()) {
+        return eprintln!("no user namespaces, or no KVM: not tested");
+    }
+    let own = fs::read_to_string("/proc/self/status").unwrap();
+    for (name, status) in threads_of(unshare(TWOSTAGE), &[]) {
+        assert_eq!(field(&status, "Seccomp"), "2", "{name}");
+        assert_eq!(field(&status, "CapPrm"), "0".repeat(16), "{name}");
+        assert_eq!(field(&status, "Uid"), field(&own, "Uid"), "{name}");
     }
 }
 

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The options of the jail: `--jail`, `--uid` and `--gid`.
 
+use std::fs;
 use std::path::Path;
 
 use clap::{Args, ValueEnum};
 use rustix::process::geteuid;
+use rustix::thread::{capabilities, CapabilitySet};
 
 use crate::config::{ConfigError, DeviceConfig, MachineConfig, SerialConfig, TapConfig};
 use crate::process::jail::{Access, Mode, Reopened, Settings, User};
@@ -17,12 +19,12 @@ pub(super) struct JailArgs {
     /// Whether this process gives up what it does not need, before the guest starts: files,
     /// capabilities, its user, and most system calls, by a filter for each kind of thread
     /// (docs/security.md).
-    #[arg(long, value_enum, default_value = "off")]
+    #[arg(long, value_enum, default_value = "on")]
     jail: JailMode,
 
     /// User that a process of root becomes in the jail, when everything is open: a number. 0: none.
     /// With --on-reset restart it stays root, without most capabilities, as it opens its files
-    /// again. [default: 65534, nobody]
+    /// again. [default: 65534, nobody, where there is such a user]
     #[arg(long, value_name = "NUMBER", value_parser = number())]
     uid: Option<u32>,
 
@@ -79,10 +81,33 @@ impl JailArgs {
         if let (Some(option), Some(why)) = (named, contradiction) {
             return Err(ConfigError::User { option, why });
         }
-        let becomes = geteuid().is_root() && user.uid != 0 && !restarts;
+        let can = named.is_some() || can_become_nobody();
+        let becomes = geteuid().is_root() && user.uid != 0 && !restarts && can;
         let reopened = again.map(reopened);
         Ok(Settings { mode, user: becomes.then_some(user), reopened })
     }
+}
+
+/// Whether root may become others here, and has nobody to become: not so in a container without the
+/// capabilities, or in a user namespace with one user (`unshare --map-root-user`).
+fn can_become_nobody() -> bool {
+    let others = CapabilitySet::SETUID | CapabilitySet::SETGID;
+    let may = capabilities(None).is_ok_and(|sets| sets.effective.contains(others));
+    let is_there = |map: &str| fs::read_to_string(map).map_or(true, |text| maps(&text, NOBODY));
+    may && ["/proc/self/uid_map", "/proc/self/gid_map"].into_iter().all(is_there)
+}
+
+/// Whether the map of a user namespace (user_namespaces(7)) has `number`.
+fn maps(map: &str, number: u32) -> bool {
+    map.lines().any(|line| {
+        let mut numbers = line.split_whitespace().map(str::parse::<u32>);
+        match [numbers.next(), numbers.nth(1)] {
+            [Some(Ok(first)), Some(Ok(count))] => {
+                number.checked_sub(first).is_some_and(|at| at < count)
+            }
+            _ => false,
+        }
+    })
 }
 
 /// What building `config` again opens.
@@ -113,4 +138,25 @@ fn reopened(config: &MachineConfig) -> Vec<Reopened> {
         all.push(write(path));
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_where_the_map_has_him() {
+        for (map, there) in [
+            ("         0          0 4294967295\n", true),
+            ("0 1000 1\n1 100000 65536\n", true),
+            ("0 1000 1\n", false),
+            ("0 100000 65534\n", false),
+            ("65534 7 1", true),
+            ("65535 7 9", false),
+            ("", false),
+            ("a b c", false),
+        ] {
+            assert_eq!(maps(map, NOBODY), there, "{map:?}");
+        }
+    }
 }
