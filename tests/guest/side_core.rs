@@ -41,6 +41,7 @@ fn every_check_holds_with_one_side_core_for_two_units() {
     assert_eq!(outcome.report["side_core"]["mode"], "auto");
 }
 
+/// Interrupts that move, those of MSI-X in KVM's table, are moved by the side core.
 #[test]
 fn every_check_holds_with_a_side_core_in_the_jail() {
     if !kvm() {
@@ -50,6 +51,7 @@ fn every_check_holds_with_a_side_core_in_the_jail() {
     assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&["malformed_tables"]));
     assert_ne!(number(&outcome.report, "/side_core/tails_coalesced"), 0);
     assert_remapped(&outcome);
+    assert!(number(&outcome.report, "/interrupts/route_updates") >= 3, "{:#}", outcome.report);
 }
 
 /// Counts, not times: exits of a guest that unmaps one page after the other.

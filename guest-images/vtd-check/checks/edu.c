@@ -8,6 +8,7 @@
 #define MSIX_VECTOR 2u
 // And BAR 2 has memory.
 #define MEMORY_BAR (PCI_BAR0 + 8)
+#define BARS 3u
 
 static u32 reg(enum edu_register offset)
 {
@@ -153,8 +154,10 @@ static void memory(void)
 static void function_level_reset(void)
 {
     volatile u64 *page = page_new();
-    u32 bar = pci_read(DEVICE->place, PCI_BAR0), command;
+    u32 bars[BARS], command;
 
+    for (u16 n = 0; n < BARS; n++)
+        bars[n] = pci_read(DEVICE->place, (u16)(PCI_BAR0 + 4 * n));
     SKIP_UNLESS(pci_can_reset(DEVICE->place), "the device has no function-level reset");
     page[0] = 0x1122334455667788;
     EXPECT(edu_read_from(DEVICE, NO_PASID, gpa_of(page), 512, 8), "the read does not end");
@@ -162,8 +165,10 @@ static void function_level_reset(void)
     reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
     pci_reset(DEVICE->place);
     command = pci_read(DEVICE->place, PCI_COMMAND);
-    // Whatever was found, the checks that follow need the device. Its BAR may have lost the address.
-    pci_write(DEVICE->place, PCI_BAR0, bar);
+    // Whatever was found, the checks that follow need the device. Its BARs may have lost their
+    // addresses.
+    for (u16 n = 0; n < BARS; n++)
+        pci_write(DEVICE->place, (u16)(PCI_BAR0 + 4 * n), bars[n]);
     pci_write(DEVICE->place, PCI_COMMAND, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER);
     if (DEVICE->has_pasid)
         edu_pasid_enable(DEVICE, true);

@@ -63,6 +63,7 @@ static void teardown_remapping(void)
         (void)vtd_switch(GCMD_IRE, false);
         (void)vtd_switch(GCMD_CFI, false);
         pci_msi_disable(DEVICE->place);
+        pci_msix_disable(DEVICE->place);
     }
     teardown();
 }
@@ -241,6 +242,22 @@ static void stale_until_global(void)
     change(inv_interrupt_entry(INTERRUPT_ENTRY_GLOBAL, 0, 0), inv_context(CONTEXT_GLOBAL, 0, 0));
 }
 
+// What the vector's message becomes may be known to whoever sends it, and must change with the entry.
+static void msix_moves(void)
+{
+    static const unsigned to[] = {VECTOR_OTHER, VECTOR_EDU_MSI, VECTOR_OTHER};
+
+    pci_msi_disable(DEVICE->place);
+    entry_set(INDEX, VECTOR_EDU_MSI, IRTE_P, 0);
+    SKIP_UNLESS(pci_msix_set(DEVICE->place, 0, message_address(INDEX), 0), "no MSI-X capability");
+    REQUIRE(arrives(VECTOR_EDU_MSI));
+    for (unsigned n = 0; n < ARRAY_LEN(to); n++) {
+        entry_set(INDEX, to[n], IRTE_P, 0);
+        REQUIRE(invalidate(inv_interrupt_entry(INTERRUPT_ENTRY_INDEX, INDEX, 0)));
+        REQUIRE(arrives(to[n]));
+    }
+}
+
 static void removed(void)
 {
     entry_set(INDEX, VECTOR_EDU_MSI, IRTE_P, 0);
@@ -318,6 +335,7 @@ static const struct check list[] = {
     {"entry stale until the invalidation of its index", stale_until_index},
     {"entry stale until the invalidation of a range", stale_until_mask},
     {"entry stale until the global invalidation", stale_until_global},
+    {"a vector of MSI-X moves with its entry", msix_moves},
     {"entry taken away: fault 22h after the invalidation", removed},
     {"the fault event is not remapped", fault_event},
     {"destinations of 32 bits", wide_destination},
