@@ -9,8 +9,9 @@
 //! page requests, for example, needs their [ioctls](crate::iommufd::Verb::ioctls), too.
 //!
 //! # What is in the tables
-//! * Both architectures, glibc (2.34 and later) and musl, debug and release builds; a system call
-//!   that a machine does not have has no number there.
+//! * Both architectures, glibc (2.34 and later), debug and release builds; a system call that a
+//!   machine does not have has no number there. A few calls are what musl makes instead of others,
+//!   but nothing is tested with it.
 //! * Not what glibc asks `/proc` and `/sys` once in a process, on whichever thread needs memory:
 //!   [`prepare`] has that done before there is a filter.
 //! * Not what the VMM does when it is called: its interrupt sinks, observers, watchers and its
@@ -78,12 +79,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use std::hint::black_box;
-use std::io;
-use std::sync::mpsc;
-use std::thread;
+mod once;
 
-use crate::sync::Mutex;
+pub use once::prepare;
 
 /// An ioctl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -248,42 +246,6 @@ pub static REMOVE: ThreadKind = ThreadKind {
     // Dropping a queue ends the thread that waits for it.
     own: &[WRITE, CLOSE, FCNTL],
 };
-
-/// Has the C library do now what it does only once in a process, on whichever thread needs it
-/// first. glibc opens, reads and closes files in `/proc` and `/sys`: before a thread other than the
-/// main one returns memory to the kernel, for how that overcommits memory; and before a ninth
-/// thread besides the main one has memory of its own, for how many processors there are. A VMM
-/// calls this before it installs its first filter.
-///
-/// # Errors
-/// A thread cannot be started.
-pub fn prepare() -> io::Result<()> {
-    let end = Mutex::new(());
-    thread::scope(|scope| {
-        let not_yet = end.lock();
-        let (has_memory, all_have) = mpsc::channel::<()>();
-        for _ in 0..THREADS_WITH_MEMORY {
-            let (end, has_memory) = (&end, has_memory.clone());
-            let work = move || {
-                let memory = [(); 4].map(|()| black_box(vec![1u8; 100_000]));
-                drop(has_memory);
-                drop(end.lock());
-                // The last one is at the end of the thread's heap, and more than glibc keeps there.
-                drop(memory);
-            };
-            thread::Builder::new().name("prepare".to_owned()).spawn_scoped(scope, work)?;
-        }
-        drop(has_memory);
-        // Nothing is sent: it ends when all have dropped theirs.
-        let _ = all_have.recv();
-        drop(not_yet);
-        Ok(())
-    })
-}
-
-/// That many threads besides the main one have glibc ask for the number of processors
-/// (`M_ARENA_TEST`, mallopt(3), and one more).
-const THREADS_WITH_MEMORY: usize = 9;
 
 /// Every kind.
 pub static KINDS: [&ThreadKind; 5] = [&SETUP, &GUEST, &EVENTS, &QUEUE, &REMOVE];
