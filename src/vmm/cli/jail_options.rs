@@ -2,14 +2,13 @@
 //! The options of the jail: `--jail`, `--uid` and `--gid`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use rustix::process::geteuid;
-use rustix::thread::{capabilities, CapabilitySet};
 
 use crate::config::{ConfigError, DeviceConfig, MachineConfig, SerialConfig, TapConfig};
-use crate::process::jail::{Access, Mode, Reopened, Settings, User};
+use crate::process::jail::{can_become, Access, Mode, Reopened, Settings, User};
 
 /// The user and the group that nobody's files belong to.
 const NOBODY: u32 = 65534;
@@ -81,33 +80,12 @@ impl JailArgs {
         if let (Some(option), Some(why)) = (named, contradiction) {
             return Err(ConfigError::User { option, why });
         }
-        let can = named.is_some() || can_become_nobody();
-        let becomes = geteuid().is_root() && user.uid != 0 && !restarts && can;
+        let becomes = mode == Mode::On && geteuid().is_root() && user.uid != 0 && !restarts;
+        // Who has not asked for it stays root where that is impossible.
+        let becomes = becomes && (named.is_some() || can_become(user));
         let reopened = again.map(reopened);
         Ok(Settings { mode, user: becomes.then_some(user), reopened })
     }
-}
-
-/// Whether root may become others here, and has nobody to become: not so in a container without the
-/// capabilities, or in a user namespace with one user (`unshare --map-root-user`).
-fn can_become_nobody() -> bool {
-    let others = CapabilitySet::SETUID | CapabilitySet::SETGID;
-    let may = capabilities(None).is_ok_and(|sets| sets.effective.contains(others));
-    let is_there = |map: &str| fs::read_to_string(map).map_or(true, |text| maps(&text, NOBODY));
-    may && ["/proc/self/uid_map", "/proc/self/gid_map"].into_iter().all(is_there)
-}
-
-/// Whether the map of a user namespace (user_namespaces(7)) has `number`.
-fn maps(map: &str, number: u32) -> bool {
-    map.lines().any(|line| {
-        let mut numbers = line.split_whitespace().map(str::parse::<u32>);
-        match [numbers.next(), numbers.nth(1)] {
-            [Some(Ok(first)), Some(Ok(count))] => {
-                number.checked_sub(first).is_some_and(|at| at < count)
-            }
-            _ => false,
-        }
-    })
 }
 
 /// What building `config` again opens.
@@ -129,7 +107,7 @@ fn reopened(config: &MachineConfig) -> Vec<Reopened> {
                 all.push(write(Path::new("/dev/net/tun")));
             }
             DeviceConfig::Rng(rng) => all.push(read(&rng.source)),
-            DeviceConfig::Vfio(_) => all.push(write(Path::new("/dev/vfio"))),
+            DeviceConfig::Vfio(vfio) => all.extend(vfio_node(&vfio.path).map(|node| write(&node))),
             DeviceConfig::Net(_) | DeviceConfig::Edu(_) => {}
         }
     }
@@ -140,23 +118,12 @@ fn reopened(config: &MachineConfig) -> Vec<Reopened> {
     all
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nobody_is_where_the_map_has_him() {
-        for (map, there) in [
-            ("         0          0 4294967295\n", true),
-            ("0 1000 1\n1 100000 65536\n", true),
-            ("0 1000 1\n", false),
-            ("0 100000 65534\n", false),
-            ("65534 7 1", true),
-            ("65535 7 9", false),
-            ("", false),
-            ("a b c", false),
-        ] {
-            assert_eq!(maps(map, NOBODY), there, "{map:?}");
-        }
+/// The node in /dev of the device that sysfs has at `path`, or `path` if it is that.
+fn vfio_node(path: &Path) -> Option<PathBuf> {
+    let nodes = Path::new("/dev/vfio/devices");
+    if path.starts_with(nodes) {
+        return Some(path.to_owned());
     }
+    let entry = fs::read_dir(path.join("vfio-dev")).ok()?.find_map(Result::ok)?;
+    Some(nodes.join(entry.file_name()))
 }

@@ -35,6 +35,8 @@ pub struct Reports {
     option: ReportOption,
     /// Stays open: a jailed process opens none.
     file: Option<File>,
+    /// It can be truncated. A jailed process does not ask again.
+    is_file: bool,
     /// Offset in the file of this life's reports, each of which replaces the last.
     at: u64,
 }
@@ -79,7 +81,10 @@ impl ReportOption {
     pub fn open(&self) -> Result<Reports, ReportError> {
         let open = |path| named_file::open(path, OpenOptions::new().create(true).append(true), 0);
         let file = self.file().map(open).transpose().map_err(|source| self.failed(source))?;
-        Ok(Reports { option: self.clone(), file, at: 0 })
+        let is_file = |file: &File| file.metadata().map(|metadata| metadata.is_file());
+        let is_file = file.as_ref().map(is_file).transpose();
+        let is_file = is_file.map_err(|source| self.failed(source))?.unwrap_or(false);
+        Ok(Reports { option: self.clone(), file, is_file, at: 0 })
     }
 
     fn failed(&self, source: io::Error) -> ReportError {
@@ -110,8 +115,8 @@ impl Reports {
             Some(Format::Json) => serde_json::to_string_pretty(report)? + "\n",
         };
         let Some(file) = &self.file else { return output::write_to_standard_error(&text) };
-        // Only files can be truncated; it is written at its end.
-        if file.metadata()?.is_file() {
+        // It is written at its end.
+        if self.is_file {
             file.set_len(self.at)?;
         }
         // Anything else may have a slow reader.

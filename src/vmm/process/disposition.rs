@@ -120,6 +120,10 @@ pub(crate) fn on_refusal(answer: fn(&Refused) -> c_int) {
     if unsafe { libc::sigaction(SIGSYS, &ours, std::ptr::null_mut()) } != 0 {
         log::debug!("signal {SIGSYS} cannot be caught");
     }
+    // A parent that blocks it hands that down, and threads inherit what is set here.
+    if let Err(error) = vmm_sys_util::signal::unblock_signal(SIGSYS) {
+        log::debug!("signal {SIGSYS} stays blocked: {error:?}");
+    }
 }
 
 /// `si_code` of a call that a filter refused.
@@ -144,6 +148,7 @@ extern "C" fn refused(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
     let SigsysInfo { code, number, .. } = unsafe { info.cast::<SigsysInfo>().read() };
     let Some(answer) = ON_REFUSAL.get().filter(|_| code == SYS_SECCOMP) else {
         last_words();
+        // In the jail, the first call is refused: that ends the process by this signal, too.
         // SAFETY: the default needs no handler; the signal arrives again after this one.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);

@@ -9,6 +9,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use crate::process::jail;
+
 /// Opens the file at `path` with `options` and these `flags` (`O_*`). The caller checks the type by
 /// the opened file's metadata: checking before would be racy.
 ///
@@ -19,6 +21,10 @@ pub(crate) fn open(path: &Path, options: &OpenOptions, flags: libc::c_int) -> io
     options.custom_flags(flags | libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = options.open(path).map_err(|error| match error.raw_os_error() {
         Some(libc::ENXIO) if is_fifo(path) => io::Error::other("a FIFO that nobody reads"),
+        Some(libc::EACCES) if jail::is_inside() => io::Error::other(format!(
+            "{error}: the jail opens only the files that were there at the start, not one that has \
+             replaced such a file; --jail off does"
+        )),
         _ => error,
     })?;
     set_nonblocking(file.as_raw_fd(), false)?;

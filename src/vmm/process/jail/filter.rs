@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::env;
 
 use seccompiler::SeccompCmpArgLen::Dword;
-use seccompiler::SeccompCmpOp::{Eq, MaskedEq};
+use seccompiler::SeccompCmpOp::{Eq, MaskedEq, Ne};
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -82,6 +82,8 @@ fn conditions(number: i64) -> Result<Vec<SeccompRule>, BackendError> {
         }
         // The calling thread's.
         libc::SYS_sched_setaffinity => one_of(&[0]),
+        // Not what reports refusals.
+        libc::SYS_rt_sigaction => Ok(vec![rule(&[(0, Ne, libc::SIGSYS as u64)])?]),
         // Signals to this process.
         libc::SYS_tgkill => one_of(&[std::process::id() as libc::c_int]),
         libc::SYS_socket => one_of(&[libc::AF_UNIX]),

@@ -42,7 +42,7 @@ use twostage::threads::{NewThread, ThreadStart};
 
 use crate::process::exit_code;
 pub(crate) use kinds::Kind;
-pub(crate) use privileges::{Access, Reopened, User};
+pub(crate) use privileges::{can_become, Access, Reopened, User};
 
 /// `--jail`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,6 +82,9 @@ impl JailError {
     }
 }
 
+const NO_FILTERS: &str = "this kernel, or a filter around this process, lets it have no filter of \
+                          system calls; --jail off runs without";
+
 /// The jail of this process, if it has one.
 static JAIL: OnceLock<Jail> = OnceLock::new();
 
@@ -111,6 +114,9 @@ pub(crate) fn prepare(settings: Settings) -> Result<(), JailError> {
     let filters = Kind::ALL.iter().map(make).collect::<Result<_, _>>()?;
     let processes = filter::no_processes().map_err(JailError::of("a filter"))?;
     refusal::report_refusals();
+    if settings.user.is_some() {
+        privileges::no_limit_of_processes();
+    }
     // There is only one.
     let _ = JAIL.set(Jail { settings, filters, processes });
     Ok(())
@@ -134,7 +140,7 @@ impl Jail {
         let Some(filter) = self.filters.get(kind as usize) else { return Ok(()) };
         let others = (!inside).then_some(&self.processes);
         for filter in others.into_iter().chain([filter]) {
-            apply_filter(filter).map_err(JailError::of("this kernel takes no filter"))?;
+            apply_filter(filter).map_err(JailError::of(NO_FILTERS))?;
         }
         INSIDE.set(true);
         Ok(())

@@ -3,13 +3,18 @@
 //!
 //! All of it is the thread's own, and inherited by the threads that it starts.
 
+use std::io;
 use std::path::PathBuf;
+use std::thread;
 
 use landlock::{
     Access as _, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd,
     RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, ABI,
 };
-use rustix::process::{Gid, Uid};
+use rustix::process::{
+    getppid, parent_process_death_signal, set_parent_process_death_signal, setrlimit, Gid,
+    Resource, Rlimit, Uid,
+};
 use rustix::thread::{
     capabilities, set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
     set_thread_res_uid, CapabilitySet, CapabilitySets,
@@ -85,15 +90,45 @@ fn restrict(reopened: &[Reopened]) -> Result<RestrictionStatus, RulesetError> {
     ruleset.restrict_self()
 }
 
-/// Becomes `user`, if there is one, for good.
+/// Becomes `user`, if there is one, for good. What the parent has asked for at its death stays: a
+/// change of user takes that back.
 pub(super) fn become_user(user: Option<User>) -> Result<(), JailError> {
-    let Some(User { uid, gid }) = user else { return Ok(()) };
+    let Some(user) = user else { return Ok(()) };
+    let at_death = parent_process_death_signal().unwrap_or_default();
+    let parent = getppid();
+    change_to(user).map_err(JailError::of("becoming another user; --uid 0 stays as it is"))?;
+    if at_death.is_some() {
+        set_parent_process_death_signal(at_death).map_err(JailError::of("PR_SET_PDEATHSIG"))?;
+        if getppid() != parent {
+            // It has died meanwhile.
+            let died = io::Error::other("the parent has died");
+            return Err(JailError::of("PR_SET_PDEATHSIG")(died));
+        }
+    }
+    Ok(())
+}
+
+/// Whether this process can become `user`: a thread tries. Not so in a container without the
+/// capabilities, in a user namespace that does not have the user, or where a filter refuses it.
+pub(crate) fn can_become(user: User) -> bool {
+    thread::spawn(move || change_to(user).is_ok()).join().unwrap_or(false)
+}
+
+/// Of the calling thread.
+fn change_to(User { uid, gid }: User) -> rustix::io::Result<()> {
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-    set_thread_groups(&[]).map_err(JailError::of("giving up groups; --uid 0 keeps them"))?;
-    let group = set_thread_res_gid(gid, gid, gid);
-    group.map_err(JailError::of("--gid: becoming that group"))?;
-    let user = set_thread_res_uid(uid, uid, uid);
-    user.map_err(JailError::of("--uid: becoming that user; --uid 0 stays as it is"))
+    set_thread_groups(&[])?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)
+}
+
+/// Processes of the new user are counted, together with others of that user; root's are not.
+/// Raises the limit, which was not for them.
+pub(super) fn no_limit_of_processes() {
+    let none = Rlimit { current: None, maximum: None };
+    if let Err(error) = setrlimit(Resource::Nproc, none) {
+        log::debug!("--jail: RLIMIT_NPROC stays: {error}");
+    }
 }
 
 /// Drops all capabilities.

@@ -21,7 +21,7 @@ use super::*;
 const HOSTILE: &str = "TWOSTAGE_TEST_HOSTILE";
 
 /// What an attacker tries, and the system call that it takes on this machine.
-const ATTEMPTS: [(&str, &[&str]); 11] = [
+const ATTEMPTS: [(&str, &[&str]); 12] = [
     ("open", &["openat"]),
     ("create", &["openat"]),
     ("socket", &["socket"]),
@@ -33,6 +33,7 @@ const ATTEMPTS: [(&str, &[&str]); 11] = [
     ("code", &["mmap"]),
     ("ioctl", &["ioctl 0x541b"]),
     ("privileges", &["prctl"]),
+    ("silence", &["rt_sigaction"]),
 ];
 
 fn attempt(what: &str, with: &str) {
@@ -74,6 +75,8 @@ fn attempt(what: &str, with: &str) {
         "ioctl" => drop(rustix::io::ioctl_fionread(io::stdin())),
         // SAFETY: it refers to no memory.
         "privileges" => drop(unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) }),
+        // SAFETY: to ignore a signal needs no handler.
+        "silence" => drop(unsafe { libc::signal(libc::SIGSYS, libc::SIG_IGN) }),
         _ => panic!("an attempt called {what}"),
     }
 }
