@@ -12,8 +12,8 @@ use landlock::{
     RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, ABI,
 };
 use rustix::process::{
-    getppid, parent_process_death_signal, set_parent_process_death_signal, setrlimit, Gid,
-    Resource, Rlimit, Uid,
+    getppid, getrlimit, parent_process_death_signal, set_parent_process_death_signal, setrlimit,
+    Gid, Resource, Rlimit, Uid,
 };
 use rustix::thread::{
     capabilities, set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
@@ -126,7 +126,10 @@ fn change_to(User { uid, gid }: User) -> rustix::io::Result<()> {
 /// Raises the limit, which was not for them.
 pub(super) fn no_limit_of_processes() {
     let none = Rlimit { current: None, maximum: None };
-    if let Err(error) = setrlimit(Resource::Nproc, none) {
+    // Without CAP_SYS_RESOURCE up to the maximum.
+    let maximum = getrlimit(Resource::Nproc).maximum;
+    let most = || setrlimit(Resource::Nproc, Rlimit { current: maximum, maximum });
+    if let Err(error) = setrlimit(Resource::Nproc, none).or_else(|_| most()) {
         log::debug!("--jail: RLIMIT_NPROC stays: {error}");
     }
 }
