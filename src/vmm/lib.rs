@@ -11,7 +11,8 @@
 //!
 //! None is on by default.
 //!
-//! * `test-support`: assigned devices, for tests of what they need. It may change in any version.
+//! * `test-support`: assigned devices and what fuzzers need, for tests. It may change in any
+//!   version.
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 
@@ -36,6 +37,35 @@ mod vfio;
 use error::{Error, Result};
 use machine::Machine;
 pub use process::exit_code;
+/// What guests and files reach, for fuzzers; no part of the API.
+#[cfg(feature = "test-support")]
+#[doc(hidden)]
+pub mod inside {
+    pub use crate::arch::arm64_image;
+    pub use crate::arch::boot::StartState;
+    pub use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
+    #[cfg(target_arch = "x86_64")]
+    pub use crate::arch::x86_64::{ConfigPorts, Ioapic};
+    pub use crate::boot::{load, BootError};
+    pub use crate::bus::{Bus, BusDevice};
+    pub use crate::cli::parsed;
+    pub use crate::config::{EduConfig, MachineConfig, ModuleConfig, PayloadConfig};
+    pub use crate::devices::{edu, threadless, virtio, HostServices};
+    pub use crate::devices::{
+        DirectMemory, DmaError, DmaMaster, MessageWrites, ServiceControl, Services,
+    };
+    pub use crate::memory::MachineMemory;
+    pub mod pci {
+        pub use crate::pci::{
+            BarPlacement, Bridge, BusNumbers, ConfigLender, ConfigPage, Ecam, EventLine,
+            EventVector, HostBridge, InterruptVector, IntxRouter, Location, MsiMessage, PageLoan,
+            PasidCapabilities, PciBus, PciFunction, PciMemory,
+        };
+    }
+    pub mod vfio {
+        pub use crate::vfio::{Lender, Loan, Surroundings, VfioPci};
+    }
+}
 /// For the tests of what `vfio-ioctls` lacks; no part of the API.
 #[cfg(feature = "test-support")]
 #[doc(hidden)]

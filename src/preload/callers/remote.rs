@@ -9,6 +9,7 @@
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use twostage::iommufd::Errno;
 
@@ -38,14 +39,18 @@ const DONE: u64 = 7;
 const FAILED: u64 = 8;
 /// A descriptor for the caller, which sends its number back.
 const INSTALL: u64 = 9;
+/// How long a caller may take for that: it is within a call, and has nothing else to do.
+const INSTALLING: Duration = Duration::from_secs(2);
 
-fn send(socket: RawFd, words: Words, passed: Option<RawFd>) -> Result<(), Errno> {
+/// Sends a message. An answer does not `wait` for room: in a caller's channel, which nobody else
+/// writes to, there is some.
+fn send(socket: RawFd, words: Words, passed: Option<RawFd>, wait: bool) -> Result<(), Errno> {
     let mut bytes = [0; BYTES];
     let all = std::iter::once(MAGIC).chain(words);
     for (to, word) in bytes.chunks_exact_mut(size_of::<u64>()).zip(all) {
         to.copy_from_slice(&word.to_ne_bytes());
     }
-    sys::send(socket, &bytes, passed)
+    sys::send(socket, &bytes, passed, wait)
 }
 
 /// The next message; `None` if there is none and `wait` is not set, or the other end is closed.
@@ -94,7 +99,7 @@ pub fn pinned(fd: RawFd, pid: i32) -> Result<Pinned, Errno> {
 /// Sends a request through `fd` and waits for the answer.
 fn ask(fd: RawFd, words: Words) -> Result<[u64; 2], Errno> {
     let (channel, theirs) = sys::socket_pair()?;
-    send(fd, words, Some(theirs.as_raw_fd())).map_err(|_| Errno::ENODEV)?;
+    send(fd, words, Some(theirs.as_raw_fd()), true).map_err(|_| Errno::ENODEV)?;
     drop(theirs);
     loop {
         match receive(channel.as_raw_fd(), true) {
@@ -103,7 +108,8 @@ fn ask(fd: RawFd, words: Words) -> Result<[u64; 2], Errno> {
             Ok(Some(([INSTALL, ..], Some(passed)))) => {
                 let known = state::current().recognise(passed.as_raw_fd()).is_some();
                 let number = if known { passed.into_raw_fd() as u64 } else { u64::MAX };
-                send(channel.as_raw_fd(), [DONE, number, 0, 0], None).map_err(|_| Errno::ENODEV)?;
+                let installed = send(channel.as_raw_fd(), [DONE, number, 0, 0], None, true);
+                installed.map_err(|_| Errno::ENODEV)?;
             }
             _ => return Err(Errno::ENODEV),
         }
@@ -148,7 +154,7 @@ pub fn answer_call(channel: &OwnedFd, answer: Result<Answer, Errno>) -> Result<(
         Ok(Answer { value, take_message }) => [DONE, value as u64, u64::from(take_message), 0],
         Err(errno) => [FAILED, errno.raw() as u64, 0, 0],
     };
-    send(channel.as_raw_fd(), words, None)
+    send(channel.as_raw_fd(), words, None, false)
 }
 
 /// Answers what is pinned.
@@ -156,21 +162,68 @@ pub fn answer_call(channel: &OwnedFd, answer: Result<Answer, Errno>) -> Result<(
 /// # Errors
 /// The caller is gone.
 pub fn answer_pinned(channel: &OwnedFd, pinned: Pinned) -> Result<(), Errno> {
-    send(channel.as_raw_fd(), [DONE, pinned.pinned, pinned.locked, 0], None)
+    send(channel.as_raw_fd(), [DONE, pinned.pinned, pinned.locked, 0], None, false)
 }
 
 /// Gives the caller at the other end of `channel` a descriptor for `file`; returns its number
 /// there.
 ///
 /// # Errors
-/// The kernel's error if there are no more descriptors; `EPIPE` the caller is gone.
+/// The kernel's error if there are no more descriptors; `EPIPE` the caller is gone, or does not
+/// take it.
 pub fn install(channel: &OwnedFd, file: Arc<dyn File>) -> Result<i32, Errno> {
     let (fd, _) = state::current().publish(file)?;
-    send(channel.as_raw_fd(), [INSTALL, 0, 0, 0], Some(fd.as_raw_fd()))?;
-    match receive(channel.as_raw_fd(), true)? {
+    send(channel.as_raw_fd(), [INSTALL, 0, 0, 0], Some(fd.as_raw_fd()), false)?;
+    installed(channel)
+}
+
+/// The number that the caller says that it gave a descriptor.
+fn installed(channel: &OwnedFd) -> Result<i32, Errno> {
+    // All others wait meanwhile.
+    if !sys::is_readable_within(channel.as_raw_fd(), INSTALLING) {
+        return Err(Errno::from_raw(libc::EPIPE));
+    }
+    match receive(channel.as_raw_fd(), false)? {
         Some(([DONE, number, ..], _)) => {
             i32::try_from(number).map_err(|_| Errno::from_raw(libc::EMFILE))
         }
         _ => Err(Errno::from_raw(libc::EPIPE)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_a_caller_that_takes_nothing() {
+        let (channel, _silent) = sys::socket_pair().unwrap();
+        let epipe = Errno::from_raw(libc::EPIPE);
+        assert_eq!(installed(&channel).unwrap_err(), epipe, "a descriptor that it does not take");
+        // It has filled its channel before it asked.
+        while sys::send(channel.as_raw_fd(), &[0; BYTES], None, false).is_ok() {}
+        let answer = Ok(Answer { value: 0, take_message: false });
+        assert!(answer_call(&channel, answer).is_err());
+        assert!(answer_pinned(&channel, Pinned { pinned: 0, locked: 0 }).is_err());
+    }
+
+    #[test]
+    fn what_is_no_message_is_refused() {
+        let (end, caller) = sys::socket_pair().unwrap();
+        let refused = |bytes: &[u8]| {
+            sys::send(caller.as_raw_fd(), bytes, Some(caller.as_raw_fd()), true).unwrap();
+            take_request(end.as_raw_fd()).unwrap_err()
+        };
+        let eproto = Errno::from_raw(libc::EPROTO);
+        // Another length, another start, and a type that is none.
+        assert_eq!(refused(&[1; BYTES - 1]), eproto);
+        assert_eq!(refused(&[1; BYTES + 1]), eproto);
+        assert_eq!(refused(&[0; BYTES]), eproto);
+        send(caller.as_raw_fd(), [DONE, 0, 0, 0], Some(caller.as_raw_fd()), true).unwrap();
+        assert_eq!(take_request(end.as_raw_fd()).unwrap_err(), eproto);
+        // Without a channel for the answer.
+        send(caller.as_raw_fd(), [READ, 0, 0, 0], None, true).unwrap();
+        assert_eq!(take_request(end.as_raw_fd()).unwrap_err(), eproto);
+        assert!(take_request(end.as_raw_fd()).unwrap().is_none());
     }
 }

@@ -196,7 +196,7 @@ impl Readiness for Watcher {
         told.times += u64::from(readable);
         let Some(end) = self.end.upgrade().filter(|_| readable && !told.pending) else { return };
         // Fails if the last descriptor is closed: then nobody polls.
-        told.pending = sys::send(end.raw(), &[0], None).is_ok();
+        told.pending = sys::send(end.raw(), &[0], None, true).is_ok();
     }
 }
 

@@ -15,6 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use libc::{iovec, syscall};
 use rustix::event::{epoll, PollFd, PollFlags, Timespec};
@@ -235,6 +236,23 @@ pub fn events(fd: RawFd) -> PollFlags {
 fn wait_until(fd: BorrowedFd<'_>, events: PollFlags) {
     // A signal ends it early; the caller tries again.
     let _ = rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, events)], None);
+}
+
+/// Waits until `fd` can be read, or the other end is closed, for at most `limit`. Returns whether
+/// it can.
+pub fn is_readable_within(fd: RawFd, limit: Duration) -> bool {
+    let Ok(fd) = numbered(fd) else { return false };
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        // It is not too large for the kernel's structure, or there is no limit.
+        let left = Timespec::try_from(left).ok();
+        let mut files = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        match rustix::event::poll(&mut files, left.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            ready => return ready.is_ok_and(|number| number > 0),
+        }
+    }
 }
 
 /// An `epoll` instance, closed on exec.

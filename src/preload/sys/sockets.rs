@@ -85,8 +85,9 @@ pub fn peer_pidfd(fd: RawFd) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
 }
 
-/// Sends `bytes` as one message, and `passed` with it.
-pub fn send(fd: RawFd, bytes: &[u8], passed: Option<RawFd>) -> Result<(), Errno> {
+/// Sends `bytes` as one message, and `passed` with it. Without room for it, fails with `EAGAIN` if
+/// `wait` is not set.
+pub fn send(fd: RawFd, bytes: &[u8], passed: Option<RawFd>, wait: bool) -> Result<(), Errno> {
     let fd = numbered(fd)?;
     let passed = passed.map(numbered).transpose()?;
     let mut space = [MaybeUninit::uninit(); CONTROL];
@@ -94,13 +95,15 @@ pub fn send(fd: RawFd, bytes: &[u8], passed: Option<RawFd>) -> Result<(), Errno>
     if let Some(passed) = &passed {
         control.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(passed)));
     }
+    let mut flags = SendFlags::NOSIGNAL;
+    flags.set(SendFlags::DONTWAIT, !wait);
     loop {
         let bytes = [IoSlice::new(bytes)];
-        match rustix::net::sendmsg(fd, &bytes, &mut control, SendFlags::NOSIGNAL) {
+        match rustix::net::sendmsg(fd, &bytes, &mut control, flags) {
             Ok(_) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}
             // The program may have made the socket non-blocking.
-            Err(rustix::io::Errno::AGAIN) => wait_until(fd, PollFlags::OUT),
+            Err(rustix::io::Errno::AGAIN) if wait => wait_until(fd, PollFlags::OUT),
             Err(error) => return Err(errno(error)),
         }
     }

@@ -48,6 +48,7 @@ pub enum ImageError {
 
 impl ImageError {
     /// Whether the file's first bytes show that it is not a kernel known here.
+    #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "for arm64's loader"))]
     pub(crate) fn is_of_no_kernel(&self) -> bool {
         matches!(self, Self::Unknown(_))
     }

@@ -21,7 +21,7 @@ pub mod aarch64;
 pub mod x86_64;
 
 // Parts of an arm64 machine that do not depend on the processor: tested on all architectures.
-#[cfg(any(target_arch = "aarch64", test))]
+#[cfg(any(target_arch = "aarch64", test, feature = "test-support"))]
 pub mod arm64_image;
 #[cfg(any(target_arch = "aarch64", test))]
 pub mod devicetree;

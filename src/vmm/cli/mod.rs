@@ -259,6 +259,23 @@ impl RunArgs {
     }
 }
 
+/// The machine that the command line `arguments` asks for. For fuzzers.
+///
+/// # Errors
+/// The command line is not understood, or contradicts itself.
+#[cfg(feature = "test-support")]
+pub fn parsed(arguments: &[std::ffi::OsString]) -> Result<MachineConfig, String> {
+    let cli = Cli::try_parse_from(arguments).map_err(|error| error.to_string())?;
+    match cli.command {
+        Command::Run(args) => {
+            let config = args.machine_config();
+            config.validate().map_err(|error| error.to_string())?;
+            Ok(config)
+        }
+        Command::Info(_) | Command::Probe(_) => Err("no machine".to_owned()),
+    }
+}
+
 /// The log filter without `RUST_LOG`. Guests can make `virtio_queue` log without limit; their
 /// errors are also logged elsewhere, rate-limited. `vfio_ioctls` warns of what a device lacks.
 const LOG_FILTER: &str = "warn,virtio_queue=off,vfio_ioctls=error";

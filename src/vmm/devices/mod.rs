@@ -5,6 +5,8 @@ pub(crate) mod debug_exit;
 pub mod edu;
 mod requests;
 mod services;
+#[cfg(feature = "test-support")]
+pub mod threadless;
 pub mod virtio;
 
 pub use requests::{

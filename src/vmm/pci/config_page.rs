@@ -12,6 +12,7 @@ use vm_memory::{Bytes, VolatileMemory};
 use super::layout::CONFIG_SIZE;
 
 /// A page that shows what software reads in a function's configuration space.
+#[derive(Debug)]
 pub struct ConfigPage(MmapRegion);
 
 /// A page is with the guest while this exists.
@@ -41,6 +42,15 @@ impl ConfigPage {
     /// Its address in this process.
     pub fn address(&self) -> u64 {
         self.0.as_ptr() as u64
+    }
+
+    /// What it shows.
+    #[cfg(feature = "test-support")]
+    pub fn shown(&self) -> [u8; CONFIG_SIZE] {
+        let mut bytes = [0; CONFIG_SIZE];
+        // It has that length.
+        let _ = self.0.as_volatile_slice().read_slice(&mut bytes, 0);
+        bytes
     }
 
     /// Shows the registers of `bytes` that have a byte in `changed`. The guest may read meanwhile:

@@ -38,9 +38,9 @@ use config_image::ConfigError;
 pub use function::{Surroundings, VfioPci};
 #[cfg(feature = "test-support")]
 pub use host_device::{HostDevice, Irq, IrqInfo, Region};
-#[cfg(feature = "test-support")]
-pub use mapping::Mapping;
 pub use mapping::{page_size, KvmSlots, Lender};
+#[cfg(feature = "test-support")]
+pub use mapping::{Loan, Mapping};
 pub use message_window::{message_window, DoorbellWatch};
 use twostage::iommufd::HostError;
 pub use vfio_device::AssignedDevice;

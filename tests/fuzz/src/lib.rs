@@ -7,11 +7,25 @@
 //! structured: numbers that are often meaningful, in an order that a target decodes as steps.
 #![forbid(unsafe_code)]
 
+pub mod config;
+mod input;
 pub mod ioctls;
+pub mod loaders;
+pub mod pci;
 pub mod states;
+pub mod vfio;
+pub mod virtio;
 
 /// A target: its name, which is that of its folder of seeds, and one execution.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: &[Target] = &[("ioctls", ioctls::run), ("states", states::run)];
+pub const TARGETS: &[Target] = &[
+    ("config", config::run),
+    ("ioctls", ioctls::run),
+    ("loaders", loaders::run),
+    ("pci", pci::run),
+    ("states", states::run),
+    ("vfio", vfio::run),
+    ("virtio", virtio::run),
+];

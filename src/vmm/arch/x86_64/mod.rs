@@ -21,7 +21,11 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde_json::{json, Value};
 
 pub(crate) use board::Board;
+#[cfg(feature = "test-support")]
+pub use config_ports::ConfigPorts;
 pub(crate) use interrupts::{EdgeLine, IrqChip, Lines};
+#[cfg(feature = "test-support")]
+pub use ioapic::Ioapic;
 pub(crate) use processor::{Processor, Processors};
 
 use crate::{Error, Result};

@@ -69,6 +69,29 @@ pub struct Edu {
     /// Each with the life it belongs to. Taken when the device is dropped, which ends the worker.
     transfers: Option<Mutex<Sender<(u64, Transfer)>>>,
     worker: Option<JoinHandle<()>>,
+    /// What does transfers, if no thread does.
+    #[cfg(feature = "test-support")]
+    here: Option<Mutex<Dma>>,
+}
+
+/// What does transfers.
+struct Dma {
+    shared: Arc<Shared>,
+    engine: Engine,
+    memory: GatedMemory,
+    mask: u64,
+}
+
+impl Dma {
+    /// Performs one transfer, which software requested in `life`.
+    fn run(&mut self, life: u64, transfer: Transfer) {
+        if self.memory.life != life {
+            // Its buffer must not tell of an earlier life (§6.6.2).
+            self.engine = Engine::new(self.mask);
+            self.memory.life = life;
+        }
+        self.shared.transfer(&mut self.engine, &mut self.memory, transfer);
+    }
 }
 
 /// Shared by vCPU threads and the worker. Lock order: registers, then configuration space.
@@ -138,26 +161,31 @@ impl Edu {
             rights: rights.clone(),
             counters: DmaCounters::default(),
         });
-        let (transfers, work) = channel();
         let mask = config.dma_mask;
-        let mut engine = Engine::new(mask);
-        let mut memory = GatedMemory { memory, rights, control, life: 0 };
-        let of_worker = shared.clone();
+        let memory = GatedMemory { memory, rights, control, life: 0 };
+        let mut dma = Dma { shared: shared.clone(), engine: Engine::new(mask), memory, mask };
+        #[cfg(feature = "test-support")]
+        if super::threadless::is_wanted() {
+            let here = Some(Mutex::new(dma));
+            return Ok(Self { shared, transfers: None, worker: None, here });
+        }
+        let (transfers, work) = channel();
         let work = move || {
             for (life, transfer) in work {
-                if memory.life != life {
-                    // Its buffer must not tell of an earlier life (§6.6.2).
-                    engine = Engine::new(mask);
-                    memory.life = life;
-                }
-                of_worker.transfer(&mut engine, &mut memory, transfer);
+                dma.run(life, transfer);
             }
         };
         let worker = thread::Builder::new()
             .name("edu-dma".to_owned())
             .spawn(jail::inside(Kind::Device, work))
             .map_err(Error::os("device thread"))?;
-        Ok(Self { shared, transfers: Some(Mutex::new(transfers)), worker: Some(worker) })
+        Ok(Self {
+            shared,
+            transfers: Some(Mutex::new(transfers)),
+            worker: Some(worker),
+            #[cfg(feature = "test-support")]
+            here: None,
+        })
     }
 
     /// DMA statistics.
@@ -167,6 +195,10 @@ impl Edu {
 
     /// Starts `transfer`, which software requested in `life`.
     fn start(&self, life: u64, transfer: Transfer) {
+        #[cfg(feature = "test-support")]
+        if let Some(dma) = &self.here {
+            return dma.lock().run(life, transfer);
+        }
         let Some(transfers) = &self.transfers else { return };
         let sent = transfers.lock().send((life, transfer));
         if sent.is_err() {

@@ -28,9 +28,15 @@ mod testing;
 mod worker;
 
 pub use backend::Backend;
+#[cfg(feature = "test-support")]
+pub use backend::Features;
 pub use blk::{Block, Disk, DiskAccess, DiskError, MAX_QUEUES};
+#[cfg(feature = "test-support")]
+pub use blk::{Faults, Outcome};
 pub use link::{QueueCounters, QueueReport};
 pub use memory::DeviceMemory;
+#[cfg(feature = "test-support")]
+pub use net::FrameLink;
 pub use net::{MacAddress, Net, Tap, TapError};
 pub use pci::{Doorbells, KvmDoorbells, VirtioPci, BAR_SIZE};
 pub use rng::Rng;

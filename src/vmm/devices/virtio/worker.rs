@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The thread of a device, from DRIVER_OK to the reset.
 
+#[cfg(feature = "test-support")]
+mod here;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -50,6 +53,9 @@ pub(super) struct Worker {
     told: Option<Instant>,
     ended: Arc<Ended>,
     thread: Option<JoinHandle<()>>,
+    /// For who has no thread serve the device.
+    #[cfg(feature = "test-support")]
+    here: Option<here::Here>,
 }
 
 /// Whether a worker has ended, so that its device is free for another.
@@ -73,7 +79,7 @@ impl Ended {
 }
 
 /// Signals when it is dropped that a worker has ended, for whatever reason.
-struct EndOf(Arc<Ended>);
+pub(super) struct EndOf(Arc<Ended>);
 
 impl Drop for EndOf {
     fn drop(&mut self) {
@@ -109,21 +115,34 @@ impl Worker {
         let name = format!("{}-worker", link.name());
         let ended = Arc::<Ended>::default();
         let end = EndOf(ended.clone());
-        let of_worker = link.clone();
+        let service = Service { queues, link: link.clone(), late };
         link.gate.start();
+        #[cfg(feature = "test-support")]
+        if crate::devices::threadless::is_wanted() {
+            let here = Some(here::Here::new(device, service, end));
+            return Ok(Self { link, stop, told: None, ended, thread: None, here });
+        }
+        let of_worker = link.clone();
         let work = jail::inside(Kind::Device, move || {
             // Dropped last, after the device is unlocked or freed.
             let _end = end;
             let (device, link) = (device, of_worker);
             let device = device.lock();
-            let (stop, link_too) = (stopped, link.clone());
-            let server = Server { device, queues, link: link_too, stop, late, over: false };
+            let server = Server { device, service, stop: stopped, over: false };
             if let Err(error) = run(server) {
                 link.set_needs_reset(&format_args!("event loop: {error:?}"));
             }
         });
-        let thread = thread::Builder::new().name(name).spawn(work)?;
-        Ok(Self { link, stop, told: None, ended, thread: Some(thread) })
+        let thread = Some(thread::Builder::new().name(name).spawn(work)?);
+        Ok(Self {
+            link,
+            stop,
+            told: None,
+            ended,
+            thread,
+            #[cfg(feature = "test-support")]
+            here: None,
+        })
     }
 
     /// Tells it to stop: when this returns, it makes no more requests, and ends soon.
@@ -135,8 +154,16 @@ impl Worker {
                 // Never: nothing else writes the event.
                 log::error!("{} cannot be stopped: {error}", self.link.name());
             }
+            #[cfg(feature = "test-support")]
+            drop(self.here.take());
         }
         self.ended.clone()
+    }
+
+    /// Serves the device, if it has no thread ([`here::Here::turn`]).
+    #[cfg(feature = "test-support")]
+    pub fn turn(&mut self, input: bool) -> bool {
+        self.here.as_mut().is_some_and(|here| here.turn(input))
     }
 
     /// Whether it has ended.
@@ -173,6 +200,7 @@ fn run(server: Server<'_>) -> Result<(), event_manager::Error> {
 /// It is not served as soon as requests are allowed: the buffers may be a former driver's, whose
 /// memory now belongs to another kernel (kexec). That kernel enables bus mastering and resets the
 /// device right away.
+#[derive(Debug)]
 struct Late {
     /// Runs while there are some.
     timer: TimerFd,
@@ -205,31 +233,61 @@ impl Late {
     }
 }
 
-/// Serves the events of one device.
-struct Server<'a> {
-    device: MutexGuard<'a, Device>,
+/// The queues of one device, and how their events are served.
+#[derive(Debug)]
+pub(super) struct Service {
     queues: Vec<Virtqueue>,
     link: Arc<Link>,
-    stop: EventFd,
     late: Late,
-    /// It was told to stop.
-    over: bool,
 }
 
-impl Drop for Server<'_> {
-    fn drop(&mut self) {
-        // However it ended: a disk may still be written for the driver that there was.
-        self.device.backend.stop();
+impl Service {
+    /// Queue `number` was notified.
+    pub fn notified(&mut self, device: &mut Device, number: usize) {
+        self.link.count(number, |queue| &queue.notified);
+        self.link.trace("notified", number, || json!({}));
+        self.serve(device, number);
     }
-}
 
-impl Server<'_> {
-    fn serve(&mut self, number: usize) {
+    /// There is input.
+    pub fn input(&mut self, device: &mut Device) {
+        let number = device.backend.input_queue();
+        // What waits is not overtaken.
+        match self.link.gate.bus_master() && self.late.queues.is_empty() {
+            true => self.serve(device, number),
+            false => self.serve_later(number),
+        }
+    }
+
+    /// The timer of what is late has expired.
+    pub fn look(&mut self, device: &mut Device) {
+        match self.late.look(self.link.gate.bus_master()) {
+            Ok(queues) => queues.into_iter().for_each(|number| self.serve(device, number)),
+            Err(error) => self.link.set_needs_reset(&format_args!("timer: {error}")),
+        }
+    }
+
+    /// As if the timer had expired twice: serves what is late, if that is allowed.
+    #[cfg(feature = "test-support")]
+    pub fn look_now(&mut self, device: &mut Device) {
+        if self.link.gate.bus_master() {
+            let late = std::mem::take(&mut self.late.queues);
+            late.into_iter().for_each(|number| self.serve(device, number));
+        }
+    }
+
+    /// The state shared with the transport.
+    #[cfg(feature = "test-support")]
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    fn serve(&mut self, device: &mut Device, number: usize) {
         // A device that needs a reset does nothing until then.
         if self.link.needs_reset() {
             return;
         }
-        match self.try_serve(number) {
+        match self.try_serve(device, number) {
             // Give other events their turn first.
             Ok(true) => self.link.notify(number),
             Ok(false) => {}
@@ -247,32 +305,43 @@ impl Server<'_> {
         }
     }
 
-    fn look(&mut self) {
-        match self.late.look(self.link.gate.bus_master()) {
-            Ok(queues) => queues.into_iter().for_each(|number| self.serve(number)),
-            Err(error) => self.link.set_needs_reset(&format_args!("timer: {error}")),
-        }
-    }
-
-    fn try_serve(&mut self, number: usize) -> Result<bool, Unserved> {
-        let Device { backend, memory } = &mut *self.device;
+    fn try_serve(&mut self, device: &mut Device, number: usize) -> Result<bool, Unserved> {
+        let Device { backend, memory } = device;
         let Some(queue) = self.queues.get_mut(number) else { return Ok(false) };
         queue.check(memory)?;
         backend.serve(number, &mut self.queues, memory)
     }
+}
 
+/// Serves the events of one device.
+struct Server<'a> {
+    device: MutexGuard<'a, Device>,
+    service: Service,
+    stop: EventFd,
+    /// It was told to stop.
+    over: bool,
+}
+
+impl Drop for Server<'_> {
+    fn drop(&mut self) {
+        // However it ended: a disk may still be written for the driver that there was.
+        self.device.backend.stop();
+    }
+}
+
+impl Server<'_> {
     fn watch(&self, ops: &mut EventOps) -> Result<(), Broken> {
         let failed = |error| Broken::Device(format!("event loop: {error:?}"));
         ops.add(Events::with_data(&self.stop, STOP, EventSet::IN)).map_err(failed)?;
         // Every signal is an edge, also of an event that nobody has read: none is.
         let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        for (number, event) in (0..).zip(self.link.queue_events()) {
+        for (number, event) in (0..).zip(self.service.link.queue_events()) {
             ops.add(Events::with_data(event, number, edges)).map_err(failed)?;
         }
         if let Some(input) = self.device.backend.input() {
             ops.add(Events::with_data_raw(input, INPUT, edges)).map_err(failed)?;
         }
-        let timer = self.late.timer.as_raw_fd();
+        let timer = self.service.late.timer.as_raw_fd();
         ops.add(Events::with_data_raw(timer, LOOK, EventSet::IN)).map_err(failed)
     }
 }
@@ -280,31 +349,19 @@ impl Server<'_> {
 impl MutEventSubscriber for Server<'_> {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(broken) = self.watch(ops) {
-            self.link.set_needs_reset(&broken);
+            self.service.link.set_needs_reset(&broken);
             self.over = true;
         }
         // Notifications before DRIVER_OK may have been missed.
-        self.link.notify_all();
+        self.service.link.notify_all();
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         match events.data() {
             STOP => self.over = true,
-            INPUT => {
-                let number = self.device.backend.input_queue();
-                // What waits is not overtaken.
-                match self.link.gate.bus_master() && self.late.queues.is_empty() {
-                    true => self.serve(number),
-                    false => self.serve_later(number),
-                }
-            }
-            LOOK => self.look(),
-            number => {
-                let number = number as usize;
-                self.link.count(number, |queue| &queue.notified);
-                self.link.trace("notified", number, || json!({}));
-                self.serve(number);
-            }
+            INPUT => self.service.input(&mut self.device),
+            LOOK => self.service.look(&mut self.device),
+            number => self.service.notified(&mut self.device, number as usize),
         }
     }
 }

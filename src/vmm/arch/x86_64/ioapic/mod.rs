@@ -82,6 +82,20 @@ impl Ioapic {
         Arc::new(Self { state: Mutex::new(state), output, listeners: Mutex::default() })
     }
 
+    /// An IOAPIC that sends messages with `send`, which returns whether they pass.
+    #[cfg(feature = "test-support")]
+    pub fn with_output(id: u8, send: Box<dyn Fn(MsiMessage) -> bool + Send + Sync>) -> Arc<Self> {
+        struct Output(Box<dyn Fn(MsiMessage) -> bool + Send + Sync>);
+        impl PinOutput for Output {
+            fn watch(&self, _: &[Option<MsiMessage>]) {}
+
+            fn send(&self, message: MsiMessage) -> bool {
+                (self.0)(message)
+            }
+        }
+        Self::new(id, Box::new(Output(send)))
+    }
+
     /// Asserts or deasserts the line of `pin`; ignored if there is no such pin.
     pub fn set_line(&self, pin: u32, asserted: bool) {
         let mut state = self.state();

@@ -210,6 +210,12 @@ impl Disk {
         self.in_memory
     }
 
+    /// From now on it is waited for, as if its image were not in memory.
+    #[cfg(feature = "test-support")]
+    pub(super) fn wait_for(&mut self) {
+        self.in_memory = false;
+    }
+
     /// A flush has failed with `error`. What was written before it may be lost, and the system says
     /// so only once for each time that the image is opened (Linux `errseq_t`).
     pub fn flush_failed(&mut self, error: &io::Error) {

@@ -53,6 +53,8 @@ use twostage::ratelimit::RateLimit;
 use under_way::{Over, UnderWay, DEPTH};
 
 pub use disk::{Disk, DiskAccess, DiskError, SECTOR_SIZE};
+#[cfg(feature = "test-support")]
+pub use engine::scripted::{Faults, Outcome};
 
 /// Queues of a device at most.
 pub const MAX_QUEUES: usize = 64;
@@ -118,6 +120,32 @@ impl Block {
         let block = Self::with_engine(disk, queues, engine);
         log::info!("{}: {} serves requests", block.disk.path().display(), block.served_by());
         Ok(block)
+    }
+
+    /// A device whose operations on `disk` come to what `faults` says; it has a single thread.
+    ///
+    /// # Errors
+    /// The process is out of file descriptors.
+    #[cfg(feature = "test-support")]
+    pub fn scripted(mut disk: Disk, queues: usize, faults: Faults) -> io::Result<Self> {
+        disk.wait_for();
+        let engine = engine::scripted::Scripted::new(disk.file().clone(), faults)?;
+        Ok(Self::with_engine(disk, queues, Box::new(engine)))
+    }
+
+    /// A device that waits for `disk` by the best engine, or by threads, even if it is in memory.
+    ///
+    /// # Errors
+    /// The process is out of file descriptors.
+    #[cfg(feature = "test-support")]
+    pub fn waiting(mut disk: Disk, queues: usize, by_threads: bool) -> io::Result<Self> {
+        disk.wait_for();
+        let file = disk.file();
+        let engine = match by_threads {
+            true => engine::by_threads(file)?,
+            false => engine::best(file, DEPTH)?,
+        };
+        Ok(Self::with_engine(disk, queues, engine))
     }
 
     /// A device whose operations on `disk` are performed by `engine`.

@@ -173,6 +173,15 @@ impl VirtioPci {
         }
     }
 
+    /// Serves what was notified, and with `input`, what the host and time would tell, where devices
+    /// have no threads ([`without_threads`](crate::devices::threadless)). Returns whether anything
+    /// was notified.
+    #[cfg(feature = "test-support")]
+    pub fn turn(&self, input: bool) -> bool {
+        let mut transport = self.transport();
+        transport.worker.as_mut().is_some_and(|worker| worker.turn(input))
+    }
+
     fn transport(&self) -> MutexGuard<'_, Transport> {
         let mut transport = self.transport.lock();
         transport.settle(&self.link);

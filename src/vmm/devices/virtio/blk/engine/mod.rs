@@ -10,6 +10,8 @@
 
 #[cfg(test)]
 pub(super) mod fake;
+#[cfg(feature = "test-support")]
+pub(super) mod scripted;
 mod threads;
 mod uring;
 
@@ -114,9 +116,17 @@ pub(super) fn best(file: &Arc<File>, depth: usize) -> io::Result<Box<dyn Engine>
         Ok(uring) => Ok(Box::new(uring)),
         Err(error) => {
             log::info!("io_uring is not to be had ({error}): threads wait for disks");
-            Ok(Box::new(Threads::new(file.clone())?))
+            by_threads(file)
         }
     }
+}
+
+/// Threads that wait for the disk `file`.
+///
+/// # Errors
+/// The process is out of file descriptors.
+pub(super) fn by_threads(file: &Arc<File>) -> io::Result<Box<dyn Engine>> {
+    Ok(Box::new(Threads::new(file.clone())?))
 }
 
 #[cfg(test)]

@@ -1,0 +1,480 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The machine: two `edu`s, one behind two bridges, and a virtio device.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::Arc;
+use twostage::sync::Mutex;
+
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::viommu::bridges::BridgeKind;
+use twostage::viommu::InterruptSink;
+use twostage_emulated::PageTries;
+use twostage_vmm::inside::edu::Edu;
+use twostage_vmm::inside::pci::{
+    Bridge, BusNumbers, ConfigLender, ConfigPage, Ecam, HostBridge, InterruptVector, IntxRouter,
+    Location, MsiMessage, PageLoan, PciBus, PciFunction, PciMemory,
+};
+use twostage_vmm::inside::threadless::without_threads;
+use twostage_vmm::inside::virtio::{DeviceMemory, Doorbells, Rng, VirtioPci};
+use twostage_vmm::inside::{
+    BusDevice, DirectMemory, DmaError, DmaMaster, EduConfig, MachineMemory, MessageWrites,
+};
+use twostage_vmm::inside::{ServiceControl, Services, PCI_MMIO_LAST, PCI_MMIO_START};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::naive;
+use crate::input::Input;
+
+/// Their number: the host bridge, `edu`, virtio, the port, the bridge to PCI, `edu` behind it.
+pub const FUNCTIONS: usize = 6;
+/// Where they are at the start.
+const PLACES: [u16; FUNCTIONS] = [0, 0x08, 0x10, 0x18, 0x100, 0x218];
+const EDU: usize = 1;
+const PORT: usize = 3;
+const TO_PCI: usize = 4;
+const BEHIND: usize = 5;
+/// What is behind bridges is in the second half of these.
+const WINDOW: u64 = 16 << 20;
+/// Where ECAM is, of no importance here.
+const ECAM: u64 = 0xb000_0000;
+/// Bytes of memory for DMA.
+const MEMORY: usize = 0x4000;
+
+/// Counts messages of all kinds, and DMA requests.
+#[derive(Default)]
+pub struct Counts {
+    messages: AtomicU64,
+    requests: AtomicU64,
+}
+
+impl Counts {
+    fn both(&self) -> (u64, u64) {
+        (self.messages.load(Ordering::Relaxed), self.requests.load(Ordering::Relaxed))
+    }
+}
+
+struct Vector(Arc<Counts>);
+
+impl InterruptVector for Vector {
+    fn update(&self, _: Option<MsiMessage>) {}
+
+    fn trigger(&self) {
+        self.0.messages.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+struct Sink(Arc<Counts>);
+
+impl InterruptSink for Sink {
+    fn send_msi(&self, _: u64, _: u32) {
+        self.0.messages.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Memory without an IOMMU, whose first pages are missing until they were requested.
+struct Memory {
+    counts: Arc<Counts>,
+    bytes: Vec<u8>,
+    services: Services,
+    control: Option<Arc<Control>>,
+}
+
+impl Memory {
+    fn range(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        length: usize,
+    ) -> Result<&mut [u8], DmaError> {
+        self.counts.requests.fetch_add(1, Ordering::Relaxed);
+        assert!(pasid.is_none() || self.services.pasid, "a PASID that nobody enabled");
+        let (start, pri) = (iova as usize, self.services.pri);
+        if iova >= MEMORY as u64 || length > MEMORY - start {
+            let group = (pri && iova < 2 * MEMORY as u64).then_some(1);
+            return Err(DmaError { address: iova, group });
+        }
+        Ok(&mut self.bytes[start..start + length])
+    }
+}
+
+impl DmaMaster for Memory {
+    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        data.copy_from_slice(self.range(pasid, iova, data.len())?);
+        Ok(())
+    }
+
+    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
+        self.range(pasid, iova, data.len())?.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn set_services(&mut self, services: Services) {
+        self.services = services;
+    }
+
+    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
+        self.control.clone().map(|control| control as Arc<dyn ServiceControl>)
+    }
+}
+
+/// Page requests are answered after some tries, or not.
+#[derive(Default)]
+struct Control(AtomicUsize);
+
+impl ServiceControl for Control {
+    fn enabled(&self, _: Services) {}
+
+    fn wait(&self, _: u16, address: u64, _: &mut PageTries) -> Result<(), DmaError> {
+        match self.0.fetch_add(1, Ordering::Relaxed) % 4 {
+            3 => Err(DmaError::at(address)),
+            _ => Ok(()),
+        }
+    }
+
+    fn outstanding(&self) -> usize {
+        self.0.load(Ordering::Relaxed) % 2
+    }
+
+    fn reset(&self) {}
+}
+
+struct NoDoorbells;
+
+impl Doorbells for NoDoorbells {
+    fn attach(&self, address: u64, _: &EventFd) -> bool {
+        address & 0x10_0000 == 0
+    }
+
+    fn detach(&self, _: u64, _: &EventFd) {}
+}
+
+/// The pages that the guest has, by address.
+type Pages = Arc<Mutex<BTreeMap<u64, Arc<ConfigPage>>>>;
+
+struct Lender(Pages);
+
+struct Lent(Pages, u64);
+
+impl PageLoan for Lent {}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.0.lock().remove(&self.1);
+    }
+}
+
+impl ConfigLender for Lender {
+    fn lend_config(&self, address: u64, page: Arc<ConfigPage>) -> io::Result<Box<dyn PageLoan>> {
+        self.0.lock().insert(address, page);
+        Ok(Box::new(Lent(self.0.clone(), address)))
+    }
+}
+
+/// The machine.
+pub struct Machine {
+    bus: Arc<PciBus>,
+    pub functions: [Arc<dyn PciFunction>; FUNCTIONS],
+    virtio: Arc<VirtioPci>,
+    counts: Arc<Counts>,
+    /// The level of each GSI.
+    lines: Arc<Mutex<BTreeMap<u32, bool>>>,
+    pins: [&'static [u32]; 2],
+    pages: Pages,
+    #[cfg(target_arch = "x86_64")]
+    ports: twostage_vmm::inside::ConfigPorts,
+}
+
+impl Machine {
+    pub fn new(input: &mut Input<'_>) -> Self {
+        without_threads(true);
+        let choice = input.byte();
+        let counts = Arc::<Counts>::default();
+        let lines = Arc::<Mutex<BTreeMap<u32, bool>>>::default();
+        let driven = lines.clone();
+        let router = IntxRouter::new(Arc::new(move |gsi, level| {
+            driven.lock().insert(gsi, level);
+        }));
+        let vector =
+            || -> Result<Arc<dyn InterruptVector>, _> { Ok(Arc::new(Vector(counts.clone()))) };
+        let start = PCI_MMIO_START as u32;
+        let numbers = BusNumbers { primary: 0, secondary: 1, subordinate: 2 };
+        let port = Arc::new(Bridge::new("port", BridgeKind::Port, numbers, None));
+        let numbers = BusNumbers { primary: 1, secondary: 2, subordinate: 2 };
+        let way = Some(port.way().clone());
+        let kind = if choice & 8 == 0 { BridgeKind::ExpressToPci } else { BridgeKind::Port };
+        let to_pci = Arc::new(Bridge::new("to-pci", kind, numbers, way));
+        let mut pins = [&[][..]; 2];
+        let mut edu = |number: usize, config: &EduConfig, location, bars| {
+            let bdf = Bdf::from_raw(PLACES[[EDU, BEHIND][number]]);
+            let pin = router.pin(bdf, [0, 3].into_iter().filter(|_| number == 1));
+            pins[number] = pin.gsis();
+            let control = config.ats.then(Arc::<Control>::default);
+            let services = Services::default();
+            let bytes = vec![0x5a; MEMORY];
+            let memory = Memory { counts: counts.clone(), bytes, services, control };
+            let sink = Arc::new(Sink(counts.clone()));
+            let memory: Box<dyn DmaMaster> = match number {
+                0 => Box::new(memory),
+                _ => Box::new(DirectMemory(MachineMemory::new(MEMORY as u64).expect("memory"))),
+            };
+            let memory = Box::new(MessageWrites::new(memory, sink.clone()));
+            Edu::new(config, location, bars, pin, sink, &vector, memory).expect("no thread")
+        };
+        let (ats, pri) = (choice & 1 != 0, choice & 2 != 0);
+        let pasid_bits = if choice & 4 != 0 { 20 } else { 0 };
+        let config = EduConfig { ats, pri, pasid_bits, dma_mask: u64::MAX, ..EduConfig::default() };
+        let location = Location { way: None, bar: start + 0x10_0000 };
+        let first = Arc::new(edu(0, &config, location, [start, start + 0x4000]));
+        let far = start + WINDOW as u32;
+        let location = Location { way: Some(to_pci.way().clone()), bar: far };
+        let more = [far + 0x10_0000, far + 0x10_4000];
+        let behind = Arc::new(edu(1, &EduConfig::default(), location, more));
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory");
+        let backend = Box::new(Rng::open("/dev/zero".as_ref()).expect("zeroes"));
+        let location = Location { way: None, bar: start + 0x8000 };
+        let reach = DeviceMemory::direct(memory);
+        let doorbells = Arc::new(NoDoorbells);
+        let virtio =
+            VirtioPci::new("rng".into(), backend, reach, location, &vector, doorbells, None);
+        let virtio = Arc::new(virtio.expect("descriptors"));
+        let host = Arc::new(HostBridge::new());
+        let bdf = |function: usize| Bdf::from_raw(PLACES[function]);
+        let mut bus = PciBus::default();
+        bus.insert(bdf(0), host.clone());
+        bus.insert(bdf(EDU), first.clone());
+        bus.insert(bdf(2), virtio.clone());
+        bus.insert_bridge(bdf(PORT), port.clone());
+        bus.insert_bridge(bdf(TO_PCI), to_pci.clone());
+        bus.insert(bdf(BEHIND), behind.clone());
+        for bridge in [&port, &to_pci] {
+            bridge.open(&(PCI_MMIO_START + WINDOW..=PCI_MMIO_START + 2 * WINDOW - 1));
+            bus.reprogrammed(bridge);
+        }
+        let pages = Pages::default();
+        bus.lend_config(ECAM, &Lender(pages.clone())).expect("memory");
+        let bus = Arc::new(bus);
+        let functions: [Arc<dyn PciFunction>; FUNCTIONS] =
+            [host, first, virtio.clone(), port, to_pci, behind];
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            ports: twostage_vmm::inside::ConfigPorts::new(bus.clone()),
+            bus,
+            functions,
+            virtio,
+            counts,
+            lines,
+            pins,
+            pages,
+        }
+    }
+
+    /// Writes a register, through ports or memory.
+    pub fn write_config(&self, function: usize, register: u16, data: &[u8], ports: bool) {
+        self.write_at(PLACES[function], register, data, ports);
+    }
+
+    fn write_at(&self, bdf: u16, register: u16, data: &[u8], ports: bool) {
+        #[cfg(target_arch = "x86_64")]
+        if ports && register < 0x100 {
+            let address = 1 << 31 | u32::from(bdf) << 8 | u32::from(register & 0xfc);
+            self.ports.write(0, &address.to_le_bytes());
+            self.ports.read(0, &mut [0; 4]);
+            return self.ports.write(4 + u64::from(register & 3), data);
+        }
+        let _ = ports;
+        let offset = u64::from(bdf) << 12 | u64::from(register);
+        Ecam(self.bus.clone()).write(offset, data);
+    }
+
+    /// Reads a register by memory and, if there are, by ports: they agree.
+    pub fn read_config(&self, function: usize, register: u16, size: usize, ports: bool) {
+        let (bdf, mut data) = (PLACES[function], [0; 4]);
+        let offset = u64::from(bdf) << 12 | u64::from(register);
+        Ecam(self.bus.clone()).read(offset, &mut data[..size]);
+        #[cfg(target_arch = "x86_64")]
+        if ports && register < 0x100 {
+            let mut other = [0; 4];
+            let address = 1 << 31 | u32::from(bdf) << 8 | u32::from(register & 0xfc);
+            self.ports.write(0, &address.to_le_bytes());
+            self.ports.read(4 + u64::from(register & 3), &mut other[..size]);
+            // The window to a virtio device's registers may show its interrupt status, once.
+            assert!(function == 2 || data == other, "{bdf:#x} {register:#x}");
+        }
+        let _ = ports;
+    }
+
+    /// Writes or reads anywhere.
+    pub fn any_config(&self, bdf: u16, register: u16, value: u64, write: bool) {
+        match write {
+            true => self.write_at(bdf, register, &value.to_le_bytes()[..4], value & 1 != 0),
+            false => {
+                Ecam(self.bus.clone()).read(u64::from(bdf) << 12 | u64::from(register), &mut [0; 8])
+            }
+        }
+    }
+
+    /// Resets a function, or what is behind a bridge.
+    pub fn reset(&self, function: usize) {
+        match function {
+            PORT | TO_PCI => self.write_config(function, 0x3e, &[0x40, 0], false),
+            _ => {
+                let config = &self.functions[function];
+                if let Some(express) = naive::capability(&**config, 0x10) {
+                    self.write_config(function, express + 8, &[0, 0x80], false);
+                    let control = config.config().lock().u16(express + 8);
+                    assert_eq!(control & 0x8000, 0, "a reset is over");
+                }
+            }
+        }
+    }
+
+    /// Writes a register of the capability number `which`.
+    pub fn capability(&self, function: usize, which: u8, offset: u8, value: u64) {
+        let all = naive::capabilities(&*self.functions[function]);
+        if let Some((_, at)) = all.get(usize::from(which) % all.len().max(1)) {
+            let register = at + u16::from(offset % 24);
+            self.write_config(function, register, &value.to_le_bytes()[..2], false);
+        }
+    }
+
+    /// Whether bars answer where they are, and only there.
+    pub fn look(&self, function: usize, bar: usize) {
+        let (device, ways) = (&self.functions[function], self.ways(function));
+        let Some((start, size)) = naive::bar(&**device, bar) else { return };
+        let in_window = start >= PCI_MMIO_START && start + size - 1 <= PCI_MMIO_LAST;
+        if !in_window || ![EDU, BEHIND].contains(&function) || bar != 0 {
+            return;
+        }
+        let decodes = naive::decodes(&**device, start, size, &ways);
+        let others = (0..FUNCTIONS).flat_map(|f| (0..3).map(move |bar| (f, bar)));
+        let shared = others.filter(|other| *other != (function, bar)).any(|(f, bar)| {
+            naive::bar(&*self.functions[f], bar)
+                .is_some_and(|(at, length)| at < start + size && start < at + length)
+        });
+        let mut data = [0; 4];
+        PciMemory(self.bus.clone()).read(start - PCI_MMIO_START, &mut data);
+        let id = u32::from_le_bytes(data);
+        match decodes {
+            true => assert!(shared || id == 0x0100_00ed, "no edu at {start:#x} but {id:#x}"),
+            false => assert!(shared || id == u32::MAX, "{id:#x} answers at {start:#x}"),
+        }
+    }
+
+    /// The bridges that a function is behind.
+    fn ways(&self, function: usize) -> Vec<&dyn PciFunction> {
+        match function {
+            BEHIND => vec![&*self.functions[TO_PCI], &*self.functions[PORT]],
+            TO_PCI => vec![&*self.functions[PORT]],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Accesses a BAR where it is.
+    pub fn access(&self, function: usize, bar: usize, offset: u64, data: &mut [u8], write: bool) {
+        if let Some((start, _)) = naive::bar(&*self.functions[function], bar) {
+            self.memory_at(start.wrapping_sub(PCI_MMIO_START).wrapping_add(offset), data, write);
+        }
+        self.virtio.turn(true);
+    }
+
+    /// Accesses memory anywhere in the window.
+    pub fn memory(&self, address: u64, size: usize, write: bool) {
+        self.memory_at(address, &mut address.to_le_bytes()[..size], write);
+    }
+
+    fn memory_at(&self, offset: u64, data: &mut [u8], write: bool) {
+        let memory = PciMemory(self.bus.clone());
+        // The window is where the bus finds it.
+        if offset <= PCI_MMIO_LAST - PCI_MMIO_START {
+            match write {
+                true => memory.write(offset, data),
+                false => memory.read(offset, data),
+            }
+        }
+    }
+
+    /// Raises interrupts of an `edu`, or acknowledges them. Who may make no requests sends nothing.
+    pub fn raise(&self, function: usize, causes: u32, acknowledge: bool) {
+        let register = if acknowledge { 0x64 } else { 0x60 };
+        self.quiet(function, |device| device.write_bar(0, register, &causes.to_le_bytes()));
+    }
+
+    /// A DMA of an `edu`, or a factorial. Who may make no requests makes none.
+    pub fn transfer(&self, function: usize, input: &mut Input<'_>) {
+        let choice = input.byte();
+        let memory = match choice >> 5 {
+            0 => 0xfee0_0000 + u64::from(input.byte()),
+            1 => input.number(),
+            _ => u64::from(input.half()) % 0x6000,
+        };
+        let (count, pasid) = (u64::from(input.half() % 0x1100), u32::from(input.byte()));
+        let ends = [memory, 0x4_0000 + u64::from(input.byte())];
+        let ends = if choice & 2 == 0 { ends } else { [ends[1], ends[0]] };
+        self.quiet(function, |device| {
+            for (offset, value) in [(0x80, ends[0]), (0x88, ends[1]), (0x90, count)] {
+                device.write_bar(0, offset, &value.to_le_bytes());
+            }
+            device.write_bar(0, 0xa0, &(u32::from(choice & 8) << 28 | pasid).to_le_bytes());
+            device.write_bar(0, 0x20, &[choice & 0x80, 0, 0, 0]);
+            device.write_bar(0, 0x08, &u32::from(choice).to_le_bytes());
+            device.write_bar(0, 0x98, &u64::from(choice & 7 | 1).to_le_bytes());
+            let mut command = [0; 8];
+            device.read_bar(0, 0x98, &mut command);
+            assert_eq!(command[0] & 1, 0, "the transfer is over");
+        });
+    }
+
+    fn quiet(&self, function: usize, act: impl FnOnce(&dyn PciFunction)) {
+        let device = &self.functions[function];
+        if ![EDU, BEHIND].contains(&function) {
+            return;
+        }
+        let before = self.counts.both();
+        act(&**device);
+        let numbers: &[(usize, u8)] =
+            if function == BEHIND { &[(TO_PCI, 2), (PORT, 1)] } else { &[] };
+        let ways = numbers.iter().map(|(bridge, number)| (&*self.functions[*bridge], *number));
+        if !naive::may_request(&**device, ways) {
+            assert_eq!(self.counts.both(), before, "a request of who may make none");
+        }
+    }
+
+    /// Enables MSI-X with the first vector unmasked.
+    pub fn enable_msix(&self, function: usize, choice: u8) {
+        let device = &self.functions[function];
+        let Some(msix) = naive::capability(&**device, 0x11) else { return };
+        self.write_config(function, msix + 2, &[0, choice & 0xc0], false);
+        let (bar, table) = if function == 2 { (0, 0x4000) } else { (1, 0) };
+        device.write_bar(bar, table, &0xfee0_0000_u64.to_le_bytes());
+        device.write_bar(bar, table + 8, &[choice, 0, 0, 0, choice & 1, 0, 0, 0]);
+        let mut entry = [0; 8];
+        device.read_bar(bar, table + 8, &mut entry);
+        assert_eq!(entry, [choice, 0, 0, 0, choice & 1, 0, 0, 0]);
+        device.read_bar(bar, if bar == 0 { 0x5000 } else { 0x1000 }, &mut entry);
+    }
+
+    /// Each line is the OR of the pins of its functions.
+    pub fn check_lines(&self) {
+        let lines = self.lines.lock();
+        let asserted = [EDU, BEHIND].map(|function| naive::pin(&*self.functions[function]));
+        for (gsis, pin) in self.pins.iter().zip(asserted) {
+            for gsi in *gsis {
+                let shared = self.pins[0] == self.pins[1] && asserted.contains(&true);
+                let level = lines.get(gsi).copied().unwrap_or_default();
+                assert_eq!(level, pin || shared, "GSI {gsi}");
+            }
+        }
+    }
+
+    /// The pages that the guest has show what it would read.
+    pub fn check_pages(&self) {
+        for (address, page) in self.pages.lock().iter() {
+            let mut read = [0; 0x1000];
+            Ecam(self.bus.clone()).read(address - ECAM, &mut read);
+            assert!(page.shown()[..] == read[..], "{address:#x} shows something else");
+        }
+    }
+}
