@@ -242,6 +242,8 @@ pub(super) struct SecondStage {
     pub large_pages: u8,
     /// SSADE.
     pub accessed_dirty: bool,
+    /// Device-TLBs are served (ECAP.DT), so TM is not reserved.
+    pub transient: bool,
     rights: PathRights,
 }
 
@@ -258,6 +260,7 @@ impl SecondStage {
             levels,
             large_pages: config.second_stage_large_pages(),
             accessed_dirty: data.accessed_dirty,
+            transient: config.device_tlb,
             rights: PathRights::NONE,
         };
         Some(Self { rights: PathRights::of(&tables), ..tables })
@@ -314,10 +317,9 @@ impl TableFormat for SecondStage {
             return Err(Fault::stage1(FaultReason::SecondStageDenied));
         }
         let leaf = entry.is_leaf(level);
-        // Snoop control is supported (ECAP.SC), so SNP is not reserved; device-TLBs are not, so TM
-        // is.
+        // Snoop control is supported (ECAP.SC), so SNP is not reserved.
         let reserved = entry.reserved_bits(level, HOST_ADDRESS_WIDTH, self.large_pages);
-        if word & reserved != 0 || leaf && entry.tm() {
+        if word & reserved != 0 || leaf && entry.tm() && !self.transient {
             return Err(Fault::stage1(FaultReason::SecondStageReserved));
         }
         Ok(Entry {

@@ -233,7 +233,7 @@ impl VtdConfig {
     }
 
     /// Width of the IOVAs that are translated, in bits.
-    pub(super) fn iova_width(&self) -> u8 {
+    pub(crate) fn iova_width(&self) -> u8 {
         self.iova_bits.unwrap_or(self.address_width)
     }
 

@@ -130,6 +130,8 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
     let fault = &DmaFault { reason: fault.reason.or(walked(&config, tables, fault)), ..*fault };
     let reason = match config.policy {
         Policy::Blocked(reason) => reason,
+        // Nobody is offered execute requests (ECAP.ERS), and no table is asked.
+        _ if fault.execute => FaultReason::ExecuteDisabled,
         Policy::Bypass if legacy => FaultReason::LegacyAddressBeyond,
         Policy::Bypass => FaultReason::AddressBeyondHost,
         Policy::Stage1(Stage1::VtdFirstStage(_)) => first_stage(fault),
@@ -144,7 +146,8 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
 /// none.
 fn walked(config: &RequesterConfig, tables: &Tables<'_>, fault: &DmaFault) -> Option<FaultReason> {
     let Policy::Stage1(stage1) = config.policy else { return None };
-    let of_guest = walk::Tables::new(&stage1, tables.caps.cap.fs1gp())?;
+    let cap = tables.caps.cap;
+    let of_guest = walk::Tables::new(&stage1, cap.fs1gp(), cap.guest_address_width())?;
     of_guest.refusal(tables.memory, fault.address, fault.write)
 }
 
@@ -314,6 +317,22 @@ mod tests {
             assert_eq!(disabled(blocked, 0, fault_disabled), fault_disabled);
             assert_eq!(disabled(FIRST, 0x71, fault_disabled), fault_disabled);
         }
+    }
+
+    /// Whatever the host says of it: one that has mirrors, or nothing but its stage 2, has no
+    /// reason or another one.
+    #[test]
+    fn an_execute_request_is_told_as_one() {
+        for policy in [FIRST, SECOND, NESTED, Policy::Bypass] {
+            for (reason, stage2) in [(0, false), (0x5c, false), (0x79, true)] {
+                let fault = DmaFault { execute: true, ..fault(reason, false, stage2) };
+                let explained = of(policy, 1, fault, false).unwrap();
+                assert_eq!(explained.reason, FaultReason::ExecuteDisabled, "{policy:?} {reason}");
+            }
+        }
+        let fault = DmaFault { execute: true, ..fault(0, false, false) };
+        let blocked = Policy::Blocked(FaultReason::ContextNotPresent);
+        assert_eq!(of(blocked, 1, fault, false).unwrap().reason.code(), 0x41);
     }
 
     #[test]

@@ -137,3 +137,21 @@ fn accessed_and_dirty_flags_are_set_if_enabled() {
     assert_eq!(machine.write_u64(&mut port, PLAIN, iova, 0), Ok(0));
     assert_eq!(flags(), [0x100, 0x100, 0x100, 0x300]);
 }
+
+#[test]
+fn a_page_may_be_transient_where_device_tlbs_are_served() {
+    const TRANSIENT: u64 = 1 << 62;
+    for device_tlb in [false, true] {
+        let machine = Machine::new(VtdUnitConfig { device_tlb, ..VtdUnitConfig::default() });
+        let (root, iova) = (machine.table(), 0x12_3456_7000);
+        let entry = map(&machine, root, 4, iova, 1, HIGH);
+        machine.poke(entry, HIGH | READ | WRITE | TRANSIENT);
+        machine.attach_second_stage(None, 1, root, 4);
+        let read = machine.read_u64(&mut machine.port(), PLAIN, iova);
+        let expected = match device_tlb {
+            false => Err((FaultReason::SecondStageReserved, false)),
+            true => Ok(0),
+        };
+        assert_eq!(read, expected);
+    }
+}

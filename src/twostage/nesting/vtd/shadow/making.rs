@@ -292,7 +292,7 @@ impl State {
 
     fn begin_first(&mut self, stage1: &Stage1) -> Result<Making> {
         let shadow = self.shadow.as_ref().ok_or(NestingError::ShutDown)?;
-        let tables = Tables::new(stage1, shadow.huge).ok_or(NestingError::ShutDown)?;
+        let tables = shadow.tables(stage1).ok_or(NestingError::ShutDown)?;
         // Tables that translate nothing cost objects of the host, too.
         if shadow.mirrors.len() as u64 >= shadow.limit {
             return Err(too_many(0, shadow.limit));

@@ -54,6 +54,8 @@ pub(super) struct Shadow {
     limit: u64,
     /// First-stage tables may have pages of 1 GiB.
     huge: bool,
+    /// Width of the IOVAs that are offered. Tables may have more, which no host need map.
+    iova_bits: u8,
     why: String,
     /// By their numbers, which stand for objects of the host in the bookkeeping of attachments.
     mirrors: BTreeMap<ObjectId, Mirrored>,
@@ -137,6 +139,7 @@ impl Shadow {
             memory: serving.memory.clone(),
             limit: serving.nesting.pieces(),
             huge: serving.config.first_stage_1g,
+            iova_bits: serving.config.iova_width(),
             why,
             mirrors: BTreeMap::new(),
             last: ObjectId(0),
@@ -156,6 +159,12 @@ impl Shadow {
     /// The guest is offered `config`.
     pub fn set_offered(&mut self, config: &VtdConfig) {
         self.huge = config.first_stage_1g;
+        self.iova_bits = config.iova_width();
+    }
+
+    /// `stage1` as it is mirrored, if it is one stage.
+    fn tables(&self, stage1: &Stage1) -> Option<Tables> {
+        Tables::new(stage1, self.huge, self.iova_bits)
     }
 
     /// Why tables are mirrored.

@@ -13,7 +13,7 @@ use super::{too_many, Lost, Shadow, Starved, Trial, MAX_STARVED};
 use crate::nesting::vtd::invalidate::{ByName, Refused};
 use crate::nesting::vtd::state::State;
 use crate::nesting::{NestingError, Result};
-use crate::viommu::vtd::walk::{Tables, TooManyTables, Walk};
+use crate::viommu::vtd::walk::{TooManyTables, Walk};
 use crate::viommu::vtd::{DmaFault, DomainTag, Policy, RequesterConfig, Stage1};
 use crate::viommu::Requester;
 use crate::warn_limited;
@@ -159,7 +159,7 @@ impl State {
     fn count_some(&mut self, stage1: &Stage1, quota: &mut Quota) -> Result<bool> {
         let (budget, served) = (self.budget(), self.mirror_of(stage1).is_some());
         let shadow = self.shadow.as_mut().ok_or(NestingError::ShutDown)?;
-        let tables = Tables::new(stage1, shadow.huge).ok_or(NestingError::ShutDown)?;
+        let tables = shadow.tables(stage1).ok_or(NestingError::ShutDown)?;
         if served || shadow.prepares(stage1) {
             // Somebody else is served; or it was counted before.
             return Ok(true);

@@ -3,7 +3,8 @@
 //! mirrored, and the reason of a fault is found here.
 //!
 //! Requests are user requests, as nothing else is offered to a guest whose tables are mirrored, and
-//! the lower half of a first stage's addresses is walked only: hosts map no others. A translation
+//! the lower half of a first stage's addresses is walked only: hosts map no others. Nor are those
+//! beyond the width that is offered (CAP.MGAW), which tables may have but no request. A translation
 //! that is mirrored may be used at any time, so its accessed flags, and the dirty flag of a
 //! writable page, are set when it is found (§3.6.2), as a walk by hardware for a write would.
 
@@ -76,19 +77,22 @@ pub(crate) struct Tables {
     second: bool,
     /// A first stage may have pages of 1 GiB (CAP.FS1GP).
     huge: bool,
+    /// Width of the IOVAs that are translated (CAP.MGAW).
+    iova_bits: u8,
 }
 
 impl Tables {
-    /// `stage1`, if it is one stage; `huge`: a first stage may have pages of 1 GiB.
-    pub fn new(stage1: &Stage1, huge: bool) -> Option<Self> {
+    /// `stage1`, if it is one stage, of a unit that translates IOVAs of `iova_bits` bits; `huge`: a
+    /// first stage may have pages of 1 GiB.
+    pub fn new(stage1: &Stage1, huge: bool, iova_bits: u8) -> Option<Self> {
         match stage1 {
             Stage1::VtdFirstStage(first) => {
                 let levels = (first.paging_mode.address_width() - 12) / 9;
-                Some(Self { top: first.table, levels, second: false, huge })
+                Some(Self { top: first.table, levels, second: false, huge, iova_bits })
             }
             Stage1::VtdSecondStage(second) => {
                 let levels = (second.address_width.bits() - 12) / 9;
-                Some(Self { top: second.table, levels, second: true, huge })
+                Some(Self { top: second.table, levels, second: true, huge, iova_bits })
             }
             Stage1::VtdNested(_) => None,
         }
@@ -96,6 +100,11 @@ impl Tables {
 
     /// The first IOVA beyond those that are walked.
     pub fn end(&self) -> u64 {
+        self.end_of_tables().min(1 << self.iova_bits.min(63))
+    }
+
+    /// The first IOVA beyond those that the tables have, or their lower half.
+    fn end_of_tables(&self) -> u64 {
         let bits = 12 + 9 * u32::from(self.levels);
         // The upper half of a first stage's addresses is at the end of 64 bits.
         1 << if self.second { bits } else { bits - 1 }
@@ -139,9 +148,12 @@ impl Tables {
     /// translate it.
     pub fn refusal(&self, memory: &dyn TableMemory, iova: u64, write: bool) -> Option<FaultReason> {
         use FaultReason as R;
-        let upper = !self.second && iova >= self.end().wrapping_neg();
-        if iova >= self.end() && !upper {
-            return Some(if self.second { R::AddressBeyondGuest } else { R::NotCanonical });
+        let end = self.end_of_tables();
+        let upper = !self.second && iova >= end.wrapping_neg();
+        match self.second {
+            true if iova >= self.end() => return Some(R::AddressBeyondGuest),
+            false if iova >= end && !upper => return Some(R::NotCanonical),
+            _ => {}
         }
         let pick = |first, second| Some(if self.second { second } else { first });
         let (mut table, mut on_the_way) = (self.top, Allowed::ALL);

@@ -110,7 +110,7 @@ proptest! {
             2 => second_stage(0, AddressWidth::Bits48),
             _ => second_stage(0, AddressWidth::Bits57),
         };
-        let tables = Tables::new(&stage1, true).unwrap();
+        let tables = Tables::new(&stage1, true, 48).unwrap();
         let range = start << 12..(start + pages) << 12;
         let found = walked(&memory, tables, range.clone(), pause);
         prop_assert_eq!(&found, &naive(&memory, &tables, range.clone()));
@@ -127,7 +127,7 @@ proptest! {
 fn two_tables_that_name_everything_are_given_up() {
     let memory = memory();
     (0..512).for_each(|number| put(&memory, 0x1000, number, 0x1007));
-    let tables = Tables::new(&second_stage(0x1000, AddressWidth::Bits48), true).unwrap();
+    let tables = Tables::new(&second_stage(0x1000, AddressWidth::Bits48), true, 48).unwrap();
     let mut walk = Walk::new(&memory, tables, 100);
     let mut pages = 0;
     let everything = 0..tables.end();
@@ -147,7 +147,7 @@ fn flags_are_set_on_the_way_to_a_page_and_in_it() {
     put(&memory, 0x4000, 2, 9 << 12 | 3);
     // A table without pages was not used.
     put(&memory, 0x3000, 1, clear(8));
-    let tables = Tables::new(&first_stage(0x1000), true).unwrap();
+    let tables = Tables::new(&first_stage(0x1000), true, 48).unwrap();
     assert_eq!(walked(&memory, tables, 0..1 << 22, 1000).len(), 2);
     let a = FirstStageEntry::A;
     let seen = [1, 2, 3].map(|table| word(&memory, table << 12, 0));
@@ -162,8 +162,8 @@ fn a_refusal_has_the_reason_of_its_stage() {
     use FaultReason as R;
     let memory = memory();
     let (outside, top) = (PAGES << 12, 0x1000);
-    let first = Tables::new(&first_stage(top), true).unwrap();
-    let second = Tables::new(&second_stage(top, AddressWidth::Bits39), true).unwrap();
+    let first = Tables::new(&first_stage(top), true, 48).unwrap();
+    let second = Tables::new(&second_stage(top, AddressWidth::Bits39), true, 48).unwrap();
     let why = |tables: Tables, iova, write| tables.refusal(&memory, iova, write);
     assert_eq!(why(first, 1 << 47, false), Some(R::NotCanonical));
     assert_eq!(why(first, u64::MAX << 47, false), Some(R::FirstStageNotPresent));
@@ -176,7 +176,7 @@ fn a_refusal_has_the_reason_of_its_stage() {
     assert_eq!(why(first, 0, false), Some(R::FirstStageReserved));
     put(&memory, top, 0, 0x40_0000_1087);
     assert_eq!(why(second, 0, false), Some(R::SecondStageReserved));
-    let beyond = Tables::new(&first_stage(outside), true).unwrap();
+    let beyond = Tables::new(&first_stage(outside), true, 48).unwrap();
     assert_eq!(why(beyond, 0, false), Some(R::FirstStageTopAccess));
     for table in [1, 2, 3] {
         put(&memory, table << 12, 0, (table + 1) << 12 | 7);
@@ -185,4 +185,33 @@ fn a_refusal_has_the_reason_of_its_stage() {
     assert_eq!(why(first, 0, false), Some(R::UserDenied));
     put(&memory, 0x4000, 0, 0x5005);
     assert_eq!((why(first, 0, false), why(first, 0, true)), (None, Some(R::WriteDenied)));
+}
+
+/// Tables may have more addresses than the unit translates; a request for one does not get to them.
+#[test]
+fn what_no_request_may_name_is_not_walked() {
+    let memory = memory();
+    for (top, table, flags) in [(0x1000, 0x2000, 3), (0x5000, 0x6000, 7)] {
+        // The first page, and those from 2^39 and 2^40 on.
+        for number in [0, 1, 2] {
+            put(&memory, top, number, table | flags);
+        }
+        put(&memory, table, 0, (table + 0x1000) | flags);
+        put(&memory, table + 0x1000, 0, (table + 0x2000) | flags);
+        put(&memory, table + 0x2000, 0, 0x9000 | flags);
+        let stage1 = match flags {
+            3 => second_stage(top, AddressWidth::Bits48),
+            _ => first_stage(top),
+        };
+        for (iova_bits, pages) in [(39, 1), (40, 2), (41, 3), (48, 3)] {
+            let tables = Tables::new(&stage1, true, iova_bits).unwrap();
+            let mut found = 0;
+            let mut walk = Walk::new(&memory, tables, 1000);
+            let end = walk.leaves(0..u64::MAX, 1000, &mut |_| found += 1);
+            assert_eq!((end, found), (Ok(tables.end()), pages), "{iova_bits}");
+            let reason = tables.refusal(&memory, 1 << 40, false);
+            let beyond = flags == 3 && iova_bits < 41;
+            assert_eq!(reason, beyond.then_some(FaultReason::AddressBeyondGuest), "{iova_bits}");
+        }
+    }
 }
