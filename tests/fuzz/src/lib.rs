@@ -11,10 +11,13 @@ pub mod config;
 mod input;
 pub mod ioctls;
 pub mod loaders;
+mod models;
 pub mod pci;
+pub mod smmuv3;
 pub mod states;
 pub mod vfio;
 pub mod virtio;
+pub mod vtd;
 
 /// A target: its name, which is that of its folder of seeds, and one execution.
 pub type Target = (&'static str, fn(&[u8]));
@@ -25,7 +28,9 @@ pub const TARGETS: &[Target] = &[
     ("ioctls", ioctls::run),
     ("loaders", loaders::run),
     ("pci", pci::run),
+    ("smmuv3", smmuv3::run),
     ("states", states::run),
     ("vfio", vfio::run),
     ("virtio", virtio::run),
+    ("vtd", vtd::run),
 ];

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest's memory: an image of prepared tables, and all that each word has been since.
+
+use std::cell::RefCell;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use twostage::iommufd::UserMemory;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MemoryRegionAddress};
+
+/// Bytes of a page.
+pub const PAGE: u64 = 0x1000;
+/// Pages of the guest's memory, which starts at GPA 0.
+pub const PAGES: u64 = 32;
+/// Its size, in bytes.
+pub const SIZE: u64 = PAGES * PAGE;
+
+/// A point in an execution: the number of steps that count before it.
+pub type Moment = u32;
+
+/// What a word was.
+#[derive(Debug, Clone, Copy)]
+struct Past {
+    gpa: u64,
+    value: u64,
+    until: Moment,
+}
+
+/// See the [module's documentation](self).
+#[derive(Debug)]
+pub struct Memory {
+    pub map: Arc<GuestMemoryMmap>,
+    region: Arc<GuestRegionMmap>,
+    past: RefCell<Vec<Past>>,
+    /// Each word as it was last seen: walks set flags, in words of any use.
+    seen: RefCell<Vec<u8>>,
+    now: Moment,
+}
+
+thread_local! {
+    /// Reused by all executions of a thread, as mapping it anew each time would take most of the
+    /// time.
+    static REUSED: RefCell<Option<(Arc<GuestMemoryMmap>, Arc<GuestRegionMmap>)>> =
+        const { RefCell::new(None) };
+}
+
+impl Memory {
+    /// Memory that has `image` from its start, and zeros after it.
+    pub fn new(image: &[u8]) -> Self {
+        let (map, region) = REUSED.with(|reused| {
+            let mut reused = reused.borrow_mut();
+            let made = reused.get_or_insert_with(|| {
+                let region = GuestRegionMmap::from_range(GuestAddress(0), SIZE as usize, None);
+                let region = Arc::new(region.expect("little memory"));
+                let map = GuestMemoryMmap::from_arc_regions(vec![region.clone()]);
+                (Arc::new(map.expect("one region")), region)
+            });
+            made.clone()
+        });
+        assert_eq!(image.len() as u64, SIZE);
+        region.write_slice(image, MemoryRegionAddress(0)).expect("the image fits");
+        let seen = RefCell::new(image.to_vec());
+        Self { map, region, past: RefCell::default(), seen, now: 1 }
+    }
+
+    /// The memory as a host maps it.
+    pub fn user_memory(&self) -> UserMemory {
+        UserMemory::whole(self.region.clone())
+    }
+
+    /// Something has happened that divides what was before from what comes after.
+    pub fn tick(&mut self) -> Moment {
+        self.now += 1;
+        self.now
+    }
+
+    /// The word at `gpa`, a multiple of 8; `None` if it is not memory.
+    pub fn load(&self, gpa: u64) -> Option<u64> {
+        if !gpa.is_multiple_of(8) {
+            return None;
+        }
+        self.region.load(MemoryRegionAddress(gpa), Ordering::Relaxed).ok()
+    }
+
+    /// The guest, or a device, stores a word. What is not memory is left alone.
+    pub fn store(&mut self, gpa: u64, value: u64) {
+        if let Some(before) = self.load(gpa) {
+            let stored = self.region.store(value, MemoryRegionAddress(gpa), Ordering::Relaxed);
+            stored.expect("it could be loaded");
+            self.note(gpa, before);
+        }
+    }
+
+    /// The same for words whose past does not matter.
+    pub fn put(&self, gpa: u64, value: u64) {
+        let stored = self.region.store(value, MemoryRegionAddress(gpa), Ordering::Relaxed);
+        stored.expect("it is memory");
+    }
+
+    /// The word at `gpa`, which is something else now, was `before` until now.
+    pub fn note(&mut self, gpa: u64, before: u64) {
+        let until = self.tick();
+        self.past.get_mut().push(Past { gpa, value: before, until });
+        let now = self.load(gpa).unwrap_or(before);
+        self.set_seen(gpa, now);
+    }
+
+    /// Has `now` as what the word at `gpa` was when it was last seen; returns what was there.
+    fn set_seen(&self, gpa: u64, now: u64) -> u64 {
+        let mut seen = self.seen.borrow_mut();
+        let bytes = &mut seen[gpa as usize..gpa as usize + 8];
+        let mut before = [0; 8];
+        before.copy_from_slice(bytes);
+        bytes.copy_from_slice(&now.to_le_bytes());
+        u64::from_le_bytes(before)
+    }
+
+    /// Notes what the word at `gpa` was when it was last seen, if it is `now` something else.
+    fn see(&self, gpa: u64, now: u64) {
+        let before = self.set_seen(gpa, now);
+        if before != now {
+            // Until it was looked at, for all that is known.
+            self.past.borrow_mut().push(Past { gpa, value: before, until: self.now + 1 });
+        }
+    }
+
+    /// Whether any word has been something else.
+    pub fn has_past(&self) -> bool {
+        !self.past.borrow().is_empty()
+    }
+
+    /// All that the word at `gpa` has been, the present first, each with the moment until which it
+    /// was there; `None` if it is not memory.
+    pub fn values(&self, gpa: u64) -> Option<Vec<(u64, Moment)>> {
+        let present = self.load(gpa)?;
+        self.see(gpa, present);
+        let past = self.past.borrow();
+        let past = past.iter().rev().filter(|past| past.gpa == gpa);
+        let mut all = vec![(present, Moment::MAX)];
+        all.extend(past.map(|past| (past.value, past.until)));
+        Some(all)
+    }
+}

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the fuzzers of the IOMMU models share: the guest's memory with its past, and every way in
+//! which a naive walk of tables may come out.
+
+pub mod memory;
+pub mod oracle;
+
+use std::sync::OnceLock;
+
+/// Prints what happens if `TWOSTAGE_FUZZ_TRACE` is set: to see what an input does.
+pub fn trace(what: impl FnOnce() -> String) {
+    static ASKED: OnceLock<bool> = OnceLock::new();
+    if *ASKED.get_or_init(|| std::env::var_os("TWOSTAGE_FUZZ_TRACE").is_some()) {
+        eprintln!("{}", what());
+    }
+}

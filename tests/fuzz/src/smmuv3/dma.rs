@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! DMA, compared with the naive walk: which bytes it finds, where its own go, and the event of one
+//! that is refused.
+
+use std::ops::Range;
+
+use twostage::spec::smmuv3::event::EventId;
+use twostage::spec::smmuv3::regs::{self, Gbpa};
+use twostage_emulated::{DmaAttributes, DmaError};
+
+use super::image::page;
+use super::naive::{End, Found, Kind, Walk};
+use super::world::{World, DEVICES};
+use crate::models::oracle::every;
+
+/// Pages, by number, that the SMMU writes to.
+const UNKNOWN: Range<u64> = page::COMMANDS..page::REQUESTS + 1;
+
+/// A transaction of a device.
+#[derive(Debug, Clone, Copy)]
+pub struct Dma {
+    /// The device's number.
+    pub device: usize,
+    pub substream: Option<u32>,
+    pub address: u64,
+    pub kind: Kind,
+}
+
+impl World {
+    /// All that may become of `dma`; `None`: not known.
+    fn outcomes(&mut self, dma: &Dma) -> Option<Vec<Result<u64, End>>> {
+        let Dma { device, substream, address, kind } = *dma;
+        if !self.plugged[device] {
+            return None;
+        }
+        if !self.is_enabled() {
+            let gbpa = Gbpa::from_bits(self.read32(regs::GBPA));
+            return substream.is_none().then(|| {
+                vec![match gbpa.abort() {
+                    true => Err(End::Silent),
+                    false => Ok(address),
+                }]
+            });
+        }
+        let registers = self.registers();
+        let since = self.account.of(u64::from(DEVICES[device]));
+        let found: Vec<Found> = every(&self.memory, UNKNOWN, |words| {
+            let mut walk = Walk { words, registers, since: &since };
+            walk.translate(u64::from(DEVICES[device]), substream, address, kind)
+        })?;
+        found.iter().for_each(|found| self.account.used(found.space, found.global));
+        if self.account.is_mixed() {
+            return None;
+        }
+        Some(found.into_iter().map(|found| found.end).collect())
+    }
+
+    /// Does `dma`, of the aligned word at its address.
+    pub fn dma(&mut self, dma: Dma) {
+        let may = self.outcomes(&dma);
+        let next = self.has_events().then(|| self.drop_events());
+        let Dma { device, substream: pasid, address, kind } = dma;
+        let attributes =
+            DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
+        let mut bytes = [0; 8];
+        // What is at the places where a write may land.
+        let before = may.iter().flatten().filter_map(|end| {
+            let gpa = end.ok()?;
+            Some((gpa, self.memory.load(gpa)?))
+        });
+        let mut before: Vec<_> = before.collect();
+        before.sort_unstable();
+        before.dedup();
+        self.serial += 1;
+        let value = 0x5e_0000_0000_0000 | self.serial << 12;
+        let write = kind.write && may.is_some();
+        let done = match write {
+            true => self.ports[device].write(attributes, address, &value.to_le_bytes()),
+            false => self.ports[device].read(attributes, address, &mut bytes),
+        };
+        crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
+        let Some(may) = may else { return };
+        let what = || format!("{dma:x?}: {done:x?}, {may:x?}; {:x?}", self.header);
+        match done {
+            Ok(()) if write => {
+                let landed: Vec<_> = before
+                    .iter()
+                    .filter(|(gpa, _)| self.memory.load(*gpa) == Some(value))
+                    .collect();
+                assert!(landed.len() == 1, "it is at {landed:x?}; {}", what());
+                let (gpa, was) = *landed[0];
+                self.memory.note(gpa, was);
+            }
+            Ok(()) => {
+                let read = u64::from_le_bytes(bytes);
+                let is_there =
+                    |(gpa, was): &(u64, u64)| *was == read || self.memory.load(*gpa) == Some(read);
+                assert!(before.iter().any(is_there), "it read {read:x}; {}", what());
+            }
+            Err(DmaError::Fault { .. }) => {
+                let outside = |gpa: &u64| self.memory.load(*gpa & !7).is_none();
+                let refused = may.iter().any(|end| end.as_ref().ok().is_none_or(outside));
+                assert!(refused, "{}", what());
+                if let Some(next) = next {
+                    self.expect_event(&dma, &may, next);
+                }
+            }
+            Err(_) => panic!("{}", what()),
+        }
+    }
+
+    /// The event of `dma`, which was refused as one of `may`, is what it is to be; `next`: where it
+    /// is to be.
+    fn expect_event(&mut self, dma: &Dma, may: &[Result<u64, End>], next: u32) {
+        let Some(event) = self.event_at(next) else { return };
+        let known: Option<Vec<EventId>> = may
+            .iter()
+            .filter(|end| **end != Err(End::Silent))
+            .map(|end| match end {
+                Err(End::Event(id)) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        let Some(known) = known else { return };
+        let id = event.id().filter(|id| known.contains(id));
+        assert!(id.is_some(), "{event:x?} for {dma:x?}, {may:x?}; {:x?}", self.header);
+        assert_eq!(event.stream().raw(), u32::from(DEVICES[dma.device]));
+        if id.is_some_and(EventId::has_input) {
+            assert_eq!(event.input_address, dma.address);
+        }
+    }
+}

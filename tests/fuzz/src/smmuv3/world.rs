@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The machine of one execution: a guest, the virtual SMMU, its host, two devices.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use twostage::iommufd::{HostIommu, ObjectId, Protection};
+use twostage::nesting::smmuv3::SmmuNesting;
+use twostage::nesting::{host_smmu, GuestIoas};
+use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::command::{Command, SyncSignal};
+use twostage::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
+use twostage::spec::smmuv3::regs::{self, Cr0, Idr5};
+use twostage::spec::smmuv3::translation::Granule;
+use twostage::spec::smmuv3::StreamId;
+use twostage::threads::{NewThread, StdThreads, ThreadStart};
+use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
+use twostage_emulated::{
+    DeviceConfig, DmaPort, EmulatedHost, ObjectGraph, SmmuV3Unit, SmmuV3UnitConfig,
+};
+
+use super::account::Account;
+use super::image::{image, page};
+use super::naive::Registers;
+use crate::models::memory::{Memory, PAGE, SIZE};
+
+/// The functions, whose StreamIDs are their Requester IDs.
+pub const DEVICES: [u16; 2] = [0x20, 0x28];
+/// Binary logarithms of the entries of each queue, of a page.
+const COMMAND_BITS: u64 = 8;
+const EVENT_BITS: u64 = 7;
+/// That of the entries of the stream table.
+const STREAM_BITS: u32 = 6;
+
+/// What an execution is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Header {
+    pub granule: Granule,
+    pub two_levels: bool,
+    pub small_caches: bool,
+    /// Events are delivered, by a thread: slow.
+    pub events: bool,
+    pub ranges: bool,
+    /// Translation is enabled at the start.
+    pub enabled: bool,
+    pub ats: bool,
+}
+
+impl Header {
+    pub fn of([first, second]: [u8; 2]) -> Self {
+        let bit = |bit: u8| first >> bit & 1 != 0;
+        Self {
+            granule: [Granule::K4, Granule::K16, Granule::K4, Granule::K64][usize::from(first & 3)],
+            two_levels: bit(2),
+            small_caches: bit(3),
+            events: second & 0x0f == 0x0f,
+            ranges: !bit(4),
+            enabled: second & 0xf0 != 0xf0,
+            ats: bit(5),
+        }
+    }
+}
+
+/// Registers that say where the SMMU writes: events, page requests, messages.
+const OUTPUTS: [u64; 5] = [
+    regs::EVENTQ_BASE,
+    regs::PRIQ_BASE,
+    regs::GERROR_IRQ_CFG0,
+    regs::EVENTQ_IRQ_CFG0,
+    regs::PRIQ_IRQ_CFG0,
+];
+
+/// Whether what `register` has is not where tables are.
+fn is_apart(register: u64, value: u64) -> bool {
+    let (at, last) = match register {
+        regs::EVENTQ_BASE | regs::PRIQ_BASE => {
+            let at = value & 0x000f_ffff_ffff_ffe0;
+            // No entry is larger than 32 bytes, and the queue is aligned.
+            let size = 32 << (value & 31);
+            (at & !(size - 1), at | (size - 1))
+        }
+        _ => (value, value),
+    };
+    let own = page::EVENTS * PAGE..(page::REQUESTS + 1) * PAGE;
+    last < PAGE || at >= SIZE || own.contains(&at) && own.contains(&last)
+}
+
+/// Counts what it is sent.
+#[derive(Debug, Default)]
+pub struct Messages(AtomicU64);
+
+impl SmmuInterrupts for Messages {
+    fn message(&self, _: u64, _: u32) -> bool {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    fn wire(&self, _: SmmuInterrupt) {}
+}
+
+/// Starts no thread: nobody delivers events.
+#[derive(Debug)]
+struct NoThreads;
+
+impl ThreadStart for NoThreads {
+    fn start(&self, thread: NewThread) -> io::Result<()> {
+        drop(thread);
+        Ok(())
+    }
+}
+
+/// See the [module's documentation](self).
+pub struct World {
+    pub header: Header,
+    pub memory: Memory,
+    pub smmu: Arc<Smmu>,
+    pub nesting: Arc<SmmuNesting>,
+    host: Arc<EmulatedHost>,
+    devices: [ObjectId; 2],
+    pub ports: [DmaPort; 2],
+    pub account: Account,
+    /// Functions that are there.
+    pub plugged: [bool; 2],
+    /// The last value that a device wrote.
+    pub serial: u64,
+}
+
+impl World {
+    pub fn new(header: Header) -> Self {
+        let memory = Memory::new(&image(header.granule, header.two_levels));
+        let entries = if header.small_caches { 2 } else { 16 };
+        let unit = SmmuV3UnitConfig::default()
+            .with_ssid_bits(4)
+            .with_ats(header.ats)
+            .with_range_invalidation(header.ranges)
+            .with_iotlb_entries(entries)
+            .with_paging_structure_entries(entries)
+            .with_stage2_entries(entries);
+        let unit = SmmuV3Unit::new(unit);
+        let host = EmulatedHost::new();
+        let id = host.add_unit(unit.clone());
+        let devices = ["a", "b"].map(|name| {
+            let rid = Bdf::from_raw(DEVICES[usize::from(name == "b")]);
+            let config = DeviceConfig::default()
+                .with_pasid_bits(4)
+                .with_pasid_priv(true)
+                .with_pasid_exec(true)
+                .with_ats(header.ats);
+            host.add_device(name, id, rid, config).expect("a new device");
+            host.device_bind(name).expect("it is there")
+        });
+        let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
+        ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
+        let offered =
+            SmmuConfig::default().with_ats(header.ats).with_range_invalidation(header.ranges);
+        let threads: Arc<dyn ThreadStart> = match header.events {
+            true => Arc::new(StdThreads),
+            false => Arc::new(NoThreads),
+        };
+        let nesting = Arc::new(SmmuNesting::new(ioas).serving(&offered).with_threads(threads));
+        for (rid, dev) in DEVICES.into_iter().zip(devices) {
+            nesting.add_device(Bdf::from_raw(rid), dev).expect("it is added");
+        }
+        let units: Vec<_> = nesting
+            .hw_infos()
+            .iter()
+            .filter_map(|device| host_smmu(String::new(), &device.info, host.extensions()))
+            .collect();
+        let config = offered.intersect(&units).expect("the host has it all");
+        let (side, messages) = (nesting.clone(), Arc::<Messages>::default());
+        let smmu = Smmu::new(&config, memory.map.clone(), side, messages, None);
+        let smmu = smmu.expect("a configuration");
+        nesting.set_fault_target(Arc::downgrade(&smmu) as Weak<dyn EventTarget>);
+        for rid in DEVICES {
+            smmu.add_device(Bdf::from_raw(rid)).expect("the host serves it");
+        }
+        let mut world = Self {
+            header,
+            memory,
+            nesting,
+            host,
+            devices,
+            ports: DEVICES.map(|rid| unit.port(rid)),
+            smmu,
+            account: Account::default(),
+            plugged: [true; 2],
+            serial: 0,
+        };
+        if header.enabled {
+            world.set_tables();
+            world.start_queue();
+            world.enable(true);
+        }
+        world
+    }
+
+    pub fn read32(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.smmu.mmio_read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    pub fn read64(&self, offset: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.smmu.mmio_read(offset, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    pub fn write32(&mut self, offset: u64, value: u32) {
+        self.write(offset, &value.to_le_bytes());
+    }
+
+    pub fn write64(&mut self, offset: u64, value: u64) {
+        self.write(offset, &value.to_le_bytes());
+    }
+
+    /// Any write of registers, with what it means for the account.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let before = self.is_enabled();
+        // The slot of 64 bits, if it is one of these.
+        let output = OUTPUTS.into_iter().find(|register| offset & !7 == *register);
+        let kept = output.map(|register| (register, self.read64(register)));
+        self.smmu.mmio_write(offset, bytes);
+        if let Some((register, kept)) = kept {
+            // The SMMU writes to pages of its own only: not to tables, whose past is known.
+            if !is_apart(register, self.read64(register)) {
+                self.smmu.mmio_write(register, &kept.to_le_bytes());
+            }
+        }
+        if before != self.is_enabled() {
+            // The entries of all streams are read; context descriptors may be those of before.
+            let now = self.memory.tick();
+            self.account.complete(Command::CfgiSteRange { stream: StreamId(0), range: 30 }, now);
+        }
+    }
+
+    /// SMMUEN, as it is acknowledged.
+    pub fn is_enabled(&self) -> bool {
+        Cr0::from_bits(self.read32(regs::CR0ACK)).smmuen()
+    }
+
+    fn cr0(&self) -> Cr0 {
+        Cr0::from_bits(self.read32(regs::CR0))
+    }
+
+    /// Sets or clears SMMUEN.
+    pub fn enable(&mut self, enabled: bool) {
+        let cr0 = self.cr0().with_smmuen(enabled);
+        self.write32(regs::CR0, cr0.into_bits());
+    }
+
+    pub fn set_tables(&mut self) {
+        self.write64(regs::STRTAB_BASE, page::STREAMS * PAGE);
+        let levels = if self.header.two_levels { 1 << 16 | 6 << 6 } else { 0 };
+        self.write32(regs::STRTAB_BASE_CFG, levels | STREAM_BITS);
+    }
+
+    pub fn start_queue(&mut self) {
+        let cr0 = self.cr0();
+        if cr0.cmdqen() || cr0.eventqen() {
+            self.write32(regs::CR0, cr0.with_cmdqen(false).with_eventqen(false).into_bits());
+        }
+        self.write32(regs::GERRORN, self.read32(regs::GERROR));
+        self.write64(regs::CMDQ_BASE, (page::COMMANDS * PAGE) | COMMAND_BITS);
+        self.write64(regs::CMDQ_PROD, 0);
+        self.write64(regs::EVENTQ_BASE, (page::EVENTS * PAGE) | EVENT_BITS);
+        self.write32(regs::EVENTQ_PROD, 0);
+        self.write32(regs::EVENTQ_CONS, 0);
+        let cr0 = self.cr0().with_cmdqen(true).with_eventqen(true);
+        self.write32(regs::CR0, cr0.into_bits());
+    }
+
+    /// Puts `commands` into the queue, with a CMD_SYNC if `sync`, and writes CMDQ_PROD. Whether all
+    /// are consumed.
+    pub fn submit(&mut self, commands: &[[u64; 2]], sync: bool) -> bool {
+        const MASK: u32 = 2 << COMMAND_BITS;
+        let (prod, cons) = (self.read32(regs::CMDQ_PROD), self.read32(regs::CMDQ_CONS));
+        let errors = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
+        let is_usable = self.cr0().cmdqen()
+            && errors & 1 == 0
+            && self.read64(regs::CMDQ_BASE) == (page::COMMANDS * PAGE) | COMMAND_BITS
+            && prod < MASK
+            && prod == cons & (MASK - 1);
+        let mut prod = prod;
+        if !is_usable {
+            self.start_queue();
+            prod = 0;
+        }
+        let end = Command::Sync { signal: SyncSignal::None }.encode();
+        for words in commands.iter().chain(sync.then_some(&end)) {
+            let at = page::COMMANDS * PAGE + u64::from(prod % (1 << COMMAND_BITS)) * 16;
+            self.memory.put(at, words[0]);
+            self.memory.put(at + 8, words[1]);
+            prod = (prod + 1) % MASK;
+        }
+        self.write32(regs::CMDQ_PROD, prod);
+        let errors = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
+        self.read32(regs::CMDQ_CONS) == prod && errors & 1 == 0
+    }
+
+    /// Submits `commands`, and if they are complete, has the account know.
+    pub fn say(&mut self, commands: &[Command]) -> bool {
+        let words: Vec<_> = commands.iter().map(Command::encode).collect();
+        let done = self.submit(&words, true);
+        if done {
+            let now = self.memory.tick();
+            commands.iter().for_each(|command| self.account.complete(*command, now));
+        }
+        done
+    }
+
+    /// The registers that matter to a walk.
+    pub fn registers(&self) -> Registers {
+        let idr5 = Idr5::from_bits(self.read32(regs::IDR5));
+        Registers {
+            base: self.read64(regs::STRTAB_BASE),
+            config: self.read32(regs::STRTAB_BASE_CFG),
+            idr0: self.read32(regs::IDR0),
+            idr1: self.read32(regs::IDR1),
+            output_bits: idr5.output_bits().map_or(48, u32::from),
+        }
+    }
+
+    /// Whether events get into the queue as it was set up at the start.
+    pub fn has_events(&self) -> bool {
+        self.header.events
+            && self.cr0().eventqen()
+            && self.read64(regs::EVENTQ_BASE) == (page::EVENTS * PAGE) | EVENT_BITS
+    }
+
+    /// Takes all events out of the queue, and returns the index of the next one.
+    pub fn drop_events(&mut self) -> u32 {
+        self.nesting.quiesce().expect("a moment is enough");
+        let prod = self.read32(regs::EVENTQ_PROD);
+        // With the overflow acknowledged.
+        self.write32(regs::EVENTQ_CONS, prod);
+        prod
+    }
+
+    /// The event at `index`, if there is one.
+    pub fn event_at(&self, index: u32) -> Option<EventRecord> {
+        self.nesting.quiesce().expect("a moment is enough");
+        let at = u64::from(index % (1 << EVENT_BITS)) * EVENT_SIZE;
+        let word = |of: u64| self.memory.load(page::EVENTS * PAGE + at + of * 8).unwrap_or(0);
+        let event = EventRecord::from_words([word(0), word(1), word(2), word(3)]);
+        (self.read32(regs::EVENTQ_PROD) != index).then_some(event)
+    }
+
+    /// A function goes, or comes back.
+    pub fn plug(&mut self, number: usize) {
+        let rid = Bdf::from_raw(DEVICES[number]);
+        if self.plugged[number] {
+            self.smmu.remove_device(rid);
+            self.nesting.remove_device(rid).expect("the host does not fail");
+        } else {
+            self.nesting.add_device(rid, self.devices[number]).expect("it is added");
+            self.smmu.add_device(rid).expect("it is served");
+        }
+        self.plugged[number] ^= true;
+        let now = self.memory.tick();
+        let stream = StreamId(u32::from(DEVICES[number]));
+        self.account.complete(Command::CfgiSte { stream, leaf: false }, now);
+    }
+
+    /// The machine is reset.
+    pub fn reset(&mut self) {
+        self.smmu.reset().expect("the host does not fail");
+        let now = self.memory.tick();
+        self.account.everything(now);
+    }
+
+    /// Ends everything; nothing may be left.
+    pub fn end(self) {
+        let Self { smmu, nesting, host, devices, ports, .. } = self;
+        nesting.shutdown().expect("the host does not fail");
+        drop((smmu, ports));
+        assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
+        for dev in devices {
+            host.device_unbind(dev).expect("it is bound");
+        }
+        assert_eq!(host.graph(), ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+    }
+}

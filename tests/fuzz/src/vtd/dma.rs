@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! DMA, compared with the naive walk: which bytes it finds, where its own go, and the fault record
+//! of one that is refused.
+
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::fault::FaultReason as R;
+use twostage::spec::vtd::regs::{self, Cap, FaultRecord, Fsts};
+use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
+
+use super::naive::{walk, Decision, Kind, Since, Stage, Way, Who};
+use super::world::{World, DEVICES};
+use crate::models::memory::Moment;
+use crate::models::oracle::Oracle;
+
+/// What may become of a DMA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It gets to this GPA. Where flags of a first stage may have to be set through a second stage
+    /// that does not allow that, it may fault instead.
+    Gets { gpa: u64, unless_flags: bool },
+    /// It faults; `quiet`: FPD.
+    Faults { reason: R, quiet: bool },
+    /// It fails, and the guest is not told: translation is disabled.
+    Fails,
+}
+
+/// A request of a device.
+#[derive(Debug, Clone, Copy)]
+pub struct Dma {
+    /// The device's number.
+    pub device: usize,
+    pub pasid: Option<u32>,
+    pub iova: u64,
+    pub kind: Kind,
+}
+
+/// Where the interrupts of requests without PASID go.
+const INTERRUPTS: std::ops::RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
+
+impl World {
+    /// All that may become of `dma`; `None`: not known.
+    fn outcomes(&self, dma: &Dma) -> Option<Vec<Outcome>> {
+        let Dma { device, pasid, iova, kind } = *dma;
+        let who = Who { rid: DEVICES[device], pasid };
+        if !self.plugged[device] {
+            return None;
+        }
+        if !self.status().tes() {
+            // What becomes of requests with PASID is not said.
+            return pasid.is_none().then(|| {
+                vec![match self.memory.load(iova & !7) {
+                    Some(_) => Outcome::Gets { gpa: iova, unless_flags: false },
+                    None => Outcome::Fails,
+                }]
+            });
+        }
+        let earlier = match self.caching[device] {
+            true => Some(self.account.device_tlb_since(who, iova)?),
+            false => None,
+        };
+        let as_of = earlier.unwrap_or(Moment::MAX);
+        let mut outcomes = Vec::new();
+        for decision in self.decisions(&self.account, who, earlier)? {
+            let tagged = self.account.tagged(&decision, as_of);
+            let mut by =
+                |words: &mut Oracle<'_>| self.outcome(words, &decision, iova, kind, &tagged);
+            self.every(&mut by)?.into_iter().for_each(|outcome| {
+                if !outcomes.contains(&outcome) {
+                    outcomes.push(outcome);
+                }
+            });
+        }
+        Some(outcomes)
+    }
+
+    fn outcome(
+        &self,
+        words: &mut Oracle<'_>,
+        decision: &Decision,
+        iova: u64,
+        kind: Kind,
+        since: &dyn Since,
+    ) -> Outcome {
+        let quiet = decision.quiet;
+        let legacy = self.is_legacy();
+        let is_memory = |gpa: u64| self.memory.load(gpa & !7).is_some();
+        let mut unless_flags = false;
+        let offers = self.offers;
+        let got = match decision.way {
+            Way::Blocked(reason) => Err(reason),
+            Way::Bypass if kind.execute => Err(R::ExecuteDisabled),
+            Way::Bypass if is_memory(iova) => Ok(iova),
+            Way::Bypass => Err(R::AddressBeyondHost),
+            Way::One(stage) => {
+                let got =
+                    walk(words, offers, &stage, iova, kind, since, &mut |_, _, table| Ok(table));
+                got.and_then(|gpa| match (is_memory(gpa), stage.second) {
+                    (true, _) => Ok(gpa),
+                    (false, true) => Err(R::SecondStageDenied),
+                    (false, false) if kind.write => Err(R::WriteDenied),
+                    (false, false) => Err(R::ReadDenied),
+                })
+            }
+            Way::Nested { first, second } => {
+                let through = |words: &mut Oracle<'_>, address, write| {
+                    let kind = Kind { write, privileged: false, execute: false };
+                    below(words, offers, &second, address, kind, since)
+                };
+                let got =
+                    walk(words, offers, &first, iova, kind, since, &mut |words, top, table| {
+                        unless_flags |= through(words, table, true).is_err();
+                        through(words, table, false).map_err(|reason| match (reason, top) {
+                            (R::AddressBeyondGuest, _) => R::FirstStagePointerBeyond,
+                            (R::SecondStageDenied, true) => R::FirstStageTopSecondStageDenied,
+                            (R::SecondStageDenied, false) => R::FirstStageSecondStageDenied,
+                            (other, _) => other,
+                        })
+                    });
+                got.and_then(|address| {
+                    let gpa = through(words, address, kind.write)?;
+                    is_memory(gpa).then_some(gpa).ok_or(R::SecondStageDenied)
+                })
+            }
+        };
+        match got {
+            Ok(gpa) => Outcome::Gets { gpa, unless_flags },
+            Err(reason) if legacy => Outcome::Faults { reason: of_legacy(reason, kind), quiet },
+            Err(reason) => Outcome::Faults { reason, quiet },
+        }
+    }
+
+    /// Does `dma`, of the aligned word at its address.
+    pub fn dma(&mut self, dma: Dma) {
+        self.clear_faults();
+        let may = self.outcomes(&dma);
+        let Dma { device, pasid, iova, kind } = dma;
+        let attributes =
+            DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
+        let mut bytes = [0; 8];
+        // What is at the places where a write may land.
+        let before = may.iter().flatten().filter_map(|outcome| match outcome {
+            Outcome::Gets { gpa, .. } => Some((*gpa, self.memory.load(*gpa)?)),
+            _ => None,
+        });
+        let mut before: Vec<_> = before.collect();
+        before.sort_unstable();
+        before.dedup();
+        self.serial += 1;
+        let value = 0x5e_0000_0000_0000 | self.serial << 12;
+        let write = kind.write && may.is_some();
+        let done = match write {
+            true => self.ports[device].write(attributes, iova, &value.to_le_bytes()),
+            false => self.ports[device].read(attributes, iova, &mut bytes),
+        };
+        crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
+        let Some(may) = may else { return };
+        let what = || format!("{dma:x?}: {done:x?}, {may:x?}; {:x?}", self.header);
+        let faults = || {
+            may.iter().filter_map(|outcome| match outcome {
+                Outcome::Faults { reason, quiet } => Some((Some(*reason), *quiet)),
+                Outcome::Gets { unless_flags: true, .. } => Some((None, false)),
+                _ => None,
+            })
+        };
+        match done {
+            Ok(()) if write => {
+                let landed: Vec<_> = before
+                    .iter()
+                    .filter(|(gpa, _)| self.memory.load(*gpa) == Some(value))
+                    .collect();
+                assert!(landed.len() == 1, "it is at {landed:x?}; {}", what());
+                let (gpa, was) = *landed[0];
+                self.memory.note(gpa, was);
+            }
+            Ok(()) => {
+                let read = u64::from_le_bytes(bytes);
+                // Flags that a walk sets in tables may be set after it was read.
+                let is_there =
+                    |(gpa, was): &(u64, u64)| *was == read || self.memory.load(*gpa) == Some(read);
+                assert!(before.iter().any(is_there), "it read {read:x}; {}", what());
+            }
+            Err(DmaError::Fault { reason: found, .. }) => {
+                // A device TLB that gets no translation is no fault: see the section on ATS.
+                let silent = may.contains(&Outcome::Fails) || self.caching[device];
+                match self.fault_record() {
+                    Some(record) => {
+                        let reason = R::from_code(record.high.fr());
+                        let told = faults().any(|(because, quiet)| {
+                            because.is_none_or(|because| {
+                                self.is_told(reason, because) && because.is_recorded(quiet)
+                            })
+                        });
+                        // Tables that point to each other in circles are too many to be mirrored.
+                        let too_many = self.header.mirrored
+                            && self.memory.has_past()
+                            && found == DmaFaultReason::Vtd(R::PasidEntryNotPresent);
+                        assert!(told || too_many, "recorded {reason:?}; {}", what());
+                        let of = (record.high.sid(), record.address(), record.high.t1());
+                        let expected = (DEVICES[device], iova & !0xfff, !kind.write);
+                        assert_eq!(of, expected, "{}", what());
+                        let asked = record.high.pp().then_some(record.high.pv());
+                        assert_eq!(asked, pasid, "{}", what());
+                    }
+                    None => {
+                        let quiet = faults().any(|(because, quiet)| {
+                            because.is_some_and(|because| !because.is_recorded(quiet))
+                        });
+                        assert!(silent || quiet, "nothing is recorded; {}", what());
+                    }
+                }
+            }
+            Err(DmaError::Interrupt { .. }) => {
+                assert!(pasid.is_none() && INTERRUPTS.contains(&iova), "{}", what());
+            }
+            Err(_) => panic!("{}", what()),
+        }
+    }
+
+    /// Whether a record may have `reason` for a fault that the walk finds to be `because`.
+    fn is_told(&self, reason: Option<R>, because: R) -> bool {
+        let Some(reason) = reason else { return false };
+        // The host's reason is the same for any table of the first stage.
+        let of_top = reason == R::FirstStageAccess && because == R::FirstStageTopAccess;
+        // The reason is that of the tables as they are now, which may translate.
+        let now = matches!(
+            reason,
+            R::ReadDenied
+                | R::WriteDenied
+                | R::SecondStageDenied
+                | R::LegacyReadDenied
+                | R::LegacyWriteDenied
+        );
+        // A PASID that was never served has nothing to be remembered by: its entry may have had
+        // another fault when it was read.
+        let never = reason == R::PasidEntryNotPresent && because.code() < R::ExecuteDisabled.code();
+        reason == because || of_top || never || self.header.mirrored && now
+    }
+
+    /// Clears all fault records, and the overflow.
+    pub fn clear_faults(&mut self) {
+        let status = Fsts::from_bits(self.read32(regs::FSTS));
+        if status.ppf() || status.pfo() {
+            let cap = Cap::from_bits(self.offers.cap);
+            for index in 0..cap.fault_records() {
+                let at = cap.fault_record_offset() + index * regs::FRCD_SIZE;
+                self.write32(at + 12, 1 << 31);
+            }
+            self.write32(regs::FSTS, Fsts::new().with_pfo(true).into_bits());
+        }
+    }
+
+    /// The first fault record.
+    fn fault_record(&self) -> Option<FaultRecord> {
+        let status = Fsts::from_bits(self.read32(regs::FSTS));
+        let cap = Cap::from_bits(self.offers.cap);
+        let at = cap.fault_record_offset() + u64::from(status.fri()) * regs::FRCD_SIZE;
+        let record = FaultRecord::from_words([self.read64(at), self.read64(at + 8)]);
+        status.ppf().then_some(record)
+    }
+
+    /// The device has a TLB from now on, or has none.
+    pub fn set_device_tlb(&mut self, device: usize, enabled: bool) {
+        self.ports[device].control().set_device_tlb(enabled);
+        self.caching[device] = enabled;
+        let now = self.memory.tick();
+        self.account.device_tlb(Bdf::from_raw(DEVICES[device]).raw(), now);
+    }
+}
+
+/// Where `address` leads through a second stage.
+fn below(
+    words: &mut Oracle<'_>,
+    offers: super::naive::Offers,
+    second: &Stage,
+    address: u64,
+    kind: Kind,
+    since: &dyn Since,
+) -> Result<u64, R> {
+    walk(words, offers, second, address, kind, since, &mut |_, _, table| Ok(table))
+}
+
+/// The code of legacy mode for a reason of second-stage tables.
+fn of_legacy(reason: R, kind: Kind) -> R {
+    match reason {
+        R::SecondStageTopAccess | R::SecondStageAccess => R::LegacySecondStageAccess,
+        R::SecondStageReserved => R::LegacySecondStageReserved,
+        R::AddressBeyondGuest | R::AddressBeyondHost => R::LegacyAddressBeyond,
+        R::SecondStageDenied if kind.write => R::LegacyWriteDenied,
+        R::SecondStageDenied => R::LegacyReadDenied,
+        other => other,
+    }
+}

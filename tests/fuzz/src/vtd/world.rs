@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The machine of one execution: a guest, the virtual unit, its host, two devices.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use twostage::iommufd::{HostIommu, ObjectId, Protection};
+use twostage::nesting::vtd::{Nesting, Serving, VtdNesting};
+use twostage::nesting::GuestIoas;
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::qi::{Descriptor, StatusWrite};
+use twostage::spec::vtd::regs::{self, Fsts, Gcmd, Gsts, Iqa, Rtaddr};
+use twostage::viommu::vtd::{FaultTarget, VtdConfig, VtdIommu};
+use twostage::viommu::InterruptSink;
+use twostage_emulated::{
+    AddressWidth, DeviceConfig, DmaPort, EmulatedHost, ObjectGraph, VtdUnit, VtdUnitConfig,
+};
+
+use super::account::Account;
+use super::image::{image, page, Start};
+use super::naive::{decide, Decision, Offers, Who};
+use crate::models::memory::{Memory, PAGE};
+use crate::models::oracle::{every, Oracle};
+
+/// The functions.
+pub const DEVICES: [u16; 2] = [0x20, 0x28];
+/// PASIDs that requests have.
+pub const PASIDS: u32 = 4;
+/// The status of a wait that is complete.
+const DONE: u32 = 0x600d;
+/// Pages, by number, that the unit writes to.
+const UNKNOWN: std::ops::Range<u64> = page::QUEUE..page::REQUESTS + 1;
+
+/// What an execution is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Header {
+    pub start: Start,
+    pub caching_mode: bool,
+    pub mirrored: bool,
+    pub device_tlbs: bool,
+    /// Of five levels.
+    pub wide: bool,
+    pub small_caches: bool,
+    pub remaps: bool,
+    pub narrow_descriptors: bool,
+    pub supervisor: bool,
+    /// Translation is enabled at the start.
+    pub enabled: bool,
+}
+
+impl Header {
+    pub fn of([first, second]: [u8; 2]) -> Self {
+        let start = Start::of(first);
+        let bit = |byte: u8, bit: u8| byte >> bit & 1 != 0;
+        // Mirrors are of one stage.
+        let mirrored = bit(first, 4) && start != Start::Nested;
+        Self {
+            start,
+            caching_mode: bit(first, 3) || mirrored,
+            mirrored,
+            device_tlbs: bit(first, 5) && !mirrored,
+            wide: bit(first, 6),
+            small_caches: bit(first, 7),
+            remaps: bit(second, 0),
+            narrow_descriptors: bit(second, 1) && start.is_legacy(),
+            supervisor: bit(second, 2) && !mirrored,
+            enabled: second & 0xf0 != 0xf0,
+        }
+    }
+
+    fn unit(&self) -> VtdUnitConfig {
+        let width = if self.wide { AddressWidth::Bits57 } else { AddressWidth::Bits48 };
+        let unit = VtdUnitConfig::default()
+            .with_address_width(width)
+            .with_supervisor_requests(true)
+            .with_extended_accessed(true)
+            .with_device_tlb(true)
+            .with_page_requests(true);
+        let entries = if self.small_caches { 2 } else { 16 };
+        unit.with_iotlb_entries(entries)
+            .with_paging_structure_entries(entries)
+            .with_stage2_entries(entries)
+    }
+
+    fn offered(&self) -> VtdConfig {
+        VtdConfig::default()
+            .with_address_width(if self.wide && !self.mirrored { 57 } else { 48 })
+            .with_pasid_bits(Some(4))
+            .with_first_stage(self.mirrored.then_some(true))
+            .with_second_stage(true)
+            .with_nest(!self.mirrored)
+            .with_caching_mode(self.caching_mode)
+            .with_device_iotlb(self.device_tlbs)
+            .with_interrupt_remapping(self.remaps)
+            .with_supervisor_requests(self.supervisor)
+            .with_extended_accessed(self.supervisor)
+            .with_fault_records(2)
+    }
+
+    /// Levels of the tables at the start.
+    pub fn levels(&self) -> u64 {
+        if self.wide && !self.mirrored {
+            5
+        } else {
+            4
+        }
+    }
+}
+
+/// Counts what it is sent.
+#[derive(Debug, Default)]
+pub struct Interrupts(AtomicU64);
+
+impl InterruptSink for Interrupts {
+    fn send_msi(&self, _: u64, _: u32) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// See the [module's documentation](self).
+pub struct World {
+    pub header: Header,
+    pub memory: Memory,
+    pub iommu: Arc<VtdIommu>,
+    pub nesting: Arc<VtdNesting>,
+    host: Arc<EmulatedHost>,
+    pub devices: [ObjectId; 2],
+    pub ports: [DmaPort; 2],
+    pub offers: Offers,
+    /// RTADDR as it was latched.
+    pub root: Option<u64>,
+    pub account: Account,
+    /// Functions with a device TLB.
+    pub caching: [bool; 2],
+    /// Functions that are there.
+    pub plugged: [bool; 2],
+    /// The last value that a device wrote.
+    pub serial: u64,
+}
+
+impl World {
+    pub fn new(header: Header) -> Self {
+        let memory = Memory::new(&image(header.start, header.levels()));
+        let unit = VtdUnit::new(header.unit());
+        let host = EmulatedHost::new();
+        let id = host.add_unit(unit.clone());
+        let devices = ["a", "b"].map(|name| {
+            let rid = Bdf::from_raw(DEVICES[usize::from(name == "b")]);
+            let config = DeviceConfig::default().with_pasid_bits(4).with_pasid_priv(true);
+            host.add_device(name, id, rid, config.with_ats(true)).expect("a new device");
+            host.device_bind(name).expect("it is there")
+        });
+        let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
+        ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
+        let way = match header.mirrored {
+            true => Nesting::Off { pieces: 1000 },
+            false => Nesting::On,
+        };
+        let offered = header.offered();
+        let serving = Serving::new(way, memory.map.clone(), offered.clone());
+        let nesting = Arc::new(VtdNesting::serving(ioas, serving));
+        for (rid, dev) in DEVICES.into_iter().zip(devices) {
+            nesting.add_device(Bdf::from_raw(rid), dev).expect("it is added");
+        }
+        let units = DEVICES.map(|rid| {
+            nesting.host_unit(Bdf::from_raw(rid), String::new()).expect("it is behind a VT-d")
+        });
+        let config = offered.intersect(&units).expect("the host has it all");
+        let (side, sink) = (nesting.clone(), Arc::<Interrupts>::default());
+        let iommu = VtdIommu::new(&config, memory.map.clone(), side, sink, None);
+        let iommu = iommu.expect("a configuration");
+        nesting.set_fault_target(Arc::downgrade(&iommu) as Weak<dyn FaultTarget>);
+        for rid in DEVICES {
+            iommu.add_device(Bdf::from_raw(rid)).expect("the host serves it");
+        }
+        let capabilities = iommu.capabilities();
+        let offers =
+            Offers { cap: capabilities.cap.into_bits(), ecap: capabilities.ecap.into_bits() };
+        let mut world = Self {
+            header,
+            memory,
+            nesting,
+            host,
+            devices,
+            ports: DEVICES.map(|rid| unit.port(rid)),
+            iommu,
+            offers,
+            root: None,
+            account: Account::default(),
+            caching: [false; 2],
+            plugged: [true; 2],
+            serial: 0,
+        };
+        if header.enabled {
+            world.set_root(header.start.is_legacy());
+            world.start_queue();
+            world.command(|command| command.with_te(true));
+        }
+        world
+    }
+
+    /// All who may ask.
+    pub fn everyone() -> Vec<Who> {
+        let of = |rid| {
+            let pasids = [None].into_iter().chain((1..PASIDS).map(Some));
+            pasids.map(move |pasid| Who { rid, pasid })
+        };
+        DEVICES.into_iter().flat_map(of).collect()
+    }
+
+    pub fn read32(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.iommu.mmio_read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    pub fn read64(&self, offset: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.iommu.mmio_read(offset, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    pub fn write32(&mut self, offset: u64, value: u32) {
+        self.write(offset, &value.to_le_bytes());
+    }
+
+    pub fn write64(&mut self, offset: u64, value: u64) {
+        self.write(offset, &value.to_le_bytes());
+    }
+
+    pub fn status(&self) -> Gsts {
+        Gsts::from_bits(self.read32(regs::GSTS))
+    }
+
+    /// Any write of registers, with what it means for the account.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let is_access = matches!(bytes.len(), 4 | 8) && offset.is_multiple_of(bytes.len() as u64);
+        // GCMD is the lower half of its slot.
+        if !is_access || offset != regs::GCMD {
+            return self.iommu.mmio_write(offset, bytes);
+        }
+        let mut low = [0; 4];
+        low.copy_from_slice(&bytes[..4]);
+        let command = Gcmd::from_bits(u32::from_le_bytes(low));
+        let (root, before) = (self.read64(regs::RTADDR), self.status());
+        self.iommu.mmio_write(offset, bytes);
+        let after = self.status();
+        assert_eq!(after.tes(), command.te(), "{before:?} {command:?}");
+        assert_eq!(after.qies(), command.qie(), "{before:?} {command:?}");
+        let now = self.memory.tick();
+        if command.srtp() {
+            assert!(after.rtps());
+            self.root = Some(root);
+            // CAP.ESRTPS
+            self.account.everything(now);
+        }
+        if command.srtp() || before.tes() != after.tes() {
+            self.account.entries(&Self::everyone(), now);
+        }
+    }
+
+    /// Writes GCMD: what is enabled, with a change.
+    pub fn command(&mut self, change: impl FnOnce(Gcmd) -> Gcmd) {
+        let status = self.status();
+        let now = Gcmd::new()
+            .with_te(status.tes())
+            .with_qie(status.qies())
+            .with_ire(status.ires())
+            .with_cfi(status.cfis());
+        self.write32(regs::GCMD, change(now).into_bits());
+    }
+
+    pub fn set_root(&mut self, legacy: bool) {
+        let rtaddr = Rtaddr::new().with_rta(page::ROOT).with_ttm(u8::from(!legacy));
+        self.write64(regs::RTADDR, rtaddr.into_bits());
+        self.command(|command| command.with_srtp(true));
+    }
+
+    /// Whether RTADDR as it was latched is of legacy mode.
+    pub fn is_legacy(&self) -> bool {
+        self.root.is_none_or(|root| root >> 10 & 3 == 0)
+    }
+
+    fn queue_address(&self) -> Iqa {
+        let wide = !(self.header.narrow_descriptors && self.is_legacy());
+        Iqa::new().with_iqa(page::QUEUE).with_dw(wide)
+    }
+
+    pub fn start_queue(&mut self) {
+        if self.status().qies() {
+            self.command(|command| command.with_qie(false));
+        }
+        self.write32(regs::FSTS, u32::MAX);
+        self.write64(regs::IQT, 0);
+        self.write64(regs::IQA, self.queue_address().into_bits());
+        self.command(|command| command.with_qie(true));
+    }
+
+    /// Puts `descriptors` into the queue, with a wait if `wait`, and writes the tail. Whether the
+    /// wait is complete.
+    pub fn submit(&mut self, descriptors: &[[u64; 4]], wait: bool) -> bool {
+        let iqa = self.queue_address();
+        let faults = Fsts::from_bits(self.read32(regs::FSTS));
+        let mut tail = self.read64(regs::IQT);
+        let size = iqa.descriptor_size();
+        let is_usable = self.status().qies()
+            && !(faults.iqe() || faults.ite())
+            && self.read64(regs::IQA) == iqa.into_bits()
+            && tail.is_multiple_of(size)
+            && tail < iqa.size();
+        if !is_usable {
+            self.start_queue();
+            tail = 0;
+        }
+        self.memory.put(page::STATUS * PAGE, 0);
+        let status = Some(StatusWrite { address: page::STATUS * PAGE, data: DONE });
+        let end =
+            Descriptor::Wait { status, interrupt: false, fence: false, drain_page_requests: false };
+        let end = wait.then(|| end.encode());
+        for words in descriptors.iter().chain(end.as_ref()) {
+            for (number, word) in words.iter().take(size as usize / 8).enumerate() {
+                self.memory.put(page::QUEUE * PAGE + tail + number as u64 * 8, *word);
+            }
+            tail = (tail + size) % iqa.size();
+        }
+        self.write64(regs::IQT, tail);
+        self.memory.load(page::STATUS * PAGE) == Some(u64::from(DONE))
+    }
+
+    /// Submits `descriptors`, and if they are complete, has the account know.
+    pub fn say(&mut self, descriptors: &[Descriptor]) -> bool {
+        let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
+        let done = self.submit(&words, true);
+        if done {
+            let now = self.memory.tick();
+            let mut account = std::mem::take(&mut self.account);
+            for descriptor in descriptors {
+                let decisions = |account: &Account, who| self.decisions(account, who, None);
+                let legacy = self.is_legacy();
+                account.complete(descriptor, legacy, now, &Self::everyone(), &decisions);
+            }
+            self.account = account;
+        }
+        done
+    }
+
+    /// All that may be decided of `who`, by entries since the last invalidation that names them, or
+    /// since `earlier`; `None`: not known.
+    pub fn decisions(
+        &self,
+        account: &Account,
+        who: Who,
+        earlier: Option<u32>,
+    ) -> Option<Vec<Decision>> {
+        let mut since = account.since(who);
+        if let Some(earlier) = earlier {
+            since.contexts = since.contexts.min(earlier);
+            since.pasids = since.pasids.min(earlier);
+        }
+        let decide = |words: &mut Oracle<'_>| decide(words, self.offers, self.root, who, since);
+        let mut all = every(&self.memory, UNKNOWN, decide)?;
+        if !self.offers.caching_mode() {
+            // What blocks is not cached: it counts as it is now, which is the first.
+            let now = all[0];
+            all.retain(|decision| !decision.is_blocked() || *decision == now);
+        }
+        Some(all)
+    }
+
+    /// All ways in which `walk` may end.
+    pub fn every<T: PartialEq>(&self, walk: impl FnMut(&mut Oracle<'_>) -> T) -> Option<Vec<T>> {
+        every(&self.memory, UNKNOWN, walk)
+    }
+
+    /// A function goes, or comes back.
+    pub fn plug(&mut self, number: usize) {
+        let rid = Bdf::from_raw(DEVICES[number]);
+        if self.plugged[number] {
+            self.iommu.remove_device(rid);
+            self.nesting.remove_device(rid).expect("the host does not fail");
+        } else {
+            self.nesting.add_device(rid, self.devices[number]).expect("it is added");
+            self.iommu.add_device(rid).expect("it is served");
+        }
+        self.plugged[number] ^= true;
+        let now = self.memory.tick();
+        let of_function = |who: &Who| who.rid == rid.raw();
+        let all: Vec<_> = Self::everyone().into_iter().filter(of_function).collect();
+        self.account.entries(&all, now);
+    }
+
+    /// The machine is reset.
+    pub fn reset(&mut self) {
+        self.iommu.reset().expect("the host does not fail");
+        self.root = None;
+        let now = self.memory.tick();
+        self.account.everything(now);
+        self.account.entries(&Self::everyone(), now);
+    }
+
+    /// Ends everything; nothing may be left.
+    pub fn end(self) {
+        let Self { iommu, nesting, host, devices, ports, .. } = self;
+        nesting.shutdown().expect("the host does not fail");
+        drop((iommu, ports));
+        assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
+        for dev in devices {
+            host.device_unbind(dev).expect("it is bound");
+        }
+        assert_eq!(host.graph(), ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+    }
+}
