@@ -3,6 +3,8 @@
 //! guest must pass. The images are built here if necessary. Without KVM these tests fail, unless
 //! `TWOSTAGE_KVM=off` skips them.
 
+#[path = "common/built.rs"]
+mod built;
 #[path = "common/child.rs"]
 mod child;
 #[path = "guest/devices.rs"]
@@ -11,10 +13,10 @@ mod devices;
 mod side_core;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
 
+use built::images;
 use serde_json::{json, Value};
 
 /// A guest that hangs is killed after so many seconds. Its own waits, which print what they wait
@@ -24,21 +26,6 @@ const LIMIT: &str = "300";
 const WIDE_EDU: &str = "edu,dma-mask=0xffffffffffffffff";
 const WIDE_EDU_WITH_PASID: &str = "edu,pasid=on,dma-mask=0xffffffffffffffff";
 const WIDE_EDU_WITH_ATS: &str = "edu,pasid=on,ats=on,dma-mask=0xffffffffffffffff";
-
-/// The directory of the guest images, built once.
-fn images() -> &'static Path {
-    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
-    IMAGES.get_or_init(|| {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest-images");
-        let status = Command::new("make")
-            .arg("-C")
-            .arg(sources.join("vtd-check"))
-            .status()
-            .expect("make builds the guest; 'make guest' installs what it needs");
-        assert!(status.success(), "the guest does not build");
-        sources.join("build")
-    })
-}
 
 /// Whether there is a KVM to run the guest; panics without one, unless skipped.
 fn kvm() -> bool {

@@ -44,6 +44,8 @@ extern const struct check_group virtio_checks;
 void virtio_never_done(bool reset);
 // Causes something worth a log line, `times=` times.
 void virtio_flood(u64 times);
+// Does what the serial port is told.
+void obey_orders(void);
 
 static const struct check_group *const vtd_groups[] = {
     &registers_checks,
@@ -72,7 +74,7 @@ static const struct check_group *const vtd_groups[] = {
 // `virtio=` on the command line: only virtio devices, without a remapping unit.
 static void run_virtio(u64 what)
 {
-    enum { CHECKS = 1, NEVER_DONE = 2, FLOOD = 3, RESET = 4 };
+    enum { CHECKS = 1, NEVER_DONE = 2, FLOOD = 3, RESET = 4, ORDERS = 5 };
 
     if (what == CHECKS)
         check_run(&virtio_checks);
@@ -80,6 +82,8 @@ static void run_virtio(u64 what)
         virtio_never_done(what == RESET);
     else if (what == FLOOD)
         virtio_flood(cmdline_number("times", 1000));
+    else if (what == ORDERS)
+        obey_orders();
     machine_exit(check_summary() ? 0 : 1);
 }
 

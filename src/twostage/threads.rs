@@ -86,8 +86,17 @@ struct Progress {
 
 #[derive(Debug, Default)]
 struct State {
+    /// It was taken to be run.
+    taken: bool,
     by: Option<ThreadId>,
     over: bool,
+}
+
+impl State {
+    /// It will never be run, though it was taken for that.
+    fn is_forgotten(&self) -> bool {
+        self.taken && self.over && self.by.is_none()
+    }
 }
 
 /// Says that the work is over, when dropped.
@@ -95,6 +104,10 @@ struct Ending {
     name: String,
     progress: Arc<Progress>,
     begun: bool,
+}
+
+fn say_forgotten(name: &str) {
+    log::error!("the thread {name} was not run: the VMM's ThreadStart dropped it");
 }
 
 impl Ending {
@@ -106,12 +119,15 @@ impl Ending {
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        if !self.begun {
-            log::error!("the thread {} was not run: the VMM's ThreadStart dropped it", self.name);
-        } else if thread::panicking() {
+        if self.begun && thread::panicking() {
             log::error!("the thread {} panicked", self.name);
         }
-        self.progress.state.lock().over = true;
+        let mut state = self.progress.state.lock();
+        state.over = true;
+        if state.is_forgotten() {
+            say_forgotten(&self.name);
+        }
+        drop(state);
         self.progress.changed.notify_all();
     }
 }
@@ -130,7 +146,14 @@ impl Started {
     ) -> io::Result<Self> {
         let progress = Arc::<Progress>::default();
         let ending = Ending { name: name.clone(), progress: progress.clone(), begun: false };
-        threads.start(NewThread { name, kind, run: Box::new(run), ending })?;
+        // If there is no thread for it, that is an error, and it is dropped with that.
+        threads.start(NewThread { name: name.clone(), kind, run: Box::new(run), ending })?;
+        let mut state = progress.state.lock();
+        state.taken = true;
+        if state.is_forgotten() {
+            say_forgotten(&name);
+        }
+        drop(state);
         Ok(Self(progress))
     }
 

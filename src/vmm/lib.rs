@@ -37,6 +37,7 @@ mod vfio;
 use error::{Error, Result};
 use machine::Machine;
 pub use process::exit_code;
+pub use process::heap::Heap;
 /// What guests and files reach, for fuzzers; no part of the API.
 #[cfg(feature = "test-support")]
 #[doc(hidden)]

@@ -3,6 +3,11 @@
 
 use std::process::ExitCode;
 
+use twostage_vmm::Heap;
+
+#[global_allocator]
+static HEAP: Heap = Heap;
+
 fn main() -> ExitCode {
     twostage_vmm::cli::main()
 }

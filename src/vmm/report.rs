@@ -24,6 +24,8 @@ pub struct Report {
     pub interrupts: InterruptReport,
     /// VM exits by kind; unclaimed ones are also counted by kind.
     pub exits: BTreeMap<&'static str, u64>,
+    /// Bytes of the guest's console that its file or its reader did not get.
+    pub console_lost: u64,
     /// The devices.
     pub devices: Vec<DeviceReport>,
     /// The virtual IOMMUs.
@@ -180,6 +182,9 @@ impl fmt::Display for Report {
         writeln!(f, "interrupt controllers: {}", self.interrupt_controllers)?;
         section(f, "interrupts", &fields(&self.interrupts))?;
         section(f, "exits", &self.exits)?;
+        if self.console_lost != 0 {
+            writeln!(f, "console: {} bytes were lost", self.console_lost)?;
+        }
         for device in &self.devices {
             let way = device.iommu.as_ref().map_or("no IOMMU", |id| id);
             write!(f, "{} {}, behind {way}", device.bdf, device.model)?;
@@ -364,6 +369,7 @@ mod tests {
                 }),
             }],
             side_core: None,
+            console_lost: 0,
             host: Some(HostReport {
                 calls: BTreeMap::from([
                     ("HWPT_ALLOC", CallReport { calls: 9, failures: 1 }),

@@ -26,8 +26,10 @@ use crate::config::{
     PciBridgeConfig, RngConfig, RootPortConfig, SerialConfig, VfioConfig,
 };
 use crate::console::output::{self, Output};
+use crate::process::overdue::{self, Step};
 use crate::process::stop::StopReason;
-use crate::{process::exit_code, process::jail, process::signals, Error, Machine};
+use crate::process::{exit_code, jail, limits, signals};
+use crate::{Error, Machine};
 
 /// A lightweight virtual machine monitor with virtual IOMMUs whose stage-1 tables are walked by
 /// hardware.
@@ -286,6 +288,7 @@ pub fn main() -> ExitCode {
     // An early report request is held until there is something to report; this fails only if
     // everything else does.
     let held = signals::hold();
+    limits::look();
     let parsed = Cli::try_parse();
     // Before the log has a thread.
     let jailed = match &parsed {
@@ -302,6 +305,7 @@ pub fn main() -> ExitCode {
             Command::Probe(args) => probe(&args),
         },
     };
+    overdue::enter(Step::Messages);
     output::end();
     ExitCode::from(code)
 }
@@ -337,9 +341,10 @@ fn run(args: RunArgs) -> u8 {
     let mut live = |config: &MachineConfig, reports: &Reports| {
         let machine = Machine::new(config, trace.take())?;
         trace = machine.trace();
+        let to_file = matches!(config.serial, SerialConfig::File(_) | SerialConfig::Append(_));
         machine.run(&mut |report| {
             let written = reports.write(report);
-            unwritten = written.is_err();
+            unwritten = written.is_err() || (to_file && report.console_lost != 0);
             if let Err(error) = written {
                 complain(&error);
             }
@@ -380,7 +385,8 @@ fn fail(error: &Error) -> u8 {
 
 /// Prints a one-line error message.
 fn complain(what: &dyn fmt::Display) {
-    output::say(&format!("twostage: error: {what}"));
+    let what = what.to_string();
+    output::say(&format!("twostage: error: {what}{}", limits::advice(&what)));
 }
 
 /// Help and version as clap prints them; errors in one line.

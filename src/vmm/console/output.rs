@@ -197,6 +197,11 @@ impl Output {
         !given_up
     }
 
+    /// Bytes that were dropped.
+    pub fn lost(&self) -> u64 {
+        self.shared().lock().lost
+    }
+
     fn shared(&self) -> &Shared {
         &self.0 .0
     }

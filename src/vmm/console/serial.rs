@@ -118,6 +118,11 @@ impl SerialPort {
         }
     }
 
+    /// Bytes of the guest's output that nobody got, of all machines that had this output.
+    pub fn lost(&self) -> u64 {
+        self.output.as_ref().map_or(0, Output::lost)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Uart> {
         self.uart.lock()
     }

@@ -28,6 +28,7 @@ use crate::machine::topology::{PciTopology, Wiring};
 use crate::memory::MachineMemory;
 use crate::process::event_loop::{EventLoop, Wake};
 use crate::process::jail::{self, Kind};
+use crate::process::overdue::{self, Step};
 use crate::process::signals::{self, kick_signal};
 use crate::process::stop::{PanicGuard, StopReason, Stopper};
 use crate::report::Report;
@@ -154,19 +155,20 @@ impl Machine {
             iommu.model.halt();
         }
         if let Some(side_core) = &mut self.side_core {
-            side_core.stop();
+            overdue::during(Step::SideCore, || side_core.stop());
         }
         // Nor may a vCPU that resets a device wait until the device is done with its requests.
         self.pci.halt();
         // Waits for the vCPUs: none of them does anything after the last report.
-        drop(threads);
+        overdue::during(Step::Vcpus, || drop(threads));
         // The user has the terminal back before anything is printed about the end.
         drop(events);
-        self.serial.flush();
+        overdue::during(Step::Output, || self.serial.flush());
         let mut report = self.report();
-        let released = self.close(deadline::of(Turn::Release).filter(|_| asked));
+        let limit = deadline::of(Turn::Release).filter(|_| asked);
+        let released = overdue::during(Step::Release, || self.close(limit));
         report.released(released.all().map(Option::as_ref));
-        on_report(&report);
+        overdue::during(Step::Report, || on_report(&report));
         let left = released.all().and_then(Option::as_ref).map_or(0, |left| left.objects.len());
         Ok(released.reason(result?).unless_left_behind(left))
     }
@@ -203,7 +205,7 @@ impl Machine {
         }
         loop {
             match events.wait()? {
-                Wake::Report => on_report(&self.report()),
+                Wake::Report => overdue::during(Step::Report, || on_report(&self.report())),
                 Wake::Stopped(reason) => return Ok(reason),
             }
         }
@@ -219,6 +221,7 @@ impl Machine {
             interrupt_controllers: self.interrupts.chip().to_string(),
             interrupts: self.interrupts.report(),
             exits: ExitKind::ALL.iter().map(count).collect(),
+            console_lost: self.serial.lost(),
             devices: self.pci.report(),
             iommus: self.iommus.as_ref().map(Iommus::reports).unwrap_or_default(),
             side_core: self.side_core.as_ref().map(SideCore::report),
@@ -262,20 +265,46 @@ fn spawn_vcpu(
 }
 
 fn run_vcpu(mut processor: Processor, exits: &Exits, memory: &MachineMemory, stopper: &Stopper) {
+    let mut vain = Vain::default();
     while stopper.reason().is_none() {
         match processor.enter(exits, memory) {
-            Ok(ControlFlow::Continue(())) => {}
+            Ok(ControlFlow::Continue(())) => vain = Vain::default(),
             Ok(ControlFlow::Break(reason)) => {
                 stopper.stop(reason);
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+            // A signal came.
+            Err(error) if error.errno() == libc::EINTR => {
+                exits.counters.count(ExitKind::Interrupted);
+            }
+            // A vCPU without a startup message was woken. Or KVM has no resources.
+            Err(error) if error.errno() == libc::EAGAIN && vain.again() => {
                 exits.counters.count(ExitKind::Interrupted);
             }
             Err(error) => {
                 let stuck = format!("vCPU {}: KVM_RUN: {error}", processor.id());
+                // KVM starts a thread of its own when it runs a machine first.
+                let stuck = match error.errno() {
+                    libc::EAGAIN => stuck + ", again and again, perhaps for want of a thread",
+                    _ => stuck,
+                };
                 stopper.stop(StopReason::Stuck(stuck));
             }
         }
+    }
+}
+
+/// How often KVM has said in a row that a vCPU may be run again, without running it.
+#[derive(Debug, Default)]
+struct Vain(u32);
+
+impl Vain {
+    /// Whether to try it again: at first at once, then less and less often, for two seconds.
+    fn again(&mut self) -> bool {
+        self.0 += 1;
+        if self.0 > 100 {
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.0 < 300
     }
 }
 

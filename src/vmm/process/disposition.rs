@@ -90,6 +90,24 @@ pub(crate) fn last_words() {
     }
 }
 
+/// In `seconds` the process gets a SIGALRM of a timer's ([`is_of_a_timer`]). For signal handlers.
+pub(crate) fn set_alarm(seconds: u32) {
+    let never = libc::timeval { tv_sec: 0, tv_usec: 0 };
+    let once = libc::timeval { tv_sec: seconds.into(), tv_usec: 0 };
+    let timer = libc::itimerval { it_interval: never, it_value: once };
+    // SAFETY: it reads the timer, which lives until the call returns, and writes nothing.
+    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+}
+
+/// Whether a timer of the process has sent the signal, for whose handler `info` is.
+pub(crate) fn is_of_a_timer(info: *const siginfo_t) -> bool {
+    // SAFETY: the kernel passes readable information to a handler with SA_SIGINFO.
+    !info.is_null() && unsafe { (*info).si_code } == SI_KERNEL
+}
+
+/// `si_code` of a signal that the kernel sends by itself.
+const SI_KERNEL: c_int = 0x80;
+
 /// Ends the process, without anything that it does at its end. For signal handlers.
 pub(crate) fn exit_now(code: c_int) -> ! {
     // SAFETY: it only makes a system call, and does not return.

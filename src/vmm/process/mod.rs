@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process around the machine: signals, named files, its jail, stop reasons, and exit codes.
+//! The process around the machine: signals, named files, its jail and limits, stop reasons, and
+//! exit codes.
 
 pub(crate) mod disposition;
 pub(crate) mod event_loop;
+pub(crate) mod heap;
 pub(crate) mod jail;
+pub(crate) mod last_line;
+pub(crate) mod limits;
 pub(crate) mod named_file;
+pub(crate) mod overdue;
 pub(crate) mod signals;
 pub(crate) mod stop;
 

@@ -18,7 +18,8 @@ use vmm_sys_util::signal::{
     block_signal, register_signal_handler, Error as SignalError, SIGRTMAX, SIGRTMIN,
 };
 
-use crate::process::disposition::is_ignored;
+use crate::process::disposition::{self, is_ignored};
+use crate::process::overdue;
 use crate::{Error, Result};
 
 /// Bits of the signals that came and were not taken yet; number 1 is the lowest.
@@ -39,9 +40,15 @@ const SIGNALS: [c_int; 14] = [
 /// Those of them that do not end the machine.
 const OTHERS: [c_int; 2] = [SIGUSR1, SIGCONT];
 
-extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    // Only async-signal-safe operations: an atomic and a write(2), whose errno nobody in between
-    // reads.
+extern "C" fn note(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
+    // Only async-signal-safe operations: atomics, a timer and a write(2), whose errno nobody in
+    // between reads.
+    if signal == SIGALRM && disposition::is_of_a_timer(info) && overdue::is_asked() {
+        overdue::end();
+    }
+    if !OTHERS.contains(&signal) {
+        overdue::asked(signal);
+    }
     put_back(signal);
 }
 

@@ -67,6 +67,9 @@ pub trait Backend: Send {
         None
     }
 
+    /// What of the host it uses, by its name there, for messages.
+    fn host(&self) -> String;
+
     /// The driver is ready and accepted `features`.
     ///
     /// # Errors

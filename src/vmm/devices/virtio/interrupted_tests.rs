@@ -25,6 +25,10 @@ type Serve = dyn FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Unserved> + Sen
 struct Device(Box<Serve>);
 
 impl Backend for Device {
+    fn host(&self) -> String {
+        "a test".to_owned()
+    }
+
     fn model(&self) -> Model {
         Model {
             name: "test",

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
@@ -21,6 +21,7 @@ const MAX_REQUEST: usize = 4096;
 #[derive(Debug)]
 pub struct Rng {
     source: File,
+    path: PathBuf,
 }
 
 impl Rng {
@@ -30,12 +31,28 @@ impl Rng {
     /// The source cannot be opened, or is neither a file nor a character device: reading a FIFO may
     /// block for ever, and a directory has no bytes.
     pub fn open(source: &Path) -> io::Result<Self> {
+        let path = source.to_owned();
         let source = named_file::open(source, File::options().read(true), 0)?;
         let kind = source.metadata()?.file_type();
         if !kind.is_file() && !kind.is_char_device() {
             return Err(io::Error::other("neither a file nor a character device"));
         }
-        Ok(Self { source })
+        Ok(Self { source, path })
+    }
+
+    /// Reads some bytes, as long as that takes.
+    fn read(&mut self, data: &mut [u8]) -> Result<usize, Broken> {
+        loop {
+            match self.source.read(data) {
+                // A signal came, or the process was stopped and goes on.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => {
+                    let path = self.path.display();
+                    let broken = |error| Broken::Device(format!("its source {path}: {error}"));
+                    return read.map_err(broken);
+                }
+            }
+        }
     }
 }
 
@@ -49,6 +66,10 @@ impl Backend for Rng {
             queue_sizes: &[64],
             config: Vec::new(),
         }
+    }
+
+    fn host(&self) -> String {
+        self.path.display().to_string()
     }
 
     fn start(&mut self, _features: Features) -> Result<(), Broken> {
@@ -69,8 +90,7 @@ impl Backend for Rng {
             let length = chain.writable().min(MAX_REQUEST as u64) as usize;
             // At most the length of the buffer.
             let data = &mut buffer[..length];
-            let read = self.source.read(data);
-            let count = read.map_err(|error| Broken::Device(format!("its source: {error}")))?;
+            let count = self.read(data)?;
             // A failed request cannot be reported: it returns no bytes.
             match chain.write(memory, 0, &data[..count]) {
                 Ok(()) => Ok(count as u32),

@@ -48,6 +48,8 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(super) struct Worker {
     link: Arc<Link>,
+    /// What of the host the device uses.
+    host: Arc<str>,
     stop: EventFd,
     /// When it was told to stop.
     told: Option<Instant>,
@@ -103,9 +105,10 @@ pub fn none_is_left_behind() -> bool {
 }
 
 impl Worker {
-    /// Starts a worker for `device`, which holds its lock until it stops.
+    /// Starts a worker for `device`, which uses `host` and holds its lock until it stops.
     pub fn start(
         device: Arc<Mutex<Device>>,
+        host: Arc<str>,
         queues: Vec<Virtqueue>,
         link: Arc<Link>,
     ) -> io::Result<Self> {
@@ -120,7 +123,7 @@ impl Worker {
         #[cfg(feature = "test-support")]
         if crate::devices::threadless::is_wanted() {
             let here = Some(here::Here::new(device, service, end));
-            return Ok(Self { link, stop, told: None, ended, thread: None, here });
+            return Ok(Self { link, host, stop, told: None, ended, thread: None, here });
         }
         let of_worker = link.clone();
         let work = jail::inside(Kind::Device, move || {
@@ -136,6 +139,7 @@ impl Worker {
         let thread = Some(thread::Builder::new().name(name).spawn(work)?);
         Ok(Self {
             link,
+            host,
             stop,
             told: None,
             ended,
@@ -177,7 +181,12 @@ impl Drop for Worker {
         let ended = self.tell_to_stop();
         let waited = self.told.map_or(Duration::ZERO, |told| told.elapsed());
         if !ended.wait(STOP_PATIENCE.saturating_sub(waited)) {
-            log::warn!("{}: its thread waits for the host and is left behind", self.link.name());
+            log::warn!(
+                "{}: {} has not answered yet: the device's thread is left behind, and the kernel \
+                 may keep this process until it does",
+                self.link.name(),
+                self.host
+            );
             left_behind().push(ended);
         } else if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("{}: its thread panicked", self.link.name());

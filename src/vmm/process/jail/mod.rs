@@ -40,7 +40,7 @@ use seccompiler::{apply_filter, BpfProgram};
 use twostage::sync::{Condvar, Mutex};
 use twostage::threads::{NewThread, ThreadStart};
 
-use crate::process::exit_code;
+use crate::process::{exit_code, limits};
 pub(crate) use kinds::Kind;
 pub(crate) use privileges::{can_become, Access, Reopened, User};
 
@@ -203,8 +203,9 @@ impl Place {
         let Some(jail) = JAIL.get() else { return };
         if let Err(error) = jail.enter(self.kind, self.inside) {
             let name = thread::current().name().unwrap_or_default().to_owned();
+            let advice = limits::advice(&error.to_string());
             // If nobody reads it, the exit code has to suffice.
-            let _ = writeln!(io::stderr(), "twostage: error: thread {name}: {error}");
+            let _ = writeln!(io::stderr(), "twostage: error: thread {name}: {error}{advice}");
             process::exit(exit_code::OS_ERROR.into());
         }
     }

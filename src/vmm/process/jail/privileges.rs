@@ -111,7 +111,11 @@ pub(super) fn become_user(user: Option<User>) -> Result<(), JailError> {
 /// Whether this process can become `user`: a thread tries. Not so in a container without the
 /// capabilities, in a user namespace that does not have the user, or where a filter refuses it.
 pub(crate) fn can_become(user: User) -> bool {
-    thread::spawn(move || change_to(user).is_ok()).join().unwrap_or(false)
+    match thread::Builder::new().spawn(move || change_to(user).is_ok()) {
+        Ok(thread) => thread.join().unwrap_or(false),
+        // Nothing is known: it is tried later, when there is a line for it.
+        Err(_) => true,
+    }
 }
 
 /// Of the calling thread.

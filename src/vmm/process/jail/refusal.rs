@@ -5,11 +5,9 @@
 use std::fmt::{self, Write};
 use std::thread;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::stdio::stderr;
-
 use crate::process::disposition::{self, Refused};
 use crate::process::exit_code;
+use crate::process::last_line::Line;
 
 /// From now on, refused calls are reported.
 pub(super) fn report_refusals() {
@@ -22,12 +20,10 @@ fn answer(refused: &Refused) -> libc::c_int {
     if thread::panicking() && name(refused.number).is_some_and(|name| OF_PATHS.contains(&name)) {
         return libc::EACCES;
     }
-    let mut line = Line { bytes: [0; LONGEST], length: 0 };
+    let mut line = Line::new();
     // What does not fit is cut off.
     let _ = describe(&mut line, refused);
-    say(&line);
-    disposition::last_words();
-    disposition::exit_now(exit_code::REFUSED.into())
+    line.end(exit_code::REFUSED)
 }
 
 fn describe(line: &mut Line, refused: &Refused) -> fmt::Result {
@@ -42,35 +38,6 @@ fn describe(line: &mut Line, refused: &Refused) -> fmt::Result {
     }
     line.write_str(" was refused: the guest may have attacked this process, or this is a bug; ")?;
     line.write_str("please report this line (docs/security.md)\n")
-}
-
-/// Prints the line, unless nobody reads standard error.
-fn say(line: &Line) {
-    let mut wanted = [PollFd::from_borrowed_fd(stderr(), PollFlags::OUT)];
-    let soon = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-    if poll(&mut wanted, Some(&soon)).is_ok_and(|ready| ready != 0) {
-        let bytes = line.bytes.get(..line.length).unwrap_or_default();
-        // Nobody can be told that it failed.
-        let _ = rustix::io::write(stderr(), bytes);
-    }
-}
-
-const LONGEST: usize = 320;
-
-/// A line, made without memory from a heap.
-struct Line {
-    bytes: [u8; LONGEST],
-    length: usize,
-}
-
-impl Write for Line {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let rest = self.bytes.get_mut(self.length..).unwrap_or_default();
-        let part = rest.get_mut(..text.len()).ok_or(fmt::Error)?;
-        part.copy_from_slice(text.as_bytes());
-        self.length += text.len();
-        Ok(())
-    }
 }
 
 /// What a backtrace does with files.
@@ -106,7 +73,7 @@ const KNOWN: Names = names! {
     SYS_renameat2 SYS_restart_syscall SYS_rseq SYS_rt_sigaction SYS_rt_sigprocmask
     SYS_rt_sigqueueinfo SYS_rt_sigreturn SYS_rt_sigtimedwait SYS_rt_tgsigqueueinfo
     SYS_sched_getaffinity SYS_sched_setaffinity SYS_sched_setscheduler SYS_sched_yield
-    SYS_seccomp SYS_sendfile SYS_sendmsg SYS_sendto SYS_set_robust_list SYS_setgid
+    SYS_seccomp SYS_sendfile SYS_sendmsg SYS_sendto SYS_set_robust_list SYS_setgid SYS_setitimer
     SYS_setgroups SYS_setns SYS_setpgid SYS_setresgid SYS_setresuid SYS_setsid SYS_setsockopt
     SYS_setuid SYS_shmat SYS_sigaltstack SYS_signalfd4 SYS_socket SYS_socketpair SYS_splice
     SYS_statfs SYS_statx SYS_swapon SYS_symlinkat SYS_sysinfo SYS_tgkill SYS_timer_create
@@ -140,9 +107,9 @@ mod tests {
         let mut name = [0; 16];
         name[..thread.len()].copy_from_slice(thread);
         let refused = Refused { number: number as libc::c_int, second: 0xae80, thread: name };
-        let mut line = Line { bytes: [0; LONGEST], length: 0 };
+        let mut line = Line::new();
         describe(&mut line, &refused).unwrap();
-        String::from_utf8(line.bytes[..line.length].to_vec()).unwrap()
+        String::from_utf8(line.bytes().to_vec()).unwrap()
     }
 
     #[test]
@@ -155,11 +122,5 @@ mod tests {
         let start = format!("thread 0123456789abcdef: ioctl 0xae80 ({}) was", libc::SYS_ioctl);
         assert!(text.contains(&start), "{text}");
         assert!(line(99_999, b"\xff").contains("thread ?: system call 99999 was refused"));
-    }
-
-    #[test]
-    fn what_does_not_fit_is_an_error() {
-        let mut line = Line { bytes: [0; LONGEST], length: LONGEST - 1 };
-        assert!(line.write_str("ab").is_err() && line.write_str("a").is_ok());
     }
 }

@@ -50,6 +50,10 @@ impl AsRawFd for End {
 }
 
 impl FrameLink for End {
+    fn name(&self) -> &str {
+        "fuzz"
+    }
+
     fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
         let frame = self.0.incoming.lock().pop_front();
         let frame = frame.ok_or(io::ErrorKind::WouldBlock)?;

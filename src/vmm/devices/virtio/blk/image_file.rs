@@ -139,6 +139,7 @@ pub(super) fn common_file(file: &File) -> io::Result<File> {
 /// File systems whose files are memory.
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
+const FUSE_SUPER_MAGIC: u64 = 0x6573_5546;
 
 /// Whether the contents of `file` are memory, and no disk is behind it. What a device has is no
 /// contents of the file system that its node is on, which often is memory.
@@ -151,6 +152,11 @@ pub(super) fn is_memory(file: &File) -> io::Result<bool> {
     }
     let kind = rustix::fs::fstatfs(file)?.f_type as u64;
     Ok(matches!(kind, RAMFS_MAGIC | TMPFS_MAGIC))
+}
+
+/// Whether `file` is served by a process (FUSE), or by the host of a virtual machine (virtiofs).
+pub(super) fn is_of_fuse(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|of| of.f_type as u64 == FUSE_SUPER_MAGIC)
 }
 
 /// The kernel takes no more pieces at once (`UIO_MAXIOV`).

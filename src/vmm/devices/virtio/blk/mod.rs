@@ -252,7 +252,7 @@ impl Block {
                     queue.counters().unreachable.count();
                 }
                 let disk = self.disk.path().display();
-                self.failures.warn(format_args!("blk: {disk}: a request fails: {failure}"));
+                self.failures.warn(format_args!("blk: {disk}: {failure}"));
             }
             let Some(queue) = self.queues.get_mut(number) else { continue };
             queue.over.push((head, written));
@@ -320,6 +320,10 @@ impl Backend for Block {
             queue_sizes: QUEUE_SIZES.get(..self.queues.len()).unwrap_or(&QUEUE_SIZES),
             config: config.as_bytes().to_vec(),
         }
+    }
+
+    fn host(&self) -> String {
+        self.disk.path().display().to_string()
     }
 
     fn start(&mut self, features: Features) -> Result<(), Broken> {

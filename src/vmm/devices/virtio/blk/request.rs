@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One request of the driver, from its header to its status, piece by piece.
 
+use std::fmt;
 use std::io;
 
 use virtio_bindings::virtio_blk::{
@@ -36,16 +37,35 @@ struct Header {
 /// Why a request fails.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    #[error("{0}")]
+    #[error("a request fails: {0}")]
     NotCopied(NotCopied),
-    #[error("disk: {0}")]
-    Disk(#[from] io::Error),
-    #[error("sector {sector} and {length} bytes are not blocks of the disk")]
+    #[error("a {what} fails: {source}")]
+    Disk { what: Piece, source: io::Error },
+    #[error("a request fails: sector {sector} and {length} bytes are not blocks of the disk")]
     Range { sector: u64, length: u64 },
-    #[error("the disk is read-only")]
+    #[error("a request fails: the disk is read-only")]
     ReadOnly,
-    #[error("requests of type {0} are not supported")]
+    #[error("a request fails: requests of type {0} are not supported")]
     Unsupported(u32),
+}
+
+/// What of a request the disk did not do: a piece of its data, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Piece {
+    action: Action,
+    offset: u64,
+    length: usize,
+}
+
+impl fmt::Display for Piece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { action, offset, length } = self;
+        match action {
+            Action::Read => write!(f, "read of {length} bytes at offset {offset}"),
+            Action::Write => write!(f, "write of {length} bytes at offset {offset}"),
+            Action::Flush => f.write_str("flush"),
+        }
+    }
 }
 
 impl Failure {
@@ -255,8 +275,8 @@ impl Request {
             Err(NotCopied::NotNow(not_now)) => return Err(not_now),
             Err(error) => self.step = Step::Report(Err(Failure::NotCopied(error))),
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(error)) => self.step = Step::Report(Err(error.into())),
-            Ok(Ok(0)) => self.step = Step::Report(Err(self.no_progress())),
+            Ok(Err(source)) => self.step = self.failed(piece, source),
+            Ok(Ok(0)) => self.step = self.failed(piece, self.no_progress()),
             Ok(Ok(count)) => self.done += count as u64,
         }
         Ok(())
@@ -271,12 +291,22 @@ impl Request {
     }
 
     /// The image became shorter, or there is no room.
-    fn no_progress(&self) -> Failure {
-        let kind = match self.work {
-            Work::Write { .. } => io::ErrorKind::WriteZero,
-            _ => io::ErrorKind::UnexpectedEof,
+    fn no_progress(&self) -> io::Error {
+        io::Error::other(match self.work {
+            Work::Write { .. } => "nothing is written, and no error is given",
+            _ => "the image has become shorter",
+        })
+    }
+
+    /// The disk did not do the next piece, of `length` bytes.
+    fn failed(&self, length: usize, source: io::Error) -> Step {
+        let action = match self.work {
+            Work::Read { .. } => Action::Read,
+            Work::Write { .. } => Action::Write,
+            Work::Flush | Work::Nothing => Action::Flush,
         };
-        io::Error::from(kind).into()
+        let offset = self.extent().0 + self.done;
+        Step::Report(Err(Failure::Disk { what: Piece { action, offset, length }, source }))
     }
 
     /// The next operation; or none, and the next step is another.
@@ -301,8 +331,11 @@ impl Request {
                 Action::Flush
             }
             _ => {
-                let no_buffer = || io::Error::from(io::ErrorKind::OutOfMemory).into();
-                self.step = Step::Report(if left == 0 { Ok(()) } else { Err(no_buffer()) });
+                self.step = match left {
+                    0 => Step::Report(Ok(())),
+                    // Small: there was no memory for a buffer.
+                    _ => self.failed(left as usize, io::ErrorKind::OutOfMemory.into()),
+                };
                 return Ok(None);
             }
         };
@@ -320,9 +353,14 @@ impl Request {
         let Finished { mut operation, result } = finished;
         let wanted = operation.part.len();
         let part = operation.part.clone();
+        let Operation { action, offset, .. } = operation;
+        let failed = |source| {
+            let what = Piece { action, offset, length: wanted };
+            Step::Report(Err(Failure::Disk { what, source }))
+        };
         self.step = match result {
-            Err(error) => Step::Report(Err(error.into())),
-            Ok(0) if wanted != 0 => Step::Report(Err(self.no_progress())),
+            Err(source) => failed(source),
+            Ok(0) if wanted != 0 => failed(self.no_progress()),
             Ok(count) if count < wanted => {
                 operation.part.start += count;
                 operation.offset += count as u64;

@@ -59,6 +59,8 @@ pub struct Net<L> {
     outgoing: Vec<u8>,
     /// A frame may span several buffers of the driver.
     mergeable: bool,
+    /// The interface is gone, which was said.
+    gone: bool,
     failures: RateLimit,
 }
 
@@ -94,6 +96,7 @@ impl<L: FrameLink> Net<L> {
             incoming_length: 0,
             outgoing: vec![0; MAX_FRAME],
             mergeable: false,
+            gone: false,
             failures: RateLimit::default(),
         }
     }
@@ -156,8 +159,13 @@ impl<L: FrameLink> Net<L> {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Arrival::Nothing,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Arrival::Failed,
+            Err(error) if is_gone(&error) => {
+                say_gone(&self.link, &mut self.gone);
+                Arrival::Nothing
+            }
             Err(error) => {
-                self.failures.warn(format_args!("net: no frame is received: {error}"));
+                let link = self.link.name();
+                self.failures.warn(format_args!("net: {link}: no frame is received: {error}"));
                 Arrival::Failed
             }
         }
@@ -249,16 +257,45 @@ impl<L: FrameLink> Net<L> {
             // At most MAX_FRAME, the length of the buffer.
             let frame = &mut self.outgoing[..length as usize];
             match chain.read(memory, 0, frame) {
-                Ok(()) => {
-                    if let Err(error) = self.link.send(frame) {
+                Ok(()) => match self.link.send(frame) {
+                    Ok(()) => {}
+                    Err(error) if is_gone(&error) => say_gone(&self.link, &mut self.gone),
+                    // As any network does.
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         log::debug!("net: a frame is lost: {error}");
                     }
-                }
+                    Err(error) => {
+                        let link = self.link.name();
+                        let down = match error.raw_os_error() {
+                            Some(libc::EIO) => "; is the interface up?",
+                            _ => "",
+                        };
+                        let lost = format_args!("net: {link}: a frame is lost: {error}{down}");
+                        self.failures.warn(lost);
+                    }
+                },
                 Err(NotCopied::Unreachable) => counters.unreachable.count(),
                 Err(NotCopied::NotNow(not_now)) => return Err(not_now.into()),
             }
             Ok(0)
         })
+    }
+}
+
+/// Whether the interface was removed: nothing will ever come from it again.
+fn is_gone(error: &io::Error) -> bool {
+    // Of tun, of a removed device, and of macvtap.
+    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::ENODEV | libc::ENOLINK))
+}
+
+/// Says once that the interface of `link` is gone.
+fn say_gone(link: &impl FrameLink, gone: &mut bool) {
+    if !std::mem::replace(gone, true) {
+        log::warn!(
+            "net: {}: the interface is gone: the guest's frames are lost, and it gets none, until \
+             the machine is started again",
+            link.name()
+        );
     }
 }
 
@@ -285,11 +322,20 @@ impl<L: FrameLink> Backend for Net<L> {
         }
     }
 
+    fn host(&self) -> String {
+        self.link.name().to_owned()
+    }
+
     fn start(&mut self, features: Features) -> Result<(), Broken> {
         self.incoming_length = 0;
         self.mergeable = features.has(VIRTIO_NET_F_MRG_RXBUF);
-        let result = self.link.set_offloads(features);
-        result.map_err(|error| Broken::Device(format!("setting offloads: {error}")))
+        match self.link.set_offloads(features) {
+            Err(error) if is_gone(&error) => say_gone(&self.link, &mut self.gone),
+            result => {
+                result.map_err(|error| Broken::Device(format!("setting offloads: {error}")))?;
+            }
+        }
+        Ok(())
     }
 
     fn input(&self) -> Option<RawFd> {
@@ -318,6 +364,9 @@ impl<L: FrameLink> Backend for Net<L> {
 /// Source and sink of frames, each with a virtio-net header in front. Nothing blocks; the file
 /// descriptor is readable when there is a frame.
 pub trait FrameLink: AsRawFd + Send {
+    /// Its name in messages.
+    fn name(&self) -> &str;
+
     /// Receives a frame.
     ///
     /// # Errors
@@ -339,6 +388,10 @@ pub trait FrameLink: AsRawFd + Send {
 }
 
 impl FrameLink for Tap {
+    fn name(&self) -> &str {
+        Tap::name(self)
+    }
+
     fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
         Tap::receive(self, data)
     }

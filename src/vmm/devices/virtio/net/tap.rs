@@ -63,6 +63,8 @@ fn advice(error: &io::Error) -> &'static str {
 #[derive(Debug)]
 pub struct Tap {
     file: File,
+    /// As on the command line: `tap=NAME` or `fd=NUMBER`.
+    name: String,
 }
 
 impl Tap {
@@ -100,7 +102,7 @@ impl Tap {
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
         check(result).map_err(refused)?;
-        Self { file }.prepared().map_err(refused)
+        Self { file, name: format!("tap={name}") }.prepared().map_err(refused)
     }
 
     /// The interface behind a file descriptor that this process was started with.
@@ -128,7 +130,7 @@ impl Tap {
             return Err(TapError::Flag { fd, interface, flag: "IFF_NO_PI" });
         }
         set_nonblocking(file.as_raw_fd(), true).map_err(refused)?;
-        Self { file }.prepared().map_err(refused)
+        Self { file, name: format!("fd={fd}") }.prepared().map_err(refused)
     }
 
     fn prepared(self) -> io::Result<Self> {
@@ -136,6 +138,11 @@ impl Tap {
         // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
         check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &size) })?;
         Ok(self)
+    }
+
+    /// Its name in messages, as on the command line.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Sets which offloads the host may leave to the guest: `TUN_F_*`.

@@ -18,6 +18,10 @@ impl AsRawFd for Wire {
 }
 
 impl FrameLink for Wire {
+    fn name(&self) -> &str {
+        "test"
+    }
+
     fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
         self.0.recv(data)
     }
@@ -167,6 +171,10 @@ impl AsRawFd for Trouble {
 }
 
 impl FrameLink for Trouble {
+    fn name(&self) -> &str {
+        "test"
+    }
+
     fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
         match self.1.pop_front() {
             Some(error) => Err(io::Error::from_raw_os_error(error)),
@@ -205,8 +213,8 @@ fn a_runt_is_lost_alone() {
 
 #[test]
 fn an_error_does_not_end_what_comes_in() {
-    let gone = [libc::EBADFD; 2 * QUEUE_SIZE as usize];
-    for errors in [&[libc::EINVAL, libc::EINTR, libc::EIO, libc::ENOMEM][..], &gone] {
+    let long = [libc::EIO; 2 * QUEUE_SIZE as usize];
+    for errors in [&[libc::EINVAL, libc::EINTR, libc::EIO, libc::ENOMEM][..], &long] {
         let (near, far) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         far.set_nonblocking(true).unwrap();
@@ -226,6 +234,28 @@ fn an_error_does_not_end_what_comes_in() {
         assert_eq!(receive.used(0).1, 72);
         assert_eq!(rig.status(), 0xf);
     }
+}
+
+#[test]
+fn an_interface_that_is_gone_is_not_asked_again_at_once() {
+    let (near, far) = UnixDatagram::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    // Each time that it is asked there is one error less, and then there are frames.
+    let link = Trouble(Wire(near), [libc::EBADFD; QUEUE_SIZE as usize].into());
+    let rig = Rig::new(Place::Direct, Box::new(Net::new(link, MacAddress::local(1))));
+    let mut queues = rig.start(0);
+    let receive = &mut queues[RECEIVE];
+    receive.add(&[(BUFFERS, 2000, true)]);
+    for _ in 0..10 {
+        far.send(&frame(1, 60)).unwrap();
+        receive.notify();
+    }
+    // Served in order: what is put into this queue is done after that.
+    rig.poke(BUFFERS, &frame(1, 60));
+    let transmit = &mut queues[TRANSMIT];
+    transmit.request(&[(BUFFERS, 72, false)]);
+    assert_eq!(queues[RECEIVE].used_index(), 0);
+    assert_eq!(rig.status(), 0xf);
 }
 
 #[test]

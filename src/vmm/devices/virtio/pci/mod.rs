@@ -29,6 +29,7 @@ use crate::pci::{
     BarPlacement, ConfigSpace, ExpressCapability, Identity, InterruptVector, Location, Msix,
     MsixCapability, PciFunction,
 };
+use crate::process::limits;
 use crate::trace::Trace;
 use crate::Result;
 use twostage::warn_limited;
@@ -68,6 +69,8 @@ struct Transport {
     // The worker is dropped before the device that it uses.
     worker: Option<Worker>,
     device: Arc<Mutex<Device>>,
+    /// What of the host it uses.
+    host: Arc<str>,
     /// The driver has requested a reset, which is over when the worker has ended.
     resetting: bool,
     /// The machine is stopping: no worker is started.
@@ -91,7 +94,7 @@ impl VirtioPci {
         doorbells: Arc<dyn Doorbells>,
         trace: Option<Arc<Trace>>,
     ) -> Result<Self> {
-        let (model, served_by) = (backend.model(), backend.served_by());
+        let (model, served_by, host) = (backend.model(), backend.served_by(), backend.host());
         let queues = model.queue_sizes.len();
         // One for each queue, one for the configuration.
         let vectors = queues + 1;
@@ -122,6 +125,7 @@ impl VirtioPci {
             common: CommonConfig::new(offered, model.queue_sizes),
             worker: None,
             device: Arc::new(Mutex::new(Device { backend, memory })),
+            host: host.into(),
             resetting: false,
             halted: false,
             attached: None,
@@ -283,9 +287,13 @@ impl Transport {
         let mut device = self.device.lock();
         device.backend.start(features)?;
         drop(device);
-        let failed = |error: io::Error| Broken::Device(format!("starting its worker: {error}"));
-        self.worker =
-            Some(Worker::start(self.device.clone(), queues, link.clone()).map_err(failed)?);
+        let failed = |error: io::Error| {
+            let text = format!("starting its thread: {error}");
+            Broken::Device(format!("{text}{}", limits::advice(&text)))
+        };
+        let (device, host) = (self.device.clone(), self.host.clone());
+        let worker = Worker::start(device, host, queues, link.clone());
+        self.worker = Some(worker.map_err(failed)?);
         Ok(())
     }
 

@@ -291,6 +291,10 @@ impl std::os::fd::AsRawFd for Silence {
 }
 
 impl FrameLink for Silence {
+    fn name(&self) -> &str {
+        "test"
+    }
+
     fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
         // Never runs dry, so that buffers are used.
         Ok(data.len().min(100))

@@ -23,6 +23,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::buffers::BounceBuffer;
+use super::image_file;
 use crate::process::jail;
 use threads::Threads;
 use uring::Uring;
@@ -107,10 +108,13 @@ pub(super) trait Engine: fmt::Debug + Send {
 /// # Errors
 /// There is none.
 pub(super) fn best(file: &Arc<File>, depth: usize) -> io::Result<Box<dyn Engine>> {
-    // The jail refuses that, and whoever tries it is no more.
-    let uring = match jail::is_inside() {
-        true => Err(io::ErrorKind::PermissionDenied.into()),
-        false => Uring::new(file.clone(), depth),
+    let uring = match () {
+        // The jail refuses that, and whoever tries it is no more.
+        () if jail::is_inside() => Err(io::ErrorKind::PermissionDenied.into()),
+        // Where FUSE has no cache, a short read goes on at its start, and is reported as a whole
+        // one, with wrong bytes (Linux 6.18).
+        () if image_file::is_of_fuse(file) => Err(io::Error::other("a file of FUSE")),
+        () => Uring::new(file.clone(), depth),
     };
     match uring {
         Ok(uring) => Ok(Box::new(uring)),

@@ -1,44 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Signals and limits of `twostage run`: none ends it silently, and none that was inherited as
 //! ignored ends it at all.
-//!
-//! Guests are assembled here. Tests that need `/dev/kvm` print that, and pass, without it.
-
-#[path = "common/child.rs"]
-mod child;
-#[path = "common/code.rs"]
-mod code;
-#[path = "../src/vmm/arch/x86_64/boot/test_images.rs"]
-mod images;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use child::{kernel, kvm, with_default_signals, Running, TWOSTAGE};
-use images::multiboot;
 use tempfile::{NamedTempFile, TempDir};
 use twostage::patience::wait_until;
 use twostage_vmm::exit_code::{NO_INPUT, OS_ERROR};
 
+use crate::child::{kernel, kvm, with_default_signals, Running, TWOSTAGE};
+use crate::images::multiboot;
+use crate::{code, run_after};
+
 /// A guest that prints a line, and then idles.
 fn idle() -> NamedTempFile {
     kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()))
-}
-
-/// Runs the command after `before` in a shell, with more options.
-fn run_after(before: &str, kernel: &Path, more: &[&str]) -> Command {
-    let mut command = with_default_signals("sh");
-    let script = format!("{before}; exec \"$0\" \"$@\"");
-    command.args(["-c", &script, TWOSTAGE, "run", "--kernel"]).arg(kernel);
-    for option in [["--report", "none"], ["--memory", "size=16M"]] {
-        if !more.contains(&option[0]) {
-            command.args(option);
-        }
-    }
-    command.args(more);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
 }
 
 /// Starts it, and waits until its guest runs.

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Processes that run out of descriptors, memory or threads: at whatever it happens, it is one line
+//! with what was refused and what to do about it, and an exit code of its own.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use tempfile::{NamedTempFile, TempDir};
+use twostage::patience::wait_until;
+
+use crate::child::{kernel, kvm};
+use crate::images::multiboot;
+use crate::{code, run_after};
+
+/// What a command line opens.
+struct World {
+    folder: TempDir,
+    disk: NamedTempFile,
+    memory: NamedTempFile,
+    seven: NamedTempFile,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            disk: kernel(&[0; 4096]),
+            memory: NamedTempFile::new_in("/dev/shm").unwrap(),
+            seven: kernel(&multiboot(&[code::exit(7), code::HALT.to_vec()].concat())),
+        }
+    }
+
+    /// Runs a machine with one of each after `before` in a shell.
+    fn run(&self, before: &str, more: &[&str]) -> Output {
+        self.memory.as_file().set_len(4096).unwrap();
+        let path = |name: &str| self.folder.path().join(name).display().to_string();
+        let disk = |file: &NamedTempFile| format!("path={}", file.path().display());
+        let (one, other) = (disk(&self.disk), disk(&self.memory));
+        let (serial, report) =
+            (format!("file={}", path("serial")), format!("json,file={}", path("report")));
+        let trace = path("trace");
+        let options = [
+            &["--iommu", "vtd,pri=on,ats=on", "--device", "edu,pasid=on,ats=on,pri=on"][..],
+            &["--disk", &one, "--disk", &other, "--rng", "src=/dev/urandom"],
+            &["--serial", &serial, "--report", &report, "--trace", &trace],
+            &["--cpus", "boot=2"],
+            more,
+        ];
+        run_after(before, self.seven.path(), &options.concat()).output().unwrap()
+    }
+}
+
+/// Refused with one line, in which there is `advice`.
+fn assert_refused(output: &Output, context: &str, advice: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    let code = output.status.code();
+    let context = format!("{context}: {:?}: {said}", output.status);
+    assert!(code.is_some_and(|code| [66, 69, 71, 74, 81].contains(&code)), "{context}");
+    assert_eq!(said.lines().count(), 1, "{context}");
+    assert!(said.starts_with("twostage: error: "), "{context}");
+    assert!(advice.iter().any(|advice| said.contains(advice)), "{context}");
+}
+
+#[test]
+fn each_descriptor_that_is_not_to_be_had_is_named_with_the_limit() {
+    if !kvm() {
+        return;
+    }
+    let world = World::new();
+    for jail in ["on", "off"] {
+        let mut refused = 0;
+        // The C library's loader needs one.
+        let enough = (4..200).find(|limit| {
+            let output = world.run(&format!("ulimit -n {limit}"), &["--jail", jail]);
+            if output.status.code() == Some(7) {
+                return true;
+            }
+            let advice =
+                format!("this process may have {limit} files open: raise it with ulimit -n");
+            assert_refused(&output, &format!("{limit} files, jail {jail}"), &[&advice]);
+            refused += 1;
+            false
+        });
+        assert!(refused > 20, "{refused} of {enough:?}");
+    }
+}
+
+#[test]
+fn memory_that_is_not_to_be_had_is_one_line() {
+    if !kvm() {
+        return;
+    }
+    let world = World::new();
+    let mut refused = 0;
+    // Up to what suffices, and beyond: what the C library maps differs from run to run.
+    for kib in (20_000..60_000).step_by(500) {
+        let output = world.run(&format!("ulimit -v {kib}"), &["--jail", "on"]);
+        let code = output.status.code();
+        let said = String::from_utf8_lossy(&output.stderr);
+        // Not even the C library, of which its loader tells; or a thread of which the standard
+        // library tells, before any of its work.
+        let others = ["loading shared libraries", "failed to allocate an alternative stack"];
+        if code == Some(7) || others.iter().any(|line| said.contains(line)) {
+            continue;
+        }
+        let advice =
+            ["see ulimit -v and -l", "no more threads", "there is no memory for", "out of memory"];
+        assert_refused(&output, &format!("{kib} KiB"), &advice);
+        refused += 1;
+    }
+    assert!(refused > 10, "{refused}");
+}
+
+/// A control group of the controller `name`, of version 1 or 2.
+struct Group(PathBuf);
+
+impl Group {
+    fn new(name: &str) -> Option<Self> {
+        let root = Path::new("/sys/fs/cgroup");
+        let folder = [root.join(name), root.to_owned()].into_iter().find(|folder| {
+            let controllers = fs::read_to_string(folder.join("cgroup.controllers"));
+            let is_second =
+                controllers.is_ok_and(|all| all.split_whitespace().any(|it| it == name));
+            (folder.ends_with(name) && folder.join("tasks").exists()) || is_second
+        });
+        let group = folder?.join(format!("twostage-faults-{}-{name}", std::process::id()));
+        let made = fs::create_dir(&group);
+        if let Err(error) = &made {
+            eprintln!("*** no control group is to be had ({error}; is this root?): NOT tested");
+        }
+        made.ok().map(|()| Self(group))
+    }
+
+    fn set(&self, names: [&str; 2], value: &str) {
+        let file = names.map(|name| self.0.join(name)).into_iter().find(|file| file.exists());
+        fs::write(file.expect("a file for the limit"), value).unwrap();
+    }
+
+    /// For the shell: the process is in the group from now on.
+    fn enter(&self) -> String {
+        format!("echo $$ >'{}'", self.0.join("cgroup.procs").display())
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Processes have ended, but perhaps not been counted out.
+        wait_until("an empty control group", || fs::remove_dir(&self.0).is_ok());
+    }
+}
+
+#[test]
+fn each_thread_that_is_not_to_be_had_is_named_with_the_limit() {
+    if !kvm() {
+        return;
+    }
+    let (world, Some(group)) = (World::new(), Group::new("pids")) else { return };
+    let mut refused = 0;
+    let enough = (1..100).find(|most| {
+        group.set(["pids.max"; 2], &most.to_string());
+        let output = world.run(&group.enter(), &["--jail", "on"]);
+        if output.status.code() == Some(7) {
+            return true;
+        }
+        assert_refused(&output, &format!("{most} threads"), &["no more threads: see ulimit -u"]);
+        refused += 1;
+        false
+    });
+    // The log's, one of the edu, one of page requests, the console's, vCPUs.
+    assert!(refused >= 5, "{refused} of {enough:?}");
+}
+
+#[test]
+fn a_control_group_without_memory_ends_the_process_and_nothing_hangs() {
+    if !kvm() {
+        return;
+    }
+    let (world, Some(group)) = (World::new(), Group::new("memory")) else { return };
+    let mut killed = 0;
+    for mib in (1..16).rev() {
+        group.set(["memory.max", "memory.limit_in_bytes"], &format!("{mib}M"));
+        let output = world.run(&group.enter(), &["--jail", "on"]);
+        match (output.status.code(), output.status.signal()) {
+            (Some(7), None) => {}
+            // The kernel's choice, of which its log tells: nobody can say a line.
+            (None, Some(9)) => killed += 1,
+            _ => assert_refused(&output, &format!("{mib} MiB"), &["there is no memory", "ulimit"]),
+        }
+    }
+    println!("{killed} were killed");
+}

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A process that is stopped and goes on, as a whole or a thread of it, under load; and a stop of
+//! the machine that a thread in the host holds up.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
+use tempfile::NamedTempFile;
+use twostage::patience::wait_until;
+
+use crate::child::kvm;
+use crate::guest::Guest;
+
+const SHORT: Duration = Duration::from_millis(30);
+
+fn memory_disk() -> NamedTempFile {
+    let file = NamedTempFile::new_in("/dev/shm").unwrap();
+    file.as_file().set_len(8 << 20).unwrap();
+    file
+}
+
+/// Numbered writes come to their end, in order.
+fn writes_end(guest: &mut Guest, from: u32, count: u32) {
+    for number in from..from + count {
+        assert_eq!(guest.line(), format!("k {number}"));
+    }
+}
+
+#[test]
+fn a_process_that_is_stopped_under_load_goes_on_where_it_was() {
+    if !kvm() {
+        return;
+    }
+    let disk = memory_disk();
+    let option = format!("path={}", disk.path().display());
+    let mut guest = Guest::start(&["--disk", &option, "--iommu", "vtd", "--cpus", "boot=2"]);
+    const WRITES: u32 = 3000;
+    guest.order(&format!("k 0 {WRITES}"));
+    for _ in 0..20 {
+        guest.machine.signal("STOP");
+        wait_until("a stop", || guest.machine.status_line("State").starts_with('T'));
+        sleep(SHORT);
+        guest.machine.signal("CONT");
+        sleep(SHORT);
+    }
+    writes_end(&mut guest, 1, WRITES);
+    assert_eq!(guest.ask("p on"), "p on");
+    assert_eq!(guest.stop(), "");
+}
+
+/// A terminal that gives nothing until somebody types.
+fn silent() -> (OwnedFd, String) {
+    let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&user).unwrap();
+    unlockpt(&user).unwrap();
+    let path = ptsname(&user, Vec::new()).unwrap().into_string().unwrap();
+    (user, path)
+}
+
+#[test]
+fn a_signal_or_a_stop_ends_no_read_of_a_source() {
+    if !kvm() {
+        return;
+    }
+    let (user, path) = silent();
+    let mut guest = Guest::start(&["--rng", &format!("src={path}")]);
+    guest.order("g");
+    let thread = guest.threads("00:01.0 rng")[0].1;
+    let waits = || {
+        let path = format!("/proc/{}/task/{thread}/syscall", guest.machine.0.id());
+        // read(2), on x86.
+        std::fs::read_to_string(path).is_ok_and(|call| call.starts_with("0 "))
+    };
+    wait_until("a read", waits);
+    for name in ["USR1", "STOP", "CONT", "USR1"] {
+        // This thread's first of all.
+        assert!(Command::new("kill")
+            .args(["-s", name, &thread.to_string()])
+            .status()
+            .unwrap()
+            .success());
+        sleep(SHORT);
+    }
+    assert_eq!(guest.ask("s"), "s 15");
+    rustix::io::write(&user, b"enough\n").unwrap();
+    assert_eq!(guest.line(), "g 7");
+    guest.stop();
+}
+
+/// A thread that makes no system call until this is dropped: it is traced by a process that is
+/// stopped.
+struct Frozen(Child);
+
+impl Frozen {
+    fn new(thread: u32) -> Option<Self> {
+        let mut tracer = Command::new("strace");
+        tracer.args(["-qq", "-o", "/dev/null", "-p", &thread.to_string()]);
+        tracer.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let Ok(tracer) = tracer.spawn() else {
+            eprintln!("*** no strace: NOT tested");
+            return None;
+        };
+        let mut frozen = Self(tracer);
+        let traced = || {
+            let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap();
+            status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
+        };
+        let mut ended = false;
+        wait_until("a tracer", || {
+            ended = frozen.0.try_wait().unwrap().is_some();
+            ended || traced()
+        });
+        if ended {
+            eprintln!("*** threads cannot be traced here (is this root?): NOT tested");
+            return None;
+        }
+        frozen.signal("STOP");
+        Some(frozen)
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.0.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.signal("CONT");
+        self.signal("INT");
+        self.0.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_thread_that_stands_still_under_load_goes_on_where_it_was() {
+    if !kvm() {
+        return;
+    }
+    let disk = memory_disk();
+    let option = format!("path={}", disk.path().display());
+    let rng = ["--rng", "src=/dev/urandom"];
+    let devices =
+        ["--disk", &option, "--iommu", "vtd,ats=on,pri=on", "--device", "edu,ats=on,pri=on"];
+    let mut guest = Guest::start(&[&devices[..], &rng].concat());
+    let mut written = 0;
+    for (name, thread) in guest.threads("") {
+        guest.order("k 0 200");
+        let Some(frozen) = Frozen::new(thread) else { return };
+        sleep(SHORT * 5);
+        drop(frozen);
+        writes_end(&mut guest, written + 1, 200);
+        written += 200;
+        assert_eq!(guest.ask("g"), "g 4096", "{name}");
+    }
+    assert_eq!(guest.stop(), "");
+}
+
+#[test]
+fn the_others_go_on_while_a_device_stands_still() {
+    if !kvm() {
+        return;
+    }
+    let disk = memory_disk();
+    let option = format!("path={}", disk.path().display());
+    let mut guest = Guest::start(&["--disk", &option, "--rng", "src=/dev/urandom"]);
+    let thread = guest.threads("00:01.0 blk")[0].1;
+    let Some(frozen) = Frozen::new(thread) else { return };
+    guest.order("r 0 0 1");
+    for _ in 0..10 {
+        assert_eq!(guest.ask("g"), "g 4096");
+        assert_eq!(guest.ask("p on"), "p on");
+    }
+    drop(frozen);
+    assert_eq!(guest.line(), "r 0 0 ok 0");
+    assert_eq!(guest.stop(), "");
+}
+
+#[test]
+#[ignore = "ten seconds"]
+fn a_stop_that_the_host_holds_up_ends_with_what_it_waits_for() {
+    if !kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("trace").display().to_string();
+    let mut guest = Guest::start(&["--trace", &trace]);
+    let thread = guest.threads("vcpu0")[0].1;
+    let Some(_frozen) = Frozen::new(thread) else { return };
+    let asked = Instant::now();
+    guest.machine.signal("TERM");
+    assert_eq!(guest.machine.end().code(), Some(128 + 15));
+    assert!(asked.elapsed() >= Duration::from_secs(9));
+    guest.wait_for(
+        "twostage: error: signal 15 came 10 s ago, and the machine has not ended: it waits for a \
+         vCPU, in a call of the host (a trace, an assigned device, memory); it ends now\n",
+    );
+    drop(File::open(trace).unwrap());
+}
