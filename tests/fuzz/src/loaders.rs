@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 
 use rustix::fs::{memfd_create, MemfdFlags};
 use twostage_vmm::inside::{arm64_image, load, MachineMemory, ModuleConfig, PayloadConfig};
+#[cfg(target_arch = "x86_64")]
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::input::Input;
