@@ -72,6 +72,7 @@ test-all: test loom
 	scripts/check/api-count
 	scripts/package
 	scripts/check/guest-under-qemu
+	@NESTED=$(NESTED) KVM=$(KVM) scripts/check/jail-minimal
 	@$(MAKE) --no-print-directory qemu-demo
 	@NESTED=$(NESTED) scripts/check/linux-checks --rounds 100000
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs

@@ -70,8 +70,11 @@ pub(super) const INTERRUPTS: &[Ioctl] = &[SIGNAL_MSI, IRQ_LINE];
 /// Where interrupts of devices go: by their vectors, and by the tables of virtual IOMMUs.
 pub(super) const ROUTING: &[Ioctl] = &[IRQFD, SET_GSI_ROUTING];
 
-/// What a guest sets up: notifications, and where memory of devices is.
-pub(super) const WIRING: &[Ioctl] = &[IOEVENTFD, SET_USER_MEMORY_REGION];
+/// What a guest sets up: notifications.
+pub(super) const WIRING: &[Ioctl] = &[IOEVENTFD];
+
+/// Where memory of devices is, and pages of registers that are taken back.
+pub(super) const MEMORY: &[Ioctl] = &[SET_USER_MEMORY_REGION];
 
 /// Interrupts of assigned devices, and their reset.
 pub(super) const ASSIGNED: &[Ioctl] = &[SET_IRQS, RESET];
