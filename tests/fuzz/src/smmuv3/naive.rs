@@ -269,13 +269,14 @@ impl Walk<'_, '_> {
             true => ((address << 8) as i64 >> 8) as u64,
             false => address,
         };
+        // Before the address is looked at: a TLB may know it by the ASID, of another space.
+        let asid = (low >> 48) as u16;
+        found.space = Some(Space { asid, words: [low, cd[1], cd[2]] });
         let absent = fault(E::Translation);
         let (granule, bits, table) = halves[half].ok_or(absent)?;
         if (if half == 1 { !address } else { address }) >> bits != 0 {
             return Err(absent);
         }
-        let asid = (low >> 48) as u16;
-        found.space = Some(Space { asid, words: [low, cd[1], cd[2]] });
         let (ha, hd) = (bit(43), bit(43) && bit(42));
         let mut level = granule.start_level(bits);
         let top = (bits - granule.level_shift(level)).max(3) + 3;
