@@ -55,6 +55,7 @@ test: lint guest
 	@$(need) cc cargo strace
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
 	cargo test --locked -p twostage-emulated --features selftest --lib selftest
+	cargo test --locked -p twostage-fuzz
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) \
 		cargo test --locked -p twostage-iommufd-preload
 	scripts/check/examples

@@ -101,15 +101,23 @@ fn ask(fd: RawFd, words: Words) -> Result<[u64; 2], Errno> {
     let (channel, theirs) = sys::socket_pair()?;
     send(fd, words, Some(theirs.as_raw_fd()), true).map_err(|_| Errno::ENODEV)?;
     drop(theirs);
+    // Not kept if the owner, which does not wait for long, has given the call up meanwhile.
+    let mut installed = Vec::new();
     loop {
         match receive(channel.as_raw_fd(), true) {
-            Ok(Some(([DONE, first, second, _], _))) => return Ok([first, second]),
+            Ok(Some(([DONE, first, second, _], _))) => {
+                installed.into_iter().for_each(|fd: OwnedFd| _ = fd.into_raw_fd());
+                return Ok([first, second]);
+            }
             Ok(Some(([FAILED, errno, ..], _))) => return Err(Errno::from_raw(errno as i32)),
             Ok(Some(([INSTALL, ..], Some(passed)))) => {
                 let known = state::current().recognise(passed.as_raw_fd()).is_some();
-                let number = if known { passed.into_raw_fd() as u64 } else { u64::MAX };
-                let installed = send(channel.as_raw_fd(), [DONE, number, 0, 0], None, true);
-                installed.map_err(|_| Errno::ENODEV)?;
+                let number = if known { passed.as_raw_fd() as u64 } else { u64::MAX };
+                let told = send(channel.as_raw_fd(), [DONE, number, 0, 0], None, true);
+                told.map_err(|_| Errno::ENODEV)?;
+                if known {
+                    installed.push(passed);
+                }
             }
             _ => return Err(Errno::ENODEV),
         }

@@ -175,10 +175,12 @@ impl ConfigImage {
             let again = seen.contains(&capability.id);
             if again && treatment(RULES, capability.id) != Treatment::Live {
                 log::debug!("capability hidden from the guest: {:#x}, again", capability.id);
-            } else if self.show(draft, capability, reset).is_some() {
+                continue;
+            }
+            seen.push(capability.id);
+            if self.show(draft, capability, reset).is_some() {
                 // Those of this list are in the first 256 bytes, with one-byte IDs.
                 let (offset, id) = (capability.offset, capability.id);
-                seen.push(id);
                 draft.put(pointer, &[offset as u8]);
                 draft.put(offset, &[id as u8, 0]);
                 draft.put(STATUS, &STATUS_CAPABILITIES.to_le_bytes());

@@ -12,7 +12,7 @@ use twostage_fuzz::TARGETS;
 const LARGEST: usize = 4096;
 
 fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
 /// The names of what is in `folder`, without extensions.

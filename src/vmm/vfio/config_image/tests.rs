@@ -20,6 +20,19 @@ fn of_two_capabilities_that_are_emulated_the_first_is_shown() {
 }
 
 #[test]
+fn a_second_one_does_not_stand_in_for_a_first_that_cannot_be_shown() {
+    let mut device = [0; CONFIG_SIZE];
+    set(&mut device, STATUS, &STATUS_CAPABILITIES.to_le_bytes());
+    set(&mut device, CAPABILITIES_POINTER, &[0x40]);
+    // The next capability begins within it.
+    set(&mut device, 0x40, &[CAPABILITY_MSIX, 0x48, 1, 0, 0, 0x10, 0, 0]);
+    set(&mut device, 0x48, &[CAPABILITY_VENDOR, 0x60, 8]);
+    set(&mut device, 0x60, &[CAPABILITY_MSIX, 0, 3, 0, 0, 0x20, 0, 0, 0, 0x28]);
+    let image = ConfigImage::new(&device, false, false).unwrap();
+    assert!(image.msix.is_none(), "the host uses the first");
+}
+
+#[test]
 fn what_does_not_lie_in_configuration_space_is_left_out() {
     let device = [0x55; CONFIG_SIZE];
     let mut draft = Draft::new(&device, false);
