@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
@@ -13,7 +14,7 @@ use fuser::{
     ReplyOpen, ReplyWrite, Request, SessionACL, WriteFlags,
 };
 use tempfile::TempDir;
-use twostage::patience::wait_until;
+use twostage::patience::{wait_until, PATIENCE};
 
 pub const SIZE: u64 = 1 << 20;
 const FILE: INodeNo = INodeNo(2);
@@ -82,9 +83,15 @@ impl FaultyDisk {
         self.state().bad_flush = error;
     }
 
-    /// Nothing is answered from now on.
+    /// Nothing is answered from now on: for one and a half [`PATIENCE`] at most, as a test that fails waits for its
+    /// machine, which may wait for the disk.
     pub fn hold(&self) {
         self.state().holds = true;
+        let state = self.state.clone();
+        thread::spawn(move || {
+            thread::sleep(PATIENCE * 3 / 2);
+            state.lock().unwrap().let_go();
+        });
     }
 
     pub fn wait_for_held(&self, count: usize) {
@@ -93,10 +100,7 @@ impl FaultyDisk {
 
     /// Answers everything.
     pub fn let_go(&self) {
-        let mut state = self.state();
-        state.holds = false;
-        let held = std::mem::take(&mut state.held);
-        held.into_iter().for_each(|held| state.answer(held));
+        self.state().let_go();
     }
 }
 
@@ -107,6 +111,12 @@ impl Drop for FaultyDisk {
 }
 
 impl State {
+    fn let_go(&mut self) {
+        self.holds = false;
+        let held = std::mem::take(&mut self.held);
+        held.into_iter().for_each(|held| self.answer(held));
+    }
+
     fn take(&mut self, held: Held) {
         match self.holds {
             true => self.held.push(held),

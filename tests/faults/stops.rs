@@ -181,7 +181,6 @@ fn the_others_go_on_while_a_device_stands_still() {
 }
 
 #[test]
-#[ignore = "ten seconds"]
 fn a_stop_that_the_host_holds_up_ends_with_what_it_waits_for() {
     if !kvm() {
         return;

@@ -2,7 +2,7 @@
 //! Exits of vCPUs: counters and dispatch.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -87,6 +87,8 @@ pub(crate) struct Exits {
     pub counters: ExitCounters,
     /// Hears of each access.
     pub observer: Option<Arc<dyn ExitObserver>>,
+    /// Some vCPU has run.
+    pub ran: AtomicBool,
 }
 
 impl Exits {

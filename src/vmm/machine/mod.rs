@@ -8,6 +8,7 @@ pub(crate) mod topology;
 
 use std::fmt;
 use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -104,7 +105,7 @@ impl Machine {
         let board = Board::new(&mut mmio, serial.clone(), ports, interrupts.lines(), &stopper)?;
         arch::firmware::write(&memory, config, chip, &start)?;
         let observer = trace.clone().map(|trace| trace as Arc<dyn ExitObserver>);
-        let exits = Arc::new(Exits { mmio, board, counters: ExitCounters::default(), observer });
+        let exits = Arc::new(Exits { mmio, board, observer, ..Exits::default() });
         let console = config.serial == SerialConfig::Tty;
         Ok(Self {
             processors,
@@ -268,7 +269,13 @@ fn run_vcpu(mut processor: Processor, exits: &Exits, memory: &MachineMemory, sto
     let mut vain = Vain::default();
     while stopper.reason().is_none() {
         match processor.enter(exits, memory) {
-            Ok(ControlFlow::Continue(())) => vain = Vain::default(),
+            Ok(ControlFlow::Continue(())) => {
+                vain = Vain::default();
+                // Not stored again: others read it.
+                if !exits.ran.load(Ordering::Relaxed) {
+                    exits.ran.store(true, Ordering::Relaxed);
+                }
+            }
             Ok(ControlFlow::Break(reason)) => {
                 stopper.stop(reason);
             }
@@ -277,12 +284,15 @@ fn run_vcpu(mut processor: Processor, exits: &Exits, memory: &MachineMemory, sto
                 exits.counters.count(ExitKind::Interrupted);
             }
             // A vCPU without a startup message was woken. Or KVM has no resources.
-            Err(error) if error.errno() == libc::EAGAIN && vain.again() => {
+            Err(error)
+                if error.errno() == libc::EAGAIN
+                    && (vain.again() || exits.ran.load(Ordering::Relaxed)) =>
+            {
                 exits.counters.count(ExitKind::Interrupted);
             }
             Err(error) => {
                 let stuck = format!("vCPU {}: KVM_RUN: {error}", processor.id());
-                // KVM starts a thread of its own when it runs a machine first.
+                // KVM starts a thread of its own when it runs a machine first: while no vCPU has run.
                 let stuck = match error.errno() {
                     libc::EAGAIN => stuck + ", again and again, perhaps for want of a thread",
                     _ => stuck,
@@ -298,9 +308,9 @@ fn run_vcpu(mut processor: Processor, exits: &Exits, memory: &MachineMemory, sto
 struct Vain(u32);
 
 impl Vain {
-    /// Whether to try it again: at first at once, then less and less often, for two seconds.
+    /// Whether to try it again: at first at once, then every 10 ms, for two seconds.
     fn again(&mut self) -> bool {
-        self.0 += 1;
+        self.0 = self.0.saturating_add(1);
         if self.0 > 100 {
             thread::sleep(Duration::from_millis(10));
         }

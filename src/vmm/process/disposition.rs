@@ -38,10 +38,11 @@ pub(crate) fn before_death(last: fn()) {
         return;
     }
     for (signal, earlier) in FATAL.into_iter().zip(&EARLIER) {
-        // `refused` does this, too.
-        let is_ours = signal == SIGSYS && ON_REFUSAL.get().is_some();
-        let Some(action) =
-            action(signal).filter(|action| action.sa_sigaction != libc::SIG_IGN && !is_ours)
+        // `refused` does this, too, and a filter does not even let it be asked for.
+        if signal == SIGSYS && ON_REFUSAL.get().is_some() {
+            continue;
+        }
+        let Some(action) = action(signal).filter(|action| action.sa_sigaction != libc::SIG_IGN)
         else {
             continue;
         };
