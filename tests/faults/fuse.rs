@@ -83,7 +83,7 @@ impl FaultyDisk {
         self.state().bad_flush = error;
     }
 
-    /// Nothing is answered from now on: for one and a half [`PATIENCE`] at most, as a test that fails
+    /// Nothing is answered from now on, for one and a half [`PATIENCE`] at most: a test that fails
     /// waits for its machine, which may wait for the disk.
     pub fn hold(&self) {
         self.state().holds = true;
