@@ -292,7 +292,7 @@ fn run_vcpu(mut processor: Processor, exits: &Exits, memory: &MachineMemory, sto
             }
             Err(error) => {
                 let stuck = format!("vCPU {}: KVM_RUN: {error}", processor.id());
-                // KVM starts a thread of its own when it runs a machine first, so before any vCPU has run.
+                // KVM starts a thread of its own when it runs a machine first: before any vCPU ran.
                 let stuck = match error.errno() {
                     libc::EAGAIN => stuck + ", again and again, perhaps for want of a thread",
                     _ => stuck,
