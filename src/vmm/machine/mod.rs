@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::Killable;
 
-use crate::arch::exits::{ExitCounters, ExitKind, ExitObserver, Exits};
+use crate::arch::exits::{ExitKind, ExitObserver, Exits};
 use crate::arch::{self, Board, Processor, Processors};
 use crate::boot;
 use crate::config::{MachineConfig, SerialConfig};
