@@ -158,7 +158,7 @@ lint:
 	@ARM64=$(ARM64) scripts/check/lint-arm64
 	@# The fuzzers' programs compile. Nothing is linked, so libFuzzer is not built.
 	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked -p twostage-fuzz --features libfuzzer
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --exclude twostage-fuzz --quiet
 	@# As docs.rs does.
 	RUSTDOCFLAGS='-D warnings' \
 		cargo doc --locked --no-deps --all-features --quiet -p twostage -p twostage-emulated

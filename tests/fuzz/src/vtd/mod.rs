@@ -109,7 +109,7 @@ pub fn run(bytes: &[u8]) {
 
 fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let next = Step::of(input.arbitrary()?);
-    crate::models::trace(|| format!("{next:?} {:?}", &input.peek_bytes(input.len().min(6))));
+    crate::models::trace(|| format!("{next:?} {:?}", input.peek_bytes(input.len().min(6))));
     match next {
         Step::Dma => {
             let how: u8 = input.arbitrary()?;
