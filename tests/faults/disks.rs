@@ -38,7 +38,8 @@ fn an_image_that_becomes_shorter_fails_where_it_is_missing_and_nowhere_else() {
         // Its second half.
         assert_eq!(guest.ask("r 0 4 8"), "r 0 4 error 1");
         let line = format!(
-            "[WARN ] blk: {path}: a read of 2048 bytes at offset 4096 fails: the image has become shorter\n"
+            "[WARN ] blk: {path}: a read of 2048 bytes at offset 4096 fails: the image has become \
+             shorter\n"
         );
         assert_eq!(guest.ask("p on"), "p on");
         // A write makes it longer again.

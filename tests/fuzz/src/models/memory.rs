@@ -141,3 +141,34 @@ impl Memory {
         Some(all)
     }
 }
+
+/// Places of memory, and what was there before a DMA that may reach any of them.
+#[derive(Debug)]
+pub struct Places(Vec<(u64, u64)>);
+
+impl Places {
+    /// Those of `gpas` that are memory.
+    pub fn new(memory: &Memory, gpas: impl Iterator<Item = u64>) -> Self {
+        let mut places: Vec<_> = gpas.filter_map(|gpa| Some((gpa, memory.load(gpa)?))).collect();
+        places.sort_unstable();
+        places.dedup();
+        Self(places)
+    }
+
+    /// A device has written `value`, which nothing else has: it is at exactly one of the places.
+    /// `what` says what was done.
+    pub fn written(&self, memory: &mut Memory, value: u64, what: impl Fn() -> String) {
+        let landed = self.0.iter().filter(|(gpa, _)| memory.load(*gpa) == Some(value));
+        let landed: Vec<_> = landed.copied().collect();
+        assert!(landed.len() == 1, "it is at {landed:x?}; {}", what());
+        let (gpa, was) = landed[0];
+        memory.note(gpa, was);
+    }
+
+    /// A device has read `value`: it is, or was, at one of the places. Flags that a walk sets in
+    /// tables may be set after it was read.
+    pub fn read(&self, memory: &Memory, value: u64, what: impl Fn() -> String) {
+        let is_there = |(gpa, was): &(u64, u64)| *was == value || memory.load(*gpa) == Some(value);
+        assert!(self.0.iter().any(is_there), "it read {value:x}; {}", what());
+    }
+}

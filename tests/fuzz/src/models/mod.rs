@@ -7,6 +7,13 @@ pub mod oracle;
 
 use std::sync::OnceLock;
 
+/// The step that `number` stands for: in order, each of `steps` for as many numbers as it says, and
+/// again after the last.
+pub fn weighted<S: Copy>(steps: &[(S, u8)], number: u8) -> S {
+    let all = steps.iter().flat_map(|(step, weight)| (0..*weight).map(|_| *step));
+    all.cycle().nth(number.into()).expect("some step has a weight")
+}
+
 /// Prints what happens if `TWOSTAGE_FUZZ_TRACE` is set: to see what an input does.
 pub fn trace(what: impl FnOnce() -> String) {
     static ASKED: OnceLock<bool> = OnceLock::new();

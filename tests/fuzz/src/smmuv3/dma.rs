@@ -11,6 +11,7 @@ use twostage_emulated::{DmaAttributes, DmaError};
 use super::image::page;
 use super::naive::{End, Found, Kind, Walk};
 use super::world::{World, DEVICES};
+use crate::models::memory::Places;
 use crate::models::oracle::every;
 
 /// Pages, by number, that the SMMU writes to.
@@ -63,14 +64,8 @@ impl World {
         let attributes =
             DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
         let mut bytes = [0; 8];
-        // What is at the places where a write may land.
-        let before = may.iter().flatten().filter_map(|end| {
-            let gpa = end.ok()?;
-            Some((gpa, self.memory.load(gpa)?))
-        });
-        let mut before: Vec<_> = before.collect();
-        before.sort_unstable();
-        before.dedup();
+        let gpas = may.iter().flatten().filter_map(|end| end.ok());
+        let places = Places::new(&self.memory, gpas);
         self.serial += 1;
         let value = 0x5e_0000_0000_0000 | self.serial << 12;
         let write = kind.write && may.is_some();
@@ -82,21 +77,8 @@ impl World {
         let Some(may) = may else { return };
         let what = || format!("{dma:x?}: {done:x?}, {may:x?}; {:x?}", self.header);
         match done {
-            Ok(()) if write => {
-                let landed: Vec<_> = before
-                    .iter()
-                    .filter(|(gpa, _)| self.memory.load(*gpa) == Some(value))
-                    .collect();
-                assert!(landed.len() == 1, "it is at {landed:x?}; {}", what());
-                let (gpa, was) = *landed[0];
-                self.memory.note(gpa, was);
-            }
-            Ok(()) => {
-                let read = u64::from_le_bytes(bytes);
-                let is_there =
-                    |(gpa, was): &(u64, u64)| *was == read || self.memory.load(*gpa) == Some(read);
-                assert!(before.iter().any(is_there), "it read {read:x}; {}", what());
-            }
+            Ok(()) if write => places.written(&mut self.memory, value, what),
+            Ok(()) => places.read(&self.memory, u64::from_le_bytes(bytes), what),
             Err(DmaError::Fault { .. }) => {
                 let outside = |gpa: &u64| self.memory.load(*gpa & !7).is_none();
                 let refused = may.iter().any(|end| end.as_ref().ok().is_none_or(outside));

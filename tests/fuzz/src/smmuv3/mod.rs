@@ -25,6 +25,7 @@ use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::StreamId;
 
 use crate::models::memory::PAGE;
+use crate::models::weighted;
 use dma::Dma;
 use image::{context, page, stage1, FLAGS};
 use naive::Kind;
@@ -56,41 +57,24 @@ enum Step {
 impl Step {
     fn of(number: u8) -> Self {
         use Step::*;
-        const STEPS: [Step; 32] = [
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Table,
-            Table,
-            Table,
-            Table,
-            Table,
-            Table,
-            Invalidate,
-            Invalidate,
-            Invalidate,
-            Invalidate,
-            Flush,
-            Flush,
-            Entry,
-            Context,
-            Context,
-            Bit,
-            RawCommands,
-            Register,
-            AnyRegister,
-            Read,
-            Enable,
-            Tables,
-            Plug,
-            Reset,
+        const STEPS: [(Step, u8); 15] = [
+            (Dma, 8),
+            (Table, 6),
+            (Invalidate, 4),
+            (Flush, 2),
+            (Entry, 1),
+            (Context, 2),
+            (Bit, 1),
+            (RawCommands, 1),
+            (Register, 1),
+            (AnyRegister, 1),
+            (Read, 1),
+            (Enable, 1),
+            (Tables, 1),
+            (Plug, 1),
+            (Reset, 1),
         ];
-        STEPS[usize::from(number) % STEPS.len()]
+        weighted(&STEPS, number)
     }
 }
 

@@ -16,6 +16,7 @@ use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::StreamId;
 use twostage::threads::{NewThread, StdThreads, ThreadStart};
 use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
+use twostage_emulated::kit::Mmio;
 use twostage_emulated::{
     DeviceConfig, DmaPort, EmulatedHost, ObjectGraph, SmmuV3Unit, SmmuV3UnitConfig,
 };
@@ -196,15 +197,11 @@ impl World {
     }
 
     pub fn read32(&self, offset: u64) -> u32 {
-        let mut bytes = [0; 4];
-        self.smmu.mmio_read(offset, &mut bytes);
-        u32::from_le_bytes(bytes)
+        self.smmu.read32(offset)
     }
 
     pub fn read64(&self, offset: u64) -> u64 {
-        let mut bytes = [0; 8];
-        self.smmu.mmio_read(offset, &mut bytes);
-        u64::from_le_bytes(bytes)
+        self.smmu.read64(offset)
     }
 
     pub fn write32(&mut self, offset: u64, value: u32) {

@@ -9,7 +9,7 @@ use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
 
 use super::naive::{walk, Decision, Kind, Since, Stage, Way, Who};
 use super::world::{World, DEVICES};
-use crate::models::memory::Moment;
+use crate::models::memory::{Moment, Places};
 use crate::models::oracle::Oracle;
 
 /// What may become of a DMA.
@@ -137,14 +137,11 @@ impl World {
         let attributes =
             DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
         let mut bytes = [0; 8];
-        // What is at the places where a write may land.
-        let before = may.iter().flatten().filter_map(|outcome| match outcome {
-            Outcome::Gets { gpa, .. } => Some((*gpa, self.memory.load(*gpa)?)),
+        let gpas = may.iter().flatten().filter_map(|outcome| match outcome {
+            Outcome::Gets { gpa, .. } => Some(*gpa),
             _ => None,
         });
-        let mut before: Vec<_> = before.collect();
-        before.sort_unstable();
-        before.dedup();
+        let places = Places::new(&self.memory, gpas);
         self.serial += 1;
         let value = 0x5e_0000_0000_0000 | self.serial << 12;
         let write = kind.write && may.is_some();
@@ -163,22 +160,8 @@ impl World {
             })
         };
         match done {
-            Ok(()) if write => {
-                let landed: Vec<_> = before
-                    .iter()
-                    .filter(|(gpa, _)| self.memory.load(*gpa) == Some(value))
-                    .collect();
-                assert!(landed.len() == 1, "it is at {landed:x?}; {}", what());
-                let (gpa, was) = *landed[0];
-                self.memory.note(gpa, was);
-            }
-            Ok(()) => {
-                let read = u64::from_le_bytes(bytes);
-                // Flags that a walk sets in tables may be set after it was read.
-                let is_there =
-                    |(gpa, was): &(u64, u64)| *was == read || self.memory.load(*gpa) == Some(read);
-                assert!(before.iter().any(is_there), "it read {read:x}; {}", what());
-            }
+            Ok(()) if write => places.written(&mut self.memory, value, what),
+            Ok(()) => places.read(&self.memory, u64::from_le_bytes(bytes), what),
             Err(DmaError::Fault { reason: found, .. }) => {
                 // A device TLB that gets no translation is no fault: see the section on ATS.
                 let silent = may.contains(&Outcome::Fails) || self.caching[device];

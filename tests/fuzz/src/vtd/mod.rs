@@ -25,6 +25,7 @@ use twostage::spec::vtd::qi::{
 use twostage::spec::vtd::regs;
 
 use crate::models::memory::PAGE;
+use crate::models::weighted;
 use dma::Dma;
 use image::{page, pasid_entry};
 use naive::Kind;
@@ -56,41 +57,24 @@ enum Step {
 impl Step {
     fn of(number: u8) -> Self {
         use Step::*;
-        const STEPS: [Step; 32] = [
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Dma,
-            Table,
-            Table,
-            Table,
-            Table,
-            Table,
-            Table,
-            Invalidate,
-            Invalidate,
-            Invalidate,
-            Invalidate,
-            Flush,
-            Flush,
-            Entry,
-            Entry,
-            Context,
-            RawDescriptors,
-            Register,
-            AnyRegister,
-            Read,
-            Command,
-            Root,
-            Plug,
-            DeviceTlb,
-            Reset,
+        const STEPS: [(Step, u8); 15] = [
+            (Dma, 8),
+            (Table, 6),
+            (Invalidate, 4),
+            (Flush, 2),
+            (Entry, 2),
+            (Context, 1),
+            (RawDescriptors, 1),
+            (Register, 1),
+            (AnyRegister, 1),
+            (Read, 1),
+            (Command, 1),
+            (Root, 1),
+            (Plug, 1),
+            (DeviceTlb, 1),
+            (Reset, 1),
         ];
-        STEPS[usize::from(number) % STEPS.len()]
+        weighted(&STEPS, number)
     }
 }
 

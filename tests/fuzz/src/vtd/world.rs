@@ -12,6 +12,7 @@ use twostage::spec::vtd::qi::{Descriptor, StatusWrite};
 use twostage::spec::vtd::regs::{self, Fsts, Gcmd, Gsts, Iqa, Rtaddr};
 use twostage::viommu::vtd::{FaultTarget, VtdConfig, VtdIommu};
 use twostage::viommu::InterruptSink;
+use twostage_emulated::kit::Mmio;
 use twostage_emulated::{
     AddressWidth, DeviceConfig, DmaPort, EmulatedHost, ObjectGraph, VtdUnit, VtdUnitConfig,
 };
@@ -209,15 +210,11 @@ impl World {
     }
 
     pub fn read32(&self, offset: u64) -> u32 {
-        let mut bytes = [0; 4];
-        self.iommu.mmio_read(offset, &mut bytes);
-        u32::from_le_bytes(bytes)
+        self.iommu.read32(offset)
     }
 
     pub fn read64(&self, offset: u64) -> u64 {
-        let mut bytes = [0; 8];
-        self.iommu.mmio_read(offset, &mut bytes);
-        u64::from_le_bytes(bytes)
+        self.iommu.read64(offset)
     }
 
     pub fn write32(&mut self, offset: u64, value: u32) {
