@@ -12,6 +12,7 @@ function kind_of(comm) {
     if (comm == "disk") return "disk"
     if (comm == "output") return "output"
     if (comm == "side-core") return "side core"
+    if (comm == "signals") return "signals"
     if (comm == "smmu-events" || comm == "page-requests") return "events"
     if (comm ~ /^queue /) return "queue"
     if (comm == "twostage" || comm == "release") return "main"

@@ -90,6 +90,18 @@ impl Running {
         line.unwrap_or_default().trim().to_owned()
     }
 
+    /// The identifiers of its threads whose name starts with `name`.
+    pub fn threads(&self, name: &str) -> Vec<(String, u32)> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
+        let threads = tasks.map(|task| {
+            let path = task.unwrap().path();
+            let id = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+            let name = std::fs::read_to_string(path.join("comm")).unwrap_or_default();
+            (name.trim_end().to_owned(), id)
+        });
+        threads.filter(|(known, _)| known.starts_with(name)).collect()
+    }
+
     /// Processor time used, in ticks of 10 ms.
     pub fn ticks(&self) -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();

@@ -13,7 +13,7 @@ use crate::child::{with_default_signals, Running, TWOSTAGE};
 
 pub struct Guest {
     pub machine: Running,
-    input: ChildStdin,
+    input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
     said: Arc<Mutex<String>>,
     listener: Option<JoinHandle<()>>,
@@ -41,10 +41,15 @@ impl Guest {
         Self::of(command(arguments))
     }
 
-    pub fn of(mut command: Command) -> Self {
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    pub fn of(command: Command) -> Self {
+        Self::at(Stdio::piped(), command)
+    }
+
+    /// It gets its orders from `input`.
+    pub fn at(input: Stdio, mut command: Command) -> Self {
+        command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut machine = Running::new(&mut command);
-        let input = machine.0.stdin.take().unwrap();
+        let input = machine.0.stdin.take();
         let output = BufReader::new(machine.0.stdout.take().unwrap());
         let mut stderr = BufReader::new(machine.0.stderr.take().unwrap());
         let said = Arc::<Mutex<String>>::default();
@@ -71,7 +76,7 @@ impl Guest {
     }
 
     pub fn order(&mut self, order: &str) {
-        writeln!(self.input, "{order}").unwrap();
+        writeln!(self.input.as_mut().unwrap(), "{order}").unwrap();
     }
 
     /// Orders something, and waits for the next line.
@@ -87,14 +92,7 @@ impl Guest {
 
     /// The identifiers of the machine's threads whose name starts with `name`.
     pub fn threads(&self, name: &str) -> Vec<(String, u32)> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.machine.0.id())).unwrap();
-        let threads = tasks.map(|task| {
-            let path = task.unwrap().path();
-            let id = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
-            let name = std::fs::read_to_string(path.join("comm")).unwrap_or_default();
-            (name.trim_end().to_owned(), id)
-        });
-        threads.filter(|(known, _)| known.starts_with(name)).collect()
+        self.machine.threads(name)
     }
 
     /// Waits for a line of twostage's.

@@ -62,7 +62,7 @@ Exit codes:
    66  a file is missing or not what it should be
    69  KVM, or something the machine needs of it or of the host's IOMMU, is not there
    70  a bug, such as objects of the host's IOMMU that are left behind
-   71  the operating system refused a resource
+   71  the operating system refused a resource, or does not answer after Ctrl-A x
    74  a file cannot be written
    77  the jail refused a system call, which is an attack or a bug
    80  the guest reset itself
@@ -290,13 +290,15 @@ pub fn main() -> ExitCode {
     let held = signals::hold();
     limits::look();
     let parsed = Cli::try_parse();
-    // Before the log has a thread.
-    let jailed = match &parsed {
-        Ok(Cli { command: Command::Run(args) }) => args.prepare_jail(),
+    // In this order, before the log has a thread.
+    let ready = match &parsed {
+        Ok(Cli { command: Command::Run(args) }) => {
+            args.prepare_jail().and_then(|()| signals::start())
+        }
         _ => Ok(()),
     };
     start_log();
-    let code = match (held.and(jailed), parsed) {
+    let code = match (held.and(ready), parsed) {
         (Err(error), _) => fail(&error),
         (_, Err(error)) => usage(&error),
         (_, Ok(cli)) => match cli.command {

@@ -23,6 +23,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::console::serial::SerialPort;
 use crate::console::terminal::Input;
+use crate::process::overdue;
 use crate::process::stop::{StopReason, Stopper};
 use crate::{Error, Result};
 
@@ -215,6 +216,7 @@ impl Console {
             Key::Guest(_) => self.lost = self.lost.saturating_add(1),
             Key::Help => self.port.say(HELP),
             Key::End => {
+                overdue::asked_by_key();
                 self.stopper.stop(StopReason::Escape);
             }
             Key::Nothing => {}

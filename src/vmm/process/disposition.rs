@@ -3,10 +3,12 @@
 //! is done before a fatal one, and what about a system call that a filter refuses.
 #![allow(unsafe_code)]
 
+use std::io;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use libc::{c_int, c_void, siginfo_t, SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
+use vmm_sys_util::signal::create_sigset;
 
 /// The signals of errors in the process, which end it at once.
 const FATAL: [c_int; 7] = [SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP];
@@ -91,23 +93,19 @@ pub(crate) fn last_words() {
     }
 }
 
-/// In `seconds` the process gets a SIGALRM of a timer's ([`is_of_a_timer`]). For signal handlers.
-pub(crate) fn set_alarm(seconds: u32) {
-    let never = libc::timeval { tv_sec: 0, tv_usec: 0 };
-    let once = libc::timeval { tv_sec: seconds.into(), tv_usec: 0 };
-    let timer = libc::itimerval { it_interval: never, it_value: once };
-    // SAFETY: it reads the timer, which lives until the call returns, and writes nothing.
-    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+/// The current thread, and what it starts from now on, take `signals`, or leave them to others.
+///
+/// # Errors
+/// One of them is no signal.
+pub(crate) fn take(signals: &[c_int], does: bool) -> io::Result<()> {
+    let set = create_sigset(signals)?;
+    let how = if does { libc::SIG_UNBLOCK } else { libc::SIG_BLOCK };
+    // SAFETY: it reads the set, which lives until the call returns, and writes nothing.
+    match unsafe { libc::pthread_sigmask(how, &set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
 }
-
-/// Whether a timer of the process has sent the signal, for whose handler `info` is.
-pub(crate) fn is_of_a_timer(info: *const siginfo_t) -> bool {
-    // SAFETY: the kernel passes readable information to a handler with SA_SIGINFO.
-    !info.is_null() && unsafe { (*info).si_code } == SI_KERNEL
-}
-
-/// `si_code` of a signal that the kernel sends by itself.
-const SI_KERNEL: c_int = 0x80;
 
 /// Ends the process, without anything that it does at its end. For signal handlers.
 pub(crate) fn exit_now(code: c_int) -> ! {

@@ -3,21 +3,39 @@
 //! makes system calls that every filter allows.
 
 use std::fmt::{self, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::stdio::stderr;
 
-use crate::process::disposition;
+use crate::process::{bell, disposition};
 
 const LONGEST: usize = 320;
 /// How long standard error is waited for.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// A thread says the last line: there is only one.
-static ENDING: AtomicBool = AtomicBool::new(false);
+/// A thread says the last line, and ends the process with this code less [`BASE`]: there is only
+/// one.
+static ENDING: AtomicU16 = AtomicU16::new(0);
+const BASE: u16 = 0x100;
+
+/// Ends the process if a thread says its last line, and does not come to an end: standard error may
+/// be a file on a server that is gone.
+pub(crate) fn end_if_said() {
+    let ending = ENDING.load(Ordering::SeqCst);
+    if ending != 0 {
+        leave(ending);
+    }
+}
+
+/// Leaves the last line to the other thread that says it.
+fn leave(ending: u16) -> ! {
+    thread::sleep(2 * PATIENCE);
+    disposition::last_words();
+    disposition::exit_now((ending - BASE).into())
+}
 
 /// A line, made without memory from a heap.
 #[derive(Debug)]
@@ -39,11 +57,12 @@ impl Line {
 
     /// Prints it, unless nobody reads standard error, and ends the process with `code`.
     pub fn end(&self, code: u8) -> ! {
-        if ENDING.swap(true, Ordering::SeqCst) {
-            // Another thread says why, soon.
-            thread::sleep(2 * PATIENCE);
-            disposition::exit_now(code.into())
+        let ending = BASE + u16::from(code);
+        if let Err(other) = ENDING.compare_exchange(0, ending, Ordering::SeqCst, Ordering::SeqCst) {
+            leave(other);
         }
+        // Whoever this wakes ends the process if the write below does not return.
+        bell::ring();
         let mut wanted = [PollFd::from_borrowed_fd(stderr(), PollFlags::OUT)];
         let soon = Timespec { tv_sec: 0, tv_nsec: PATIENCE.subsec_nanos().into() };
         if poll(&mut wanted, Some(&soon)).is_ok_and(|ready| ready != 0) {

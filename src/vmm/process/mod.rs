@@ -2,6 +2,7 @@
 //! The process around the machine: signals, named files, its jail and limits, stop reasons, and
 //! exit codes.
 
+pub(crate) mod bell;
 pub(crate) mod disposition;
 pub(crate) mod event_loop;
 pub(crate) mod heap;
@@ -27,7 +28,7 @@ pub mod exit_code {
     pub const UNAVAILABLE: u8 = 69;
     /// A thread of the machine panicked, or another bug.
     pub const SOFTWARE: u8 = 70;
-    /// The operating system refused a resource.
+    /// The operating system refused a resource, or does not answer after `Ctrl-A x`.
     pub const OS_ERROR: u8 = 71;
     /// A file could not be written.
     pub const IO_ERROR: u8 = 74;

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The end that somebody asked for and that does not come: a host that does not answer, such as a
-//! file on a server that is gone, holds a thread as long as it likes. After [`PATIENCE`] the
-//! process says what it waits for, and ends.
+//! file on a server that is gone, holds a thread as long as it likes. After [`PATIENCE`], or when
+//! somebody asks again, the process says what it waits for, and ends.
 //!
-//! Whoever may wait says so before ([`enter`]). That it takes too long is found by a timer signal,
-//! as the thread that waits cannot.
+//! Whoever may wait says so before ([`enter`]). That it takes too long is found by a thread of its
+//! own ([`watch`]), as any other may be the one that waits. All signals come to that thread.
 
-use std::fmt::Write;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use libc::c_int;
 
-use crate::process::disposition;
-use crate::process::exit_code;
-use crate::process::last_line::Line;
+use crate::console::output;
+use crate::process::{bell, disposition, exit_code, last_line};
 
-/// From the signal that ends the machine on, in seconds.
-pub(crate) const PATIENCE: u32 = 10;
+/// From the first request on.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What comes so soon is still the first request: timeout(1) sends its signal twice. The end of a
+/// machine does not wait longer for slow readers.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
+/// Polling interval, once the end has been asked for.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// What the main thread does, and may wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,8 +56,12 @@ impl Step {
 }
 
 static STEP: AtomicU8 = AtomicU8::new(Step::Work as u8);
-/// The signal that ends the machine, once one came.
+/// The signal that ends the machine, once one came, or [`KEY`].
 static ASKED: AtomicU8 = AtomicU8::new(0);
+/// `Ctrl-A x` was typed.
+const KEY: u8 = u8::MAX;
+/// How often the end was asked for.
+static REQUESTS: AtomicU32 = AtomicU32::new(0);
 
 /// The main thread is at `step` from now on.
 pub(crate) fn enter(step: Step) {
@@ -67,51 +76,129 @@ pub(crate) fn during<T>(step: Step, work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// `signal` ends the machine: the clock runs from the first one on. For signal handlers.
-pub(crate) fn asked(signal: c_int) {
+/// `signal` ends the machine. For signal handlers.
+pub(crate) fn asked_by_signal(signal: c_int) {
     // Signals are below 65.
-    let first = ASKED.compare_exchange(0, signal as u8, Ordering::Relaxed, Ordering::Relaxed);
-    if first.is_ok() {
-        disposition::set_alarm(PATIENCE);
+    asked(signal as u8);
+}
+
+/// `Ctrl-A x` ends the machine.
+pub(crate) fn asked_by_key() {
+    asked(KEY);
+}
+
+/// The clock runs from the first time on.
+fn asked(by: u8) {
+    // Who came first counts.
+    let _ = ASKED.compare_exchange(0, by, Ordering::SeqCst, Ordering::SeqCst);
+    REQUESTS.fetch_add(1, Ordering::SeqCst);
+    bell::ring();
+}
+
+/// Waits for the end of the process, and brings it about if it is overdue.
+pub(crate) fn watch() {
+    bell::wait();
+    let since = Instant::now();
+    let mut first = None;
+    loop {
+        last_line::end_if_said();
+        let (requests, elapsed) = (REQUESTS.load(Ordering::SeqCst), since.elapsed());
+        let again = elapsed >= ONE_REQUEST && requests > *first.get_or_insert(requests);
+        if again || elapsed >= PATIENCE {
+            let (by, step) = (ASKED.load(Ordering::SeqCst), STEP.load(Ordering::SeqCst));
+            output::say(&line(by, elapsed.as_secs(), again, step));
+            // The writer is another thread.
+            output::end();
+            disposition::last_words();
+            disposition::exit_now(exit_code_of(by).into());
+        }
+        thread::sleep(BETWEEN_LOOKS);
     }
 }
 
-/// Whether a signal that ends the machine has come.
-pub(crate) fn is_asked() -> bool {
-    ASKED.load(Ordering::Relaxed) != 0
+/// The exit code of an overdue end that was asked for by a signal, or [`KEY`].
+fn exit_code_of(by: u8) -> u8 {
+    match by {
+        KEY => exit_code::OS_ERROR,
+        signal => exit_code::SIGNAL_BASE.wrapping_add(signal),
+    }
 }
 
-/// The time is over. For signal handlers.
-pub(crate) fn end() -> ! {
-    let signal = ASKED.load(Ordering::Relaxed);
-    let mut line = Line::new();
-    describe(&mut line, signal, STEP.load(Ordering::Relaxed));
-    line.end(exit_code::SIGNAL_BASE.wrapping_add(signal))
-}
-
-fn describe(line: &mut Line, signal: u8, step: u8) {
+fn line(by: u8, seconds: u64, again: bool, step: u8) -> String {
+    let first = match by {
+        KEY => "Ctrl-A x was typed".to_owned(),
+        signal => format!("signal {signal} came"),
+    };
+    let more = if again { ", and one more signal now" } else { "" };
     let named = Step::ALL.iter().find(|(known, _)| *known as u8 == step);
     let step = named.map_or("", |(_, name)| name);
-    // What does not fit is cut off.
-    let _ = writeln!(
-        line,
-        "twostage: error: signal {signal} came {PATIENCE} s ago, and the machine has not ended: it \
-         waits for {step}; it ends now"
-    );
+    format!(
+        "twostage: error: {first} {seconds} s ago{more}, and the machine has not ended: it waits \
+         for {step}; it ends now"
+    )
 }
 
 #[cfg(test)]
 mod tests {
+    use std::env;
+    use std::os::fd::OwnedFd;
+    use std::process::{Command, Stdio};
+
+    use rustix::event::{eventfd, EventfdFlags};
+    use twostage::patience::wait_until;
+
+    use crate::process::last_line::Line;
+
     use super::*;
 
     #[test]
-    fn each_step_has_a_line_that_fits() {
+    fn each_step_has_a_line() {
         for (step, name) in Step::ALL {
-            let mut line = Line::new();
-            describe(&mut line, 15, step as u8);
-            let text = std::str::from_utf8(line.bytes()).unwrap();
-            let end = format!("it waits for {name}; it ends now\n");
-            assert!(text.contains("signal 15 came 10 s ago") && text.ends_with(&end), "{text}");
+            let end = format!("it waits for {name}; it ends now");
+            let text = line(15, 10, false, step as u8);
+            assert!(text.contains("error: signal 15 came 10 s ago, and the machine"), "{text}");
+            assert!(text.ends_with(&end), "{text}");
+            let text = line(KEY, 3, true, step as u8);
+            assert!(text.contains("Ctrl-A x was typed 3 s ago, and one more signal now"), "{text}");
         }
+        assert_eq!([exit_code_of(15), exit_code_of(KEY)], [143, exit_code::OS_ERROR]);
+    }
+
+    /// Is ready to be written to, and then takes no line that starts with `t`: it is added to a
+    /// counter that has no room for it.
+    fn stuck() -> OwnedFd {
+        let file = eventfd(0, EventfdFlags::empty()).unwrap();
+        let line = u64::from_ne_bytes(*b"tttttttt");
+        rustix::io::write(&file, &(u64::MAX - 1 - (line >> 1)).to_ne_bytes()).unwrap();
+        file
+    }
+
+    const CHILD: &str = "TWOSTAGE_TEST_LAST_LINE";
+
+    /// The child; nothing in an ordinary run of the tests.
+    #[test]
+    fn last_line_of_a_child() {
+        if env::var_os(CHILD).is_some() {
+            bell::hang().unwrap();
+            thread::spawn(watch);
+            let mut line = Line::new();
+            std::fmt::Write::write_str(&mut line, "twostage: the end\n").unwrap();
+            line.end(77);
+        }
+    }
+
+    #[test]
+    fn a_last_line_that_nobody_takes_holds_up_no_end() {
+        let mut command = Command::new(env::current_exe().unwrap());
+        command.args(["--exact", "process::overdue::tests::last_line_of_a_child", "--nocapture"]);
+        command.env(CHILD, "1").stdin(Stdio::null()).stdout(Stdio::null()).stderr(stuck());
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let mut status = None;
+        wait_until("the end of the child", || {
+            status = child.try_wait().unwrap();
+            status.is_some()
+        });
+        assert_eq!(status.unwrap().code(), Some(77));
     }
 }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Signals as events: handlers only set a bit and wake the event loop. Signals that were inherited
-//! as ignored stay ignored.
+//! as ignored stay ignored. They come to a thread of their own, which the host never holds: the
+//! kernel would rather give them to the main thread, which may be in a call that does not return.
 
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
+use std::thread;
 use std::time::Duration;
 
 use libc::{
@@ -19,7 +21,8 @@ use vmm_sys_util::signal::{
 };
 
 use crate::process::disposition::{self, is_ignored};
-use crate::process::overdue;
+use crate::process::jail::{self, Kind};
+use crate::process::{bell, overdue};
 use crate::{Error, Result};
 
 /// Bits of the signals that came and were not taken yet; number 1 is the lowest.
@@ -40,14 +43,16 @@ const SIGNALS: [c_int; 14] = [
 /// Those of them that do not end the machine.
 const OTHERS: [c_int; 2] = [SIGUSR1, SIGCONT];
 
-extern "C" fn note(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
-    // Only async-signal-safe operations: atomics, a timer and a write(2), whose errno nobody in
+/// All of them.
+fn handled() -> impl Iterator<Item = c_int> {
+    SIGNALS.into_iter().chain(SIGRTMIN()..=SIGRTMAX()).filter(|signal| *signal != kick_signal())
+}
+
+extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    // Only async-signal-safe operations: atomics and writes (write(2)), whose errno nobody in
     // between reads.
-    if signal == SIGALRM && disposition::is_of_a_timer(info) && overdue::is_asked() {
-        overdue::end();
-    }
     if !OTHERS.contains(&signal) {
-        overdue::asked(signal);
+        overdue::asked_by_signal(signal);
     }
     put_back(signal);
 }
@@ -61,6 +66,22 @@ pub(crate) fn hold() -> Result<()> {
     handle(SIGXFSZ, interrupt_system_call)
 }
 
+/// Starts the thread that signals come to, even those that were inherited as blocked: it ends a
+/// process that should end and does not. Called before there are threads that could take them.
+pub(crate) fn start() -> Result<()> {
+    bell::hang()?;
+    let all: Vec<_> = handled().collect();
+    disposition::take(&all, false).map_err(Error::os("signals"))?;
+    let work = jail::inside(Kind::Signals, move || {
+        if let Err(error) = disposition::take(&all, true) {
+            log::error!("signals stay blocked: {error}");
+        }
+        overdue::watch();
+    });
+    let thread = thread::Builder::new().name("signals".to_owned()).spawn(work);
+    thread.map(drop).map_err(Error::os("signals thread"))
+}
+
 /// Turns signals into events, for the whole process from now on; except those of errors in the
 /// process.
 pub(crate) fn install() -> Result<&'static EventFd> {
@@ -72,10 +93,8 @@ pub(crate) fn install() -> Result<&'static EventFd> {
         }
     };
     hold()?;
-    for signal in SIGNALS.into_iter().chain(SIGRTMIN()..=SIGRTMAX()) {
-        if signal != kick_signal() {
-            handle(signal, note)?;
-        }
+    for signal in handled() {
+        handle(signal, note)?;
     }
     // In the background, access to the terminal becomes an error instead of a stop. Threads created
     // from now on inherit this.
@@ -160,7 +179,7 @@ pub(crate) fn sleep(limit: Duration) {
         // Interrupted or not: the next call of [`take`] gets them.
         Some(Ok(_)) => {}
         Some(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
-        _ => std::thread::sleep(limit),
+        _ => thread::sleep(limit),
     }
 }
 

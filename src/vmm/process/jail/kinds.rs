@@ -32,6 +32,8 @@ pub(crate) enum Kind {
     Queue,
     /// Serves the queues of virtual IOMMUs.
     SideCore,
+    /// Waits for signals, and for an end that is overdue.
+    Signals,
 }
 
 /// What is allowed: system calls, and requests of `ioctl`.
@@ -55,7 +57,7 @@ struct Table {
 
 impl Kind {
     /// Every kind, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Main,
         Self::Vcpu,
         Self::Device,
@@ -64,6 +66,7 @@ impl Kind {
         Self::Events,
         Self::Queue,
         Self::SideCore,
+        Self::Signals,
     ];
 
     /// The kind of a thread of the library.
@@ -106,6 +109,7 @@ impl Kind {
             Self::Events => HOST_EVENTS,
             Self::Queue => HOST_QUEUE,
             Self::SideCore => SIDE_CORE,
+            Self::Signals => SIGNALS,
         }
     }
 }
@@ -142,8 +146,6 @@ const ANY: Table = Table {
         #[cfg(target_arch = "aarch64")]
         libc::SYS_getpgid,
         libc::SYS_sched_getaffinity,
-        // A signal that ends the machine starts the clock.
-        libc::SYS_setitimer,
     ],
     ioctls: &[ioctls::TERMINAL],
     starts: &[],
@@ -228,6 +230,8 @@ const DISK: Table = Table {
 
 const OUTPUT: Table = Table { library: &[], calls: &[], ioctls: &[], starts: &[] };
 
+const SIGNALS: Table = Table { library: &[], calls: &[], ioctls: &[], starts: &[] };
+
 const HOST_EVENTS: Table =
     Table { library: &[&EVENTS], calls: &[], ioctls: &[ioctls::INTERRUPTS], starts: &[] };
 
@@ -270,8 +274,8 @@ mod tests {
     use super::super::refusal;
     use super::*;
 
-    const NAMES: [&str; 8] =
-        ["main", "vCPU", "device", "disk", "output", "events", "queue", "side core"];
+    const NAMES: [&str; 9] =
+        ["main", "vCPU", "device", "disk", "output", "events", "queue", "side core", "signals"];
 
     /// Calls by name, requests by name and number, and whose filters allow them.
     fn allowed() -> BTreeMap<String, BTreeSet<&'static str>> {

@@ -129,7 +129,7 @@ fn hostile() {
 /// Kinds of threads, and whether they are started before the main thread is in the jail: those of
 /// virtio devices are not, that of an edu is.
 fn threads() -> impl Iterator<Item = (Kind, bool)> {
-    let is_early = |kind| matches!(kind, Kind::Output | Kind::Events | Kind::Queue);
+    let is_early = |kind| matches!(kind, Kind::Output | Kind::Events | Kind::Queue | Kind::Signals);
     Kind::ALL.into_iter().map(move |kind| (kind, is_early(kind))).chain([(Kind::Device, true)])
 }
 
