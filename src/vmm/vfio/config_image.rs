@@ -19,10 +19,12 @@
 
 use std::ops::Range;
 
+use super::bars::DeviceBar;
 use super::capabilities::{
     capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,
     CAPABILITY_VPD, EXTENDED_RULES, RULES,
 };
+use super::msix_structures::{MsixStructures, MSIX_LENGTH, MSIX_TABLE};
 use crate::devices::OfferedServices;
 use crate::pci::layout::{
     Command, MsiControl, CAPABILITIES_POINTER, COMMAND, CONFIG_SIZE, EXPRESS_CAPABILITIES,
@@ -65,13 +67,6 @@ const NO_SOFT_RESET: u16 = 1 << 3;
 /// MSI message control: per-vector masking.
 pub(super) const MSI_MASKABLE: u16 = 1 << 8;
 
-/// MSI-X (§7.7.2), from the start of the capability.
-const MSIX_TABLE: u16 = 4;
-const MSIX_PENDING: u16 = 8;
-const MSIX_LENGTH: u16 = 12;
-/// Table offset: the BAR.
-const MSIX_BAR: u32 = 0b111;
-
 /// The guest's configuration space.
 #[derive(Debug)]
 pub struct ConfigImage {
@@ -81,8 +76,10 @@ pub struct ConfigImage {
     pub live: Vec<LiveRange>,
     /// The MSI capability.
     pub msi: Option<u16>,
-    /// The MSI-X capability.
+    /// The device's MSI-X, whether the guest sees it or not.
     pub msix: Option<MsixStructures>,
+    /// How many vectors of it the guest sees.
+    pub msix_vectors: Option<u16>,
     /// The capability of PCI Express.
     pub express: Option<u16>,
     /// Device control of PCI Express, which can reset the function.
@@ -112,17 +109,19 @@ pub struct LiveRange {
     pub forwarded: bool,
 }
 
-/// The MSI-X structures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MsixStructures {
-    /// The capability.
-    pub offset: u16,
-    /// Number of vectors: 1 to 2048.
-    pub vectors: u16,
-    /// BAR of the table, and the offset in it.
-    pub table: (usize, u64),
-    /// BAR of the pending bits, and the offset in it.
-    pub pending: (usize, u64),
+/// What is behind the capabilities that the guest may see.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Behind<'a> {
+    /// VFIO has the interrupt pin.
+    pub intx: bool,
+    /// VFIO can reset the device.
+    pub reset: bool,
+    /// How many vectors of MSI VFIO has.
+    pub msi: u32,
+    /// How many vectors of MSI-X VFIO has.
+    pub msix: u32,
+    /// The device's memory.
+    pub bars: &'a [DeviceBar],
 }
 
 /// Why a device cannot be assigned.
@@ -137,12 +136,12 @@ pub enum ConfigError {
 }
 
 impl ConfigImage {
-    /// The guest's view of a device whose configuration space is `device`. It has the interrupt pin
-    /// if `intx`, and can be reset if `reset`.
+    /// The guest's view of a device whose configuration space is `device`, without capabilities
+    /// that nothing is `behind`.
     ///
     /// # Errors
     /// The device cannot be assigned.
-    pub fn new(device: &[u8; CONFIG_SIZE], intx: bool, reset: bool) -> Result<Self, ConfigError> {
+    pub fn new(device: &[u8; CONFIG_SIZE], behind: &Behind<'_>) -> Result<Self, ConfigError> {
         if device.starts_with(&[0xff; 4]) {
             return Err(ConfigError::NoAnswer);
         }
@@ -157,18 +156,19 @@ impl ConfigImage {
             live: vec![status],
             msi: None,
             msix: None,
+            msix_vectors: None,
             express: None,
             device_control: None,
             extension: None,
         };
-        let mut draft = Draft::new(device, intx);
-        image.show_capabilities(&mut draft, reset);
+        let mut draft = Draft::new(device, behind.intx);
+        image.show_capabilities(&mut draft, behind);
         image.show_extended_capabilities(&mut draft);
         image.config = ConfigSpace::of_image(draft.bytes, draft.writable);
         Ok(image)
     }
 
-    fn show_capabilities(&mut self, draft: &mut Draft<'_>, reset: bool) {
+    fn show_capabilities(&mut self, draft: &mut Draft<'_>, behind: &Behind<'_>) {
         let (mut pointer, mut seen) = (CAPABILITIES_POINTER, Vec::new());
         for capability in capabilities(draft.device) {
             // Of those that are emulated there is one: the first, which is also what the host uses.
@@ -178,7 +178,7 @@ impl ConfigImage {
                 continue;
             }
             seen.push(capability.id);
-            if self.show(draft, capability, reset).is_some() {
+            if self.show(draft, capability, behind).is_some() {
                 // Those of this list are in the first 256 bytes, with one-byte IDs.
                 let (offset, id) = (capability.offset, capability.id);
                 draft.put(pointer, &[offset as u8]);
@@ -190,7 +190,12 @@ impl ConfigImage {
     }
 
     /// Adds the body of `capability` to `draft`; `None` if the guest does not see it.
-    fn show(&mut self, draft: &mut Draft<'_>, capability: Capability, reset: bool) -> Option<()> {
+    fn show(
+        &mut self,
+        draft: &mut Draft<'_>,
+        capability: Capability,
+        behind: &Behind<'_>,
+    ) -> Option<()> {
         let Capability { id, offset, room } = capability;
         match treatment(RULES, id) {
             Treatment::Hidden => {
@@ -209,17 +214,26 @@ impl ConfigImage {
             }
             Treatment::Power => draft.power(capability)?,
             Treatment::Express => {
-                let control = draft.express(capability, reset)?;
+                let control = draft.express(capability, behind.reset)?;
                 self.express = Some(offset);
-                self.device_control = reset.then_some(control);
+                self.device_control = behind.reset.then_some(control);
                 // Device control, followed by device status.
                 self.live.push(draft.live(control..control + 4));
             }
             Treatment::Msi => {
-                draft.msi(capability)?;
+                draft.msi(capability, behind.msi)?;
                 self.msi = Some(offset);
             }
-            Treatment::Msix => self.msix = Some(draft.msix(capability)?),
+            Treatment::Msix => {
+                // Also those of a capability that the guest does not see.
+                let structures = MsixStructures::new(draft.device, offset);
+                self.msix = Some(structures);
+                if !structures.lie_in(behind.bars) {
+                    return None;
+                }
+                self.msix_vectors =
+                    Some(draft.msix(capability, structures.vectors, behind.msix)?);
+            }
         }
         Some(())
     }
@@ -397,13 +411,15 @@ impl<'a> Draft<'a> {
         Some(offset + EXPRESS_DEVICE_CONTROL)
     }
 
-    /// MSI, disabled and without a message; `None` without room for it.
-    fn msi(&mut self, Capability { offset, room, .. }: Capability) -> Option<()> {
+    /// MSI with at most so many `vectors`, disabled and without a message; `None` without any or
+    /// without room for it.
+    fn msi(&mut self, Capability { offset, room, .. }: Capability, vectors: u32) -> Option<()> {
+        let most = u8::try_from(vectors.checked_ilog2()?).unwrap_or(u8::MAX);
         let control = self.device_u16(offset + 2);
         let kept = MsiControl::from_bits(control);
         let maskable = control & MSI_MASKABLE != 0;
         // At most 2^5 vectors; higher values are reserved.
-        let vectors = kept.multiple_message_capable().min(5);
+        let vectors = kept.multiple_message_capable().min(5).min(most);
         let shown = MsiControl::new()
             .with_multiple_message_capable(vectors)
             .with_address_64(kept.address_64())
@@ -430,24 +446,25 @@ impl<'a> Draft<'a> {
         Some(())
     }
 
-    /// MSI-X, disabled; `None` without room for it.
-    fn msix(&mut self, Capability { offset, room, .. }: Capability) -> Option<MsixStructures> {
+    /// MSI-X with `all` vectors or those that `there` are, which it returns, disabled; `None`
+    /// without any or without room for it.
+    fn msix(
+        &mut self,
+        Capability { offset, room, .. }: Capability,
+        all: u16,
+        there: u32,
+    ) -> Option<u16> {
+        let vectors = u16::try_from(there).unwrap_or(u16::MAX).min(all);
+        let last = vectors.checked_sub(1)?;
         if room < MSIX_LENGTH {
             return None;
         }
-        let last = MsixControl::from_bits(self.device_u16(offset + 2)).table_size();
         let shown = MsixControl::new().with_table_size(last);
         self.put(offset + 2, &shown.into_bits().to_le_bytes());
         let changeable = MsixControl::new().with_function_mask(true).with_enable(true);
         self.allow(offset + 2, &changeable.into_bits().to_le_bytes());
         self.copy(offset + MSIX_TABLE..offset + MSIX_LENGTH);
-        let place = |value: u32| ((value & MSIX_BAR) as usize, u64::from(value & !MSIX_BAR));
-        Some(MsixStructures {
-            offset,
-            vectors: last + 1,
-            table: place(self.device_u32(offset + MSIX_TABLE)),
-            pending: place(self.device_u32(offset + MSIX_PENDING)),
-        })
+        Some(vectors)
     }
 }
 

@@ -9,10 +9,11 @@ use twostage::sync::Mutex;
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
 use super::bars::{memory_bars, DeviceBar, LentBars};
-use super::config_image::{ConfigImage, LiveRange, MsixStructures};
+use super::config_image::{Behind, ConfigImage, LiveRange};
 use super::host_device::{HostDevice, Irq, Region};
 use super::interrupts::{DeviceInterrupts, DeviceMsix, Intx, Msi};
 use super::mapping::Lender;
+use super::msix_structures::{MsixPart, MsixStructures};
 use super::vectors::{MakeVector, TableVector, Vectors};
 use super::{services, VfioError, VfioProblem};
 use crate::devices::{HostServices, ServiceCapabilities, ServiceListener};
@@ -26,9 +27,6 @@ use crate::pci::{
 };
 use crate::Result;
 use twostage::ratelimit::RateLimit;
-
-/// Bytes of one entry of the table of MSI-X.
-const MSIX_ENTRY: u64 = 16;
 
 /// All of configuration space.
 const ALL: Range<u16> = 0..CONFIG_SIZE as u16;
@@ -104,12 +102,27 @@ impl VfioPci {
 
         let config_region = host.region(VFIO_PCI_CONFIG_REGION_INDEX).map_err(asking)?;
         let device = read_config(&*host, &config_region).map_err(asking)?;
+        let irq = |irq| host.irq(irq).map_err(asking);
+        let bars = memory_bars(&*host, &device).map_err(asking)?;
         // The pin is in the header, the first 64 bytes of every configuration space.
-        let intx = host.irq(Irq::Intx).map_err(asking)?.count > 0
-            && device[usize::from(INTERRUPT_PIN)] != 0;
-        let image = ConfigImage::new(&device, intx, host.can_reset())
+        let intx = irq(Irq::Intx)?.count > 0 && device[usize::from(INTERRUPT_PIN)] != 0;
+        let behind = Behind {
+            intx,
+            reset: host.can_reset(),
+            msi: irq(Irq::Msi)?.count,
+            msix: irq(Irq::Msix)?.count,
+            bars: &bars,
+        };
+        let image = ConfigImage::new(&device, &behind)
             .map_err(|error| problem(VfioProblem::Config(error)))?;
-        let ConfigImage { mut config, live, msi, msix, express, device_control, extension } = image;
+        let ConfigImage { mut config, live, msi, msix, express, device_control, extension, .. } =
+            image;
+        if msix.is_some() && image.msix_vectors.is_none() {
+            log::warn!(
+                "--vfio {name}: the guest does not see its MSI-X, whose table or pending bits lie \
+                 in no BAR, or for which VFIO has no vectors"
+            );
+        }
         let services = services::add(&mut config, extension, &device, around.services);
         if let Some(way) = &around.way {
             if let Some(express) = express {
@@ -119,17 +132,9 @@ impl VfioPci {
             config.behind(Some(way.clone()));
         }
 
-        let bars = memory_bars(&*host, &device).map_err(asking)?;
         for DeviceBar { index, bar, .. } in &bars {
             config.add_memory_bar(*index, *bar, (around.place)(bar.size)?);
         }
-        let msix = msix.filter(|msix| {
-            let sound = structures_lie_in(&bars, msix);
-            if !sound {
-                log::warn!("--vfio {name}: its MSI-X table lies in no BAR; it gets no MSI-X");
-            }
-            sound
-        });
 
         let intx = match intx {
             true => {
@@ -147,12 +152,14 @@ impl VfioPci {
             Some(offset) => Some(Msi { offset, vectors: messages(Irq::Msi, 32)? }),
             None => None,
         };
-        let table = match &msix {
-            Some(msix) => Some(device_msix(msix, messages(Irq::Msix, msix.vectors.into())?)),
-            None => None,
+        let table = match (msix, image.msix_vectors) {
+            (Some(MsixStructures { offset, .. }), Some(vectors)) => {
+                Some(device_msix(offset, vectors, messages(Irq::Msix, vectors.into())?))
+            }
+            _ => None,
         };
 
-        let trapped = |bar| trapped(msix.as_ref(), bar);
+        let trapped = |bar| msix.map_or_else(Vec::new, |msix| msix.in_bar(bar));
         let lent = LentBars::new(&*host, &bars, &trapped, around.page, around.lender);
         let mut regions = [const { None }; BARS];
         for DeviceBar { index, region, .. } in bars {
@@ -238,25 +245,12 @@ impl VfioPci {
         written.contains(&(control + 1)) && self.space().u16(control) & EXPRESS_INITIATE_FLR != 0
     }
 
-    /// The part of the MSI-X structures at `offset` of `bar`.
-    fn msix_at(&self, bar: usize, offset: u64) -> Option<(&Msix, MsixPart)> {
-        let (structures, msix) = (self.msix.as_ref()?, self.interrupts.msix.as_ref()?);
-        let inside = |(of, start): (usize, u64), length| {
-            let at = offset.checked_sub(start)?;
-            (of == bar && at < length).then_some(at)
-        };
-        let part =
-            inside(structures.table, table_length(structures)).map(MsixPart::Table).or_else(
-                || inside(structures.pending, pending_length(structures)).map(MsixPart::Pending),
-            )?;
-        Some((&msix.table, part))
+    /// What of the MSI-X structures an access to `length` bytes at `offset` of `bar` reaches, and
+    /// the table, if the guest has one.
+    fn msix_at(&self, bar: usize, offset: u64, length: usize) -> Option<(MsixPart, Option<&Msix>)> {
+        let part = self.msix?.reached(bar, offset, length)?;
+        Some((part, self.interrupts.msix.as_ref().map(|msix| &msix.table)))
     }
-}
-
-/// An MSI-X structure and an offset in it.
-enum MsixPart {
-    Table(u64),
-    Pending(u64),
 }
 
 impl PciFunction for VfioPci {
@@ -310,9 +304,13 @@ impl PciFunction for VfioPci {
     }
 
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {
-        match self.msix_at(bar, offset) {
-            Some((table, MsixPart::Table(offset))) => return table.read_table(offset, data),
-            Some((table, MsixPart::Pending(offset))) => return table.read_pending(offset, data),
+        match self.msix_at(bar, offset, data.len()) {
+            Some((MsixPart::Table(offset), Some(table))) => return table.read_table(offset, data),
+            Some((MsixPart::Pending(offset), Some(table))) => {
+                return table.read_pending(offset, data);
+            }
+            // As VFIO has it.
+            Some(_) => return data.fill(0xff),
             None => {}
         }
         let region = self.regions.get(bar).and_then(Option::as_ref);
@@ -324,9 +322,9 @@ impl PciFunction for VfioPci {
     }
 
     fn write_bar(&self, bar: usize, offset: u64, data: &[u8]) {
-        match self.msix_at(bar, offset) {
-            Some((table, MsixPart::Table(offset))) => return table.write_table(offset, data),
-            Some((_, MsixPart::Pending(_))) => return,
+        match self.msix_at(bar, offset, data.len()) {
+            Some((MsixPart::Table(offset), Some(table))) => return table.write_table(offset, data),
+            Some(_) => return,
             None => {}
         }
         let Some(region) = self.regions.get(bar).and_then(Option::as_ref) else { return };
@@ -370,43 +368,14 @@ fn read_config(host: &dyn HostDevice, region: &Region) -> std::io::Result<Box<[u
     Ok(bytes)
 }
 
-fn device_msix(msix: &MsixStructures, vectors: Vectors) -> DeviceMsix {
+/// MSI-X of so many vectors, which are `vectors`, with the capability at `offset`.
+fn device_msix(offset: u16, count: u16, vectors: Vectors) -> DeviceMsix {
     let vectors = Arc::new(vectors);
     let sender = |number| {
         Arc::new(TableVector { vectors: vectors.clone(), number }) as Arc<dyn InterruptVector>
     };
-    let table = Msix::new((0..msix.vectors.into()).map(sender).collect());
-    DeviceMsix { capability: MsixCapability::at(msix.offset), table, vectors }
-}
-
-fn table_length(msix: &MsixStructures) -> u64 {
-    MSIX_ENTRY * u64::from(msix.vectors)
-}
-
-/// One bit each, in units of two doublewords.
-fn pending_length(msix: &MsixStructures) -> u64 {
-    u64::from(msix.vectors).div_ceil(64) * 8
-}
-
-/// The bytes of `bar` that are emulated.
-fn trapped(msix: Option<&MsixStructures>, bar: usize) -> Vec<Range<u64>> {
-    let Some(msix) = msix else { return Vec::new() };
-    [(msix.table, table_length(msix)), (msix.pending, pending_length(msix))]
-        .into_iter()
-        .filter(|((of, _), _)| *of == bar)
-        .map(|((_, start), length)| start..start + length)
-        .collect()
-}
-
-/// Whether the table and the pending bits are within memory BARs.
-fn structures_lie_in(bars: &[DeviceBar], msix: &MsixStructures) -> bool {
-    [(msix.table, table_length(msix)), (msix.pending, pending_length(msix))].into_iter().all(
-        |((of, start), length)| {
-            let bar = bars.iter().find(|bar| bar.index == of);
-            // Offsets have 32 bits.
-            bar.is_some_and(|bar| start + length <= bar.bar.size)
-        },
-    )
+    let table = Msix::new((0..count.into()).map(sender).collect());
+    DeviceMsix { capability: MsixCapability::at(offset), table, vectors }
 }
 
 /// The bytes of an access to configuration space.

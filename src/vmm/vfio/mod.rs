@@ -23,6 +23,7 @@ mod host_device;
 mod interrupts;
 mod mapping;
 mod message_window;
+mod msix_structures;
 mod services;
 #[cfg(test)]
 mod testing;

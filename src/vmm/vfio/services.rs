@@ -77,7 +77,7 @@ fn offered(device: &[u8; CONFIG_SIZE], host: HostServices) -> OfferedServices {
 
 #[cfg(test)]
 mod tests {
-    use super::super::config_image::ConfigImage;
+    use super::super::config_image::{Behind, ConfigImage};
     use super::*;
     use crate::pci::layout::EXTENDED_START;
     use crate::pci::PasidCapabilities;
@@ -112,7 +112,8 @@ mod tests {
         device: &[u8; CONFIG_SIZE],
         host: HostServices,
     ) -> (ConfigSpace, ServiceCapabilities, Vec<(u16, u16)>) {
-        let mut image = ConfigImage::new(device, false, true).unwrap();
+        let mut image =
+            ConfigImage::new(device, &Behind { reset: true, ..Behind::default() }).unwrap();
         let services = add(&mut image.config, image.extension, device, host);
         let mut bytes = [0; CONFIG_SIZE];
         image.config.read(0, &mut bytes);

@@ -6,7 +6,7 @@ use twostage::sync::Mutex;
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::config_image::ConfigImage;
+use super::config_image::{Behind, ConfigImage};
 use super::host_device::Irq;
 use super::testing::{FakeDevice, FakeLender, FakeVectors};
 use super::*;
@@ -411,23 +411,15 @@ fn a_device_that_cannot_be_reset_has_no_flr() {
 #[test]
 fn what_is_no_endpoint_is_refused() {
     let mut space = [0xff; CONFIG_SIZE];
-    let refused = |space: &[u8; CONFIG_SIZE]| ConfigImage::new(space, true, true).unwrap_err();
+    let behind = Behind { intx: true, reset: true, ..Behind::default() };
+    let refused = |space: &[u8; CONFIG_SIZE]| ConfigImage::new(space, &behind).unwrap_err();
     assert!(refused(&space).to_string().contains("does not answer"));
     space = [0; CONFIG_SIZE];
     space[0x0e] = 0x81;
     assert!(refused(&space).to_string().contains("a bridge"));
 }
 
-#[test]
-fn a_table_in_no_bar_is_not_used() {
-    let device = nvme();
-    device.put(CONFIG, (MSIX + 4).into(), &[0x02, 0x20]);
-    let machine = machine(device);
-    machine.write(MSIX + 2, &[0, 0x80]);
-    assert_eq!(machine.device.take_calls(), ["reset", "Intx 0: [on]", "Intx unmask"]);
-    machine.write(4, &[2, 0]);
-    assert_eq!(machine.lender.lent(), [(0xe000_0000, 0x4000)]);
-}
+mod msix;
 
 mod random {
     use proptest::prelude::*;

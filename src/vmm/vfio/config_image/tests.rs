@@ -3,6 +3,8 @@
 
 use super::*;
 use crate::pci::layout::{CAPABILITY_MSIX, CAPABILITY_VENDOR};
+use crate::pci::MemoryBar;
+use crate::vfio::host_device::Region;
 
 #[test]
 fn of_two_capabilities_that_are_emulated_the_first_is_shown() {
@@ -13,8 +15,13 @@ fn of_two_capabilities_that_are_emulated_the_first_is_shown() {
     set(&mut device, 0x50, &[CAPABILITY_VENDOR, 0x60, 8]);
     set(&mut device, 0x60, &[CAPABILITY_MSIX, 0x70, 3, 0, 0, 0x20, 0, 0, 0, 0x28]);
     set(&mut device, 0x70, &[CAPABILITY_VENDOR, 0, 8]);
-    let image = ConfigImage::new(&device, false, false).unwrap();
+    let region = Region { size: 0x4000, ..Region::default() };
+    let bar = MemoryBar { size: 0x4000, wide: false, prefetchable: false };
+    let bars = [DeviceBar { index: 0, bar, region }];
+    let behind = Behind { msix: 2, bars: &bars, ..Behind::default() };
+    let image = ConfigImage::new(&device, &behind).unwrap();
     assert_eq!(image.msix.unwrap().table, (0, 0x1000), "the one that the host uses");
+    assert_eq!(image.msix_vectors, Some(2));
     let next = |offset| image.config.u16(offset) >> 8;
     assert_eq!((next(0x40), next(0x50), next(0x70)), (0x50, 0x70, 0));
 }
@@ -28,8 +35,9 @@ fn a_second_one_does_not_stand_in_for_a_first_that_cannot_be_shown() {
     set(&mut device, 0x40, &[CAPABILITY_MSIX, 0x48, 1, 0, 0, 0x10, 0, 0]);
     set(&mut device, 0x48, &[CAPABILITY_VENDOR, 0x60, 8]);
     set(&mut device, 0x60, &[CAPABILITY_MSIX, 0, 3, 0, 0, 0x20, 0, 0, 0, 0x28]);
-    let image = ConfigImage::new(&device, false, false).unwrap();
-    assert!(image.msix.is_none(), "the host uses the first");
+    let image = ConfigImage::new(&device, &Behind::default()).unwrap();
+    assert!(image.msix_vectors.is_none(), "the host uses the first");
+    assert_eq!(image.msix.unwrap().offset, 0x40);
 }
 
 #[test]

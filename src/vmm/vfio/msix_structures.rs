@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where the MSI-X structures of a device are (PCIe 6.0 §7.7.2), as the device says: that may be
+//! anywhere.
+//!
+//! No guest reaches them, whatever becomes of the capability: the host's messages are in the table.
+
+use std::ops::Range;
+
+use super::bars::DeviceBar;
+use crate::pci::layout::CONFIG_SIZE;
+use crate::pci::MsixControl;
+
+/// The capability, from its start: the place of the table, that of the pending bits, its length.
+pub const MSIX_TABLE: u16 = 4;
+const MSIX_PENDING: u16 = 8;
+pub const MSIX_LENGTH: u16 = 12;
+/// A place: the BAR. The rest is the offset in it.
+const BAR: u32 = 0b111;
+/// Bytes of one entry of the table.
+const ENTRY: u64 = 16;
+
+/// The MSI-X structures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsixStructures {
+    /// The capability.
+    pub offset: u16,
+    /// Number of vectors: 1 to 2048.
+    pub vectors: u16,
+    /// BAR of the table, and the offset in it.
+    pub table: (usize, u64),
+    /// BAR of the pending bits, and the offset in it.
+    pub pending: (usize, u64),
+}
+
+/// A part of the structures, and an offset in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MsixPart {
+    /// The table.
+    Table(u64),
+    /// The pending bits.
+    Pending(u64),
+    /// An access that starts before them and ends in them.
+    Across,
+}
+
+impl MsixStructures {
+    /// Those of the capability at `offset` of the configuration space `device`.
+    pub fn new(device: &[u8; CONFIG_SIZE], offset: u16) -> Self {
+        let dword = |at: u16| {
+            let bytes = device.get(usize::from(at)..).and_then(|rest| rest.first_chunk());
+            u32::from_le_bytes(bytes.copied().unwrap_or_default())
+        };
+        let place = |value: u32| ((value & BAR) as usize, u64::from(value & !BAR));
+        // Message control is the upper half.
+        let control = MsixControl::from_bits((dword(offset) >> 16) as u16);
+        Self {
+            offset,
+            vectors: control.table_size() + 1,
+            table: place(dword(offset + MSIX_TABLE)),
+            pending: place(dword(offset + MSIX_PENDING)),
+        }
+    }
+
+    /// Both: the BAR, and the bytes in it.
+    fn both(&self) -> [(usize, Range<u64>); 2] {
+        // Offsets have 32 bits.
+        let bytes = |(bar, start): (usize, u64), length: u64| (bar, start..start + length);
+        [
+            bytes(self.table, ENTRY * u64::from(self.vectors)),
+            // One bit each, in units of two doublewords.
+            bytes(self.pending, u64::from(self.vectors).div_ceil(64) * 8),
+        ]
+    }
+
+    /// Whether all of them is within `bars`.
+    pub fn lie_in(&self, bars: &[DeviceBar]) -> bool {
+        self.both()
+            .into_iter()
+            .all(|(of, bytes)| bars.iter().any(|bar| bar.index == of && bytes.end <= bar.bar.size))
+    }
+
+    /// The bytes of `bar` that they are.
+    pub fn in_bar(&self, bar: usize) -> Vec<Range<u64>> {
+        self.both().into_iter().filter(|(of, _)| *of == bar).map(|(_, bytes)| bytes).collect()
+    }
+
+    /// What of them an access to `length` bytes at `offset` of `bar` reaches.
+    pub fn reached(&self, bar: usize, offset: u64, length: usize) -> Option<MsixPart> {
+        let parts = [MsixPart::Table as fn(u64) -> MsixPart, MsixPart::Pending];
+        let end = offset.saturating_add(length as u64);
+        self.both().into_iter().zip(parts).find_map(|((of, bytes), part)| {
+            let reached = of == bar && offset < bytes.end && bytes.start < end;
+            reached.then(|| offset.checked_sub(bytes.start).map_or(MsixPart::Across, part))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 16 vectors: the table at 0x2000 of BAR 0, the pending bits at 0x3000 of BAR 1.
+    fn structures() -> MsixStructures {
+        let mut device = [0; CONFIG_SIZE];
+        device[0x50..0x5c].copy_from_slice(&[0x11, 0, 15, 0x80, 0, 0x20, 0, 0, 1, 0x30, 0, 0]);
+        MsixStructures::new(&device, 0x50)
+    }
+
+    #[test]
+    fn they_are_where_the_capability_says() {
+        let structures = structures();
+        assert_eq!((structures.table, structures.pending), ((0, 0x2000), (1, 0x3000)));
+        assert_eq!(structures.vectors, 16);
+        assert!(structures.in_bar(0).iter().eq([&(0x2000..0x2100)]));
+        assert!(structures.in_bar(1).iter().eq([&(0x3000..0x3008)]));
+        assert!(structures.in_bar(2).is_empty());
+        // A capability at the very end of configuration space.
+        let end = MsixStructures::new(&[0xff; CONFIG_SIZE], CONFIG_SIZE as u16 - 2);
+        assert_eq!((end.table, end.pending), ((0, 0), (0, 0)));
+    }
+
+    #[test]
+    fn an_access_reaches_them_wherever_it_starts() {
+        let reached = |offset, length| structures().reached(0, offset, length);
+        assert_eq!(reached(0x1ff8, 8), None);
+        assert_eq!(reached(0x1ffc, 8), Some(MsixPart::Across));
+        assert_eq!(reached(0x2000, 4), Some(MsixPart::Table(0)));
+        assert_eq!(reached(0x20fc, 8), Some(MsixPart::Table(0xfc)));
+        assert_eq!(reached(0x2100, 4), None);
+        assert_eq!(reached(u64::MAX, 8), None);
+        assert_eq!(structures().reached(1, 0x3004, 4), Some(MsixPart::Pending(4)));
+        assert_eq!(structures().reached(1, 0x2000, 4), None);
+    }
+}
