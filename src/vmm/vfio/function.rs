@@ -221,7 +221,7 @@ impl VfioPci {
 
     /// Resets the function on the guest's request.
     fn reset(&self) {
-        self.interrupts.disable();
+        self.interrupts.reset();
         self.lent.update(&[]);
         if let Err(error) = self.host.reset() {
             self.complaints.warn(format_args!("--vfio {}: reset: {error}", self.name));

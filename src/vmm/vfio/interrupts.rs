@@ -72,6 +72,14 @@ impl DeviceInterrupts {
         *on = wanted;
     }
 
+    /// The function is reset: all of them are disabled, and MSI-X has no messages.
+    pub fn reset(&self) {
+        self.disable();
+        if let Some(msix) = &self.msix {
+            msix.table.reset();
+        }
+    }
+
     /// Disables all of them.
     pub fn disable(&self) {
         let mut on = self.on.lock();

@@ -380,6 +380,10 @@ fn the_guest_can_reset_the_function() {
     machine.write(4, &[6, 0]);
     machine.write(MSIX + 2, &[0, 0x80]);
     machine.write(0x10, &0xe080_0000u32.to_le_bytes());
+    // A vector that is not masked.
+    let function = machine.function();
+    function.write_bar(0, 0x2000, &0xfee0_0000_u64.to_le_bytes());
+    function.write_bar(0, 0x2008, &0x41_u64.to_le_bytes());
     machine.device.take_calls();
     machine.write(EXPRESS + 8, &[0x10, 0xa8]);
     assert_eq!(machine.device.take_calls(), ["Msix off", "reset", "Intx 0: [on]", "Intx unmask"]);
@@ -387,6 +391,9 @@ fn the_guest_can_reset_the_function() {
     assert_eq!((machine.read(0x10), machine.read(MSIX) >> 31), (0xe000_0004, 0));
     assert_eq!(machine.lender.lent(), []);
     assert_eq!(machine.read(EXPRESS + 8) & 0x8000, 0);
+    let mut control = [0; 4];
+    function.read_bar(0, 0x200c, &mut control);
+    assert_eq!(control, [1, 0, 0, 0], "each vector is masked");
 }
 
 #[test]
