@@ -4,7 +4,7 @@
 //! Everything here runs under the model's lock, and is short: operations on many requesters are an
 //! [`Evaluation`](super::evaluation::Evaluation), which processes them in slices.
 
-use super::host_side::{Invalidation, Progress, RequesterConfig};
+use super::host_side::{Invalidation, Policy, Progress, RequesterConfig};
 use super::policy::{blocked_config, Blocked, Tables};
 use super::requesters::{Functions, Given};
 use super::state::Registers;
@@ -109,6 +109,17 @@ pub(super) fn is_blocked(config: &RequesterConfig) -> bool {
     Functions::is_block(config)
 }
 
+/// Whether a PASID that is blocked like that needs no configuration of its own: its entry is not
+/// present, or there is none. What an entry says that blocks a PASID, and whether faults are to be
+/// recorded (FPD counts whether it is present or not), is remembered as it was read.
+fn is_forgotten(config: &RequesterConfig) -> bool {
+    match config.policy {
+        Policy::Blocked(FaultReason::PasidEntryReserved | FaultReason::PasidEntryInvalid) => false,
+        Policy::Blocked(_) => !config.fault_disabled,
+        _ => false,
+    }
+}
+
 impl VtdIommu {
     /// The tables at `root`.
     pub(super) fn tables(&self, root: Option<Rtaddr>) -> Tables<'_> {
@@ -127,7 +138,7 @@ impl VtdIommu {
             return Ok(());
         }
         let config = tables.config(requester);
-        if is_blocked(&config) && self.requesters.given(requester).is_none() {
+        if is_forgotten(&config) && self.requesters.given(requester).is_none() {
             return Ok(());
         }
         self.give_or_withdraw(requester, config, refused)
@@ -146,8 +157,8 @@ impl VtdIommu {
         }
     }
 
-    /// Gives `config` to a PASID. If it blocks the PASID, that is forgotten once the host has
-    /// applied it: faults are then explained by the tables themselves.
+    /// Gives `config` to a PASID. If it blocks the PASID as one without an entry is, that is
+    /// forgotten once the host has applied it.
     ///
     /// This is decided from `config` alone: the caller found the entry gone in a read of its own,
     /// and the guest may have written the tables since.
@@ -159,7 +170,7 @@ impl VtdIommu {
     ) -> Applied {
         let applied = self.give(requester, config, refused);
         let done = self.requesters.has(requester, config);
-        if let (Some(pasid), true, true) = (requester.pasid, done, is_blocked(&config)) {
+        if let (Some(pasid), true, true) = (requester.pasid, done, is_forgotten(&config)) {
             self.requesters.forget_pasid(requester.rid, pasid);
         }
         applied

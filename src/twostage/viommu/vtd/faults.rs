@@ -123,8 +123,7 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
             }
         }
         Some(given) => given.decision,
-        // An unconfigured PASID had no present entry when its tables were last read.
-        None => unserved(tables.config(fault.requester)),
+        None => tables.config_without_entry(fault.requester),
     };
     let legacy = standing.root.map(Rtaddr::mode) == Some(TranslationTableMode::Legacy);
     let fault = &DmaFault { reason: fault.reason.or(walked(&config, tables, fault)), ..*fault };
@@ -149,17 +148,6 @@ fn walked(config: &RequesterConfig, tables: &Tables<'_>, fault: &DmaFault) -> Op
     let cap = tables.caps.cap;
     let of_guest = walk::Tables::new(&stage1, cap.fs1gp(), cap.guest_address_width())?;
     of_guest.refusal(tables.memory, fault.address, fault.write)
-}
-
-/// `config` from tables that may have changed since: what would be served now was not then.
-fn unserved(config: RequesterConfig) -> RequesterConfig {
-    match config.policy {
-        Policy::Blocked(_) => config,
-        _ => {
-            let policy = Policy::Blocked(FaultReason::PasidEntryNotPresent);
-            RequesterConfig { policy, ..config }
-        }
-    }
 }
 
 fn denied(fault: &DmaFault) -> FaultReason {

@@ -64,6 +64,18 @@ impl Tables<'_> {
         to_config(requester, served)
     }
 
+    /// The configuration for `requester`, whose PASID has none of its own: its table entry was all
+    /// zero when it was last read, or there was none. Tables that would serve it by now do not yet.
+    pub fn config_without_entry(&self, requester: Requester) -> RequesterConfig {
+        let now = self.config(requester);
+        match (now.policy, self.root()) {
+            (Policy::Blocked(_), _) | (_, Err(_)) => now,
+            (_, Ok(root)) => {
+                blocked_config(requester, scalable::without_entry(self, root, requester))
+            }
+        }
+    }
+
     /// The PASID tables of `rid`; `None` if its requests have no PASID.
     ///
     /// PASID 0 cannot be configured separately: hosts use it for the requests without PASID, so
@@ -160,7 +172,7 @@ pub(super) fn is_possible(policy: Policy, caps: &Capabilities) -> bool {
 
 impl PasidTable<'_> {
     /// The configuration for requests of `requester`, whose PASID is in this table; `None` if its
-    /// entry is not present.
+    /// entry says nothing: it is not present, and has no FPD.
     pub fn config(&self, requester: Requester) -> Option<RequesterConfig> {
         Some(to_config(requester, self.serve(requester.pasid?)?))
     }

@@ -22,6 +22,25 @@ pub(super) fn serve(
     root: Rtaddr,
     requester: Requester,
 ) -> Result<Served, Blocked> {
+    let (directory, pasid) = directory_of(tables, root, requester)?;
+    table_entry(tables, &directory, pasid).and_then(|entry| entry.serve(tables, pasid))
+}
+
+/// What the tables at `root` would say about `requester` if its PASID table entry were all zero.
+pub(super) fn without_entry(tables: &Tables<'_>, root: Rtaddr, requester: Requester) -> Blocked {
+    let reason = FaultReason::PasidEntryNotPresent;
+    directory_of(tables, root, requester).map_or_else(
+        |blocked| blocked,
+        |(directory, _)| Blocked { reason, fault_disabled: directory.fault_disabled },
+    )
+}
+
+/// The directory entry for `requester`, and its PASID or RID_PASID.
+fn directory_of(
+    tables: &Tables<'_>,
+    root: Rtaddr,
+    requester: Requester,
+) -> Result<(Directory, u32), Blocked> {
     let context = context_entry(tables, root, requester.rid)?;
     let blocked = |reason| Err(Blocked { reason, fault_disabled: context.low.fpd() });
     let pasid = match requester.pasid {
@@ -35,8 +54,7 @@ pub(super) fn serve(
         }
         None => context.high.rid_pasid(),
     };
-    let directory = directory_entry(tables, &context, pasid / TABLE_ENTRIES)?;
-    table_entry(tables, &directory, pasid).and_then(|entry| entry.serve(tables, pasid))
+    Ok((directory_entry(tables, &context, pasid / TABLE_ENTRIES)?, pasid))
 }
 
 /// Whether page requests of `rid` are enabled (PRE).
@@ -79,10 +97,12 @@ pub(in crate::viommu::vtd) struct PasidTable<'a> {
 }
 
 impl PasidTable<'_> {
-    /// What the entry of `pasid`, which is in this table, says; `None` if it is not present.
+    /// What the entry of `pasid`, which is in this table, says; `None` if it says nothing: it is
+    /// not present, and has no FPD.
     pub(super) fn serve(&self, pasid: Pasid) -> Option<Result<Served, Blocked>> {
         let entry = table_entry(self.tables, &self.directory, pasid.raw()).ok()?;
-        Some(entry.serve(self.tables, pasid.raw()))
+        let qw0 = entry.entry.qw0;
+        (qw0.p() || qw0.fpd()).then(|| entry.serve(self.tables, pasid.raw()))
     }
 }
 
@@ -169,7 +189,7 @@ fn directory_entry(
     Ok(Directory { table: entry.pasid_table(), fault_disabled })
 }
 
-/// A present PASID table entry.
+/// A PASID table entry. Of one that is not present, only the first word is read.
 struct TableEntry {
     words: [u64; 8],
     entry: PasidEntry,
@@ -193,15 +213,15 @@ fn table_entry(
     }
     let entry = PasidEntry::from_words(words);
     let fault_disabled = directory.fault_disabled || entry.qw0.fpd();
-    if !entry.qw0.p() {
-        return Err(Blocked { reason: FaultReason::PasidEntryNotPresent, fault_disabled });
-    }
     Ok(TableEntry { words, entry, fault_disabled })
 }
 
 impl TableEntry {
     fn serve(&self, tables: &Tables<'_>, pasid: u32) -> Result<Served, Blocked> {
         let blocked = |reason| Blocked { reason, fault_disabled: self.fault_disabled };
+        if !self.entry.qw0.p() {
+            return Err(blocked(FaultReason::PasidEntryNotPresent));
+        }
         if self.has_reserved_bits(tables) {
             return Err(blocked(FaultReason::PasidEntryReserved));
         }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Faults reported by the host.
 
+use super::slices::PASID_CACHE;
 use super::*;
+use crate::spec::vtd::qi::PasidCacheScope;
 use crate::spec::vtd::regs::Fsts;
 
 #[test]
@@ -62,6 +64,34 @@ fn fpd_suppresses_the_record() {
     assert_eq!(guest.reason(with_pasid(9)), None);
     assert_eq!(guest.iommu.counters().faults_suppressed, 1);
     assert_eq!(guest.read32(regs::FSTS), 0);
+}
+
+/// With caching mode, an entry counts as it was read, with its FPD, until it is invalidated.
+#[test]
+fn what_blocks_a_pasid_is_told_as_it_was_read() {
+    let one = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(9) };
+    for invalidation in [PASID_CACHE, Descriptor::PasidCache(one)] {
+        // A reserved type with FPD and without, FPD alone, nothing.
+        for (entry, told) in
+            [(7 << 6 | 3, None), (7 << 6 | 1, Some(0x5b)), (2, None), (0, Some(0x59))]
+        {
+            let guest = Guest::running();
+            guest.write_pasid(9, 0x6000);
+            guest.submit(&[invalidation]);
+            guest.write(PASID_TABLE + 64 * 9, &[entry]);
+            guest.submit(&[invalidation]);
+            assert_eq!(guest.reason(with_pasid(9)), told, "{entry:#x}");
+            // Entries that would serve it, without FPD and with it.
+            for served in [1 << 6 | 1, 1 << 6 | 3] {
+                guest.write(PASID_TABLE + 64 * 9, &[served]);
+                assert_eq!(guest.reason(with_pasid(9)), told, "{entry:#x}");
+            }
+            guest.calls();
+            guest.submit(&[invalidation]);
+            let calls = guest.calls();
+            assert!(matches!(calls[..], [Call::Configure(who, _)] if who == with_pasid(9)));
+        }
+    }
 }
 
 #[test]
