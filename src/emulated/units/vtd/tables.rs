@@ -242,8 +242,6 @@ pub(super) struct SecondStage {
     pub large_pages: u8,
     /// SSADE.
     pub accessed_dirty: bool,
-    /// Device-TLBs are served (ECAP.DT), so TM is not reserved.
-    pub transient: bool,
     rights: PathRights,
 }
 
@@ -260,7 +258,6 @@ impl SecondStage {
             levels,
             large_pages: config.second_stage_large_pages(),
             accessed_dirty: data.accessed_dirty,
-            transient: config.device_tlb,
             rights: PathRights::NONE,
         };
         Some(Self { rights: PathRights::of(&tables), ..tables })
@@ -316,14 +313,12 @@ impl TableFormat for SecondStage {
         if !entry.is_present() {
             return Err(Fault::stage1(FaultReason::SecondStageDenied));
         }
-        let leaf = entry.is_leaf(level);
         // Snoop control is supported (ECAP.SC), so SNP is not reserved.
-        let reserved = entry.reserved_bits(level, HOST_ADDRESS_WIDTH, self.large_pages);
-        if word & reserved != 0 || leaf && entry.tm() && !self.transient {
+        if word & entry.reserved_bits(level, HOST_ADDRESS_WIDTH, self.large_pages) != 0 {
             return Err(Fault::stage1(FaultReason::SecondStageReserved));
         }
         Ok(Entry {
-            leaf,
+            leaf: entry.is_leaf(level),
             address: entry.address(level),
             path: Path::new()
                 .with_read(entry.r())

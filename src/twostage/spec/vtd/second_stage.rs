@@ -37,12 +37,8 @@ pub struct SecondStageEntry {
     /// Address of the table or page, in 4 KiB pages; see [`SecondStageEntry::address`].
     #[bits(40)]
     pub frame: u64,
-    #[bits(10)]
+    #[bits(12)]
     __: u16,
-    /// TM: transient mapping, of a leaf where device-TLBs are served.
-    pub tm: bool,
-    #[bits(1)]
-    __: u8,
 }
 
 impl SecondStageEntry {
@@ -68,8 +64,7 @@ impl SecondStageEntry {
 
     /// The bits that must be zero in this entry when it is present at `level` (1 to 5) of a unit
     /// with `host_address_width` bits of address and the large pages `sslps` (CAP.SSLPS: bit 0 is
-    /// 2 MiB, bit 1 is 1 GiB). SNP and TM are left to the caller: they depend on ECAP.SC and
-    /// ECAP.DT.
+    /// 2 MiB, bit 1 is 1 GiB). SNP is left to the caller: it depends on ECAP.SC.
     pub const fn reserved_bits(self, level: u8, host_address_width: u8, sslps: u8) -> u64 {
         let above = super::above_width(host_address_width) & ADDRESS_BITS;
         let by_level = match level {
@@ -79,10 +74,13 @@ impl SecondStageEntry {
             2 | 3 if !self.ps() => 0,
             _ => PS,
         };
-        above | by_level
+        above | by_level | TRANSIENT
     }
 }
 
+/// Bit 62: until revision 3.1 of the specification, a leaf's mapping may be transient (TM) where
+/// device-TLBs are served; since 3.2, the bit is reserved in all entries.
+const TRANSIENT: u64 = 1 << 62;
 /// Bits 51:12.
 const ADDRESS_BITS: u64 = 0x000f_ffff_ffff_f000;
 const PS: u64 = 1 << 7;
@@ -98,7 +96,6 @@ mod tests {
         assert_eq!(SecondStageEntry::new().with_a(true).into_bits(), SecondStageEntry::A);
         assert_eq!(SecondStageEntry::new().with_d(true).into_bits(), SecondStageEntry::D);
         assert_eq!(SecondStageEntry::new().with_snp(true).into_bits(), 1 << 11);
-        assert_eq!(SecondStageEntry::new().with_tm(true).into_bits(), 1 << 62);
         assert_eq!(SecondStageEntry::new().with_frame(1).into_bits(), 1 << 12);
         assert!(SecondStageEntry::new().with_w(true).is_present());
         assert!(!SecondStageEntry::new().with_x(true).is_present());
@@ -108,13 +105,13 @@ mod tests {
     fn reserved_bits_go_by_level_and_large_pages() {
         let small = SecondStageEntry::new();
         let large = small.with_ps(true);
-        assert_eq!(large.reserved_bits(1, 52, 0), 0);
-        assert_eq!(large.reserved_bits(2, 52, 0), 0x80);
-        assert_eq!(large.reserved_bits(2, 52, 1), 0x1f_f000);
-        assert_eq!(large.reserved_bits(3, 52, 1), 0x80);
-        assert_eq!(large.reserved_bits(3, 52, 3), 0x3fff_f000);
-        assert_eq!(large.reserved_bits(4, 52, 3), 0x80);
-        assert_eq!(small.reserved_bits(2, 48, 0), 0x000f_0000_0000_0000);
+        assert_eq!(large.reserved_bits(1, 52, 0), TRANSIENT);
+        assert_eq!(large.reserved_bits(2, 52, 0), TRANSIENT | 0x80);
+        assert_eq!(large.reserved_bits(2, 52, 1), TRANSIENT | 0x1f_f000);
+        assert_eq!(large.reserved_bits(3, 52, 1), TRANSIENT | 0x80);
+        assert_eq!(large.reserved_bits(3, 52, 3), TRANSIENT | 0x3fff_f000);
+        assert_eq!(large.reserved_bits(4, 52, 3), TRANSIENT | 0x80);
+        assert_eq!(small.reserved_bits(2, 48, 0), TRANSIENT | 0x000f_0000_0000_0000);
         assert_eq!(large.address(2), 0);
     }
 }

@@ -362,7 +362,9 @@ pub fn walk(
             2 | 3 if !large => 0,
             _ => 1 << 7,
         };
-        if word & reserved != 0 {
+        // TM, until revision 3.1.
+        let transient = if second { 1 << 62 } else { 0 };
+        if word & (reserved | transient) != 0 {
             return Err(pick(R::FirstStageReserved, R::SecondStageReserved));
         }
         user &= second || word & 4 != 0;

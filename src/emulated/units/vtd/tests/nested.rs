@@ -226,10 +226,7 @@ fn first_stage_tables_go_through_the_second_stage() {
             check(good & !1, own(denied));
             // Nor is reading for its flags, which are all set here.
             check(good & !2, Ok(0));
-            check(
-                good | 1 << 62,
-                if below == 1 { own(FaultReason::SecondStageReserved) } else { Ok(0) },
-            );
+            check(good | 1 << 62, own(FaultReason::SecondStageReserved));
             let in_memory = NOWHERE | good & 0xfff;
             check(in_memory, host(if below == 1 { denied } else { access }));
             guest.poke(entry, good);
@@ -256,10 +253,10 @@ fn the_final_page_goes_through_the_second_stage() {
             }
         };
         check(0, denied, denied);
+        check(good | 1 << 62, reserved, reserved);
         if below == 1 {
             check(good & !1, denied, Ok(0));
             check(good & !2, Ok(0), denied);
-            check(good | 1 << 62, reserved, reserved);
             let nowhere = host(FaultReason::SecondStageDenied);
             check(NOWHERE | 3, nowhere, nowhere);
             check(READ_ONLY | 3, Ok(0), nowhere);

@@ -181,7 +181,7 @@ fn second(case: &mut Case, address: u64, write: bool) -> Result<u64, Blocked> {
             return Err((FaultReason::SecondStageDenied, false));
         }
         let (leaf, good) = shape(case, word, level, 12);
-        if !good || leaf && word & 1 << 62 != 0 {
+        if !good || word & 1 << 62 != 0 {
             return Err((FaultReason::SecondStageReserved, false));
         }
         allowed &= word;

@@ -193,7 +193,7 @@ fn reference(case: &mut Case, request: &TestRequest) -> Result<u64, Blocked> {
             _ => large,
         };
         let leaf = level == 1 || large;
-        if bad || !first && leaf && word & 1 << 62 != 0 {
+        if bad || !first && word & 1 << 62 != 0 {
             return user(if first {
                 FaultReason::FirstStageReserved
             } else {

@@ -138,20 +138,24 @@ fn accessed_and_dirty_flags_are_set_if_enabled() {
     assert_eq!(flags(), [0x100, 0x100, 0x100, 0x300]);
 }
 
+/// TM of a page is reserved since revision 3.2, as it always was in a pointer, whether device-TLBs
+/// are served or not.
 #[test]
-fn a_page_may_be_transient_where_device_tlbs_are_served() {
+fn no_entry_may_be_transient() {
     const TRANSIENT: u64 = 1 << 62;
     for device_tlb in [false, true] {
         let machine = Machine::new(VtdUnitConfig { device_tlb, ..VtdUnitConfig::default() });
         let (root, iova) = (machine.table(), 0x12_3456_7000);
-        let entry = map(&machine, root, 4, iova, 1, HIGH);
-        machine.poke(entry, HIGH | READ | WRITE | TRANSIENT);
+        map(&machine, root, 4, iova, 1, HIGH);
         machine.attach_second_stage(None, 1, root, 4);
-        let read = machine.read_u64(&mut machine.port(), PLAIN, iova);
-        let expected = match device_tlb {
-            false => Err((FaultReason::SecondStageReserved, false)),
-            true => Ok(0),
-        };
-        assert_eq!(read, expected);
+        let read = || machine.read_u64(&mut machine.port(), PLAIN, iova);
+        for level in 1..=4 {
+            let entry = machine.entry(root, 4, iova, level, 0);
+            let word = machine.peek(entry);
+            machine.poke(entry, word | TRANSIENT);
+            assert_eq!(read(), Err((FaultReason::SecondStageReserved, false)));
+            machine.poke(entry, word);
+        }
+        assert_eq!(read(), Ok(0));
     }
 }

@@ -187,6 +187,29 @@ fn a_refusal_has_the_reason_of_its_stage() {
     assert_eq!((why(first, 0, false), why(first, 0, true)), (None, Some(R::WriteDenied)));
 }
 
+/// TM of a second stage is reserved since revision 3.2; a first stage ignores the bit.
+#[test]
+fn no_second_stage_entry_may_be_transient() {
+    const TRANSIENT: u64 = 1 << 62;
+    let memory = memory();
+    for table in [1, 2, 3, 4] {
+        put(&memory, table << 12, 0, (table + 1) << 12 | 7);
+    }
+    let first = Tables::new(&first_stage(0x1000), true, 48).unwrap();
+    let second = Tables::new(&second_stage(0x1000, AddressWidth::Bits48), true, 48).unwrap();
+    let seen = |tables: Tables| {
+        let pages = walked(&memory, tables, 0..1 << 12, 1000).len();
+        (pages, tables.refusal(&memory, 0, false))
+    };
+    for table in [1, 2, 3, 4] {
+        put(&memory, table << 12, 0, (table + 1) << 12 | 7 | TRANSIENT);
+        assert_eq!(seen(second), (0, Some(FaultReason::SecondStageReserved)));
+        assert_eq!(seen(first), (1, None));
+        put(&memory, table << 12, 0, (table + 1) << 12 | 7);
+    }
+    assert_eq!(seen(second), (1, None));
+}
+
 /// Tables may have more addresses than the unit translates; a request for one does not get to them.
 #[test]
 fn what_no_request_may_name_is_not_walked() {
