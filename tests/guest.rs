@@ -18,6 +18,7 @@ use std::process::Command;
 
 use built::images;
 use serde_json::{json, Value};
+use twostage::skips::not_tested;
 
 /// A guest that hangs is killed after so many seconds. Its own waits, which print what they wait
 /// for, take 60.
@@ -30,7 +31,7 @@ const WIDE_EDU_WITH_ATS: &str = "edu,pasid=on,ats=on,dma-mask=0xffffffffffffffff
 /// Whether there is a KVM to run the guest; panics without one, unless skipped.
 fn kvm() -> bool {
     if std::env::var_os("TWOSTAGE_KVM").is_some_and(|value| value == "off") {
-        eprintln!("TWOSTAGE_KVM=off: the guest is NOT run");
+        not_tested("TWOSTAGE_KVM=off, the guest");
         return false;
     }
     let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");

@@ -414,6 +414,23 @@ fn what_users_read_is_complete() {
     assert!(missing.is_empty(), "{}", missing.join("\n"));
 }
 
+/// The test harness hides what passing tests print.
+#[test]
+fn what_is_not_tested_is_said_where_it_is_seen() {
+    let quiet = |line: &str| {
+        let line = line.split("//").next().unwrap().to_lowercase();
+        let words = ["not tested", "not run", "skip"];
+        line.contains("println!(\"") && words.iter().any(|word| line.contains(word))
+    };
+    let mut wrong = Vec::new();
+    for path in ["src", "tests"].into_iter().flat_map(|folder| files(&root().join(folder)).0) {
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().zip(1..).filter(|(line, _)| quiet(line));
+        wrong.extend(lines.map(|(_, number)| format!("{}:{number}", path.display())));
+    }
+    assert_eq!(wrong, [""; 0], "twostage::skips::not_tested says it");
+}
+
 #[test]
 fn a_circle_is_found() {
     let mut package = Package::default();

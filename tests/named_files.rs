@@ -12,6 +12,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use twostage::skips::not_tested;
 use twostage_vmm::exit_code::{IO_ERROR, NO_INPUT};
 
 const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
@@ -32,7 +33,7 @@ impl Files {
     /// None if guests cannot run.
     fn new() -> Option<Self> {
         if kvm_ioctls::Kvm::new().is_err() {
-            eprintln!("no /dev/kvm: NOT tested");
+            not_tested("no /dev/kvm");
             return None;
         }
         let files = Self { directory: TempDir::new().unwrap() };

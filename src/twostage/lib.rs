@@ -62,6 +62,9 @@ pub mod nesting;
 pub mod patience;
 pub mod ratelimit;
 pub mod runs;
+#[cfg(any(test, feature = "test-support"))]
+#[doc(hidden)]
+pub mod skips;
 pub mod spec;
 pub mod sync;
 pub mod threads;

@@ -352,7 +352,7 @@ fn the_terminal_is_left_as_it_was() {
             .stdin(Stdio::null())
             .output();
         let Ok(output) = output else {
-            eprintln!("no script(1): NOT tested");
+            not_tested("no script(1)");
             return;
         };
         let shown = String::from_utf8_lossy(&output.stdout);

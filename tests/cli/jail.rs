@@ -81,7 +81,7 @@ fn every_thread_has_a_filter_and_no_privileges() {
 #[test]
 fn the_user_and_the_group_are_those_that_are_named() {
     if !kvm() || !is_root() {
-        return eprintln!("not root, or no KVM: not tested");
+        return not_tested("not root, or no KVM");
     }
     for (name, status) in threads(&["--jail", "on", "--uid", "1234", "--gid", "4321"]) {
         assert_eq!(field(&status, "Uid"), ["1234"; 4].join("\t"), "{name}");
@@ -102,7 +102,7 @@ fn a_root_who_cannot_become_another_stays_and_has_a_jail() {
         command
     };
     if !kvm() || !unshare("true").status().is_ok_and(|status| status.success()) {
-        return eprintln!("no user namespaces, or no KVM: not tested");
+        return not_tested("no user namespaces, or no KVM");
     }
     let own = fs::read_to_string("/proc/self/status").unwrap();
     for (name, status) in threads_of(unshare(TWOSTAGE), &[]) {

@@ -23,6 +23,7 @@ use child::{kernel, kvm, signal, spawn, with_default_signals, TWOSTAGE};
 use images::{bzimage, multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
 use twostage::patience::wait_until;
+use twostage::skips::not_tested;
 use twostage_vmm::exit_code::{
     GUEST_RESET, GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE,
 };

@@ -11,7 +11,7 @@ fn in_namespace(prepare: &str, command: &str) -> Option<Output> {
         Command::new("unshare").args(unshare).stdin(Stdio::null()).output()
     };
     if !unshare(prepare).is_ok_and(|output| output.status.success()) {
-        eprintln!("'{prepare}' in a namespace is not allowed: NOT tested");
+        not_tested(format!("'{prepare}' in a namespace is not allowed"));
         return None;
     }
     Some(unshare(&format!("{prepare} && exec {command}")).unwrap())

@@ -8,6 +8,7 @@ use std::process::{Child, Command, ExitStatus};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use tempfile::NamedTempFile;
 use twostage::patience::{wait_until, PATIENCE};
+use twostage::skips::not_tested;
 
 pub const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 
@@ -15,7 +16,7 @@ pub const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 pub fn kvm() -> bool {
     let there = kvm_ioctls::Kvm::new().is_ok();
     if !there {
-        eprintln!("no /dev/kvm: not tested");
+        not_tested("no /dev/kvm");
     }
     there
 }

@@ -16,6 +16,7 @@ mod code;
 mod images;
 
 mod disks;
+mod documentation;
 mod fuse;
 mod guest;
 mod hangs;

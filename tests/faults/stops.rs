@@ -13,6 +13,7 @@ use rustix::event::{eventfd, EventfdFlags};
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use tempfile::NamedTempFile;
 use twostage::patience::wait_until;
+use twostage::skips::not_tested;
 use twostage_vmm::exit_code::OS_ERROR;
 
 use crate::child::{kvm, with_default_signals, Running, TWOSTAGE};
@@ -106,7 +107,7 @@ impl Frozen {
         tracer.args(["-qq", "-o", "/dev/null", "-p", &thread.to_string()]);
         tracer.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let Ok(tracer) = tracer.spawn() else {
-            eprintln!("*** no strace: NOT tested");
+            not_tested("no strace");
             return None;
         };
         let mut frozen = Self(tracer);
@@ -120,7 +121,7 @@ impl Frozen {
             ended || traced()
         });
         if ended {
-            eprintln!("*** threads cannot be traced here (is this root?): NOT tested");
+            not_tested("threads cannot be traced here (is this root?)");
             return None;
         }
         frozen.signal("STOP");
@@ -221,21 +222,33 @@ fn a_signal_ends_a_machine_whose_main_thread_the_host_holds() {
     if !kvm() || !alone() {
         return;
     }
-    let file = FaultyDisk::new(true);
-    let mut env = with_default_signals("--block-signal=ALRM");
-    env.args(["--block-signal=TERM", "--ignore-signal=ALRM", TWOSTAGE]);
-    let report = format!("json,file={}", file.path().display());
-    let mut guest = Guest::of(after(env, &["--report", &report]));
-    file.hold();
-    guest.machine.signal("USR1");
-    file.wait_for_held(1);
-    guest.machine.signal("TERM");
-    guest.wait_for(
-        "twostage: error: signal 15 came 10 s ago, and the machine has not ended: it waits for the \
-         file of the report, which is not written; it ends now\n",
-    );
-    file.let_go();
-    assert_eq!(guest.machine.end().code(), Some(128 + 15));
+    let end =
+        "the machine has not ended: it waits for the file of the report, which is not written; it \
+         ends now\n";
+    for blocked in [false, true] {
+        let file = FaultyDisk::new(true);
+        let mut env = with_default_signals(if blocked { "--block-signal=TERM" } else { TWOSTAGE });
+        if blocked {
+            env.args(["--block-signal=ALRM", "--ignore-signal=ALRM", TWOSTAGE]);
+        }
+        let report = format!("json,file={}", file.path().display());
+        let mut guest = Guest::of(after(env, &["--report", &report]));
+        file.hold();
+        guest.machine.signal("USR1");
+        file.wait_for_held(1);
+        guest.machine.signal("TERM");
+        if blocked {
+            guest.wait_for(&format!("twostage: error: signal 15 came 10 s ago, and {end}"));
+        } else {
+            wait_until("a line", || {
+                guest.machine.signal("TERM");
+                sleep(SHORT * 5);
+                guest.said().contains(end)
+            });
+        }
+        file.let_go();
+        assert_eq!(guest.machine.end().code(), Some(128 + 15));
+    }
 }
 
 #[test]

@@ -6,6 +6,8 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
+use twostage::skips::not_tested;
+
 use crate::child::kvm;
 use crate::guest::Guest;
 use crate::world::alone;
@@ -18,7 +20,7 @@ fn ip(arguments: &str) -> bool {
 fn tap() -> bool {
     let made = alone() && ip("tuntap add mode tap name faulty0") && ip("link set faulty0 up");
     if !made {
-        eprintln!("*** no tap interface is to be had: NOT tested");
+        not_tested("no tap interface is to be had");
     }
     made
 }

@@ -3,6 +3,7 @@
 
 use rustix::mount::{mount_change, MountPropagationFlags};
 use rustix::thread::UnshareFlags;
+use twostage::skips::not_tested;
 
 /// From now on this thread, and what it starts, has mounts and interfaces of its own. Returns
 /// whether that is possible, which is said if not.
@@ -15,7 +16,7 @@ pub fn alone() -> bool {
             mount_change("/", private)
         });
     if let Err(error) = alone {
-        eprintln!("*** no namespaces are to be had ({error}; is this root?): NOT tested");
+        not_tested(format!("no namespaces are to be had ({error}; is this root?)"));
     }
     alone.is_ok()
 }

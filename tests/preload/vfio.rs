@@ -9,6 +9,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
+use twostage::skips::not_tested;
+
 /// A guest that hangs is killed after so many seconds, which are more than its own limits.
 const LIMIT: &str = "300";
 
@@ -17,7 +19,7 @@ fn main() -> ExitCode {
         return twostage_vmm::cli::main();
     }
     if std::env::var_os("TWOSTAGE_KVM").is_some_and(|value| value == "off") {
-        eprintln!("TWOSTAGE_KVM=off: the guest with an assigned device is NOT run");
+        not_tested("TWOSTAGE_KVM=off, the guest with an assigned device");
         return ExitCode::SUCCESS;
     }
     behind_a_virtual_vtd();

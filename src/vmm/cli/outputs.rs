@@ -205,6 +205,8 @@ fn identity(path: &Path) -> Option<Identity> {
 
 #[cfg(test)]
 mod tests {
+    use twostage::skips::not_tested;
+
     use super::*;
     use crate::config::{testing, DiskConfig, IommuChoice};
     use crate::devices::virtio::DiskAccess;
@@ -268,7 +270,7 @@ mod tests {
             // Needs no driver, as it is not opened.
             let made = std::process::Command::new("mknod").arg(node).args(["b", "7", "9"]).status();
             if !made.is_ok_and(|status| status.success()) {
-                eprintln!("no node of a block device is had: NOT tested");
+                not_tested("no node of a block device is to be had");
                 return;
             }
         }

@@ -217,6 +217,7 @@ impl Drop for Slot {
 #[cfg(test)]
 mod tests {
     use kvm_ioctls::Kvm;
+    use twostage::skips::not_tested;
 
     use super::*;
 
@@ -234,7 +235,7 @@ mod tests {
     #[test]
     fn memory_is_lent_and_taken_back() {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("no /dev/kvm: not tested");
+            not_tested("no /dev/kvm");
             return;
         };
         let slots = KvmSlots::new(Arc::new(kvm.create_vm().unwrap()), 2);
@@ -254,7 +255,7 @@ mod tests {
     #[test]
     fn configuration_space_is_lent_and_taken_back() {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("no /dev/kvm: not tested");
+            not_tested("no /dev/kvm");
             return;
         };
         let slots = KvmSlots::new(Arc::new(kvm.create_vm().unwrap()), 2);

@@ -326,6 +326,7 @@ mod tests {
     use crate::interrupts::{Interrupts, Messages};
     use crate::pci::InterruptVector;
     use crate::report::InterruptReport;
+    use twostage::skips::not_tested;
     use twostage::spec::pci::Bdf;
 
     #[test]
@@ -347,7 +348,7 @@ mod tests {
     #[test]
     fn either_kind_takes_messages_routes_and_lines() {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("no /dev/kvm: not tested");
+            not_tested("no /dev/kvm");
             return;
         };
         for wanted in [Wanted::InKernel, Wanted::Split, Wanted::OnlySplit] {

@@ -256,6 +256,7 @@ impl fmt::Debug for Ring {
 mod tests {
     use super::*;
     use kvm_ioctls::Kvm;
+    use twostage::skips::not_tested;
 
     #[test]
     fn the_layout_of_the_ring_is_that_of_the_kernel() {
@@ -320,7 +321,7 @@ mod tests {
     #[test]
     fn a_page_is_mapped_and_taken_away() {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("no /dev/kvm: not tested");
+            not_tested("no /dev/kvm");
             return;
         };
         let vm = Arc::new(kvm.create_vm().unwrap());

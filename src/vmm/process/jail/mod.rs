@@ -30,8 +30,8 @@ mod refusal;
 mod tests;
 
 use std::cell::Cell;
-use std::io::{self, Write};
-use std::process;
+use std::fmt::Write;
+use std::io;
 use std::sync::OnceLock;
 use std::thread;
 
@@ -40,6 +40,7 @@ use seccompiler::{apply_filter, BpfProgram};
 use twostage::sync::{Condvar, Mutex};
 use twostage::threads::{NewThread, ThreadStart};
 
+use crate::process::last_line::Line;
 use crate::process::{exit_code, limits};
 pub(crate) use kinds::Kind;
 pub(crate) use privileges::{can_become, Access, Reopened, User};
@@ -204,9 +205,10 @@ impl Place {
         if let Err(error) = jail.enter(self.kind, self.inside) {
             let name = thread::current().name().unwrap_or_default().to_owned();
             let advice = limits::advice(&error.to_string());
-            // If nobody reads it, the exit code has to suffice.
-            let _ = writeln!(io::stderr(), "twostage: error: thread {name}: {error}{advice}");
-            process::exit(exit_code::OS_ERROR.into());
+            // Of several threads one says it. What does not fit is cut off.
+            let mut line = Line::new();
+            let _ = writeln!(line, "twostage: error: thread {name}: {error}{advice}");
+            line.end(exit_code::OS_ERROR);
         }
     }
 }

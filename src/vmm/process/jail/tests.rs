@@ -9,7 +9,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::net::UdpSocket;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{self, Child, Command, Output, Stdio};
 
 use rustix::process::{kill_process, Pid, Signal};
 use tempfile::TempDir;

@@ -304,6 +304,7 @@ const BREAKPOINT_HANDLER: [u8; 4] = [
 #[cfg(test)]
 mod tests {
     use kvm_bindings::kvm_cpuid_entry2;
+    use twostage::skips::not_tested;
 
     use super::*;
 
@@ -347,7 +348,7 @@ mod tests {
     #[test]
     fn small_guests_run_here() {
         if kvm_ioctls::Kvm::new().is_err() {
-            eprintln!("no /dev/kvm: not tested");
+            not_tested("no /dev/kvm");
             return;
         }
         let probe = Probe::new().unwrap();

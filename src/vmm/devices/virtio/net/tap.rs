@@ -241,6 +241,8 @@ fn check(result: libc::c_int) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use twostage::skips::not_tested;
+
     use super::*;
 
     #[test]
@@ -282,7 +284,8 @@ mod tests {
                 unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
             check(result).map(|()| file)
         });
-        made.inspect_err(|error| eprintln!("no tap interface is had: NOT tested: {error}")).ok()
+        made.inspect_err(|error| not_tested(format!("no tap interface is to be had ({error})")))
+            .ok()
     }
 
     #[test]

@@ -4,6 +4,8 @@
 use std::collections::VecDeque;
 use std::os::unix::net::UnixDatagram;
 
+use twostage::skips::not_tested;
+
 use super::*;
 use crate::devices::virtio::testing::{Place, Rig, TestQueue, PLACES};
 
@@ -308,7 +310,7 @@ fn a_frame_that_the_iommu_blocks_is_lost() {
 #[test]
 fn the_host_answers_through_a_tap_interface() {
     let Ok(name) = std::env::var("TWOSTAGE_TEST_TAP") else {
-        eprintln!("TWOSTAGE_TEST_TAP names no tap interface: not tested");
+        not_tested("TWOSTAGE_TEST_TAP names no tap interface");
         return;
     };
     let mac = MacAddress::local(1);

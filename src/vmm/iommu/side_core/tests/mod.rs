@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use twostage::patience::PATIENCE;
+use twostage::skips::not_tested;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::regs;
 use twostage::viommu::vtd::{
@@ -187,7 +188,7 @@ fn no_write_of_two_vcpus_is_lost_while_pages_are_lent_and_taken_back() {
     let seconds = seconds.and_then(|text| text.parse().ok()).unwrap_or(2);
     let end = Instant::now() + Duration::from_secs(seconds);
     let Some((race, mut vcpus)) = Race::new() else {
-        eprintln!("no /dev/kvm with coalesced writes: NOT tested");
+        not_tested("no /dev/kvm with coalesced writes");
         return;
     };
     let (race, running) = (&race, &AtomicBool::new(true));

@@ -140,6 +140,7 @@ mod tests {
     use std::thread;
 
     use seccompiler::{apply_filter, BpfProgram, SeccompAction, SeccompFilter};
+    use twostage::skips::not_tested;
     use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
     use super::*;
@@ -150,7 +151,7 @@ mod tests {
         let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(Threads::new(file.clone()).unwrap())];
         match Uring::new(file.clone(), DEPTH) {
             Ok(uring) => engines.push(Box::new(uring)),
-            Err(error) => eprintln!("io_uring is not to be had: NOT tested: {error}"),
+            Err(error) => not_tested(format!("no io_uring is to be had ({error})")),
         }
         engines
     }
