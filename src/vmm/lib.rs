@@ -53,7 +53,7 @@ pub mod inside {
     pub use crate::config::{EduConfig, MachineConfig, ModuleConfig, PayloadConfig};
     pub use crate::devices::{edu, threadless, virtio, HostServices};
     pub use crate::devices::{
-        DirectMemory, DmaError, DmaMaster, MessageWrites, ServiceControl, Services,
+        DirectMemory, DmaError, DmaMaster, MessageWrites, OfferedServices, ServiceControl, Services,
     };
     pub use crate::memory::MachineMemory;
     pub mod pci {

@@ -17,6 +17,8 @@ use crate::input::Input;
 /// The region of configuration space, and its length.
 const CONFIG: u32 = 7;
 pub const CONFIG_SIZE: usize = 4096;
+/// What a device's memory has everywhere.
+pub const DEVICE_BYTE: u8 = 0x5a;
 /// Sizes that BARs may have.
 const SIZES: [u64; 8] = [0, 0x1000, 0x2000, 0x4000, 0x1_0000, 0x20, 0x3000, 1 << 40];
 
@@ -31,6 +33,10 @@ pub struct Device {
     refuses: AtomicBool,
     /// Bytes of configuration space that were written.
     written: Mutex<Vec<u16>>,
+    /// Writes to BARs: which, the offset, and the bytes.
+    stores: Mutex<Vec<(usize, u64, Vec<u8>)>>,
+    /// What was mapped, by its address: the BAR and the offset in it.
+    maps: Mutex<BTreeMap<u64, (usize, u64)>>,
     /// Interrupts that are on: index and sub-index.
     on: Mutex<BTreeMap<(Irq, u32), ()>>,
     file: File,
@@ -105,6 +111,8 @@ impl Device {
             can_reset: !input.one_in(4),
             refuses: AtomicBool::new(false),
             written: Mutex::default(),
+            stores: Mutex::default(),
+            maps: Mutex::default(),
             on: Mutex::default(),
             file,
         }
@@ -135,13 +143,33 @@ impl Device {
         std::mem::take(&mut *self.written.lock())
     }
 
-    /// How many interrupts are on.
-    pub fn interrupts(&self) -> usize {
-        self.on.lock().len()
+    /// The writes to BARs since the last call.
+    pub fn take_stores(&self) -> Vec<(usize, u64, Vec<u8>)> {
+        std::mem::take(&mut *self.stores.lock())
+    }
+
+    /// The BAR, and the offset in it, of what is mapped at an address of this process.
+    pub fn mapped_at(&self, address: u64) -> (usize, u64) {
+        self.maps.lock()[&address]
+    }
+
+    /// Whether a BAR can be mapped.
+    pub fn is_mappable(&self, bar: usize) -> bool {
+        self.mappable >> bar & 1 != 0 && self.sizes[bar] <= 0x1_0000
+    }
+
+    /// Whether calls for interrupts and resets fail.
+    pub fn refuses(&self) -> bool {
+        self.refuses.load(Ordering::Relaxed)
+    }
+
+    /// The interrupts that are on.
+    pub fn interrupts(&self) -> Vec<(Irq, u32)> {
+        self.on.lock().keys().copied().collect()
     }
 
     fn answer(&self) -> io::Result<()> {
-        match self.refuses.load(Ordering::Relaxed) {
+        match self.refuses() {
             true => Err(io::Error::from_raw_os_error(22)),
             false => Ok(()),
         }
@@ -154,7 +182,7 @@ impl HostDevice for Device {
             CONFIG => CONFIG_SIZE as u64,
             _ => self.sizes.get(index as usize).copied().unwrap_or_default(),
         };
-        let mapped = self.mappable >> index & 1 != 0 && size <= 0x1_0000 && index < 6;
+        let mapped = index < 6 && self.is_mappable(index as usize);
         let mappable = std::iter::once(0..size).filter(|_| mapped).collect();
         Ok(Region { index, size, offset: u64::from(index) << 40, mappable })
     }
@@ -166,7 +194,7 @@ impl HostDevice for Device {
         }
         match region.index {
             CONFIG => data.copy_from_slice(&self.config()[offset as usize..][..data.len()]),
-            _ => data.fill(0x5a),
+            _ => data.fill(DEVICE_BYTE),
         }
         Ok(())
     }
@@ -179,6 +207,8 @@ impl HostDevice for Device {
             let bytes = (offset as u16..).take(data.len());
             self.written.lock().extend(bytes);
             self.config()[offset as usize..][..data.len()].copy_from_slice(data);
+        } else {
+            self.stores.lock().push((region.index as usize, offset, data.to_vec()));
         }
         self.answer()
     }
@@ -186,7 +216,9 @@ impl HostDevice for Device {
     fn map(&self, region: &Region, offset: u64, length: u64) -> io::Result<Mapping> {
         assert!(offset + length <= region.size);
         assert!(offset.is_multiple_of(0x1000) && length.is_multiple_of(0x1000));
-        Mapping::new(&self.file, offset, length)
+        let mapping = Mapping::new(&self.file, offset, length)?;
+        self.maps.lock().insert(mapping.address(), (region.index as usize, offset));
+        Ok(mapping)
     }
 
     fn irq(&self, irq: Irq) -> io::Result<IrqInfo> {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The guest's side of an assigned device, and what the guest has of it.
 
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
@@ -13,19 +13,17 @@ use twostage_vmm::inside::pci::{
     PciFunction, PciMemory,
 };
 use twostage_vmm::inside::vfio::{Lender, Loan, Surroundings, VfioPci};
-use twostage_vmm::inside::{BusDevice, HostServices, PCI_MMIO_LAST, PCI_MMIO_START};
-use twostage_vmm::Mapping;
+use twostage_vmm::inside::{
+    BusDevice, HostServices, OfferedServices, PCI_MMIO_LAST, PCI_MMIO_START,
+};
+use twostage_vmm::{Irq, Mapping};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::device::{Device, CONFIG_SIZE};
+use super::device::{Device, CONFIG_SIZE, DEVICE_BYTE};
+use super::naive::{half, Naive};
 use crate::input::Input;
 
 const BDF: Bdf = Bdf::from_raw(0x18);
-/// Capabilities that may be visible.
-const VISIBLE: [u8; 6] = [0x01, 0x03, 0x05, 0x09, 0x10, 0x11];
-/// Extended ones: serial number and vendors', and those that are emulated, ATS, PRI and PASID; 0
-/// is none.
-const EXTENDED: [u16; 7] = [0x00, 0x03, 0x0b, 0x23, 0x0f, 0x13, 0x1b];
 
 struct Vector(EventFd);
 
@@ -55,19 +53,20 @@ impl EventLine for Line {
     fn release(&self) {}
 }
 
-/// What the guest has mapped: address and length.
-type Lent = Arc<Mutex<BTreeSet<(u64, u64)>>>;
+/// What the guest has mapped: address, length, and the address in this process.
+type Lent = Arc<Mutex<BTreeSet<(u64, u64, u64)>>>;
 
 struct Slots(Lent);
 
-struct Slot(Lent, (u64, u64));
+struct Slot(Lent, (u64, u64, u64));
 
 impl Lender for Slots {
     fn lend(&self, address: u64, mapping: Arc<Mapping>) -> io::Result<Box<dyn Loan>> {
-        let piece = (address, mapping.length());
+        let piece = (address, mapping.length(), mapping.address());
         let mut lent = self.0.lock();
         // As KVM has it: slots do not overlap.
-        let overlaps = |(at, length): &(u64, u64)| *at < piece.0 + piece.1 && piece.0 < at + length;
+        let overlaps =
+            |(at, length, _): &(u64, u64, u64)| *at < piece.0 + piece.1 && piece.0 < at + length;
         if lent.iter().any(overlaps) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -95,16 +94,21 @@ pub struct Machine {
     function: Arc<VfioPci>,
     bus: Arc<PciBus>,
     lent: Lent,
-    /// What the guest may write of the device's own configuration space.
-    allowed: Vec<Range<u16>>,
-    /// The MSI-X structures that must not be mapped: BAR, first and last page of the table.
-    trapped: Option<(usize, Range<u64>)>,
+    /// What the guest may have.
+    naive: Naive,
+    /// The table of MSI-X, if the guest has one: doublewords.
+    table: RefCell<Vec<u32>>,
+    /// Two BARs were at the same place: not all that could be mapped is.
+    overlapped: Cell<bool>,
+    /// The device refused something: not all that should be on is.
+    refused: Cell<bool>,
 }
 
 impl Machine {
     /// A machine with a device that `input` describes; `None` if it cannot be assigned.
     pub fn new(input: &mut Input<'_>) -> Option<Self> {
         let device = Arc::new(Device::new(input));
+        let naive = Naive::new(&device);
         let choice = input.byte();
         let lent = Lent::default();
         let mut next = PCI_MMIO_START;
@@ -146,10 +150,18 @@ impl Machine {
         let mut bus = PciBus::default();
         bus.insert(BDF, function.clone());
         device.take_written();
-        // The command register.
-        let allowed = std::iter::once(4..6).collect();
         let bus = Arc::new(bus);
-        let mut machine = Self { device, function, bus, lent, allowed, trapped: None };
+        let machine = Self {
+            device,
+            function,
+            bus,
+            lent,
+            naive,
+            table: RefCell::default(),
+            overlapped: Cell::default(),
+            refused: Cell::default(),
+        };
+        machine.clear_table();
         machine.look();
         Some(machine)
     }
@@ -181,120 +193,247 @@ impl Machine {
     }
 
     /// Looks at what the guest sees at the start.
-    fn look(&mut self) {
-        let all = self.capabilities();
-        self.device.take_written();
-        let end = |at: u16| all.iter().map(|(_, next)| *next).filter(|next| *next > at).min();
-        for (id, at) in &all {
-            assert!(VISIBLE.contains(id), "capability {id:#x} is visible");
-            let again = all.iter().filter(|(other, _)| other == id).count() > 1;
-            assert!(!again || matches!(id, 0x03 | 0x09), "capability {id:#x} is there twice");
-            // Up to the next one, or more of what is in between and not seen.
-            if matches!(id, 0x03 | 0x09 | 0x10) {
-                self.allowed.push(at + 2..end(*at).unwrap_or(0x100).max(at + 4));
-            }
-            if *id == 0x11 {
-                let place = self.u32(at + 4);
-                let vectors = u64::from(self.u16(at + 2) & 0x7ff) + 1;
-                let start = u64::from(place & !7);
-                self.trapped = Some(((place & 7) as usize, start..start + 16 * vectors));
-            }
-        }
-        let mut at = 0x100;
+    fn look(&self) {
+        assert_eq!(self.capabilities(), self.naive.list);
+        let (mut at, mut extended, mut made) = (0x100, Vec::new(), None);
         for _ in 0..CONFIG_SIZE / 8 {
             let header = self.u32(at);
             let (id, next) = (header as u16, (header >> 20) as u16);
-            assert!(EXTENDED.contains(&id), "extended capability {id:#x} is visible");
-            if matches!(id, 0x0b | 0x23) {
-                // Its length is its own.
-                let length = (self.u32(at + 4) >> 20) as u16;
-                self.allowed.push(at + 4..at.saturating_add(length.max(8)));
+            match id {
+                0 => assert_eq!(at, 0x100, "an empty capability"),
+                0x0f | 0x13 | 0x1b => made = made.or(Some(at)),
+                _ => {
+                    assert!(made.is_none(), "a capability of the device's after those made for it");
+                    extended.push(id);
+                }
             }
             if next == 0 {
-                return;
+                break;
             }
             assert!(next >= 0x100);
             at = next;
         }
-        panic!("the list of extended capabilities is a loop");
+        assert_eq!(extended, self.naive.extended);
+        // What is made for the guest is the last in the list, and together.
+        let made = made.map_or(0..0, |start| start..start + OfferedServices::LENGTH);
+        for at in 0x40..CONFIG_SIZE as u16 {
+            let seen = self.naive.visible.iter().any(|range| range.contains(&at));
+            let header = (0x100..0x104).contains(&at);
+            let mut byte = [0];
+            self.bus.read_config(BDF, at, &mut byte);
+            assert!(seen || header || made.contains(&at) || byte == [0], "byte {at:#x} is seen");
+        }
+        self.device.take_written();
     }
 
+    /// The guest writes: what is the device's gets there; of the rest only the command register.
     pub fn write_config(&self, register: u16, data: &[u8]) {
+        self.device.take_written();
         self.bus.write_config(BDF, register, data);
+        let control =
+            self.naive.control.map(|at| usize::from(at + 1).wrapping_sub(register.into()));
+        let resets = control.and_then(|at| data.get(at)).is_some_and(|byte| byte & 0x80 != 0);
+        let inside = usize::from(register) + data.len() <= CONFIG_SIZE;
+        let written: BTreeSet<_> = self.device.take_written().into_iter().collect();
+        let bytes = (register..).zip(data).filter(|_| inside);
+        let live = |at: &u16| self.naive.live.iter().any(|range| range.contains(at));
+        let expected: Vec<_> = bytes.filter(|(at, _)| live(at)).collect();
+        for at in &written {
+            let is_expected = expected.iter().any(|(expected, _)| expected == at);
+            assert!(matches!(at, 4 | 5) || is_expected || !inside, "the guest wrote {at:#x}");
+        }
+        if resets {
+            self.clear_table();
+            return;
+        }
+        for (at, byte) in expected {
+            assert!(written.contains(&at), "byte {at:#x} did not get to the device");
+            assert_eq!(self.device.config()[usize::from(at)], *byte, "byte {at:#x}");
+        }
+        if register < 6 && usize::from(register) + data.len() > 4 {
+            let command = half(&self.device.config(), 4);
+            assert_eq!(command, self.u16(4) & 0x406, "the command register");
+        }
     }
 
+    /// The guest reads; what is the device's is as it is there.
     pub fn read_config(&self, register: u16, size: usize) {
-        self.bus.read_config(BDF, register, &mut [0; 8][..size]);
+        let mut data = [0; 8];
+        self.bus.read_config(BDF, register, &mut data[..size]);
+        if self.device.refuses() || usize::from(register) + size > CONFIG_SIZE {
+            return;
+        }
+        for (at, byte) in (register..).zip(&data[..size]) {
+            if self.naive.live.iter().any(|range| range.contains(&at)) {
+                assert_eq!(*byte, self.device.config()[usize::from(at)], "byte {at:#x}");
+            }
+        }
     }
 
     pub fn capability(&self, which: u8, offset: u16, data: &[u8]) {
-        let all = self.capabilities();
+        let all = &self.naive.list;
         if let Some((_, at)) = all.get(usize::from(which) % all.len().max(1)) {
             self.write_config(at + offset, data);
         }
     }
 
-    /// Where a BAR is, as the guest has placed it.
-    fn bar(&self, number: usize) -> Option<u64> {
-        let at = 0x10 + 4 * number as u16;
-        let low = self.u32(at);
-        let high = if low & 7 == 4 { u64::from(self.u32(at + 4)) << 32 } else { 0 };
-        (number < 6).then_some(high | u64::from(low & !0xf))
+    /// The BARs' registers.
+    fn registers(&self) -> [u32; 6] {
+        std::array::from_fn(|number| self.u32(0x10 + 4 * number as u16))
     }
 
+    /// Where BARs decode, in order.
+    fn places(&self) -> Vec<(usize, u64)> {
+        match self.u16(4) & 2 {
+            0 => Vec::new(),
+            _ => self.naive.places(self.registers()),
+        }
+    }
+
+    /// The guest accesses a place by an offset from where a BAR is.
     pub fn access(&self, bar: usize, offset: u64, data: &mut [u8], write: bool) {
-        let Some(start) = self.bar(bar) else { return };
+        let places = self.places();
+        let Some((_, start)) = places.iter().find(|(index, _)| *index == bar) else { return };
         let address = start.wrapping_add(offset);
+        if !(PCI_MMIO_START..=PCI_MMIO_LAST).contains(&address) {
+            return;
+        }
+        // The first BAR that has all of it answers.
+        let end = address + data.len() as u64;
+        let answers = places.iter().find_map(|(index, start)| {
+            let size = self.naive.bars[*index]?.size;
+            (*start <= address && end <= start + size).then(|| (*index, address - start))
+        });
+        let is_device = answers.is_some_and(|(index, offset)| {
+            !self.naive.is_msix(index, &(offset..offset + data.len() as u64))
+        });
         let memory = PciMemory(self.bus.clone());
-        if (PCI_MMIO_START..=PCI_MMIO_LAST).contains(&address) {
-            match write {
-                true => memory.write(address - PCI_MMIO_START, data),
-                false => memory.read(address - PCI_MMIO_START, data),
+        self.device.take_stores();
+        match write {
+            true => memory.write(address - PCI_MMIO_START, data),
+            false => memory.read(address - PCI_MMIO_START, data),
+        }
+        let stored = self.device.take_stores();
+        let expected = answers.filter(|_| is_device && write);
+        let expected = expected.map(|(index, offset)| (index, offset, data.to_vec()));
+        assert_eq!(stored, expected.into_iter().collect::<Vec<_>>());
+        if !write && !self.device.refuses() {
+            let read_device = data.iter().all(|byte| *byte == DEVICE_BYTE);
+            assert!(read_device || !is_device, "reads are not the device's");
+        }
+        if !write && answers.is_none() {
+            assert!(data.iter().all(|byte| *byte == 0xff), "nothing is there");
+        }
+        if let Some((index, offset)) = answers {
+            self.access_table(index, offset, data, write);
+        }
+    }
+
+    /// What the guest has in the table of MSI-X is what it wrote there.
+    fn access_table(&self, bar: usize, offset: u64, data: &[u8], write: bool) {
+        let (Some((_, vectors)), Some((of, bytes))) =
+            (self.naive.msix, self.naive.structures.first())
+        else {
+            return;
+        };
+        let length = data.len() as u64;
+        let aligned = length >= 4 && offset.is_multiple_of(length);
+        if *of != bar || !bytes.contains(&offset) || !aligned {
+            return;
+        }
+        let first = ((offset - bytes.start) / 4) as usize;
+        let mut table = self.table.borrow_mut();
+        for (index, part) in (first..).zip(data.chunks_exact(4)) {
+            let value = u32::from_le_bytes([part[0], part[1], part[2], part[3]]);
+            let beyond = index >= 4 * usize::from(vectors);
+            match (write, table.get_mut(index)) {
+                // Of the last doubleword there is one bit.
+                (true, Some(word)) => *word = if index % 4 == 3 { value & 1 } else { value },
+                (false, Some(word)) => assert_eq!(value, *word, "doubleword {index}"),
+                (_, None) => assert!(beyond && (write || value == 0), "doubleword {index}"),
             }
         }
     }
 
-    /// Writes an entry of the MSI-X table, and message control.
+    /// As after a reset: each vector is masked.
+    fn clear_table(&self) {
+        let vectors = self.naive.msix.map_or(0, |(_, vectors)| vectors);
+        *self.table.borrow_mut() = [0, 0, 0, 1].repeat(vectors.into());
+        let Some((bar, table)) = self.naive.structures.first().filter(|_| vectors > 0) else {
+            return;
+        };
+        // Of the last vector, too.
+        for vector in [0, u64::from(vectors) - 1] {
+            let mut control = [0; 4];
+            self.function.read_bar(*bar, table.start + 16 * vector + 12, &mut control);
+            assert_eq!(control, [1, 0, 0, 0], "vector {vector} after a reset");
+        }
+    }
+
+    /// Writes an entry of the MSI-X table, reads it, and writes message control.
     pub fn msix(&self, vector: u8, control: u8, value: u64) {
-        let all = self.capabilities();
-        let Some((_, at)) = all.iter().find(|(id, _)| *id == 0x11) else { return };
-        let Some((bar, table)) = &self.trapped else { return };
+        let Some((bar, table)) = self.naive.structures.first() else { return };
         let entry = table.start + 16 * u64::from(vector % 17);
         for (offset, value) in [(0, value), (8, u64::from(control & 1) << 32)] {
             self.access(*bar, entry + offset, &mut value.to_le_bytes(), true);
         }
-        self.write_config(at + 2, &[0, control]);
+        if let Some((at, _)) = self.naive.msix {
+            self.access(*bar, entry, &mut [0; 8], false);
+            self.write_config(at + 2, &[0, control]);
+        }
     }
 
     pub fn reset(&self) {
         self.function.reset();
+        self.clear_table();
     }
 
     /// What holds at any time.
     pub fn check(&self) {
-        for byte in self.device.take_written() {
-            let allowed = self.allowed.iter().any(|range| range.contains(&byte));
-            assert!(allowed, "the guest wrote byte {byte:#x} of the device");
+        self.check_mapped();
+        self.check_interrupts();
+    }
+
+    /// The guest has mapped its BARs, and nothing else.
+    fn check_mapped(&self) {
+        let lent: BTreeSet<_> = self
+            .lent
+            .lock()
+            .iter()
+            .map(|(address, length, host)| {
+                let (bar, offset) = self.device.mapped_at(*host);
+                (*address, *length, bar, offset)
+            })
+            .collect();
+        let expected = self.naive.pieces(&self.places());
+        let overlap = expected.iter().zip(expected.iter().skip(1)).any(|(one, other)| {
+            // In the order of addresses.
+            one.0 + one.1 > other.0
+        });
+        self.overlapped.set(self.overlapped.get() || overlap);
+        match self.overlapped.get() {
+            true => assert!(lent.is_subset(&expected), "{lent:x?}, not {expected:x?}"),
+            false => assert_eq!(lent, expected),
         }
-        let lent = self.lent.lock();
-        let decodes = self.u16(4) & 2 != 0;
-        assert!(decodes || lent.is_empty(), "BARs that do not decode are mapped");
-        for (address, length) in lent.iter() {
-            let inside = (0..6).filter_map(|bar| self.bar(bar)).any(|start| start <= *address);
-            assert!(inside && *address >= PCI_MMIO_START && address + length - 1 <= PCI_MMIO_LAST);
-            if let Some((bar, table)) = &self.trapped {
-                let start = self.bar(*bar).unwrap_or_default();
-                let table = start + table.start..start + table.end;
-                // Another BAR may be at the same place: then it is its memory.
-                let shares = |other: usize| {
-                    let at = self.bar(other).unwrap_or_default();
-                    let end = at.saturating_add(self.device.size(other));
-                    at < table.end && table.start < end
-                };
-                let shared = (0..6).any(|other| other != *bar && shares(other));
-                let over = *address < table.end && table.start < address + length;
-                assert!(!over || shared, "the MSI-X table is mapped");
-            }
+    }
+
+    /// One kind of interrupt is on: the one that the guest has chosen.
+    fn check_interrupts(&self) {
+        let enabled = |at: Option<u16>, bit| at.is_some_and(|at| self.u16(at) & bit != 0);
+        let kind = match (
+            enabled(self.naive.msix.map(|(at, _)| at + 2), 1 << 15),
+            enabled(self.naive.msi, 1),
+        ) {
+            (true, _) => Irq::Msix,
+            (_, true) => Irq::Msi,
+            _ => Irq::Intx,
+        };
+        let on = self.device.interrupts();
+        assert!(on.iter().all(|(of, _)| *of == kind), "{on:?} are on, not {kind:?}");
+        let refused = self.refused.get() || self.device.refuses();
+        self.refused.set(refused);
+        if kind == Irq::Intx && !refused {
+            assert_eq!(on.len(), usize::from(self.naive.intx), "the pin");
         }
     }
 
@@ -305,7 +444,7 @@ impl Machine {
         drop(bus);
         drop(function);
         assert!(lent.lock().is_empty(), "something is still mapped");
-        assert_eq!(device.interrupts(), 0, "an interrupt is still on");
+        assert!(device.interrupts().is_empty(), "an interrupt is still on");
         assert_eq!(device.config()[4] & 6, 0, "the device may still make requests");
     }
 }

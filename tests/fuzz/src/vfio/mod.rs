@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Assigned devices whose configuration space says anything, and what a guest does to one.
 //!
-//! A device is refused with a message, or is a function whose capabilities are none that give power
-//! over the host. Whatever the guest writes, only bytes of capabilities that it sees, and the
-//! command register, reach the device; the page with the MSI-X table is never mapped into the
-//! guest, and what is mapped is where its BARs are. At the end nothing is mapped and no interrupt
-//! is on.
+//! A device is refused with a message, or is a function with the capabilities that a naive reading
+//! of the device's finds usable, none of which gives power over the host. What the guest writes of
+//! those that are the device's, and of its memory, gets there, and of the rest only the command
+//! register. What is mapped into the guest are its BARs, where they are, without the pages of the
+//! MSI-X structures. At the end nothing is mapped and no interrupt is on.
 
 mod device;
 mod machine;
+mod naive;
 
 use crate::input::Input;
 use machine::Machine;
