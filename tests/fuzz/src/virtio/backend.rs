@@ -23,8 +23,8 @@ pub const SECTOR: u64 = 512;
 
 /// What kind of device it is, and the test's end of it.
 pub enum Kind {
-    /// A disk, of which some operations may fail; `read_only`, and whether it has flushes.
-    Blk { faults: Faults, read_only: bool },
+    /// A disk in this file, of which some operations may fail.
+    Blk { file: File, faults: Faults, read_only: bool },
     /// A network with this wire.
     Net(Arc<Wire>),
     /// Entropy, which is zeroes.
@@ -104,10 +104,10 @@ pub fn refused(input: &mut Input<'_>) {
 
 /// A device with threads of its own: a disk in memory that is waited for.
 pub fn threaded(input: &mut Input<'_>) -> (Kind, Box<dyn Backend>) {
-    let (_file, path) = memory_file(SECTORS * SECTOR);
+    let (file, path) = memory_file(SECTORS * SECTOR);
     let disk = Disk::open(path.as_ref(), DiskAccess::default()).expect("a disk");
     let block = Block::waiting(disk, input.below(3) + 1, input.flag()).expect("descriptors");
-    (Kind::Blk { faults: Faults::default(), read_only: false }, Box::new(block))
+    (Kind::Blk { file, faults: Faults::default(), read_only: false }, Box::new(block))
 }
 
 /// The device that `input` says.
@@ -116,7 +116,7 @@ pub fn device(input: &mut Input<'_>) -> (Kind, Box<dyn Backend>) {
         kind @ 0..=3 => {
             let header = input.byte();
             let (read_only, queues) = (header & 7 == 7, usize::from(header >> 6) + 1);
-            let (_file, path) = memory_file(SECTORS * SECTOR);
+            let (file, path) = memory_file(SECTORS * SECTOR);
             let access = DiskAccess { read_only, direct: false, raw: header & 8 != 0 };
             let disk = Disk::open(path.as_ref(), access).expect("a disk");
             let faults = Faults::default();
@@ -125,7 +125,7 @@ pub fn device(input: &mut Input<'_>) -> (Kind, Box<dyn Backend>) {
                 // In memory, with no disk to wait for.
                 _ => Block::new(disk, queues),
             };
-            (Kind::Blk { faults, read_only }, Box::new(block.expect("descriptors")))
+            (Kind::Blk { file, faults, read_only }, Box::new(block.expect("descriptors")))
         }
         4..=6 => {
             let wire = Arc::<Wire>::default();

@@ -10,6 +10,13 @@ use super::driver::{Driver, UnderWay, AVAILABLE, QUEUE_AREA, SIZE, SLOT};
 use super::model::{BlkRequest, Purpose, FRAME_HEADER, UNTOUCHED};
 use crate::input::Input;
 
+/// Whether the operation of a disk that meets with this fails, if it is no flush, and whether in
+/// any case: others are tried again.
+pub(super) fn fails(outcome: Outcome) -> (bool, bool) {
+    let does = matches!(outcome, Outcome::Fails(5 | 28));
+    (does || outcome == Outcome::Short(0), does)
+}
+
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -111,6 +118,9 @@ impl Driver {
             let length = 16 * buffers as u32;
             self.descriptor(base + 16 * u64::from(head), table, length, INDIRECT, 0);
         }
+        if purpose == Purpose::Receive {
+            self.model.room.push_back(writable.iter().sum());
+        }
         let mut chain = UnderWay { purpose, writable: back, descriptors, slots };
         self.note_races(&mut chain);
         self.queues[number].under_way.insert(head, chain);
@@ -137,7 +147,7 @@ impl Driver {
         if self.queues.is_empty() {
             return;
         }
-        self.wild = true;
+        self.go_wild();
         let number = input.below(self.queues.len());
         let base = self.queues[number].base;
         for _ in 0..input.byte() % 4 + 1 {
@@ -191,7 +201,9 @@ impl Driver {
             // EIO, ENOSPC, EINTR, EAGAIN.
             _ => Outcome::Fails(input.pick(&[5, 28, 4, 11])),
         };
-        self.model.faults |= !matches!(outcome, Outcome::Done | Outcome::Later);
+        let (may, does) = fails(outcome);
+        self.injected.0 += usize::from(may);
+        self.injected.1 += usize::from(does);
         faults.lock().push_back(outcome);
     }
 }

@@ -9,11 +9,12 @@ use twostage::sync::Mutex;
 
 use twostage_vmm::inside::pci::{InterruptVector, Location, MsiMessage, PciFunction};
 use twostage_vmm::inside::threadless::without_threads;
-use twostage_vmm::inside::virtio::{Backend, DeviceMemory, Doorbells, Faults, VirtioPci};
+use twostage_vmm::inside::virtio::{Backend, DeviceMemory, Doorbells, VirtioPci};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{device, threaded, Kind};
+use super::chains::fails;
 use super::model::{Model, Purpose};
 use crate::input::Input;
 
@@ -32,6 +33,8 @@ const USED: u64 = 0x2000;
 pub(super) const SIZE: u16 = 16;
 const EVENT_INDEX: u64 = 1 << 29;
 const MERGEABLE: u64 = 1 << 15;
+/// A driver that knows of flushes.
+const FLUSHES: u64 = 1 << 9;
 const NEEDS_RESET: u64 = 0x40;
 
 /// How long a device may take that has threads.
@@ -97,6 +100,8 @@ pub struct Driver {
     pub(super) wild: bool,
     /// The device has threads.
     waits: bool,
+    /// Faults of the disk so far that make an operation fail, if it is no flush; and in any case.
+    pub(super) injected: (usize, usize),
 }
 
 impl Driver {
@@ -143,6 +148,7 @@ impl Driver {
             bus_master: false,
             wild: false,
             waits,
+            injected: (0, 0),
         };
         if input.byte() % 8 != 7 {
             driver.start(input);
@@ -182,7 +188,7 @@ impl Driver {
         self.write(0x14, 1, 3);
         let refused = match choice & 3 {
             0 => EVENT_INDEX,
-            1 => 1 << 9,
+            1 => FLUSHES,
             2 => MERGEABLE | EVENT_INDEX,
             _ => 0,
         };
@@ -194,6 +200,7 @@ impl Driver {
             if select == 0 {
                 self.event_index = offered & EVENT_INDEX != 0;
                 self.model.mergeable = offered & MERGEABLE != 0;
+                self.model.write_through = offered & FLUSHES == 0;
             }
         }
         self.write(0x14, 1, 0xb);
@@ -231,8 +238,24 @@ impl Driver {
         (at != 0).then_some(at.into())
     }
 
+    /// It does something that no driver does.
+    pub(super) fn go_wild(&mut self) {
+        self.wild = true;
+        self.model.forget_all();
+    }
+
+    /// How many operations of the disk have failed as they were told to, of both kinds.
+    fn failed(&self) -> (usize, usize) {
+        let Kind::Blk { faults, .. } = &self.kind else { return (0, 0) };
+        faults.lock().iter().fold(self.injected, |(may, does), outcome| {
+            let left = fails(*outcome);
+            (may - usize::from(left.0), does - usize::from(left.1))
+        })
+    }
+
     /// Nothing is under way any more.
     fn forget(&mut self) {
+        self.model.failed = self.failed();
         let queues = std::mem::take(&mut self.queues);
         let chains = queues.iter().flat_map(|queue| queue.under_way.values());
         self.model.reset(chains.map(|chain| &chain.purpose));
@@ -274,7 +297,9 @@ impl Driver {
 
     pub fn write_register(&mut self, offset: u64, size: usize, value: u64) {
         // Except the registers that select, and notifications.
-        self.wild |= !matches!(offset, 0 | 8 | 0x3000..=0x3fff);
+        if !matches!(offset, 0 | 8 | 0x3000..=0x3fff) {
+            self.go_wild();
+        }
         self.write(offset, size, value);
     }
 
@@ -284,7 +309,7 @@ impl Driver {
     }
 
     pub fn write_config(&mut self, offset: u16, size: usize, value: u64) {
-        self.wild = true;
+        self.go_wild();
         self.config(offset, &value.to_le_bytes()[..size]);
     }
 
@@ -311,7 +336,7 @@ impl Driver {
         self.config(window + 8, &offset.to_le_bytes());
         self.config(window + 12, &u32::from(input.byte() % 9).to_le_bytes());
         if input.flag() {
-            self.wild = true;
+            self.go_wild();
             self.config(window + 16, &input.number().to_le_bytes()[..4]);
         }
         self.read_config(window + 16, 4);
@@ -319,7 +344,7 @@ impl Driver {
 
     /// Changes rings in a way that no driver does.
     pub fn scribble(&mut self, address: u64, value: u64) {
-        self.wild = true;
+        self.go_wild();
         let length = (QUEUE_AREA - address).min(8) as usize;
         let bytes = &value.to_le_bytes()[..length];
         self.memory.write_slice(bytes, GuestAddress(address)).expect("memory");
@@ -347,6 +372,7 @@ impl Driver {
             return;
         }
         assert_eq!(self.read(0x14, 1) & NEEDS_RESET, 0, "the driver made no mistake");
+        self.model.failed = self.failed();
         for number in 0..self.queues.len() {
             let queue = &self.queues[number];
             let (ring, before) = (queue.base + USED, queue.seen);
@@ -367,7 +393,7 @@ impl Driver {
             self.memory.write_obj(index, GuestAddress(event)).expect("memory");
         }
         if let Kind::Net(wire) = &self.kind {
-            wire.sent.lock().clear();
+            assert!(wire.sent.lock().is_empty(), "a frame that the driver did not send");
         }
     }
 
@@ -413,11 +439,10 @@ impl Driver {
 
     /// Lets everything end that can.
     pub fn end(mut self) {
-        let faults: Option<&Faults> = match &self.kind {
-            Kind::Blk { faults, .. } => Some(faults),
-            _ => None,
-        };
-        faults.into_iter().for_each(|faults| faults.lock().clear());
+        if let Kind::Blk { faults, .. } = &self.kind {
+            self.injected = self.failed();
+            faults.lock().clear();
+        }
         if self.started && !self.wild {
             self.set_bus_master(true);
             // Each turn serves a part; nothing here needs more.
@@ -431,9 +456,13 @@ impl Driver {
             let waits = |chain: &UnderWay| chain.purpose != Purpose::Receive;
             let left = self.queues.iter().flat_map(|queue| queue.under_way.values());
             assert_eq!(left.filter(|chain| waits(chain)).count(), 0, "chains were forgotten");
+            self.model.nothing_is_left();
         }
         // Whatever it did, a reset succeeds.
         self.write(0x14, 1, 0);
         self.wait_for_reset();
+        if let Kind::Blk { file, .. } = &self.kind {
+            self.model.check_disk(file);
+        }
     }
 }

@@ -2,8 +2,11 @@
 //! What must have become of a chain when the device has used it, naively.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use super::backend::{SECTOR, SECTORS};
+use super::driver::SIZE;
 
 /// Bytes of the header of a frame.
 pub const FRAME_HEADER: usize = 12;
@@ -50,10 +53,19 @@ pub struct Model {
     /// The disk; unknown where writes raced or failed.
     disk: Vec<Option<u8>>,
     pub read_only: bool,
-    /// Operations of the disk may have failed.
-    pub faults: bool,
+    /// So many operations of the disk have failed as they were told to, if they were not flushes;
+    /// and so many in any case.
+    pub failed: (usize, usize),
+    /// The driver does not flush: each write does.
+    pub write_through: bool,
+    /// So many requests failed for that, and so many flushes after the first one that did.
+    told: (usize, usize),
+    /// A flush has failed: what was written before may be lost, which all later flushes say.
+    lost_writes: bool,
     /// Frames for the driver that it has not got yet.
     pub frames: VecDeque<Vec<u8>>,
+    /// Bytes of the driver's buffers for frames, in order.
+    pub room: VecDeque<usize>,
     /// What is left of the frame that it is getting, and of how many buffers it was to consist.
     partial: Option<(Vec<u8>, u16)>,
     pub mergeable: bool,
@@ -65,8 +77,12 @@ impl Model {
         Self {
             disk,
             read_only,
-            faults: false,
+            failed: (0, 0),
+            write_through: false,
+            told: (0, 0),
+            lost_writes: false,
             frames: VecDeque::new(),
+            room: VecDeque::new(),
             partial: None,
             mergeable: false,
         }
@@ -79,8 +95,63 @@ impl Model {
                 self.forget(request);
             }
         }
+        // Those that were under way were not told of failures.
+        self.lost_writes |= self.failed.0 > self.told.0;
+        self.told = (self.failed.0, 0);
         self.frames.clear();
+        self.room.clear();
         self.partial = None;
+    }
+
+    /// The driver may have written anywhere.
+    pub fn forget_all(&mut self) {
+        self.disk.fill(None);
+    }
+
+    /// The disk has what was written, and nothing else.
+    pub fn check_disk(&self, file: &File) {
+        let mut bytes = vec![0; self.disk.len()];
+        file.read_exact_at(&mut bytes, 0).expect("memory");
+        for (at, (expected, byte)) in self.disk.iter().zip(&bytes).enumerate() {
+            assert!(expected.is_none_or(|expected| expected == *byte), "byte {at:#x} of the disk");
+        }
+    }
+
+    /// The device was given time for everything.
+    pub fn nothing_is_left(&mut self) {
+        let told = self.told.0 + self.told.1;
+        assert!(told >= self.failed.1, "the disk failed, and nobody was told");
+        let waits = |model: &Self| match model.buffers() {
+            Some(_) => panic!("a frame was lost that there was room for"),
+            None => model.frames.is_empty() || model.room.len() < model.most(),
+        };
+        while !waits(self) {
+            self.frames.pop_front();
+        }
+        assert!(self.partial.is_none(), "half of a frame");
+    }
+
+    /// How many buffers a frame has at most.
+    fn most(&self) -> usize {
+        if self.mergeable {
+            usize::from(SIZE)
+        } else {
+            1
+        }
+    }
+
+    /// How many buffers the next frame needs, if there is one and they are there.
+    fn buffers(&self) -> Option<usize> {
+        let length = self.frames.front()?.len();
+        let mut room = 0;
+        self.room
+            .iter()
+            .take(self.most())
+            .position(|buffer| {
+                room += buffer;
+                room >= length
+            })
+            .map(|last| last + 1)
     }
 
     /// What `request`, a write, was to change is unknown.
@@ -141,8 +212,16 @@ impl Model {
             FLUSH | GET_ID => OK,
             _ => UNSUPP,
         };
-        let failed = self.faults && *status == IOERR && matches!(request.kind, IN | OUT | FLUSH);
-        assert!(*status == expected || failed, "{request:?}: {status}, and not {expected}");
+        if (*status, expected) == (IOERR, OK) {
+            let flushes = request.kind == FLUSH || (request.kind == OUT && self.write_through);
+            let lost = flushes && self.lost_writes;
+            assert!(lost || self.told.0 < self.failed.0, "{request:?} failed, and no disk did");
+            let told = if lost { &mut self.told.1 } else { &mut self.told.0 };
+            *told += 1;
+            self.lost_writes |= flushes;
+        } else {
+            assert_eq!(*status, expected, "{request:?}");
+        }
         match *status {
             OK => assert_eq!(written, buffer.len()),
             _ => assert!(written <= 1, "{request:?} failed with {written} bytes"),
@@ -174,23 +253,28 @@ impl Model {
     fn receive(&mut self, written: usize, buffer: &[u8]) {
         assert!(buffer[written..].iter().all(|byte| *byte == UNTOUCHED));
         let part = &buffer[..written];
-        let (rest, left) = self.partial.take().unwrap_or_else(|| {
-            let count = u16::from_le_bytes([part[10], part[11]]);
-            assert!(count == 1 || self.mergeable, "{count} buffers of a frame");
-            // Frames that no queue had room for were dropped.
-            while let Some(mut frame) = self.frames.pop_front() {
-                frame[10..12].copy_from_slice(&part[10..12]);
-                if frame.starts_with(part) && (frame.len() == part.len() || count > 1) {
-                    return (frame, count);
-                }
-            }
-            panic!("a frame that nobody sent, of {} bytes", part.len());
-        });
+        let (rest, left) = self.partial.take().unwrap_or_else(|| self.next_frame());
+        let room = self.room.pop_front();
+        assert_eq!(room, Some(buffer.len()), "another buffer came first");
         assert!(rest.starts_with(part), "a part of another frame");
+        assert_eq!(part.len(), rest.len().min(buffer.len()), "a buffer that is not full");
         let rest = &rest[part.len()..];
         match left - 1 {
             0 => assert!(rest.is_empty(), "{} bytes of a frame are lost", rest.len()),
             left => self.partial = Some((rest.to_vec(), left)),
+        }
+    }
+    /// The next frame that the device delivers, and to how many buffers.
+    fn next_frame(&mut self) -> (Vec<u8>, u16) {
+        loop {
+            if let Some(count) = self.buffers() {
+                let mut frame = self.frames.pop_front().expect("it has buffers");
+                frame[10..12].copy_from_slice(&(count as u16).to_le_bytes());
+                return (frame, count as u16);
+            }
+            // One for which all of the queue has no room is dropped.
+            assert!(self.room.len() >= self.most(), "a frame without buffers");
+            self.frames.pop_front().expect("a frame that nobody sent");
         }
     }
 }
