@@ -162,12 +162,12 @@ pub fn run(input: &mut Input<'_>) {
                 }
             }
         }
-        for select in (0..0x44).step_by(3) {
+        for select in 0..0x44 {
             let mut data = [0; 4];
             ioapic.write(0, &[select]);
             ioapic.read(0x10, &mut data);
             assert_eq!(u32::from_le_bytes(data), naive.read(select), "register {select:#x}");
         }
+        assert_eq!(std::mem::take(&mut *sent.lock()), std::mem::take(&mut naive.sent));
     }
-    assert_eq!(*sent.lock(), naive.sent);
 }

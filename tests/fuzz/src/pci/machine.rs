@@ -2,29 +2,27 @@
 //! The machine: two `edu`s, one behind two bridges, and a virtio device.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
-use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::pci::Bdf;
 use twostage::viommu::bridges::BridgeKind;
-use twostage::viommu::InterruptSink;
-use twostage_emulated::PageTries;
 use twostage_vmm::inside::edu::Edu;
 use twostage_vmm::inside::pci::{
-    Bridge, BusNumbers, ConfigLender, ConfigPage, Ecam, HostBridge, InterruptVector, IntxRouter,
-    Location, MsiMessage, PageLoan, PciBus, PciFunction, PciMemory,
+    Bridge, BusNumbers, Ecam, HostBridge, InterruptVector, IntxRouter, Location, PciBus,
+    PciFunction, PciMemory,
 };
 use twostage_vmm::inside::threadless::without_threads;
-use twostage_vmm::inside::virtio::{DeviceMemory, Doorbells, Rng, VirtioPci};
+use twostage_vmm::inside::virtio::{DeviceMemory, Rng, VirtioPci};
 use twostage_vmm::inside::{
-    BusDevice, DirectMemory, DmaError, DmaMaster, EduConfig, MachineMemory, MessageWrites,
+    BusDevice, DirectMemory, DmaMaster, EduConfig, MachineMemory, MessageWrites, Services,
+    PCI_MMIO_LAST, PCI_MMIO_START,
 };
-use twostage_vmm::inside::{ServiceControl, Services, PCI_MMIO_LAST, PCI_MMIO_START};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
+use super::around::{
+    Control, Counted, Counts, Lender, Memory, NoDoorbells, Pages, Sink, Vector, MEMORY,
+};
 use super::naive;
 use crate::input::Input;
 
@@ -33,146 +31,16 @@ pub const FUNCTIONS: usize = 6;
 /// Where they are at the start.
 const PLACES: [u16; FUNCTIONS] = [0, 0x08, 0x10, 0x18, 0x100, 0x218];
 const EDU: usize = 1;
+const VIRTIO: usize = 2;
 const PORT: usize = 3;
 const TO_PCI: usize = 4;
 const BEHIND: usize = 5;
+/// What an `edu` says to be.
+const EDU_ID: [u8; 4] = [0xed, 0, 0, 1];
 /// What is behind bridges is in the second half of these.
 const WINDOW: u64 = 16 << 20;
 /// Where ECAM is, of no importance here.
 const ECAM: u64 = 0xb000_0000;
-/// Bytes of memory for DMA.
-const MEMORY: usize = 0x4000;
-
-/// Counts messages of all kinds, and DMA requests.
-#[derive(Default)]
-pub struct Counts {
-    messages: AtomicU64,
-    requests: AtomicU64,
-}
-
-impl Counts {
-    fn both(&self) -> (u64, u64) {
-        (self.messages.load(Ordering::Relaxed), self.requests.load(Ordering::Relaxed))
-    }
-}
-
-struct Vector(Arc<Counts>);
-
-impl InterruptVector for Vector {
-    fn update(&self, _: Option<MsiMessage>) {}
-
-    fn trigger(&self) {
-        self.0.messages.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-struct Sink(Arc<Counts>);
-
-impl InterruptSink for Sink {
-    fn send_msi(&self, _: u64, _: u32) {
-        self.0.messages.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// Memory without an IOMMU, whose first pages are missing until they were requested.
-struct Memory {
-    counts: Arc<Counts>,
-    bytes: Vec<u8>,
-    services: Services,
-    control: Option<Arc<Control>>,
-}
-
-impl Memory {
-    fn range(
-        &mut self,
-        pasid: Option<Pasid>,
-        iova: u64,
-        length: usize,
-    ) -> Result<&mut [u8], DmaError> {
-        self.counts.requests.fetch_add(1, Ordering::Relaxed);
-        assert!(pasid.is_none() || self.services.pasid, "a PASID that nobody enabled");
-        let (start, pri) = (iova as usize, self.services.pri);
-        if iova >= MEMORY as u64 || length > MEMORY - start {
-            let group = (pri && iova < 2 * MEMORY as u64).then_some(1);
-            return Err(DmaError { address: iova, group });
-        }
-        Ok(&mut self.bytes[start..start + length])
-    }
-}
-
-impl DmaMaster for Memory {
-    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
-        data.copy_from_slice(self.range(pasid, iova, data.len())?);
-        Ok(())
-    }
-
-    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
-        self.range(pasid, iova, data.len())?.copy_from_slice(data);
-        Ok(())
-    }
-
-    fn set_services(&mut self, services: Services) {
-        self.services = services;
-    }
-
-    fn service_control(&self) -> Option<Arc<dyn ServiceControl>> {
-        self.control.clone().map(|control| control as Arc<dyn ServiceControl>)
-    }
-}
-
-/// Page requests are answered after some tries, or not.
-#[derive(Default)]
-struct Control(AtomicUsize);
-
-impl ServiceControl for Control {
-    fn enabled(&self, _: Services) {}
-
-    fn wait(&self, _: u16, address: u64, _: &mut PageTries) -> Result<(), DmaError> {
-        match self.0.fetch_add(1, Ordering::Relaxed) % 4 {
-            3 => Err(DmaError::at(address)),
-            _ => Ok(()),
-        }
-    }
-
-    fn outstanding(&self) -> usize {
-        self.0.load(Ordering::Relaxed) % 2
-    }
-
-    fn reset(&self) {}
-}
-
-struct NoDoorbells;
-
-impl Doorbells for NoDoorbells {
-    fn attach(&self, address: u64, _: &EventFd) -> bool {
-        address & 0x10_0000 == 0
-    }
-
-    fn detach(&self, _: u64, _: &EventFd) {}
-}
-
-/// The pages that the guest has, by address.
-type Pages = Arc<Mutex<BTreeMap<u64, Arc<ConfigPage>>>>;
-
-struct Lender(Pages);
-
-struct Lent(Pages, u64);
-
-impl PageLoan for Lent {}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        self.0.lock().remove(&self.1);
-    }
-}
-
-impl ConfigLender for Lender {
-    fn lend_config(&self, address: u64, page: Arc<ConfigPage>) -> io::Result<Box<dyn PageLoan>> {
-        self.0.lock().insert(address, page);
-        Ok(Box::new(Lent(self.0.clone(), address)))
-    }
-}
-
 /// The machine.
 pub struct Machine {
     bus: Arc<PciBus>,
@@ -218,7 +86,10 @@ impl Machine {
             let sink = Arc::new(Sink(counts.clone()));
             let memory: Box<dyn DmaMaster> = match number {
                 0 => Box::new(memory),
-                _ => Box::new(DirectMemory(MachineMemory::new(MEMORY as u64).expect("memory"))),
+                _ => {
+                    let memory = MachineMemory::new(MEMORY as u64).expect("memory");
+                    Box::new(Counted(counts.clone(), Box::new(DirectMemory(memory))))
+                }
             };
             let memory = Box::new(MessageWrites::new(memory, sink.clone()));
             Edu::new(config, location, bars, pin, sink, &vector, memory).expect("no thread")
@@ -301,7 +172,7 @@ impl Machine {
             self.ports.write(0, &address.to_le_bytes());
             self.ports.read(4 + u64::from(register & 3), &mut other[..size]);
             // The window to a virtio device's registers may show its interrupt status, once.
-            assert!(function == 2 || data == other, "{bdf:#x} {register:#x}");
+            assert!(function == VIRTIO || data == other, "{bdf:#x} {register:#x}");
         }
         let _ = ports;
     }
@@ -344,8 +215,7 @@ impl Machine {
     pub fn look(&self, function: usize, bar: usize) {
         let (device, ways) = (&self.functions[function], self.ways(function));
         let Some((start, size)) = naive::bar(&**device, bar) else { return };
-        let in_window = start >= PCI_MMIO_START && start + size - 1 <= PCI_MMIO_LAST;
-        if !in_window || ![EDU, BEHIND].contains(&function) || bar != 0 {
+        if start < PCI_MMIO_START || start + size - 1 > PCI_MMIO_LAST {
             return;
         }
         let decodes = naive::decodes(&**device, start, size, &ways);
@@ -354,13 +224,17 @@ impl Machine {
             naive::bar(&*self.functions[f], bar)
                 .is_some_and(|(at, length)| at < start + size && start < at + length)
         });
-        let mut data = [0; 4];
-        PciMemory(self.bus.clone()).read(start - PCI_MMIO_START, &mut data);
-        let id = u32::from_le_bytes(data);
-        match decodes {
-            true => assert!(shared || id == 0x0100_00ed, "no edu at {start:#x} but {id:#x}"),
-            false => assert!(shared || id == u32::MAX, "{id:#x} answers at {start:#x}"),
+        if shared {
+            return;
         }
+        // An edu's identity, its vectors and its memory; how many queues a virtio device has.
+        let offset = if function == VIRTIO { 0x10 } else { 0 };
+        let (mut data, mut direct) = ([0; 4], [0; 4]);
+        device.read_bar(bar, offset, &mut direct);
+        PciMemory(self.bus.clone()).read(start + offset - PCI_MMIO_START, &mut data);
+        let expected = if decodes { direct } else { [0xff; 4] };
+        assert_eq!(data, expected, "BAR {bar} of {function} at {start:#x}");
+        assert!(function == VIRTIO || bar > 0 || direct == EDU_ID, "no edu but {direct:x?}");
     }
 
     /// The bridges that a function is behind.
@@ -402,7 +276,7 @@ impl Machine {
         self.quiet(function, |device| device.write_bar(0, register, &causes.to_le_bytes()));
     }
 
-    /// A DMA of an `edu`, or a factorial. Who may make no requests makes none.
+    /// A DMA of an `edu`, or a factorial. Who may make requests makes some, who may not makes none.
     pub fn transfer(&self, function: usize, input: &mut Input<'_>) {
         let choice = input.byte();
         let memory = match choice >> 5 {
@@ -413,7 +287,9 @@ impl Machine {
         let (count, pasid) = (u64::from(input.half() % 0x1100), u32::from(input.byte()));
         let ends = [memory, 0x4_0000 + u64::from(input.byte())];
         let ends = if choice & 2 == 0 { ends } else { [ends[1], ends[0]] };
-        self.quiet(function, |device| {
+        let whole = (1..0x1000 - 0xff).contains(&count) && memory < MEMORY as u64;
+        let before = self.counts.both().1;
+        let may = self.quiet(function, |device| {
             for (offset, value) in [(0x80, ends[0]), (0x88, ends[1]), (0x90, count)] {
                 device.write_bar(0, offset, &value.to_le_bytes());
             }
@@ -425,21 +301,27 @@ impl Machine {
             device.read_bar(0, 0x98, &mut command);
             assert_eq!(command[0] & 1, 0, "the transfer is over");
         });
+        if may && whole && choice & 8 == 0 {
+            assert!(self.counts.both().1 > before, "a transfer without requests");
+        }
     }
 
-    fn quiet(&self, function: usize, act: impl FnOnce(&dyn PciFunction)) {
+    /// Whether an `edu` may make requests: if not, it makes none in `act`.
+    fn quiet(&self, function: usize, act: impl FnOnce(&dyn PciFunction)) -> bool {
         let device = &self.functions[function];
         if ![EDU, BEHIND].contains(&function) {
-            return;
+            return false;
         }
         let before = self.counts.both();
         act(&**device);
         let numbers: &[(usize, u8)] =
             if function == BEHIND { &[(TO_PCI, 2), (PORT, 1)] } else { &[] };
         let ways = numbers.iter().map(|(bridge, number)| (&*self.functions[*bridge], *number));
-        if !naive::may_request(&**device, ways) {
+        let may = naive::may_request(&**device, ways);
+        if !may {
             assert_eq!(self.counts.both(), before, "a request of who may make none");
         }
+        may
     }
 
     /// Enables MSI-X with the first vector unmasked.
@@ -447,7 +329,7 @@ impl Machine {
         let device = &self.functions[function];
         let Some(msix) = naive::capability(&**device, 0x11) else { return };
         self.write_config(function, msix + 2, &[0, choice & 0xc0], false);
-        let (bar, table) = if function == 2 { (0, 0x4000) } else { (1, 0) };
+        let (bar, table) = if function == VIRTIO { (0, 0x4000) } else { (1, 0) };
         device.write_bar(bar, table, &0xfee0_0000_u64.to_le_bytes());
         device.write_bar(bar, table + 8, &[choice, 0, 0, 0, choice & 1, 0, 0, 0]);
         let mut entry = [0; 8];

@@ -7,6 +7,7 @@
 //! with reads that exit, BARs with what answers at their addresses, interrupt lines with the
 //! functions' registers, and who makes requests with who may.
 
+mod around;
 #[cfg(target_arch = "x86_64")]
 mod ioapic;
 mod machine;

@@ -89,6 +89,21 @@ impl InterruptSink for End {
     }
 }
 
+/// A vector, with the message that software has set.
+struct Vector {
+    route: MsiRoute,
+    id: RouteId,
+    message: Option<MsiMessage>,
+    /// The hypervisor refused nothing when the route was last made.
+    fresh: bool,
+}
+
+impl Vector {
+    fn has_foreign_address(&self) -> bool {
+        self.message.is_some_and(|message| message.address >> 32 != 0)
+    }
+}
+
 /// One execution.
 pub fn run(input: &mut Input<'_>) {
     let hypervisor = Arc::<Hypervisor>::default();
@@ -96,66 +111,95 @@ pub fn run(input: &mut Input<'_>) {
     let table = Arc::new(RouteTable::new(hypervisor.clone(), FIRST..FIRST + 4));
     let routes = RemappedRoutes::new(table.clone());
     let end = Arc::<End>::default();
-    let mut vectors: Vec<Option<(MsiRoute, RouteId, Option<MsiMessage>)>> =
-        (0..VECTORS).map(|_| None).collect();
-    // Whether every change reached the hypervisor.
+    let mut vectors: Vec<Option<Vector>> = (0..VECTORS).map(|_| None).collect();
+    // A message that cannot be routed came while the hypervisor had no memory: it is not known
+    // which one it is.
+    let mut mixed = false;
     for _ in 0..MAX_STEPS {
         if input.is_empty() {
             break;
         }
         let number = input.below(VECTORS);
+        let refuses = hypervisor.refuses.load(Ordering::Relaxed) == 1;
         match (input.byte() % 8, &mut vectors[number]) {
             (0, place @ None) => {
                 let Some(id) = table.allocate() else { continue };
                 let weak = Arc::downgrade(&remapper) as Weak<dyn InterruptRemapper>;
                 let source = MsiSource::new(Bdf::from_raw(number as u16), Some(weak));
-                *place = Some((routes.add(id, source, end.clone()), id, None));
+                let route = routes.add(id, source, end.clone());
+                // Who had its number may have left something while the hypervisor refused.
+                *place = Some(Vector { route, id, message: None, fresh: false });
             }
             (0, place) => {
-                if let Some((route, id, _)) = place.take() {
+                if let Some(Vector { route, id, .. }) = place.take() {
                     drop(route);
                     table.release(id);
                 }
             }
-            (1..=3, Some((route, _, message))) => {
+            (1..=3, Some(vector)) => {
                 let address = 0xfee0_0000 | u64::from(input.byte() & 1) << 32;
                 let data = u32::from(input.byte());
-                *message = (data != 0).then_some(MsiMessage { address, data });
-                route.set(*message);
+                vector.message = (data != 0).then_some(MsiMessage { address, data });
+                mixed |= refuses && vector.has_foreign_address();
+                vector.fresh = !refuses && !mixed;
+                vector.route.set(vector.message);
             }
             (4, _) => {
                 remapper.0.store(u32::from(input.byte()), Ordering::Relaxed);
                 routes.interrupts_changed();
+                let mut all = vectors.iter_mut().flatten();
+                mixed |= refuses && all.any(|vector| vector.has_foreign_address());
+                vectors.iter_mut().flatten().for_each(|vector| vector.fresh = !refuses && !mixed);
             }
             (5, _) => hypervisor.refuses.store(u8::from(input.flag()), Ordering::Relaxed),
-            (6, Some((route, _, message))) => {
+            (6, Some(vector)) => {
                 end.0.lock().clear();
-                route.fire();
+                vector.route.fire();
+                vector.fresh &= !refuses;
                 let sent = std::mem::take(&mut *end.0.lock());
-                let wanted = message.and_then(|message| remapper.remapped(message));
+                let wanted = vector.message.and_then(|message| remapper.remapped(message));
                 assert_eq!(sent, wanted.into_iter().collect::<Vec<_>>());
             }
-            (7, Some((route, ..))) => route.fire_unrouted(|| input.flag()),
+            (7, Some(vector)) => {
+                let routed =
+                    vector.route.with_state(|state| matches!(state, RouteState::Routed(_)));
+                let fired = input.flag();
+                end.0.lock().clear();
+                vector.route.fire_unrouted(|| fired);
+                vector.fresh &= !refuses;
+                let wanted = vector.message.and_then(|message| remapper.remapped(message));
+                let wanted = wanted.filter(|_| fired && !routed);
+                let sent = std::mem::take(&mut *end.0.lock());
+                assert_eq!(sent, wanted.into_iter().collect::<Vec<_>>());
+            }
             _ => {}
         }
         check(&hypervisor, &remapper, &vectors);
     }
 }
 
-fn check(
-    hypervisor: &Hypervisor,
-    remapper: &Remapper,
-    vectors: &[Option<(MsiRoute, RouteId, Option<MsiMessage>)>],
-) {
+fn check(hypervisor: &Hypervisor, remapper: &Remapper, vectors: &[Option<Vector>]) {
     let table = hypervisor.table.lock();
     let mut ids = BTreeSet::new();
-    for (route, id, message) in vectors.iter().flatten() {
+    for vector in vectors.iter().flatten() {
+        let Vector { route, id, message, fresh } = vector;
         assert!(ids.insert(*id), "{id} twice");
         let wanted = message.and_then(|message| remapper.remapped(message));
+        let has = table.get(id).map(|route| route.message);
         route.with_state(|state| {
-            if let RouteState::Routed(message) = state {
-                assert_eq!(Some(message), wanted);
-                assert_eq!(table.get(id).map(|route| route.message), wanted);
+            let expected = match (*message, wanted) {
+                (None, _) => RouteState::Masked,
+                (_, None) => RouteState::Blocked,
+                (_, Some(wanted)) => RouteState::Routed(wanted),
+            };
+            if state == RouteState::Unroutable && wanted.is_some() {
+                assert!(!fresh || vector.has_foreign_address(), "{id} can be routed");
+            } else {
+                assert_eq!(state, expected);
+            }
+            match state {
+                RouteState::Routed(message) => assert_eq!(has, Some(message)),
+                _ => assert!(!fresh || has.is_none(), "{id} has an old route"),
             }
         });
     }
