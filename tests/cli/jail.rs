@@ -2,6 +2,8 @@
 //! `--jail`: what the kernel says of each thread of a machine.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 
 use super::*;
 use child::Running;
@@ -164,5 +166,52 @@ fn users_and_groups_that_contradict_something_are_refused() {
     if is_root() {
         let args = ["--jail", "on", "--uid", "0", "--gid", "5"];
         refused(&args, "--gid: with --uid 0 it stays the user");
+    }
+}
+
+/// A file that replaces another under its name is one that the jail has no access to; what is
+/// written into the old one is seen.
+#[test]
+fn a_kernel_that_is_replaced_is_not_opened_again_in_the_jail() {
+    if !kvm() {
+        return;
+    }
+    let reset = multiboot(&[code::out(0xcf9, 0x06), code::HALT.to_vec()].concat());
+    let seven = multiboot(&[code::exit(7), code::HALT.to_vec()].concat());
+    assert_eq!(reset.len(), seven.len());
+    for (jail, replaced, end) in [("on", true, NO_INPUT), ("off", true, 7), ("on", false, 7)] {
+        let folder = TempDir::new().unwrap();
+        let [old, new] = ["old", "new"].map(|name| folder.path().join(name));
+        fs::write(&old, &reset).unwrap();
+        fs::write(&new, &seven).unwrap();
+        let mut command = with_default_signals(TWOSTAGE);
+        command.args(["run", "--memory", "size=16M", "--report", "none", "--on-reset", "restart"]);
+        command.args(["--jail", jail, "--kernel"]).arg(&old);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut machine = Running::new(&mut command);
+        let mut errors = BufReader::new(machine.0.stderr.take().unwrap());
+        let mut line = String::new();
+        errors.read_line(&mut line).unwrap();
+        if line.contains("Landlock") {
+            return not_tested(line);
+        }
+        assert!(line.contains("the guest reset the machine after"), "{line}");
+        match replaced {
+            true => fs::rename(&new, &old).unwrap(),
+            false => {
+                let file = fs::File::options().write(true).open(&old).unwrap();
+                file.write_all_at(&seven, 0).unwrap();
+            }
+        }
+        let mut rest = String::new();
+        errors.read_to_string(&mut rest).unwrap();
+        assert_eq!(machine.end().code(), Some(end.into()), "{jail}, {replaced}: {rest}");
+        if end == NO_INPUT {
+            let why =
+                "Permission denied (os error 13): the jail opens only the files that were there \
+                       at the start, not one that has replaced such a file; --jail off does";
+            let said = format!("twostage: error: --kernel {}: {why}", old.display());
+            assert_eq!(rest.lines().last(), Some(&*said), "{rest}");
+        }
     }
 }

@@ -2,24 +2,49 @@
 //! Disks that fail: the guest gets an error for the request that it concerns, the machine goes on,
 //! and a line names the disk, the place and the error.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use fuser::Errno;
 use rustix::mount::{mount, unmount, MountFlags, UnmountFlags};
+use serde_json::Value;
 use tempfile::{NamedTempFile, TempDir};
+use twostage::skips::not_tested;
 
-use crate::child::{kvm, with_default_signals, TWOSTAGE};
+use crate::child::{kernel, kvm, with_default_signals, TWOSTAGE};
 use crate::fuse::{FaultyDisk, SIZE};
 use crate::guest::{after, Guest};
-use crate::world::alone;
+use crate::world::{alone, folders};
 
-/// A disk of 1 MiB in `folder`.
-fn disk(folder: &TempDir) -> NamedTempFile {
+/// A disk of 1 MiB in `folder`, and its path.
+fn disk(folder: &TempDir) -> (NamedTempFile, String) {
     let file = NamedTempFile::new_in(folder).unwrap();
     file.as_file().set_len(1 << 20).unwrap();
-    file
+    let path = file.path().display().to_string();
+    (file, path)
+}
+
+#[test]
+fn disks_are_served_by_what_is_meant_to_be_tested() {
+    let folders = folders();
+    if !kvm() || folders.len() < 2 {
+        return;
+    }
+    let disks: Vec<_> = folders.iter().map(disk).collect();
+    let [one, other] = [0, 1].map(|at| format!("path={}", disks[at].1));
+    let report = NamedTempFile::new().unwrap();
+    let to = format!("json,file={}", report.path().display());
+    Guest::start(&["--disk", &one, "--disk", &other, "--report", &to]).stop();
+    let report: Value = serde_json::from_reader(report.as_file()).unwrap();
+    let served: Vec<_> = report["devices"].as_array().unwrap().iter().collect();
+    let served: Vec<_> = served.iter().map(|device| device["served_by"].as_str()).collect();
+    if served == [Some("memory"), Some("threads")] {
+        return not_tested("io_uring is forbidden here, disks that it serves");
+    }
+    assert_eq!(served, [Some("memory"), Some("io_uring")]);
 }
 
 #[test]
@@ -27,10 +52,8 @@ fn an_image_that_becomes_shorter_fails_where_it_is_missing_and_nowhere_else() {
     if !kvm() {
         return;
     }
-    for folder in ["/dev/shm", "/tmp"] {
-        let folder = TempDir::new_in(folder).unwrap();
-        let file = disk(&folder);
-        let path = file.path().display().to_string();
+    for folder in folders() {
+        let (file, path) = disk(&folder);
         let mut guest = Guest::start(&["--disk", &format!("path={path}")]);
         assert_eq!(guest.ask("w 0 1000 1 77"), "w 0 1000 ok");
         file.as_file().set_len(4096).unwrap();
@@ -60,8 +83,7 @@ fn a_file_system_that_is_full_fails_writes_that_need_room_and_no_others() {
     let folder = TempDir::new().unwrap();
     let size = c"size=64k";
     mount("tmpfs", folder.path(), "tmpfs", MountFlags::empty(), Some(size)).unwrap();
-    let file = disk(&folder);
-    let path = file.path().display().to_string();
+    let (file, path) = disk(&folder);
     let mut guest = Guest::start(&["--disk", &format!("path={path}")]);
     // Half of it fits.
     assert_eq!(guest.ask("w 0 0 256 7"), "w 0 0 error 1");
@@ -84,10 +106,8 @@ fn a_file_that_may_not_grow_fails_the_write_that_would_make_it() {
     if !kvm() {
         return;
     }
-    for folder in ["/dev/shm", "/tmp"] {
-        let folder = TempDir::new_in(folder).unwrap();
-        let file = disk(&folder);
-        let path = file.path().display().to_string();
+    for folder in folders() {
+        let (_file, path) = disk(&folder);
         let mut shell = with_default_signals("sh");
         shell.args(["-c", "ulimit -f 256; exec \"$0\" \"$@\"", TWOSTAGE]);
         let mut guest = Guest::of(after(shell, &["--disk", &format!("path={path}")]));
@@ -186,4 +206,62 @@ fn a_source_of_entropy_that_fails_needs_a_reset_of_its_device_alone() {
     // DEVICE_NEEDS_RESET.
     assert_eq!(guest.ask("s"), "s 79");
     assert_eq!(guest.stop(), line);
+}
+
+/// A loop device of this test's.
+struct Loop(String);
+
+impl Loop {
+    fn new(image: &Path) -> Option<Self> {
+        let made = Command::new("losetup").args(["--show", "-f"]).arg(image).output();
+        match made {
+            Ok(made) if made.status.success() => {
+                Some(Self(String::from_utf8(made.stdout).unwrap().trim().to_owned()))
+            }
+            made => {
+                not_tested(format!("no loop device is to be had ({made:?}; is this root?)"));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        assert!(Command::new("losetup").args(["-d", &self.0]).status().unwrap().success());
+    }
+}
+
+/// In the jail, as another user than root, and opened again there.
+#[test]
+fn a_block_device_is_read_and_written_in_both_lives_of_a_machine() {
+    if !kvm() {
+        return;
+    }
+    const SECTOR: usize = 512;
+    for direct in ["off", "on"] {
+        let mut expected: Vec<u8> =
+            (0..2048u64).flat_map(|n| n.to_le_bytes().repeat(SECTOR / 8)).collect();
+        let image = kernel(&expected);
+        let Some(device) = Loop::new(image.path()) else { return };
+        let option = format!("path={},direct={direct}", device.0);
+        let mut guest = Guest::start(&["--disk", &option, "--on-reset", "restart"]);
+        for life in 0..2 {
+            assert_eq!(guest.ask("r 0 2047 1"), "r 0 2047 ok 2047");
+            let (at, value) = (100 + life, 77 + life);
+            assert_eq!(guest.ask(&format!("w 0 {at} 8 {value}")), format!("w 0 {at} ok"));
+            assert_eq!(guest.ask(&format!("r 0 {at} 1")), format!("r 0 {at} ok {value}"));
+            assert_eq!(guest.ask("f 0"), "f 0 0 ok");
+            let (start, length) = (at as usize * SECTOR, 8 * SECTOR);
+            let written = u64::to_le_bytes(value).repeat(length / 8);
+            expected[start..start + length].copy_from_slice(&written);
+            if life == 0 {
+                assert_eq!(guest.ask("z"), "ready: 1 disks");
+            }
+        }
+        let said = guest.stop();
+        assert!(said.lines().all(|line| line.contains("the guest reset the machine")), "{said}");
+        drop(device);
+        assert!(fs::read(image.path()).unwrap() == expected, "direct={direct}");
+    }
 }

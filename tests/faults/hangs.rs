@@ -10,7 +10,7 @@ use twostage::patience::wait_until;
 use crate::child::kvm;
 use crate::fuse::FaultyDisk;
 use crate::guest::{command, Guest};
-use crate::world::alone;
+use crate::world::{alone, IN_MEMORY};
 
 /// A machine with `disk`, one in memory, entropy, and a report at `report`.
 fn machine(disk: &FaultyDisk, memory: &NamedTempFile, report: &str, more: &[&str]) -> Guest {
@@ -44,7 +44,7 @@ fn what_hangs_is_heard_of_later_and_the_rest_goes_on() {
     for direct in [false, true] {
         let folder = TempDir::new().unwrap();
         let report = folder.path().join("report").display().to_string();
-        let (disk, memory) = (FaultyDisk::new(direct), NamedTempFile::new_in("/dev/shm").unwrap());
+        let (disk, memory) = (FaultyDisk::new(direct), NamedTempFile::new_in(IN_MEMORY).unwrap());
         let mut guest = machine(&disk, &memory, &report, &["--on-reset", "restart"]);
         for life in 0..2 {
             disk.hold();

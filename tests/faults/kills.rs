@@ -9,6 +9,7 @@ use tempfile::{NamedTempFile, TempDir};
 
 use crate::child::kvm;
 use crate::guest::Guest;
+use crate::world::{folders, IN_MEMORY};
 
 const SECTOR: usize = 512;
 /// Sectors of the disk, more than are written.
@@ -25,9 +26,8 @@ fn number(file: &File, sector: u64) -> Option<u64> {
 
 /// Kills a machine under numbered writes after `wait`, and compares. Returns how many the guest has
 /// reported.
-fn kill_after(folder: &str, direct: &str, wait: Duration) -> u64 {
-    let folder = TempDir::new_in(folder).unwrap();
-    let file = NamedTempFile::new_in(&folder).unwrap();
+fn kill_after(folder: &TempDir, direct: &str, wait: Duration) -> u64 {
+    let file = NamedTempFile::new_in(folder).unwrap();
     file.as_file().set_len(SECTORS * SECTOR as u64).unwrap();
     let option = format!("path={},direct={direct}", file.path().display());
     let mut guest = Guest::start(&["--disk", &option]);
@@ -62,11 +62,13 @@ fn what_the_guest_was_told_is_in_the_file_after_a_kill() {
         return;
     }
     let mut reported = Vec::new();
-    for (folder, direct) in [("/dev/shm", "off"), ("/tmp", "off"), ("/tmp", "on")] {
-        for round in 0..4 {
+    for folder in folders() {
+        let is_in_memory = folder.path().starts_with(IN_MEMORY);
+        let direct = if is_in_memory { &["off"][..] } else { &["off", "on"] };
+        for (direct, round) in direct.iter().flat_map(|direct| (0..4).map(move |n| (direct, n))) {
             // At any moment: how far the guest gets is a matter of the machine.
             let wait = Duration::from_micros(37_003 * round);
-            reported.push(kill_after(folder, direct, wait));
+            reported.push(kill_after(&folder, direct, wait));
         }
     }
     println!("reported: {reported:?}");

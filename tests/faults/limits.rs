@@ -15,6 +15,7 @@ use twostage_vmm::exit_code::{GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAIL
 
 use crate::child::{kernel, kvm};
 use crate::images::multiboot;
+use crate::world::IN_MEMORY;
 use crate::{code, run_after};
 
 /// What a command line opens.
@@ -30,7 +31,7 @@ impl World {
         Self {
             folder: tempfile::tempdir().unwrap(),
             disk: kernel(&[0; 4096]),
-            memory: NamedTempFile::new_in("/dev/shm").unwrap(),
+            memory: NamedTempFile::new_in(IN_MEMORY).unwrap(),
             seven: kernel(&multiboot(&[code::exit(7), code::HALT.to_vec()].concat())),
         }
     }

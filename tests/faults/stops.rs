@@ -19,12 +19,12 @@ use twostage_vmm::exit_code::OS_ERROR;
 use crate::child::{kvm, with_default_signals, Running, TWOSTAGE};
 use crate::fuse::FaultyDisk;
 use crate::guest::{after, command, Guest};
-use crate::world::alone;
+use crate::world::{alone, IN_MEMORY};
 
 const SHORT: Duration = Duration::from_millis(30);
 
 fn memory_disk() -> NamedTempFile {
-    let file = NamedTempFile::new_in("/dev/shm").unwrap();
+    let file = NamedTempFile::new_in(IN_MEMORY).unwrap();
     file.as_file().set_len(8 << 20).unwrap();
     file
 }

@@ -211,7 +211,7 @@ impl Disk {
     }
 
     /// From now on it is waited for, as if its image were not in memory.
-    #[cfg(feature = "test-support")]
+    #[cfg(any(test, feature = "test-support"))]
     pub(super) fn wait_for(&mut self) {
         self.in_memory = false;
     }

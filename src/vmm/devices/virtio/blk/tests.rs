@@ -46,9 +46,11 @@ impl Machine {
         file.write_all_at(&content, 0).unwrap();
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let access = DiskAccess { read_only, ..DiskAccess::default() };
-        let disk = Disk::open(path.as_ref(), access).unwrap();
-        if let Image::Memory = image {
-            assert!(disk.is_in_memory());
+        let mut disk = Disk::open(path.as_ref(), access).unwrap();
+        match image {
+            Image::Memory => assert!(disk.is_in_memory()),
+            // Where temporary files are in memory, too.
+            Image::Disk => disk.wait_for(),
         }
         Self { rig: Rig::new(place, Box::new(Block::new(disk, 1).unwrap())), file }
     }
