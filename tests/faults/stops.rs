@@ -206,8 +206,7 @@ fn a_stop_that_the_host_holds_up_ends_with_what_it_waits_for() {
     let line = said.strip_prefix("twostage: error: signal 15 came ").unwrap_or(&said);
     let (seconds, rest) = line.split_at(1);
     assert!(seconds.parse::<u8>().is_ok_and(|seconds| seconds != 0), "{said}");
-    let end =
-        " s ago, and one more signal now, and the machine has not ended: it waits for a vCPU, \
+    let end = " s ago, and a signal now, and the machine has not ended: it waits for a vCPU, \
                in a call of the host (a trace, an assigned device, memory); it ends now\n";
     assert_eq!(rest, end);
     // Whoever traces a thread hears of its end first.
@@ -294,4 +293,30 @@ fn a_stop_waits_for_no_line_that_nobody_takes() {
     });
     drop(frozen);
     assert_eq!(machine.end().code(), Some(128 + 15));
+}
+
+/// A vCPU that cannot be kicked never leaves a guest that waits, and who may be stopped for access
+/// to the terminal does not end when it is to.
+#[test]
+fn every_thread_can_be_kicked_and_none_is_stopped_by_the_terminal() {
+    if !kvm() {
+        return;
+    }
+    let (kick, of_terminal) = (34, [21, 22]);
+    let mut env = with_default_signals(&format!("--block-signal={kick}"));
+    env.arg(TWOSTAGE);
+    let mut guest = Guest::of(after(env, &[]));
+    let threads = guest.threads("");
+    assert!(threads.len() > 3, "{threads:?}");
+    // The kernel has some of its own in a process, which block everything.
+    let is_ours = |name: &str| !["kvm-", "iou-"].iter().any(|kernel| name.starts_with(kernel));
+    for (name, id) in threads.into_iter().filter(|(name, _)| is_ours(name)) {
+        // A thread may have ended meanwhile.
+        let Ok(status) = std::fs::read_to_string(format!("/proc/{id}/status")) else { continue };
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).unwrap();
+        let blocked = u64::from_str_radix(blocked, 16).unwrap();
+        let is_blocked = |signal: u32| blocked >> (signal - 1) & 1 != 0;
+        assert!(!is_blocked(kick) && of_terminal.into_iter().all(is_blocked), "{name} {blocked:x}");
+    }
+    guest.stop();
 }

@@ -216,8 +216,10 @@ impl Console {
             Key::Guest(_) => self.lost = self.lost.saturating_add(1),
             Key::Help => self.port.say(HELP),
             Key::End => {
-                overdue::asked_by_key();
-                self.stopper.stop(StopReason::Escape);
+                // A machine that stops anyway may be one that starts again.
+                if self.stopper.stop(StopReason::Escape) {
+                    overdue::asked_by_key();
+                }
             }
             Key::Nothing => {}
         }

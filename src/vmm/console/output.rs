@@ -241,6 +241,16 @@ pub(crate) fn say(line: &str) {
     }
 }
 
+/// Prints `line` to standard error, and waits for that, at most for `patience`.
+pub(crate) fn say_until(line: &str, patience: Duration) {
+    let (line, until) = (format!("{line}\n"), Instant::now() + patience);
+    // If that fails, the exit code has to suffice.
+    let _ = match Output::standard_error() {
+        Ok(error) => error.take_whole(&line, Some(until)),
+        Err(_) => Patient::until(io::stderr(), until).write_all(line.as_bytes()),
+    };
+}
+
 /// Waits until all messages are written, but not for a reader that makes no progress.
 pub(crate) fn end() {
     if let Ok(error) = Output::standard_error() {

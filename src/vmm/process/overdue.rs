@@ -4,7 +4,8 @@
 //! somebody asks again, the process says what it waits for, and ends.
 //!
 //! Whoever may wait says so before ([`enter`]). That it takes too long is found by a thread of its
-//! own ([`watch`]), as any other may be the one that waits. All signals come to that thread.
+//! own ([`watch`]), as any other may be the one that waits. Signals that ask for the end come to
+//! that thread.
 
 use std::sync::atomic::{AtomicU32, AtomicU8, Ordering};
 use std::thread;
@@ -17,9 +18,11 @@ use crate::process::{bell, disposition, exit_code, last_line};
 
 /// From the first request on.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What comes so soon is still the first request: timeout(1) sends its signal twice. The end of a
-/// machine does not wait longer for slow readers.
+/// What comes so soon is still the first request: timeout(1) sends its signal twice. An end that
+/// was asked for does not wait longer for slow readers.
 const ONE_REQUEST: Duration = Duration::from_secs(1);
+/// How long standard error is waited for.
+const LAST_LINE: Duration = Duration::from_secs(1);
 /// Polling interval, once the end has been asked for.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
@@ -60,7 +63,7 @@ static STEP: AtomicU8 = AtomicU8::new(Step::Work as u8);
 static ASKED: AtomicU8 = AtomicU8::new(0);
 /// `Ctrl-A x` was typed.
 const KEY: u8 = u8::MAX;
-/// How often the end was asked for.
+/// How often somebody asked for the end.
 static REQUESTS: AtomicU32 = AtomicU32::new(0);
 
 /// The main thread is at `step` from now on.
@@ -76,22 +79,22 @@ pub(crate) fn during<T>(step: Step, work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// `signal` ends the machine. For signal handlers.
-pub(crate) fn asked_by_signal(signal: c_int) {
+/// `signal` ends the machine; `by_somebody`: who sends it again asks again. For signal handlers.
+pub(crate) fn asked_by_signal(signal: c_int, by_somebody: bool) {
     // Signals are below 65.
-    asked(signal as u8);
+    asked(signal as u8, by_somebody);
 }
 
 /// `Ctrl-A x` ends the machine.
 pub(crate) fn asked_by_key() {
-    asked(KEY);
+    asked(KEY, true);
 }
 
 /// The clock runs from the first time on.
-fn asked(by: u8) {
+fn asked(by: u8, by_somebody: bool) {
     // Who came first counts.
     let _ = ASKED.compare_exchange(0, by, Ordering::SeqCst, Ordering::SeqCst);
-    REQUESTS.fetch_add(1, Ordering::SeqCst);
+    REQUESTS.fetch_add(by_somebody.into(), Ordering::SeqCst);
     bell::ring();
 }
 
@@ -106,9 +109,7 @@ pub(crate) fn watch() {
         let again = elapsed >= ONE_REQUEST && requests > *first.get_or_insert(requests);
         if again || elapsed >= PATIENCE {
             let (by, step) = (ASKED.load(Ordering::SeqCst), STEP.load(Ordering::SeqCst));
-            output::say(&line(by, elapsed.as_secs(), again, step));
-            // The writer is another thread.
-            output::end();
+            output::say_until(&line(by, elapsed.as_secs(), again, step), LAST_LINE);
             disposition::last_words();
             disposition::exit_now(exit_code_of(by).into());
         }
@@ -129,7 +130,7 @@ fn line(by: u8, seconds: u64, again: bool, step: u8) -> String {
         KEY => "Ctrl-A x was typed".to_owned(),
         signal => format!("signal {signal} came"),
     };
-    let more = if again { ", and one more signal now" } else { "" };
+    let more = if again { ", and a signal now" } else { "" };
     let named = Step::ALL.iter().find(|(known, _)| *known as u8 == step);
     let step = named.map_or("", |(_, name)| name);
     format!(
@@ -159,13 +160,13 @@ mod tests {
             assert!(text.contains("error: signal 15 came 10 s ago, and the machine"), "{text}");
             assert!(text.ends_with(&end), "{text}");
             let text = line(KEY, 3, true, step as u8);
-            assert!(text.contains("Ctrl-A x was typed 3 s ago, and one more signal now"), "{text}");
+            assert!(text.contains("Ctrl-A x was typed 3 s ago, and a signal now"), "{text}");
         }
         assert_eq!([exit_code_of(15), exit_code_of(KEY)], [143, exit_code::OS_ERROR]);
     }
 
-    /// Is ready to be written to, and then takes no line that starts with `t`: it is added to a
-    /// counter that has no room for it.
+    /// Is ready to be written to, and then takes no line whose eighth byte is a letter: it is added
+    /// to a counter that has no room for it.
     fn stuck() -> OwnedFd {
         let file = eventfd(0, EventfdFlags::empty()).unwrap();
         let line = u64::from_ne_bytes(*b"tttttttt");

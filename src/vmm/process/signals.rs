@@ -16,9 +16,7 @@ use libc::{
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
-use vmm_sys_util::signal::{
-    block_signal, register_signal_handler, Error as SignalError, SIGRTMAX, SIGRTMIN,
-};
+use vmm_sys_util::signal::{register_signal_handler, SIGRTMAX, SIGRTMIN};
 
 use crate::process::disposition::{self, is_ignored};
 use crate::process::jail::{self, Kind};
@@ -40,7 +38,11 @@ const SIGNALS: [c_int; 14] = [
     SIGVTALRM, SIGPROF, SIGIO, SIGPWR,
 ];
 
-/// Those of them that do not end the machine.
+/// Those by which somebody asks for the end, and asks again. The kernel sends others again by
+/// itself.
+const REQUESTS: [c_int; 4] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
+
+/// Those that do not end the machine.
 const OTHERS: [c_int; 2] = [SIGUSR1, SIGCONT];
 
 /// All of them.
@@ -52,7 +54,7 @@ extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // Only async-signal-safe operations: atomics and writes (write(2)), whose errno nobody in
     // between reads.
     if !OTHERS.contains(&signal) {
-        overdue::asked_by_signal(signal);
+        overdue::asked_by_signal(signal, REQUESTS.contains(&signal));
     }
     put_back(signal);
 }
@@ -67,18 +69,28 @@ pub(crate) fn hold() -> Result<()> {
 }
 
 /// Starts the thread that signals come to, even those that were inherited as blocked: it ends a
-/// process that should end and does not. Called before there are threads that could take them.
+/// process that should end and does not. Called before there are other threads, which inherit what
+/// is blocked.
 pub(crate) fn start() -> Result<()> {
     bell::hang()?;
+    let set =
+        |signals: &[c_int], taken| disposition::take(signals, taken).map_err(Error::os("signals"));
+    // In the background, access to the terminal becomes an error instead of a stop.
+    set(&[SIGTTIN, SIGTTOU], false)?;
+    set(&[kick_signal()], true)?;
     let all: Vec<_> = handled().collect();
-    disposition::take(&all, false).map_err(Error::os("signals"))?;
+    set(&all, false)?;
+    let of_thread = all.clone();
     let work = jail::inside(Kind::Signals, move || {
-        if let Err(error) = disposition::take(&all, true) {
-            log::error!("signals stay blocked: {error}");
-        }
+        // They were blocked: they are signals.
+        let _ = disposition::take(&of_thread, true);
         overdue::watch();
     });
     let thread = thread::Builder::new().name("signals".to_owned()).spawn(work);
+    if thread.is_err() {
+        // Nobody else takes them while the process says so.
+        set(&all, true)?;
+    }
     thread.map(drop).map_err(Error::os("signals thread"))
 }
 
@@ -95,14 +107,6 @@ pub(crate) fn install() -> Result<&'static EventFd> {
     hold()?;
     for signal in handled() {
         handle(signal, note)?;
-    }
-    // In the background, access to the terminal becomes an error instead of a stop. Threads created
-    // from now on inherit this.
-    for signal in [SIGTTIN, SIGTTOU] {
-        match block_signal(signal) {
-            Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => {}
-            Err(error) => log::debug!("signal {signal}: {error}"),
-        }
     }
     install_kick()?;
     // Signals held so far have woken nobody yet.
