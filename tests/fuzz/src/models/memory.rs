@@ -124,11 +124,6 @@ impl Memory {
         }
     }
 
-    /// Whether any word has been something else.
-    pub fn has_past(&self) -> bool {
-        !self.past.borrow().is_empty()
-    }
-
     /// All that the word at `gpa` has been, the present first, each with the moment until which it
     /// was there; `None` if it is not memory.
     pub fn values(&self, gpa: u64) -> Option<Vec<(u64, Moment)>> {

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the guest has said, and so which words of its tables an SMMU may still have in its caches.
 
-use twostage::spec::smmuv3::command::{AddressRange, Command, RANGE_ALL};
-use twostage::spec::smmuv3::translation::Granule;
+use twostage::spec::smmuv3::command::{AddressRange, Command};
 
-use super::naive::{Since, Space};
+use super::naive::{Found, Since, Space};
 use crate::models::memory::Moment;
 
 /// See the [module's documentation](self).
@@ -15,9 +14,8 @@ pub struct Account {
     since: Moment,
     /// Address spaces that were used since the TLB was emptied.
     spaces: Vec<Space>,
-    /// Since then what a transaction finds may be of another space: two have one ASID, or share
-    /// pages.
-    is_mixed: bool,
+    /// What was used since then is not known, or serves every address space.
+    is_unknown: bool,
 }
 
 impl Account {
@@ -30,7 +28,7 @@ impl Account {
 
     fn empty(&mut self) {
         self.spaces.clear();
-        self.is_mixed = false;
+        self.is_unknown = false;
     }
 
     /// `command` is complete.
@@ -41,19 +39,25 @@ impl Account {
         self.said.push((command, now));
     }
 
-    /// A transaction may have used `space`; `global`: a page of all spaces.
-    pub fn used(&mut self, space: Option<Space>, global: bool) {
-        self.is_mixed |= global;
-        let Some(space) = space else { return };
-        self.is_mixed |= self.spaces.iter().any(|it| it.asid == space.asid && *it != space);
+    /// A transaction may have used `found`; `None`: anything.
+    pub fn used(&mut self, found: Option<&Found>) {
+        self.is_unknown |= found.is_none_or(|found| found.global);
+        let Some(space) = found.and_then(|found| found.space) else { return };
         if !self.spaces.contains(&space) {
             self.spaces.push(space);
         }
     }
 
-    /// Whether what a transaction finds may be of another space.
-    pub fn is_mixed(&self) -> bool {
-        self.is_mixed
+    /// The other address spaces of which a transaction in `space` may find entries, as they have
+    /// its ASID; `None`: not known.
+    pub fn others(&self, space: &Space) -> Option<Vec<Space>> {
+        let others = self.spaces.iter().filter(|it| it.asid == space.asid && *it != space);
+        let found = others.map(|other| space.with_entries_of(other)).collect();
+        if self.is_unknown {
+            None
+        } else {
+            found
+        }
     }
 
     fn last(&self, covers: impl Fn(&Command) -> bool) -> Moment {
@@ -74,21 +78,46 @@ pub struct OfStream<'a> {
     stream: u64,
 }
 
-/// Whether a command for `range` covers the page, or what is below the pointer (`shift` is none).
-fn has(range: &AddressRange, address: u64, page: Option<(u32, Granule)>) -> bool {
-    let start = range.address;
-    match (range.bytes(), page) {
-        (None, None) => start >> 12 == address >> 12 && !range.leaf,
+/// Range of CMD_CFGI_ALL.
+const RANGE_ALL: u8 = 31;
+
+/// TTL of `range`: of pages of 16 KiB, that of level 1 is none.
+fn level(range: &AddressRange) -> u8 {
+    if (range.tg, range.ttl) == (2, 1) {
+        0
+    } else {
+        range.ttl
+    }
+}
+
+/// Whether `range` is one granule without a level.
+pub fn is_reserved(range: &AddressRange) -> bool {
+    range.tg != 0 && (level(range), range.num, range.scale) == (0, 0, 0)
+}
+
+/// Whether a command for `range` covers the page, of `1 << shift` bytes in tables of `1 << granule`
+/// bytes, or without a page, the pointers on the way to `address` (§4.4.1).
+fn has(range: &AddressRange, address: u64, page: Option<(u32, u32)>) -> bool {
+    let AddressRange { address: start, leaf, tg, num, scale, .. } = *range;
+    let ttl = level(range);
+    match (tg, page) {
+        (0, None) => start >> 12 == address >> 12 && !leaf,
         // An entry of any size.
-        (None, Some((shift, _))) => start >> shift == address >> shift,
-        (Some(_), None) => false,
-        (Some(bytes), Some((shift, granule))) => {
-            let low = (1 << shift) - 1;
-            let of_granule = range.granule_shift() == Some(granule.shift());
-            let level = 3 - (shift - granule.shift()) / granule.index_bits();
-            let of_level = range.ttl == 0 || u32::from(range.ttl) == level;
-            let within = start <= address & !low && (address | low) - start < bytes;
-            of_granule && of_level && within && !range.is_reserved()
+        (0, Some((shift, _))) => start >> shift == address >> shift,
+        _ if is_reserved(range) => false,
+        (tg, page) => {
+            let of_range = 10 + 2 * u32::from(tg);
+            let bytes = (u64::from(num) + 1) << scale << of_range;
+            let within = |first: u64, last: u64| start <= first && last - start < bytes;
+            match page {
+                None => !leaf && ttl == 0 && within(address, address),
+                Some((shift, granule)) => {
+                    let (low, level) = ((1 << shift) - 1, 3 - (shift - granule) / (granule - 3));
+                    granule == of_range
+                        && (ttl == 0 || u32::from(ttl) == level)
+                        && within(address & !low, address | low)
+                }
+            }
         }
     }
 }
@@ -130,7 +159,7 @@ impl Since for OfStream<'_> {
         })
     }
 
-    fn page(&self, asid: u16, address: u64, shift: u32, granule: Granule) -> Moment {
+    fn page(&self, asid: u16, address: u64, shift: u32, granule: u32) -> Moment {
         let page = Some((shift, granule));
         self.account.last(|command| match command {
             Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => true,

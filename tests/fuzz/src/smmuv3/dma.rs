@@ -4,12 +4,11 @@
 
 use std::ops::Range;
 
-use twostage::spec::smmuv3::event::EventId;
 use twostage::spec::smmuv3::regs::{self, Gbpa};
 use twostage_emulated::{DmaAttributes, DmaError};
 
 use super::image::page;
-use super::naive::{End, Found, Kind, Walk};
+use super::naive::{End, Kind, Walk};
 use super::world::{World, DEVICES};
 use crate::models::memory::Places;
 use crate::models::oracle::every;
@@ -32,7 +31,7 @@ impl World {
     fn outcomes(&mut self, dma: &Dma) -> Option<Vec<Result<u64, End>>> {
         let Dma { device, substream, address, kind } = *dma;
         if !self.plugged[device] {
-            return None;
+            return Some(vec![Err(End::Silent)]);
         }
         if !self.is_enabled() {
             let gbpa = Gbpa::from_bits(self.read32(regs::GBPA));
@@ -45,15 +44,26 @@ impl World {
         }
         let registers = self.registers();
         let since = self.account.of(u64::from(DEVICES[device]));
-        let found: Vec<Found> = every(&self.memory, UNKNOWN, |words| {
+        let found = every(&self.memory, UNKNOWN, |words| {
             let mut walk = Walk { words, registers, since: &since };
             walk.translate(u64::from(DEVICES[device]), substream, address, kind)
-        })?;
-        found.iter().for_each(|found| self.account.used(found.space, found.global));
-        if self.account.is_mixed() {
+        });
+        let Some(mut all) = found else {
+            self.account.used(None);
             return None;
+        };
+        all.iter().for_each(|found| self.account.used(Some(found)));
+        for space in all.clone().iter().filter_map(|found| found.space) {
+            for other in self.account.others(&space)? {
+                let since = self.account.of(u64::from(DEVICES[device]));
+                let found = every(&self.memory, UNKNOWN, |words| {
+                    let mut walk = Walk { words, registers, since: &since };
+                    walk.within_space(other, address, kind)
+                })?;
+                all.extend(found);
+            }
         }
-        Some(found.into_iter().map(|found| found.end).collect())
+        Some(all.into_iter().map(|found| found.end).collect())
     }
 
     /// Does `dma`, of the aligned word at its address.
@@ -91,24 +101,29 @@ impl World {
         }
     }
 
-    /// The event of `dma`, which was refused as one of `may`, is what it is to be; `next`: where it
-    /// is to be.
+    /// The event of `dma`, which was refused as one of `may`, is what it is to be, and the only
+    /// one; `next`: where it is to be.
     fn expect_event(&mut self, dma: &Dma, may: &[Result<u64, End>], next: u32) {
-        let Some(event) = self.event_at(next) else { return };
-        let known: Option<Vec<EventId>> = may
-            .iter()
-            .filter(|end| **end != Err(End::Silent))
-            .map(|end| match end {
-                Err(End::Event(id)) => Some(*id),
-                _ => None,
-            })
-            .collect();
-        let Some(known) = known else { return };
-        let id = event.id().filter(|id| known.contains(id));
-        assert!(id.is_some(), "{event:x?} for {dma:x?}, {may:x?}; {:x?}", self.header);
-        assert_eq!(event.stream().raw(), u32::from(DEVICES[dma.device]));
-        if id.is_some_and(EventId::has_input) {
-            assert_eq!(event.input_address, dma.address);
+        let what = || format!("{dma:x?}, {may:x?}; {:x?}", self.header);
+        // Linux keeps those of its own stage 2.
+        let silent = |end: &Result<u64, End>| !matches!(end, Err(End::Event(_)));
+        let Some(event) = self.event_at(next) else {
+            assert!(may.iter().any(silent), "no event: {}", what());
+            return;
+        };
+        let id = event.id().unwrap_or_else(|| panic!("{event:x?} for {}", what()));
+        assert!(may.contains(&Err(End::Event(id))), "{event:x?} for {}", what());
+        assert_eq!(self.events_since(next), 1, "more events for {}", what());
+        assert_eq!(event.stream().raw(), u32::from(DEVICES[dma.device]), "{}", what());
+        if id.has_substream() {
+            let substream = event.substream().map(|substream| substream.raw());
+            assert_eq!(substream, dma.substream, "{event:x?} for {}", what());
+        }
+        if id.has_input() {
+            let access = event.qw1;
+            let told = (event.input_address, access.rnw(), access.pnu(), access.ind());
+            let Kind { write, privileged, execute } = dma.kind;
+            assert_eq!(told, (dma.address, !write, privileged, execute), "{}", what());
         }
     }
 }

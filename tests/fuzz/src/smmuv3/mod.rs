@@ -167,7 +167,8 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             let count = input.arbitrary::<u8>()? % 4 + 1;
             let commands = (0..count).map(|_| command(world, input));
             let commands = commands.collect::<Result<Vec<_>>>()?;
-            world.say(&commands);
+            let accepted = commands.iter().all(|command| world.accepts(command));
+            assert_eq!(world.say(&commands), accepted, "{commands:x?}; {:x?}", world.header);
         }
         Step::Flush => {
             let all = Command::CfgiSteRange { stream: StreamId(0), range: 31 };

@@ -2,7 +2,6 @@
 //! What the guest's tables say, read without any cache: from the stream table to the page.
 
 use twostage::spec::smmuv3::event::EventId as E;
-use twostage::spec::smmuv3::translation::Granule;
 
 use crate::models::memory::Moment;
 use crate::models::oracle::Oracle;
@@ -22,8 +21,7 @@ pub struct Registers {
 pub enum End {
     /// With this event.
     Event(E),
-    /// With an event of the host's stage 2, or of memory that is not there: which one depends on
-    /// what was read.
+    /// By the host's stage 2, or memory that is not there.
     Outside,
     /// Without an event.
     Silent,
@@ -37,15 +35,37 @@ pub trait Since {
     fn context(&self, substream: u32, first_level: bool) -> Moment;
     /// Pointers to tables, of an ASID.
     fn pointer(&self, asid: u16, address: u64) -> Moment;
-    /// Pages of `1 << shift` bytes.
-    fn page(&self, asid: u16, address: u64, shift: u32, granule: Granule) -> Moment;
+    /// Pages of `1 << shift` bytes, in tables of `1 << granule` bytes.
+    fn page(&self, asid: u16, address: u64, shift: u32, granule: u32) -> Moment;
 }
+
+/// Binary logarithms of the granules that TG0 and TG1 of a context descriptor select (§5.4).
+const TG0: [Option<u32>; 4] = [Some(12), Some(16), Some(14), None];
+const TG1: [Option<u32>; 4] = [None, Some(14), Some(12), Some(16)];
+/// Bits of addresses, by IDR5.OAS and by IPS.
+pub const OUTPUT_BITS: [u32; 8] = [32, 36, 40, 42, 44, 48, 52, 52];
 
 /// An address space, as far as it is one to the TLB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
     pub asid: u16,
     pub words: [u64; 3],
+}
+
+impl Space {
+    /// IPS, AFFD, HD and HA, which count when an entry gets into the TLB.
+    const CACHED: u64 = 7 << 32 | 1 << 35 | 1 << 42 | 1 << 43;
+    /// T0SZ, TG0, EPD0, and the same of the other half: which entries a table has.
+    const SHAPE: u64 = 0x40ff_40ff;
+
+    /// What a transaction in this space may find that is in the TLB of `other`, as a space;
+    /// `None`: not known.
+    pub fn with_entries_of(&self, other: &Self) -> Option<Self> {
+        let ([low, ..], [of_other, table0, table1]) = (self.words, other.words);
+        let same = (low ^ of_other) & Self::SHAPE == 0;
+        let low = low & !Self::CACHED | of_other & Self::CACHED;
+        same.then_some(Self { asid: self.asid, words: [low, table0, table1] })
+    }
 }
 
 /// What the walk of a transaction came to: the address, and the space that translated it.
@@ -133,6 +153,13 @@ impl Walk<'_, '_> {
     ) -> Found {
         let mut found = Found { end: Err(End::Silent), space: None, global: false };
         let end = self.translated(stream, substream, address, kind, &mut found);
+        Found { end, ..found }
+    }
+
+    /// Where `address` leads in `space`.
+    pub fn within_space(&mut self, space: Space, address: u64, kind: Kind) -> Found {
+        let mut found = Found { end: Err(End::Silent), space: None, global: false };
+        let end = self.by_context(space.words, address, kind, &mut found);
         Found { end, ..found }
     }
 
@@ -239,14 +266,14 @@ impl Walk<'_, '_> {
             return Err(bad);
         }
         let output_bits = match low >> 32 & 7 {
-            ips @ 0..=5 => [32, 36, 40, 42, 44, 48][ips as usize].min(self.registers.output_bits),
+            ips @ 0..=5 => OUTPUT_BITS[ips as usize].min(self.registers.output_bits),
             _ => self.registers.output_bits,
         };
         let recorded = bit(45);
         let fault = |id| if recorded { End::Event(id) } else { End::Silent };
         // Both halves are looked at.
-        let granule0 = Granule::from_tg0((low >> 6 & 3) as u8);
-        let granule1 = Granule::from_tg1((low >> 22 & 3) as u8);
+        let granule0 = TG0[(low >> 6 & 3) as usize];
+        let granule1 = TG1[(low >> 22 & 3) as usize];
         let mut halves = [None; 2];
         for (half, (disabled, granule, size, table)) in
             [(bit(14), granule0, low & 63, cd[1]), (bit(30), granule1, low >> 16 & 63, cd[2])]
@@ -258,7 +285,7 @@ impl Walk<'_, '_> {
             }
             let granule = granule.ok_or(bad)?;
             let (bits, table) = (64 - size as u32, table & 0x000f_ffff_ffff_fff0);
-            let table_bits = if granule == Granule::K64 { 52 } else { 48 }.min(output_bits);
+            let table_bits = if granule == 16 { 52 } else { 48 }.min(output_bits);
             if !(25..=48).contains(&bits) || table >> table_bits != 0 {
                 return Err(bad);
             }
@@ -278,13 +305,17 @@ impl Walk<'_, '_> {
             return Err(absent);
         }
         let (ha, hd) = (bit(43), bit(43) && bit(42));
-        let mut level = granule.start_level(bits);
-        let top = (bits - granule.level_shift(level)).max(3) + 3;
+        // Each level translates as many bits as a table has entries of eight bytes; level 3 is the
+        // last one, and the first one has what is left.
+        let each = granule - 3;
+        let mut level = 4 - (bits - granule).div_ceil(each);
+        let top = (bits - (granule + each * (3 - level))).max(3) + 3;
         let mut table = table >> top << top;
         let (mut user, mut write, mut run, mut run_privileged) = (true, true, true, true);
         loop {
-            let shift = granule.level_shift(level);
-            let at = table + granule.index(address, level, bits) * 8;
+            let shift = granule + each * (3 - level);
+            let within = address & ((1 << bits) - 1);
+            let at = table + (within >> shift & ((1 << each) - 1)) * 8;
             let is_leaf = |word: u64| level == 3 || word & 2 == 0;
             let since = self.since;
             let may = |word: u64, until: Moment| match word & 1 != 0 && is_leaf(word) {
@@ -293,7 +324,7 @@ impl Walk<'_, '_> {
             };
             let word = self.words.load(at, may).ok_or(End::Outside)?;
             crate::models::trace(|| format!("    level {level} at {at:x}: {word:x}"));
-            let blocks = level == 2 || level == 1 && granule == Granule::K4;
+            let blocks = level == 2 || level == 1 && granule == 12;
             let valid =
                 word & 1 != 0 && if level == 3 { word & 2 != 0 } else { word & 2 != 0 || blocks };
             if !valid {
@@ -301,10 +332,10 @@ impl Walk<'_, '_> {
             }
             let field = word & 0x0000_ffff_ffff_f000;
             let full = match granule {
-                Granule::K64 => field & !0xf000 | (field & 0xf000) << 36,
+                16 => field & !0xf000 | (field & 0xf000) << 36,
                 _ => field,
             };
-            let size = if is_leaf(word) { 1 << shift } else { granule.size() };
+            let size = 1 << if is_leaf(word) { shift } else { granule };
             let next = full & !(size - 1);
             if next >> output_bits != 0 {
                 return Err(fault(E::AddressSize));

@@ -11,7 +11,7 @@ use twostage::nesting::{host_smmu, GuestIoas};
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::{Command, SyncSignal};
 use twostage::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
-use twostage::spec::smmuv3::regs::{self, Cr0, Idr5};
+use twostage::spec::smmuv3::regs::{self, Cr0};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::StreamId;
 use twostage::threads::{NewThread, StdThreads, ThreadStart};
@@ -21,9 +21,9 @@ use twostage_emulated::{
     DeviceConfig, DmaPort, EmulatedHost, ObjectGraph, SmmuV3Unit, SmmuV3UnitConfig,
 };
 
-use super::account::Account;
+use super::account::{is_reserved, Account};
 use super::image::{image, page};
-use super::naive::Registers;
+use super::naive::{Registers, OUTPUT_BITS};
 use crate::models::memory::{Memory, PAGE, SIZE};
 
 /// The functions, whose StreamIDs are their Requester IDs.
@@ -307,15 +307,29 @@ impl World {
         done
     }
 
+    /// Whether the SMMU executes `command` (§4), and a device that it is for answers.
+    pub fn accepts(&self, command: &Command) -> bool {
+        let Registers { idr0, .. } = self.registers();
+        // IDR0.ATS, PRI and STALL_MODEL.
+        match *command {
+            Command::AtcInv { size, .. } => idr0 >> 10 & 1 != 0 && size <= 52,
+            Command::PriResp { response, .. } => idr0 >> 16 & 1 != 0 && response < 3,
+            Command::Resume { .. } | Command::StallTerm { .. } => idr0 >> 24 & 3 != 1,
+            Command::TlbiNhVa { range, .. } | Command::TlbiNhVaa { range, .. } => {
+                !is_reserved(&range)
+            }
+            _ => true,
+        }
+    }
+
     /// The registers that matter to a walk.
     pub fn registers(&self) -> Registers {
-        let idr5 = Idr5::from_bits(self.read32(regs::IDR5));
         Registers {
             base: self.read64(regs::STRTAB_BASE),
             config: self.read32(regs::STRTAB_BASE_CFG),
             idr0: self.read32(regs::IDR0),
             idr1: self.read32(regs::IDR1),
-            output_bits: idr5.output_bits().map_or(48, u32::from),
+            output_bits: OUTPUT_BITS[(self.read32(regs::IDR5) & 7) as usize],
         }
     }
 
@@ -324,6 +338,8 @@ impl World {
         self.header.events
             && self.cr0().eventqen()
             && self.read64(regs::EVENTQ_BASE) == (page::EVENTS * PAGE) | EVENT_BITS
+            // EVENTQ_ABT_ERR
+            && (self.read32(regs::GERROR) ^ self.read32(regs::GERRORN)) & 4 == 0
     }
 
     /// Takes all events out of the queue, and returns the index of the next one.
@@ -333,6 +349,12 @@ impl World {
         // With the overflow acknowledged.
         self.write32(regs::EVENTQ_CONS, prod);
         prod
+    }
+
+    /// Whether events got into the queue since its next one was to be at `index`: none, one, more.
+    pub fn events_since(&self, index: u32) -> u32 {
+        self.nesting.quiesce().expect("a moment is enough");
+        self.read32(regs::EVENTQ_PROD).wrapping_sub(index) % (2 << EVENT_BITS)
     }
 
     /// The event at `index`, if there is one.

@@ -7,7 +7,9 @@ use twostage::spec::vtd::fault::FaultReason as R;
 use twostage::spec::vtd::regs::{self, Cap, FaultRecord, Fsts};
 use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
 
-use super::naive::{walk, Decision, Kind, Since, Stage, Way, Who};
+use super::naive::{
+    is_above_pasid_entry, is_recorded, walk, Decision, Kind, Since, Stage, Way, Who,
+};
 use super::world::{World, DEVICES};
 use crate::models::memory::{Moment, Places};
 use crate::models::oracle::Oracle;
@@ -16,8 +18,8 @@ use crate::models::oracle::Oracle;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// It gets to this GPA. Where flags of a first stage may have to be set through a second stage
-    /// that does not allow that, it may fault instead.
-    Gets { gpa: u64, unless_flags: bool },
+    /// that does not allow that, it may fault instead; `quiet`: FPD.
+    Gets { gpa: u64, unless_flags: bool, quiet: bool },
     /// It faults; `quiet`: FPD.
     Faults { reason: R, quiet: bool },
     /// It fails, and the guest is not told: translation is disabled.
@@ -43,13 +45,13 @@ impl World {
         let Dma { device, pasid, iova, kind } = *dma;
         let who = Who { rid: DEVICES[device], pasid };
         if !self.plugged[device] {
-            return None;
+            return Some(vec![Outcome::Fails]);
         }
         if !self.status().tes() {
             // What becomes of requests with PASID is not said.
             return pasid.is_none().then(|| {
                 vec![match self.memory.load(iova & !7) {
-                    Some(_) => Outcome::Gets { gpa: iova, unless_flags: false },
+                    Some(_) => Outcome::Gets { gpa: iova, unless_flags: false, quiet: false },
                     None => Outcome::Fails,
                 }]
             });
@@ -123,7 +125,7 @@ impl World {
             }
         };
         match got {
-            Ok(gpa) => Outcome::Gets { gpa, unless_flags },
+            Ok(gpa) => Outcome::Gets { gpa, unless_flags, quiet },
             Err(reason) if legacy => Outcome::Faults { reason: of_legacy(reason, kind), quiet },
             Err(reason) => Outcome::Faults { reason, quiet },
         }
@@ -152,32 +154,26 @@ impl World {
         crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
         let Some(may) = may else { return };
         let what = || format!("{dma:x?}: {done:x?}, {may:x?}; {:x?}", self.header);
-        let faults = || {
-            may.iter().filter_map(|outcome| match outcome {
-                Outcome::Faults { reason, quiet } => Some((Some(*reason), *quiet)),
-                Outcome::Gets { unless_flags: true, .. } => Some((None, false)),
-                _ => None,
-            })
-        };
         match done {
             Ok(()) if write => places.written(&mut self.memory, value, what),
             Ok(()) => places.read(&self.memory, u64::from_le_bytes(bytes), what),
             Err(DmaError::Fault { reason: found, .. }) => {
+                // Tables that are not mirrored block who uses them.
+                let starved = self.header.mirrored
+                    && found == DmaFaultReason::Vtd(R::PasidEntryNotPresent)
+                    && may.iter().all(|outcome| matches!(outcome, Outcome::Gets { .. }))
+                    && self.may_be_too_much();
+                let faults = self.faults(&dma, &may, starved);
                 // A device TLB that gets no translation is no fault: see the section on ATS.
-                let silent = may.contains(&Outcome::Fails) || self.caching[device];
+                let silent =
+                    may.contains(&Outcome::Fails) || self.caching[device] && self.plugged[device];
                 match self.fault_record() {
                     Some(record) => {
                         let reason = R::from_code(record.high.fr());
-                        let told = faults().any(|(because, quiet)| {
-                            because.is_none_or(|because| {
-                                self.is_told(reason, because) && because.is_recorded(quiet)
-                            })
-                        });
-                        // Tables that point to each other in circles are too many to be mirrored.
-                        let too_many = self.header.mirrored
-                            && self.memory.has_past()
-                            && found == DmaFaultReason::Vtd(R::PasidEntryNotPresent);
-                        assert!(told || too_many, "recorded {reason:?}; {}", what());
+                        let told = |(because, quiet): &(R, bool)| {
+                            reason == Some(*because) && is_recorded(*because, *quiet)
+                        };
+                        assert!(faults.iter().any(told), "{reason:?} of {faults:?}; {}", what());
                         let of = (record.high.sid(), record.address(), record.high.t1());
                         let expected = (DEVICES[device], iova & !0xfff, !kind.write);
                         assert_eq!(of, expected, "{}", what());
@@ -185,10 +181,9 @@ impl World {
                         assert_eq!(asked, pasid, "{}", what());
                     }
                     None => {
-                        let quiet = faults().any(|(because, quiet)| {
-                            because.is_some_and(|because| !because.is_recorded(quiet))
-                        });
-                        assert!(silent || quiet, "nothing is recorded; {}", what());
+                        let quiet =
+                            faults.iter().any(|(because, quiet)| !is_recorded(*because, *quiet));
+                        assert!(silent || quiet, "nothing of {faults:?} is recorded; {}", what());
                     }
                 }
             }
@@ -199,24 +194,61 @@ impl World {
         }
     }
 
-    /// Whether a record may have `reason` for a fault that the walk finds to be `because`.
-    fn is_told(&self, reason: Option<R>, because: R) -> bool {
-        let Some(reason) = reason else { return false };
-        // The host's reason is the same for any table of the first stage.
-        let of_top = reason == R::FirstStageAccess && because == R::FirstStageTopAccess;
-        // The reason is that of the tables as they are now, which may translate.
-        let now = matches!(
-            reason,
-            R::ReadDenied
-                | R::WriteDenied
-                | R::SecondStageDenied
-                | R::LegacyReadDenied
-                | R::LegacyWriteDenied
-        );
-        // A PASID that was never served has nothing to be remembered by: its entry may have had
-        // another fault when it was read.
-        let never = reason == R::PasidEntryNotPresent && because.code() < R::ExecuteDisabled.code();
-        reason == because || of_top || never || self.header.mirrored && now
+    /// The faults that a DMA, of which one of `may` becomes, may be told as, each with its FPD;
+    /// `starved`: its tables may not be mirrored.
+    fn faults(&self, dma: &Dma, may: &[Outcome], starved: bool) -> Vec<(R, bool)> {
+        let mut faults = Vec::new();
+        for outcome in may {
+            match *outcome {
+                Outcome::Faults { reason, quiet } => faults.push((reason, quiet)),
+                Outcome::Gets { unless_flags: true, quiet, .. } => {
+                    faults.push((R::FirstStageFlagsSecondStageDenied, quiet));
+                }
+                _ => {}
+            }
+        }
+        let who = Who { rid: DEVICES[dma.device], pasid: dma.pasid };
+        let decisions = self.decisions(&self.account, who, None).unwrap_or_default();
+        if self.header.mirrored && (starved || !faults.is_empty()) {
+            faults = decisions.iter().filter_map(|it| self.as_of_now(dma, it)).collect();
+        }
+        // A PASID without an entry has nothing to be remembered by: what was wrong above its entry
+        // when that was read, and is not any more, is told as no entry.
+        let serves_now = decisions.first().is_some_and(|now| !now.is_blocked());
+        if self.offers.caching_mode() && who.pasid.is_some() && serves_now {
+            let above = |(reason, _): &(R, bool)| is_above_pasid_entry(*reason);
+            if faults.iter().any(above) {
+                faults.push((R::PasidEntryNotPresent, false));
+            }
+        }
+        faults
+    }
+
+    /// The fault of `dma`, by `decision`, where no hardware walks the tables: the reason is that of
+    /// the tables as they are when it is told. They may translate by then.
+    fn as_of_now(&self, dma: &Dma, decision: &Decision) -> Option<(R, bool)> {
+        struct Now;
+        impl Since for Now {
+            fn pointer(&self, _: bool, _: u64) -> Moment {
+                Moment::MAX
+            }
+            fn page(&self, _: bool, _: u64, _: u32) -> Moment {
+                Moment::MAX
+            }
+        }
+        let Dma { iova, kind, .. } = *dma;
+        let by = |words: &mut Oracle<'_>| self.outcome(words, decision, iova, kind, &Now);
+        if let [Outcome::Faults { reason, quiet }] = self.every(by)?[..] {
+            return Some((reason, quiet));
+        }
+        let denied = match (decision.way, kind.write) {
+            (Way::One(stage), _) if stage.second => R::SecondStageDenied,
+            (Way::One(_), true) => R::WriteDenied,
+            (Way::One(_), false) => R::ReadDenied,
+            _ => return None,
+        };
+        let denied = if self.is_legacy() { of_legacy(denied, kind) } else { denied };
+        Some((denied, decision.quiet))
     }
 
     /// Clears all fault records, and the overflow.

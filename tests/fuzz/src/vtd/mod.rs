@@ -13,6 +13,7 @@
 mod account;
 mod dma;
 mod image;
+mod mirrors;
 mod naive;
 mod world;
 
@@ -156,7 +157,8 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             let count = input.arbitrary::<u8>()? % 4 + 1;
             let descriptors = (0..count).map(|_| descriptor(input));
             let descriptors = descriptors.collect::<Result<Vec<_>>>()?;
-            world.say(&descriptors);
+            let accepted = descriptors.iter().all(|descriptor| world.accepts(descriptor));
+            assert_eq!(world.say(&descriptors), accepted, "{descriptors:x?}; {:x?}", world.header);
         }
         Step::Flush => {
             let everything = [
@@ -168,8 +170,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
                 true => world.say(&[everything[0], everything[2]]),
                 false => world.say(&everything),
             };
-            // Only a reserved mode stops the queue.
-            assert!(done || world.root.is_some_and(|root| root >> 11 & 1 != 0));
+            assert_eq!(done, !world.is_reserved_mode());
         }
         Step::RawDescriptors => {
             let count = input.arbitrary::<u8>()? % 3 + 1;

@@ -7,7 +7,7 @@ use crate::models::memory::Moment;
 use crate::models::oracle::Oracle;
 
 /// Bits of an address.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// Bits of a pointer above any address.
 const BEYOND: u64 = 0xfff0_0000_0000_0000;
 
@@ -282,6 +282,21 @@ fn pasid_entry(entry: &[u64; 8], offers: Offers) -> Result<Way, R> {
         4 if offers.ecap(6) => Ok(Way::Bypass),
         _ => Err(R::PasidEntryInvalid),
     }
+}
+
+/// Whether a fault is recorded if FPD is set (`quiet`) or not: FPD is for qualified faults, and
+/// those of root tables and of entries that cannot be read are none (§7.1.3).
+pub fn is_recorded(reason: R, quiet: bool) -> bool {
+    let qualified = !matches!(
+        reason.code(),
+        0x01 | 0x08..=0x0a | 0x30..=0x33 | 0x38..=0x3a | 0x40 | 0x50 | 0x58
+    );
+    !(quiet && qualified)
+}
+
+/// Whether a fault is of what is above the entry of a PASID: of a root, a context or a directory.
+pub fn is_above_pasid_entry(reason: R) -> bool {
+    matches!(reason.code(), 0x30..=0x57)
 }
 
 /// A DMA request, after its address.

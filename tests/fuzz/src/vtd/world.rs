@@ -8,7 +8,7 @@ use twostage::iommufd::{HostIommu, ObjectId, Protection};
 use twostage::nesting::vtd::{Nesting, Serving, VtdNesting};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
-use twostage::spec::vtd::qi::{Descriptor, StatusWrite};
+use twostage::spec::vtd::qi::{Descriptor, InterruptEntryScope, IotlbScope, StatusWrite};
 use twostage::spec::vtd::regs::{self, Fsts, Gcmd, Gsts, Iqa, Rtaddr};
 use twostage::viommu::vtd::{FaultTarget, VtdConfig, VtdIommu};
 use twostage::viommu::InterruptSink;
@@ -19,6 +19,7 @@ use twostage_emulated::{
 
 use super::account::Account;
 use super::image::{image, page, Start};
+use super::mirrors::PIECES;
 use super::naive::{decide, Decision, Offers, Who};
 use crate::models::memory::{Memory, PAGE};
 use crate::models::oracle::{every, Oracle};
@@ -154,7 +155,7 @@ impl World {
         let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
         ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
         let way = match header.mirrored {
-            true => Nesting::Off { pieces: 1000 },
+            true => Nesting::Off { pieces: PIECES },
             false => Nesting::On,
         };
         let offered = header.offered();
@@ -276,6 +277,40 @@ impl World {
     /// Whether RTADDR as it was latched is of legacy mode.
     pub fn is_legacy(&self) -> bool {
         self.root.is_none_or(|root| root >> 10 & 3 == 0)
+    }
+
+    /// Whether it is a reserved one, with which the queue stops.
+    pub fn is_reserved_mode(&self) -> bool {
+        self.root.is_some_and(|root| root >> 11 & 1 != 0)
+    }
+
+    /// Whether the unit executes `descriptor` (§6.5.2), and if it is for a device, that answers.
+    pub fn accepts(&self, descriptor: &Descriptor) -> bool {
+        let Offers { cap, ecap } = self.offers;
+        let offers = |bit: u32| ecap >> bit & 1 != 0;
+        let is_there = |source: Bdf| {
+            DEVICES.iter().zip(self.plugged).any(|(rid, there)| *rid == source.raw() && there)
+        };
+        let scalable = !self.is_legacy();
+        // DT, IR, PRS and PDS; MAMV and MHMV.
+        !self.is_reserved_mode()
+            && match *descriptor {
+                Descriptor::Iotlb { scope: IotlbScope::Pages { range, .. }, .. } => {
+                    u64::from(range.mask) <= cap >> 48 & 63
+                }
+                Descriptor::Iotlb { .. } | Descriptor::ContextCache(_) => true,
+                Descriptor::PasidIotlb { .. } | Descriptor::PasidCache(_) => scalable,
+                Descriptor::DeviceTlb { source, .. } => offers(2) && is_there(source),
+                Descriptor::PasidDeviceTlb { source, .. } => {
+                    scalable && offers(2) && is_there(source)
+                }
+                Descriptor::InterruptEntryCache(InterruptEntryScope::Global) => offers(3),
+                Descriptor::InterruptEntryCache(InterruptEntryScope::Index { mask, .. }) => {
+                    offers(3) && u64::from(mask) <= ecap >> 20 & 15
+                }
+                Descriptor::Wait { drain_page_requests, .. } => !drain_page_requests || offers(42),
+                Descriptor::PageGroupResponse { .. } => scalable && offers(29),
+            }
     }
 
     fn queue_address(&self) -> Iqa {
