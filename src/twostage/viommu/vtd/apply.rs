@@ -4,8 +4,8 @@
 //! Everything here runs under the model's lock, and is short: operations on many requesters are an
 //! [`Evaluation`](super::evaluation::Evaluation), which processes them in slices.
 
-use super::host_side::{Invalidation, Policy, Progress, RequesterConfig};
-use super::policy::{blocked_config, Blocked, Tables};
+use super::host_side::{Invalidation, Progress, RequesterConfig};
+use super::policy::{blocked_config, Blocked, PasidConfig, Tables};
 use super::requesters::{Functions, Given};
 use super::state::Registers;
 use super::VtdIommu;
@@ -109,17 +109,6 @@ pub(super) fn is_blocked(config: &RequesterConfig) -> bool {
     Functions::is_block(config)
 }
 
-/// Whether a PASID that is blocked like that needs no configuration of its own: its entry is not
-/// present, or there is none. What an entry says that blocks a PASID, and whether faults are to be
-/// recorded (FPD counts whether it is present or not), is remembered as it was read.
-fn is_forgotten(config: &RequesterConfig) -> bool {
-    match config.policy {
-        Policy::Blocked(FaultReason::PasidEntryReserved | FaultReason::PasidEntryInvalid) => false,
-        Policy::Blocked(_) => !config.fault_disabled,
-        _ => false,
-    }
-}
-
 impl VtdIommu {
     /// The tables at `root`.
     pub(super) fn tables(&self, root: Option<Rtaddr>) -> Tables<'_> {
@@ -137,11 +126,13 @@ impl VtdIommu {
         if requester.pasid.is_none_or(|pasid| pasid.raw() == 0) {
             return Ok(());
         }
-        let config = tables.config(requester);
-        if is_forgotten(&config) && self.requesters.given(requester).is_none() {
+        let read = tables.pasid_config(requester);
+        if !read.has_entry && self.requesters.given(requester).is_none() {
             return Ok(());
         }
-        self.give_or_withdraw(requester, config, refused)
+        let applied = self.give(requester, read.config, refused);
+        self.forget_without_entry(requester, read);
+        applied
     }
 
     /// Reads the tables again for one requester.
@@ -157,23 +148,16 @@ impl VtdIommu {
         }
     }
 
-    /// Gives `config` to a PASID. If it blocks the PASID as one without an entry is, that is
-    /// forgotten once the host has applied it.
+    /// Forgets a PASID that was given what was `read` of it, if it has no entry, once the host has
+    /// applied that.
     ///
-    /// This is decided from `config` alone: the caller found the entry gone in a read of its own,
-    /// and the guest may have written the tables since.
-    pub(super) fn give_or_withdraw(
-        &self,
-        requester: Requester,
-        config: RequesterConfig,
-        refused: FaultReason,
-    ) -> Applied {
-        let applied = self.give(requester, config, refused);
-        let done = self.requesters.has(requester, config);
-        if let (Some(pasid), true, true) = (requester.pasid, done, is_forgotten(&config)) {
+    /// This is decided from `read` alone: the caller may have found the entry gone in a read of its
+    /// own, and the guest may have written the tables since.
+    pub(super) fn forget_without_entry(&self, requester: Requester, read: PasidConfig) {
+        let done = self.requesters.has(requester, read.config);
+        if let (Some(pasid), true, false) = (requester.pasid, done, read.has_entry) {
             self.requesters.forget_pasid(requester.rid, pasid);
         }
-        applied
     }
 
     /// Gives `config` to the host unless it has it. If the host refuses, the requester is blocked,

@@ -9,7 +9,7 @@
 
 use super::apply::{refused_reason, Scope};
 use super::host_side::{DomainTag, Policy, RequesterConfig};
-use super::policy::{blocked_config, Blocked};
+use super::policy::{Blocked, PasidConfig};
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
@@ -210,12 +210,14 @@ impl VtdIommu {
         // A configured PASID without an entry is withdrawn.
         let by_tables = evaluation.by == By::Tables;
         let withdraw = |evaluation: &mut Evaluation, requester, budget: &mut Budget| {
-            let config = match by_tables {
-                true => tables.config(requester),
-                false => blocked_config(requester, PASID_GONE),
+            let read = match by_tables {
+                true => tables.pasid_config(requester),
+                false => PasidConfig::without_entry(requester, PASID_GONE),
             };
-            let withdraw = |unit: &Self| unit.give_or_withdraw(requester, config, refused);
-            self.evaluate_requester(evaluation, requester, config, budget, withdraw)
+            let give = |unit: &Self| unit.give(requester, read.config, refused);
+            let done = self.evaluate_requester(evaluation, requester, read.config, budget, give);
+            self.forget_without_entry(requester, read);
+            done
         };
         let reached = if by_tables { tables.pasid_tables(rid) } else { None };
         let end = reached.as_ref().map_or(0, |reached| reached.pasids());

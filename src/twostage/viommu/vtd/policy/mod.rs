@@ -54,6 +54,25 @@ struct Served {
     fault_disabled: bool,
 }
 
+/// What the tables say about a request with PASID.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PasidConfig {
+    pub config: RequesterConfig,
+    /// An entry in the PASID table says that: a present one, or one with FPD that is not present.
+    ///
+    /// Only that is remembered of a PASID. Whatever else blocks it (a context or directory entry,
+    /// or the lack of any) does so for all the PASIDs that its function does not have, too: these
+    /// would be more than the unit offers, and a guest would fill memory with them.
+    pub has_entry: bool,
+}
+
+impl PasidConfig {
+    /// That of a PASID without an entry.
+    pub fn without_entry(requester: Requester, blocked: Blocked) -> Self {
+        Self { config: blocked_config(requester, blocked), has_entry: false }
+    }
+}
+
 impl Tables<'_> {
     /// The configuration for `requester`'s untranslated requests.
     pub fn config(&self, requester: Requester) -> RequesterConfig {
@@ -62,6 +81,20 @@ impl Tables<'_> {
             _ => legacy::serve(self, root, requester),
         });
         to_config(requester, served)
+    }
+
+    /// The configuration for `requester`, which has a PASID, and whether it has an entry; by one
+    /// read of the tables.
+    pub fn pasid_config(&self, requester: Requester) -> PasidConfig {
+        let of_entry = self.root().and_then(|root| match root.mode() {
+            TranslationTableMode::Scalable => scalable::entry(self, root, requester),
+            // Legacy mode blocks them all.
+            _ => legacy::serve(self, root, requester).map(Ok),
+        });
+        match of_entry {
+            Ok(said) => PasidConfig { config: to_config(requester, said), has_entry: true },
+            Err(blocked) => PasidConfig::without_entry(requester, blocked),
+        }
     }
 
     /// The configuration for `requester`, whose PASID has none of its own: its table entry was all
@@ -171,10 +204,10 @@ pub(super) fn is_possible(policy: Policy, caps: &Capabilities) -> bool {
 }
 
 impl PasidTable<'_> {
-    /// The configuration for requests of `requester`, whose PASID is in this table; `None` if its
-    /// entry says nothing: it is not present, and has no FPD.
+    /// The configuration for requests of `requester`, whose PASID is in this table, if it has an
+    /// entry in the sense of [`PasidConfig::has_entry`].
     pub fn config(&self, requester: Requester) -> Option<RequesterConfig> {
-        Some(to_config(requester, self.serve(requester.pasid?)?))
+        Some(to_config(requester, self.entry(requester.pasid?).ok()?))
     }
 }
 

@@ -22,8 +22,27 @@ pub(super) fn serve(
     root: Rtaddr,
     requester: Requester,
 ) -> Result<Served, Blocked> {
+    entry(tables, root, requester)?
+}
+
+/// What a PASID table entry says; or why its PASID is blocked, if there is none, or it says
+/// nothing: it is not present, and has no FPD of its own.
+pub(super) type OfEntry = Result<Result<Served, Blocked>, Blocked>;
+
+/// What the PASID table entry of `requester` says.
+pub(super) fn entry(tables: &Tables<'_>, root: Rtaddr, requester: Requester) -> OfEntry {
     let (directory, pasid) = directory_of(tables, root, requester)?;
-    table_entry(tables, &directory, pasid).and_then(|entry| entry.serve(tables, pasid))
+    entry_in(tables, &directory, pasid)
+}
+
+/// What the entry of `pasid` in the table of `directory` says.
+fn entry_in(tables: &Tables<'_>, directory: &Directory, pasid: u32) -> OfEntry {
+    let entry = table_entry(tables, directory, pasid)?;
+    let qw0 = entry.entry.qw0;
+    match entry.serve(tables, pasid) {
+        Err(blocked) if !qw0.p() && !qw0.fpd() => Err(blocked),
+        said => Ok(said),
+    }
 }
 
 /// What the tables at `root` would say about `requester` if its PASID table entry were all zero.
@@ -97,12 +116,9 @@ pub(in crate::viommu::vtd) struct PasidTable<'a> {
 }
 
 impl PasidTable<'_> {
-    /// What the entry of `pasid`, which is in this table, says; `None` if it says nothing: it is
-    /// not present, and has no FPD.
-    pub(super) fn serve(&self, pasid: Pasid) -> Option<Result<Served, Blocked>> {
-        let entry = table_entry(self.tables, &self.directory, pasid.raw()).ok()?;
-        let qw0 = entry.entry.qw0;
-        (qw0.p() || qw0.fpd()).then(|| entry.serve(self.tables, pasid.raw()))
+    /// What the entry of `pasid`, which is in this table, says.
+    pub(super) fn entry(&self, pasid: Pasid) -> OfEntry {
+        entry_in(self.tables, &self.directory, pasid.raw())
     }
 }
 

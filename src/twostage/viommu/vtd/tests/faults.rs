@@ -94,6 +94,60 @@ fn what_blocks_a_pasid_is_told_as_it_was_read() {
     }
 }
 
+/// FPD of a directory or context entry counts for all PASIDs, also those that the unit does not
+/// offer, and is no reason to remember any.
+#[test]
+fn only_a_pasid_with_an_entry_is_remembered() {
+    const FPD: u64 = 2;
+    const CONTEXT_LOW: u64 = CONTEXT + 0x100;
+    let entry = |pasid: u64| PASID_TABLE + 64 * pasid;
+    let context = DIRECTORY | 1 << 3 | FPD | 1;
+    let of =
+        |value| Descriptor::PasidCache(PasidCacheScope::Pasid { domain: DOMAIN, pasid: value });
+    let default = VtdConfig::default();
+    for config in [
+        VtdConfig { caching_mode: false, ..default.clone() },
+        VtdConfig { pasid_bits: Some(0), ..default.clone() },
+        default,
+    ] {
+        let invalidate = |guest: &Guest, pasid_selective: bool| {
+            match pasid_selective {
+                true => guest.submit(&[9, 0xff, 0x100, 0xf_ffff].map(|it| of(pasid(it)))),
+                false => guest.submit(&[PASID_CACHE]),
+            }
+            guest.iommu.snapshot().unwrap().check().unwrap();
+            guest.iommu.requesters.kept(RID)
+        };
+        let offered = usize::from(config.pasids() > 0);
+        for selective in [true, false] {
+            let guest = Guest::new(config.clone());
+            guest.write_tables();
+            guest.write(CONTEXT_LOW, &[context]);
+            guest.set_root(0x400);
+            guest.enable_queue(0x800);
+            guest.enable_translation();
+            assert_eq!(invalidate(&guest, selective), 0, "of the context entry");
+            guest.write(CONTEXT_LOW, &[context & !FPD]);
+            guest.write(DIRECTORY, &[PASID_TABLE | FPD | 1]);
+            assert_eq!(invalidate(&guest, selective), 0, "of the directory entry");
+            guest.write(entry(9), &[FPD]);
+            assert_eq!(invalidate(&guest, selective), offered, "its own");
+            assert_eq!(guest.reason(with_pasid(9)).is_some(), offered == 0);
+            guest.write(entry(9), &[0]);
+            assert_eq!(invalidate(&guest, selective), 0, "of the directory entry, as before");
+            // What was given goes with the entries that lead to it.
+            for (at, gone) in [(DIRECTORY, FPD), (CONTEXT_LOW, FPD), (ROOT + 0x10, 0)] {
+                guest.write_pasid(9, 0x6000);
+                assert_eq!(invalidate(&guest, selective), offered);
+                let word: u64 = guest.memory.read_obj(GuestAddress(at)).unwrap();
+                guest.write(at, &[gone]);
+                assert_eq!(invalidate(&guest, selective), 0, "{at:#x}");
+                guest.write(at, &[word]);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_fault_of_a_stranger_is_not_recorded() {
     let guest = Guest::running();
