@@ -120,6 +120,7 @@ bench:
 	cargo bench --locked
 	cargo build --release --locked -p twostage-vmm
 	@! scripts/kvm-here || scripts/bench/side-core
+	@! scripts/kvm-here || scripts/bench/jail
 	scripts/bench/compare-with-qemu
 	scripts/bench/compare-with-qemu --mirrors
 	@$(MAKE) --no-print-directory compare-arm64
