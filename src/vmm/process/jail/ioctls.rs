@@ -92,7 +92,6 @@ pub(super) const TERMINAL: &[Ioctl] = of_others!(TCGETS TCGETS2 TCSETS TCSETS2 T
 /// Opens disks and taps.
 pub(super) const FILES: &[Ioctl] = &[
     Ioctl { name: "BLKROGET", request: 0x125e },
-    Ioctl { name: "BLKGETSIZE64", request: 0x8008_1272 },
     Ioctl { name: "BLKSSZGET", request: libc::BLKSSZGET as u32 },
     Ioctl { name: "SIOCGIFINDEX", request: libc::SIOCGIFINDEX as u32 },
     Ioctl { name: "TUNSETIFF", request: libc::TUNSETIFF as u32 },
