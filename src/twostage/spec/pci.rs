@@ -76,11 +76,12 @@ impl FromStr for Bdf {
         let parse = || {
             let (bus, rest) = text.split_once(':')?;
             let (device, function) = rest.split_once('.')?;
-            Self::new(
-                u8::from_str_radix(bus, 16).ok()?,
-                u8::from_str_radix(device, 16).ok()?,
-                u8::from_str_radix(function, 16).ok()?,
-            )
+            // `from_str_radix` would accept a sign.
+            let number = |text: &str| match text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+                true => u8::from_str_radix(text, 16).ok(),
+                false => None,
+            };
+            Self::new(number(bus)?, number(device)?, number(function)?)
         };
         parse().ok_or_else(|| ParseBdfError(text.to_owned()))
     }
@@ -169,7 +170,9 @@ mod tests {
 
     #[test]
     fn text_that_is_no_address_is_refused_by_name() {
-        for text in ["", "00", "00:04", "0:20.0", "00:04.8", "zz:04.0"] {
+        for text in
+            ["+0:04.0", "00:+4.0", "00:04.+0", "", "00", "00:04", "0:20.0", "00:04.8", "zz:04.0"]
+        {
             let error = text.parse::<Bdf>().unwrap_err().to_string();
             assert!(error.contains(&format!("'{text}'")), "{error}");
         }
