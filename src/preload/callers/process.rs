@@ -44,9 +44,11 @@ impl Processes {
     /// # Errors
     /// `ESRCH` there is none.
     pub fn of(&self, pid: i32) -> Result<Process, Errno> {
-        match pid == sys::process_id() {
-            true => Ok(Process::own()),
-            false => self.other(pid, sys::pidfd_open(pid)?),
+        match pid {
+            // What somebody else says may be any number.
+            ..=0 => Err(Errno::from_raw(libc::ESRCH)),
+            own if own == sys::process_id() => Ok(Process::own()),
+            _ => self.other(pid, sys::pidfd_open(pid)?),
         }
     }
 
@@ -196,6 +198,14 @@ pub fn anew(file: File) -> File {
 mod tests {
     use super::*;
     use std::process::{Command, Stdio};
+
+    #[test]
+    fn a_number_that_is_no_id_is_that_of_no_process() {
+        let processes = Processes::default();
+        for pid in [0, -1, i32::MIN, i32::MAX] {
+            assert_eq!(processes.of(pid).unwrap_err().raw(), libc::ESRCH, "{pid}");
+        }
+    }
 
     #[test]
     fn what_a_number_leads_to_counts_only_while_the_process_is_there() {

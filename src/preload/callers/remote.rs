@@ -147,7 +147,11 @@ pub fn take_request(end: RawFd) -> Result<Option<(Request, OwnedFd)>, Errno> {
         [READ_AT, to, count, offset] => Call::Read { to, count, offset: Some(offset) },
         [WRITE, from, count, _] => Call::Write { from, count, offset: None },
         [WRITE_AT, from, count, offset] => Call::Write { from, count, offset: Some(offset) },
-        [PINNED, pid, ..] => return Ok(Some((Request::Pinned(pid as i32), channel))),
+        [PINNED, pid, ..] => {
+            // More than any ID has is that of no process.
+            let pid = i32::try_from(pid).unwrap_or(-1);
+            return Ok(Some((Request::Pinned(pid), channel)));
+        }
         _ => return Err(Errno::from_raw(libc::EPROTO)),
     };
     Ok(Some((Request::Call(call), channel)))
