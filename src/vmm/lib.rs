@@ -56,6 +56,13 @@ pub mod inside {
         DirectMemory, DmaError, DmaMaster, MessageWrites, OfferedServices, ServiceControl, Services,
     };
     pub use crate::memory::MachineMemory;
+    pub mod config {
+        pub use crate::config::{
+            DeviceConfig, DiskConfig, HostChoice, IommuChoice, IommuConfig, IommuModel, NetConfig,
+            PciBridgeConfig, RngConfig, RootPortConfig, SerialConfig, SideCoreChoice,
+            SideCoreConfig, SmmuV3Options, TapConfig, VfioConfig, VtdOptions,
+        };
+    }
     pub mod pci {
         pub use crate::pci::{
             BarPlacement, Bridge, BusNumbers, ConfigLender, ConfigPage, Ecam, EventLine,

@@ -2,10 +2,13 @@
 //! Command lines, of words that are often options of the command; and ([`machine`]) descriptions of
 //! the preload library's machine.
 //!
-//! A command line is refused with a message, or is a machine that does not contradict itself. What
-//! a simple one says is what the machine has.
+//! A command line is refused with a message that names what is wrong, or is a machine whose own
+//! command line ([`print`]) makes it again. A machine that is made without one ([`made`]) is what
+//! its command line makes, or is refused; a simple one is not.
 
 mod machine;
+mod made;
+mod print;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -17,41 +20,39 @@ use crate::input::Input;
 /// Maximum number of options of one execution.
 const MAX_OPTIONS: usize = 8;
 
-/// Options with a value, and keys of such values.
-const OPTIONS: [&str; 22] = [
-    "--kernel",
-    "--initramfs",
-    "--module",
-    "--cmdline",
-    "--cpus",
-    "--memory",
-    "--iommu",
-    "--root-port",
-    "--pci-bridge",
-    "--pci-ports",
-    "--device",
-    "--disk",
-    "--net",
-    "--rng",
-    "--vfio",
-    "--serial",
-    "--on-reset",
-    "--report",
-    "--trace",
-    "--jail",
-    "--uid",
-    "--gid",
+/// Options, words that their values may begin with, and keys of pairs in these.
+const OPTIONS: [(&str, &[&str], &[&str]); 22] = [
+    ("--kernel", &["k"], &[]),
+    ("--initramfs", &["i"], &[]),
+    ("--module", &[], &["path", "cmdline"]),
+    ("--cmdline", &["c"], &[]),
+    ("--cpus", &[], &["boot"]),
+    ("--memory", &[], &["size"]),
+    ("--iommu", &["vtd", "smmuv3"], &IOMMU_KEYS),
+    ("--root-port", &[], &["id"]),
+    ("--pci-bridge", &[], &["id", "bus"]),
+    ("--pci-ports", &["on", "off"], &[]),
+    ("--device", &["edu"], &["iommu", "bus", "pasid", "ats", "pri", "stall", "dma-mask"]),
+    ("--disk", &[], &["path", "readonly", "direct", "format", "queues", "iommu", "bus"]),
+    ("--net", &[], &["tap", "fd", "mac", "iommu", "bus"]),
+    ("--rng", &[], &["src", "iommu", "bus"]),
+    ("--vfio", &[], &["path", "id", "iommu", "bus"]),
+    ("--serial", &["tty", "null"], &["file"]),
+    ("--on-reset", &["exit", "restart"], &[]),
+    ("--report", &["none", "text", "json"], &["file"]),
+    ("--trace", &["t"], &[]),
+    ("--jail", &["on", "off", "log"], &[]),
+    ("--uid", &["0", "65534"], &[]),
+    ("--gid", &["0", "65534"], &[]),
 ];
-const KEYS: [&str; 44] = [
-    "boot",
-    "size",
-    "path",
-    "cmdline",
+const IOMMU_KEYS: [&str; 22] = [
     "id",
-    "bus",
+    "addr",
+    "host",
+    "side-core",
+    "side-cpu",
     "aw",
     "pasid-bits",
-    "addr",
     "first-stage",
     "second-stage",
     "nest",
@@ -61,32 +62,12 @@ const KEYS: [&str; 44] = [
     "pri",
     "caching-mode",
     "intremap",
-    "host",
-    "side-core",
-    "side-cpu",
     "sanitize",
     "granules",
     "stall",
     "ril",
     "httu",
-    "iommu",
-    "pasid",
-    "dma-mask",
-    "readonly",
-    "direct",
-    "format",
-    "queues",
-    "tap",
-    "fd",
-    "mac",
-    "src",
-    "file",
-    "edu",
-    "vtd",
-    "smmuv3",
-    "text",
-    "json",
-    "tty",
+    "colour",
 ];
 const VALUES: [&str; 40] = [
     "on",
@@ -135,10 +116,16 @@ const VALUES: [&str; 40] = [
 pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     match input.byte() % 8 {
-        0 => return exact(&mut input),
-        1..=3 => return machine::run(&mut input),
-        _ => {}
+        0 => exact(&mut input),
+        1 | 2 => machine::run(&mut input),
+        3 => made::run(&mut input),
+        _ => any(&mut input),
     }
+}
+
+/// Options with any values: what is taken is the same when it is printed and parsed again, and what
+/// is refused is named.
+fn any(input: &mut Input<'_>) {
     let mut words: Vec<OsString> = vec!["twostage".into(), "run".into()];
     words.extend(["--kernel".into(), "k".into()].into_iter().filter(|_| !input.one_in(8)));
     for _ in 0..MAX_OPTIONS {
@@ -146,16 +133,37 @@ pub fn run(bytes: &[u8]) {
             break;
         }
         match input.byte() % 32 {
-            0 => words.push(word(&mut input)),
+            0 => words.push(word(input)),
             _ => {
-                words.push(input.pick(&OPTIONS).into());
-                words.push(value(&mut input));
+                let (option, bare, keys) = input.pick(&OPTIONS);
+                words.push(option.into());
+                words.push(value(bare, keys, input));
             }
         }
     }
-    // The message is for a person: it says something.
-    if let Err(message) = parsed(&words) {
-        assert!(!message.trim().is_empty());
+    match parsed(&words) {
+        Ok(config) => {
+            let unknown = |word: &OsString| word.to_string_lossy().contains(",colour=");
+            assert!(!words.windows(2).any(|pair| pair[0] == "--iommu" && unknown(&pair[1])));
+            let again = print::words(&config);
+            assert_eq!(parsed(&again).as_ref(), Ok(&config), "{words:?} {again:?}");
+        }
+        Err(message) => check(&words, &message),
+    }
+}
+
+/// The message is for a person: it names an option that was given or is missing, or a word that is
+/// none; and a value that is none.
+fn check(words: &[OsString], message: &str) {
+    if message.contains("invalid UTF-8") {
+        return assert!(words.iter().any(|word| word.to_str().is_none()));
+    }
+    let said: Vec<_> = words.iter().skip(2).map(|word| word.to_string_lossy()).collect();
+    let names = |(option, ..): &(&str, &[&str], &[&str])| message.contains(option);
+    let odd = said.iter().any(|word| !word.is_empty() && message.contains(&**word));
+    assert!(OPTIONS.iter().any(names) || odd, "{words:?}: {message}");
+    if message.starts_with("error: invalid value") {
+        assert!(odd, "{words:?}: {message}");
     }
 }
 
@@ -164,22 +172,33 @@ fn word(input: &mut Input<'_>) -> OsString {
     OsString::from_vec(input.bytes(40))
 }
 
-/// Pairs of keys and values.
-fn value(input: &mut Input<'_>) -> OsString {
-    if input.one_in(16) {
+/// One of these words, and pairs of these keys, or others, and values.
+fn value(bare: &[&str], keys: &[&str], input: &mut Input<'_>) -> OsString {
+    let choice = input.byte();
+    if choice.is_multiple_of(32) {
         return word(input);
     }
     let mut text = OsString::new();
-    for number in 0..input.byte() % 5 {
-        text.push(if number == 0 { "" } else { "," });
-        text.push(input.pick(&KEYS));
-        if !input.one_in(8) {
-            text.push("=");
-            match input.byte() % 8 {
-                0 => text.push(word(input)),
-                1 => text.push(format!("{:#x}", input.number())),
-                2 => text.push(input.number().to_string()),
-                _ => text.push(input.pick(&VALUES)),
+    if !bare.is_empty() && choice & 3 != 0 {
+        text.push(input.pick(bare));
+    }
+    for _ in 0..if keys.is_empty() { choice >> 7 } else { choice >> 5 } {
+        text.push(if text.is_empty() { "" } else { "," });
+        text.push(match input.byte() {
+            any @ 0xf0.. => OPTIONS[usize::from(any & 0xf)].2.first().unwrap_or(&"x"),
+            number => keys.get(usize::from(number) % keys.len().max(1)).unwrap_or(&"x"),
+        });
+        match input.byte() % 16 {
+            0 => {}
+            1 => {
+                text.push("=");
+                text.push(word(input));
+            }
+            2 => text.push(format!("={:#x}", input.number())),
+            3 => text.push(format!("={}", input.number())),
+            _ => {
+                text.push("=");
+                text.push(input.pick(&VALUES));
             }
         }
     }
