@@ -309,7 +309,7 @@ impl PciFunction for VfioPci {
             Some((MsixPart::Pending(offset), Some(table))) => {
                 return table.read_pending(offset, data);
             }
-            // As VFIO has it.
+            // The device's own structures, which the host uses.
             Some(_) => return data.fill(0xff),
             None => {}
         }

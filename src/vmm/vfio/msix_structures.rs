@@ -39,7 +39,9 @@ pub enum MsixPart {
     Table(u64),
     /// The pending bits.
     Pending(u64),
-    /// An access that starts before them and ends in them.
+    /// An access that starts before them and ends in them. All of it is ignored, also what is in
+    /// front of them, which VFIO would let through: no driver may access them but by whole aligned
+    /// words (§7.7.2), so that its result is undefined anyway.
     Across,
 }
 
