@@ -102,15 +102,21 @@ impl VfioPci {
 
         let config_region = host.region(VFIO_PCI_CONFIG_REGION_INDEX).map_err(asking)?;
         let device = read_config(&*host, &config_region).map_err(asking)?;
-        let irq = |irq| host.irq(irq).map_err(asking);
+        // A host driver may know no such kind, and say so with an error.
+        let vectors = |irq| {
+            let info = host.irq(irq).inspect_err(|error| {
+                log::warn!("--vfio {name}: {irq:?}: {error}; the guest has none of them");
+            });
+            info.unwrap_or_default().count
+        };
         let bars = memory_bars(&*host, &device).map_err(asking)?;
         // The pin is in the header, the first 64 bytes of every configuration space.
-        let intx = irq(Irq::Intx)?.count > 0 && device[usize::from(INTERRUPT_PIN)] != 0;
+        let intx = vectors(Irq::Intx) > 0 && device[usize::from(INTERRUPT_PIN)] != 0;
         let behind = Behind {
             intx,
             reset: host.can_reset(),
-            msi: irq(Irq::Msi)?.count,
-            msix: irq(Irq::Msix)?.count,
+            msi: vectors(Irq::Msi),
+            msix: vectors(Irq::Msix),
             bars: &bars,
         };
         let image = ConfigImage::new(&device, &behind)
@@ -119,8 +125,8 @@ impl VfioPci {
             image;
         if msix.is_some() && image.msix_vectors.is_none() {
             log::warn!(
-                "--vfio {name}: the guest does not see its MSI-X, whose table or pending bits lie \
-                 in no BAR, or for which VFIO has no vectors"
+                "--vfio {name}: the guest does not see its MSI-X: its table or its pending bits lie \
+                 in no BAR, its capability runs into the next one, or VFIO has no vectors for it"
             );
         }
         let services = services::add(&mut config, extension, &device, around.services);

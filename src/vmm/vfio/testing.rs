@@ -22,6 +22,8 @@ pub struct FakeDevice {
     calls: Mutex<Vec<String>>,
     refusal: Mutex<Option<i32>>,
     pub cannot_reset: bool,
+    /// Kinds of interrupts that it does not know.
+    pub unknown: Vec<Irq>,
 }
 
 impl FakeDevice {
@@ -90,6 +92,9 @@ impl HostDevice for FakeDevice {
     }
 
     fn irq(&self, irq: Irq) -> io::Result<IrqInfo> {
+        if self.unknown.contains(&irq) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         Ok(self.irqs.get(&irq).copied().unwrap_or_default())
     }
 

@@ -97,6 +97,17 @@ fn what_vfio_has_no_vectors_for_is_hidden() {
 }
 
 #[test]
+fn what_vfio_does_not_know_is_hidden() {
+    let mut device = nvme();
+    device.unknown = vec![Irq::Intx, Irq::Msix, Irq::Msi];
+    let machine = machine(device);
+    assert_eq!(list(&machine), [0x01, 0x10, 0x09]);
+    assert_eq!(machine.read(0x3c) >> 8 & 0xff, 0, "no pin");
+    assert_eq!(machine.device.take_calls(), ["reset"]);
+    nothing_is_at_the_table(&machine);
+}
+
+#[test]
 fn the_guest_sees_no_more_vectors_than_vfio_has() {
     let mut device = nvme();
     device.add_irq(Irq::Msix, 5);
