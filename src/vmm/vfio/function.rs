@@ -206,7 +206,12 @@ impl VfioPci {
     /// memory and the interrupts.
     fn apply(&self, written: &Range<u16>) {
         // Of two concurrent vCPUs, the later one applies what both wrote.
-        let _turn = self.applying.lock();
+        let turn = self.applying.lock();
+        self.apply_in(&turn, written);
+    }
+
+    /// The same, in the turn of the caller.
+    fn apply_in(&self, _turn: &MutexGuard<'_, ()>, written: &Range<u16>) {
         let config = self.space().clone();
         let mut placements = config.bar_placements();
         placements.retain(self.answers);
@@ -227,13 +232,18 @@ impl VfioPci {
 
     /// Resets the function on the guest's request.
     fn reset(&self) {
-        self.interrupts.reset();
+        // What another vCPU writes to configuration space meanwhile is applied afterwards, and so
+        // not at all.
+        let turn = self.applying.lock();
+        self.interrupts.disable();
         self.lent.update(&[]);
         if let Err(error) = self.host.reset() {
             self.complaints.warn(format_args!("--vfio {}: reset: {error}", self.name));
         }
+        // Only now, as what another one writes to the table is lost, too.
+        self.interrupts.forget_messages();
         *self.space() = self.pristine.clone();
-        self.apply(&ALL);
+        self.apply_in(&turn, &ALL);
     }
 
     /// Writes to the device's own configuration space.

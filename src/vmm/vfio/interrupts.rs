@@ -72,9 +72,9 @@ impl DeviceInterrupts {
         *on = wanted;
     }
 
-    /// The function is reset: all of them are disabled, and MSI-X has no messages.
-    pub fn reset(&self) {
-        self.disable();
+    /// The function has been reset, and all of them are disabled: MSI-X has no messages, and every
+    /// vector is masked.
+    pub fn forget_messages(&self) {
         if let Some(msix) = &self.msix {
             msix.table.reset();
         }

@@ -2,6 +2,7 @@
 //! A fake device and its surroundings, for tests.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use twostage::sync::Mutex;
@@ -14,6 +15,15 @@ use super::vectors::MakeVector;
 use crate::pci::{EventVector, InterruptVector};
 use twostage::viommu::MsiMessage;
 
+/// Something to do once.
+pub struct Meanwhile(pub Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Meanwhile")
+    }
+}
+
 /// A device whose regions are bytes, and which records what is done to its interrupts.
 #[derive(Debug, Default)]
 pub struct FakeDevice {
@@ -22,6 +32,8 @@ pub struct FakeDevice {
     calls: Mutex<Vec<String>>,
     refusal: Mutex<Option<i32>>,
     pub cannot_reset: bool,
+    /// What somebody else does while it is reset.
+    pub meanwhile: Mutex<Option<Meanwhile>>,
     /// Kinds of interrupts that it does not know.
     pub unknown: Vec<Irq>,
 }
@@ -117,6 +129,10 @@ impl HostDevice for FakeDevice {
     }
 
     fn reset(&self) -> io::Result<()> {
+        let meanwhile = self.meanwhile.lock().take();
+        if let Some(Meanwhile(meanwhile)) = meanwhile {
+            meanwhile();
+        }
         self.call("reset".into())
     }
 }

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::config_image::{Behind, ConfigImage};
 use super::host_device::Irq;
-use super::testing::{FakeDevice, FakeLender, FakeVectors};
+use super::testing::{FakeDevice, FakeLender, FakeVectors, Meanwhile};
 use super::*;
 use crate::devices::{HostServices, Services};
 use crate::pci::layout::CONFIG_SIZE;
@@ -394,6 +394,24 @@ fn the_guest_can_reset_the_function() {
     let mut control = [0; 4];
     function.read_bar(0, 0x200c, &mut control);
     assert_eq!(control, [1, 0, 0, 0], "each vector is masked");
+}
+
+/// Another vCPU goes on while one resets the function.
+#[test]
+fn a_vector_that_is_unmasked_during_a_reset_is_masked_after_it() {
+    let machine = machine(nvme());
+    machine.write(MSIX + 2, &[0, 0x80]);
+    let function = machine.function();
+    let meanwhile = move || {
+        function.write_bar(0, 0x2000, &0xfee0_0000_u64.to_le_bytes());
+        function.write_bar(0, 0x2008, &0x41_u64.to_le_bytes());
+    };
+    *machine.device.meanwhile.lock() = Some(Meanwhile(Box::new(meanwhile)));
+    machine.write(EXPRESS + 8, &[0x10, 0xa8]);
+    assert!(machine.device.meanwhile.lock().is_none(), "it did");
+    let mut control = [0; 4];
+    machine.function().read_bar(0, 0x200c, &mut control);
+    assert_eq!(control, [1, 0, 0, 0]);
 }
 
 #[test]
