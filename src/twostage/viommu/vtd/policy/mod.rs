@@ -63,6 +63,12 @@ pub(super) struct PasidConfig {
     /// Only that is remembered of a PASID. Whatever else blocks it (a context or directory entry,
     /// or the lack of any) does so for all the PASIDs that its function does not have, too: these
     /// would be more than the unit offers, and a guest would fill memory with them.
+    ///
+    /// An entry with FPD that is not present stays remembered until an invalidation names it.
+    /// Linux leaves such entries behind where it takes a PASID away before its device is done, and
+    /// since December 2024 (`intel_pasid_tear_down_entry`) it clears them later without one, even
+    /// with caching mode. Stray DMA of that PASID then stays unrecorded until the PASID is used
+    /// again, as it may (§6.1): it is blocked all the same.
     pub has_entry: bool,
 }
 
@@ -97,8 +103,14 @@ impl Tables<'_> {
         }
     }
 
-    /// The configuration for `requester`, whose PASID has none of its own: its table entry was all
-    /// zero when it was last read, or there was none. Tables that would serve it by now do not yet.
+    /// The configuration for `requester`, whose PASID has none of its own: it had no entry in the
+    /// sense of [`PasidConfig::has_entry`] when the tables were last read. Tables that would serve
+    /// it by now do not yet.
+    ///
+    /// Why it had none is not known any more. If the way to an entry was missing then (a directory
+    /// entry, say), and the guest has made it since without telling, the reason is still that of an
+    /// entry that is not present: one that no unit would give, which would have met the way as it
+    /// was or as it is.
     pub fn config_without_entry(&self, requester: Requester) -> RequesterConfig {
         let now = self.config(requester);
         match (now.policy, self.root()) {

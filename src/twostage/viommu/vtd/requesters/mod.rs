@@ -75,7 +75,8 @@ pub(super) struct Standing {
     pub translating: bool,
     /// The root table in use.
     pub root: Option<Rtaddr>,
-    /// The configuration of the requester; `None` for a PASID without a present table entry.
+    /// The configuration of the requester; `None` for a PASID whose table entry was not present,
+    /// and had no FPD, when it was last read, or that had none.
     pub given: Option<Given>,
 }
 
