@@ -68,16 +68,19 @@
 //! * A thread that unshares its descriptors (`CLOSE_RANGE_UNSHARE`) can keep using the files that
 //!   it has, and exec; but what it opens from then on is not visible to this library's thread.
 #![deny(missing_docs)]
-// The hooks, which use everything else, are not exported in tests.
-#![cfg_attr(test, allow(dead_code))]
+// The hooks, which use everything else, are not exported in tests, and are not there for fuzzers.
+#![cfg_attr(any(test, feature = "server"), allow(dead_code))]
 
 mod callers;
 mod config;
 mod files;
+#[cfg(not(feature = "server"))]
 mod hooks;
 mod logger;
 mod memory;
 mod next;
+#[cfg(feature = "server")]
+pub mod server;
 mod state;
 mod sys;
 mod sysfs;

@@ -390,6 +390,12 @@ impl State {
         self.files().ending = false;
     }
 
+    /// How many files have descriptors.
+    #[cfg(feature = "server")]
+    pub fn open_files(&self) -> usize {
+        self.files().slots.iter().flatten().count()
+    }
+
     /// The last descriptor of the file with `inode` was closed, perhaps in another process.
     pub fn hung_up(&self, inode: u64) {
         if let Some(slot) = self.number_of(inode) {

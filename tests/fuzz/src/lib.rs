@@ -13,6 +13,7 @@ pub mod ioctls;
 pub mod loaders;
 mod models;
 pub mod pci;
+pub mod preload;
 pub mod smmuv3;
 pub mod states;
 pub mod vfio;
@@ -28,6 +29,7 @@ pub const TARGETS: &[Target] = &[
     ("ioctls", ioctls::run),
     ("loaders", loaders::run),
     ("pci", pci::run),
+    ("preload", preload::run),
     ("smmuv3", smmuv3::run),
     ("states", states::run),
     ("vfio", vfio::run),

@@ -12,8 +12,8 @@
 
 mod access;
 mod process;
-mod table;
-mod value;
+pub(crate) mod table;
+pub(crate) mod value;
 
 use arbitrary::{Result, Unstructured};
 use twostage::iommufd::{ObjectId, PageRequest, PageRequestFlags, PageRequestPermissions};
