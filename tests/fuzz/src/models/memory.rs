@@ -2,6 +2,8 @@
 //! The guest's memory: an image of prepared tables, and all that each word has been since.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
@@ -37,30 +39,37 @@ pub struct Memory {
     now: Moment,
 }
 
+/// What all executions of a thread reuse: to make it anew each time would take most of the time.
+#[derive(Default)]
+struct Reused {
+    memory: Option<(Arc<GuestMemoryMmap>, Arc<GuestRegionMmap>)>,
+    images: BTreeMap<(&'static str, u64), Rc<[u8]>>,
+    seen: Vec<u8>,
+}
+
 thread_local! {
-    /// Reused by all executions of a thread, as mapping it anew each time would take most of the
-    /// time.
-    static REUSED: RefCell<Option<(Arc<GuestMemoryMmap>, Arc<GuestRegionMmap>)>> =
-        const { RefCell::new(None) };
+    static REUSED: RefCell<Reused> = RefCell::default();
 }
 
 impl Memory {
-    /// Memory that has `image` from its start, and zeros after it.
-    pub fn new(image: &[u8]) -> Self {
-        let (map, region) = REUSED.with(|reused| {
-            let mut reused = reused.borrow_mut();
-            let made = reused.get_or_insert_with(|| {
+    /// Memory with the image of a target's tables that has this number, which `image` makes.
+    pub fn new(number: (&'static str, u64), image: impl FnOnce() -> Vec<u8>) -> Self {
+        let (map, region, image, mut seen) = REUSED.with(|reused| {
+            let Reused { memory, images, seen } = &mut *reused.borrow_mut();
+            let (map, region) = memory.get_or_insert_with(|| {
                 let region = GuestRegionMmap::from_range(GuestAddress(0), SIZE as usize, None);
                 let region = Arc::new(region.expect("little memory"));
                 let map = GuestMemoryMmap::from_arc_regions(vec![region.clone()]);
                 (Arc::new(map.expect("one region")), region)
             });
-            made.clone()
+            let image = images.entry(number).or_insert_with(|| image().into());
+            (map.clone(), region.clone(), image.clone(), std::mem::take(seen))
         });
         assert_eq!(image.len() as u64, SIZE);
-        region.write_slice(image, MemoryRegionAddress(0)).expect("the image fits");
-        let seen = RefCell::new(image.to_vec());
-        Self { map, region, past: RefCell::default(), seen, now: 1 }
+        region.write_slice(&image, MemoryRegionAddress(0)).expect("the image fits");
+        seen.clear();
+        seen.extend_from_slice(&image);
+        Self { map, region, past: RefCell::default(), seen: RefCell::new(seen), now: 1 }
     }
 
     /// The memory as a host maps it.
@@ -134,6 +143,13 @@ impl Memory {
         let mut all = vec![(present, Moment::MAX)];
         all.extend(past.map(|past| (past.value, past.until)));
         Some(all)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let seen = self.seen.take();
+        REUSED.with(|reused| reused.borrow_mut().seen = seen);
     }
 }
 

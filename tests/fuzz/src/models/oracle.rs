@@ -20,13 +20,21 @@ pub struct Oracle<'a> {
     /// Pages, by number, that the unit writes to as it likes, and whether one was read.
     unknown: Range<u64>,
     is_unknown: bool,
+    /// What was read.
+    loads: Vec<u64>,
 }
 
-impl Oracle<'_> {
+impl<'a> Oracle<'a> {
+    fn new(memory: &'a Memory, unknown: Range<u64>) -> Self {
+        let (script, loads) = (Vec::new(), Vec::new());
+        Self { memory, script, at: 0, unknown, is_unknown: false, loads }
+    }
+
     /// One of the values of the word at `gpa` that `may` be: each with the moment until which it
     /// was there. `None` if it is not memory.
     pub fn load(&mut self, gpa: u64, may: impl Fn(u64, Moment) -> bool) -> Option<u64> {
         self.is_unknown |= self.unknown.contains(&(gpa / PAGE));
+        self.loads.push(gpa);
         let mut all = Vec::new();
         for (value, until) in self.memory.values(gpa)? {
             let is_present = until == Moment::MAX;
@@ -53,6 +61,14 @@ impl Oracle<'_> {
     }
 }
 
+/// The words that `walk` reads, and what it comes to, if memory is as it is now.
+pub fn way<T>(memory: &Memory, walk: impl FnOnce(&mut Oracle<'_>) -> T) -> (Vec<u64>, T) {
+    // The first value of each word is the present one.
+    let mut oracle = Oracle::new(memory, 0..0);
+    let result = walk(&mut oracle);
+    (oracle.loads, result)
+}
+
 /// All results of `walk`, each once; `None` if there are too many ways, or one leads through pages
 /// that are `unknown` (by number), which the unit writes to.
 pub fn every<T: PartialEq>(
@@ -60,10 +76,11 @@ pub fn every<T: PartialEq>(
     unknown: Range<u64>,
     mut walk: impl FnMut(&mut Oracle<'_>) -> T,
 ) -> Option<Vec<T>> {
-    let mut oracle = Oracle { memory, script: Vec::new(), at: 0, unknown, is_unknown: false };
+    let mut oracle = Oracle::new(memory, unknown);
     let mut results = Vec::new();
     for _ in 0..MOST {
         oracle.at = 0;
+        oracle.loads.clear();
         let result = walk(&mut oracle);
         if oracle.is_unknown {
             return None;

@@ -105,19 +105,16 @@ fn has(range: &AddressRange, address: u64, page: Option<(u32, u32)>) -> bool {
         // An entry of any size.
         (0, Some((shift, _))) => start >> shift == address >> shift,
         _ if is_reserved(range) => false,
-        (tg, page) => {
+        // What was found through a pointer may be a page that no range of it covers.
+        (_, None) => false,
+        (tg, Some((shift, granule))) => {
             let of_range = 10 + 2 * u32::from(tg);
             let bytes = (u64::from(num) + 1) << scale << of_range;
-            let within = |first: u64, last: u64| start <= first && last - start < bytes;
-            match page {
-                None => !leaf && ttl == 0 && within(address, address),
-                Some((shift, granule)) => {
-                    let (low, level) = ((1 << shift) - 1, 3 - (shift - granule) / (granule - 3));
-                    granule == of_range
-                        && (ttl == 0 || u32::from(ttl) == level)
-                        && within(address & !low, address | low)
-                }
-            }
+            let (low, level) = ((1 << shift) - 1, 3 - (shift - granule) / (granule - 3));
+            granule == of_range
+                && (ttl == 0 || u32::from(ttl) == level)
+                && start <= address & !low
+                && (address | low) - start < bytes
         }
     }
 }

@@ -4,14 +4,15 @@
 
 use std::ops::Range;
 
+use twostage::spec::smmuv3::event::EventId;
 use twostage::spec::smmuv3::regs::{self, Gbpa};
 use twostage_emulated::{DmaAttributes, DmaError};
 
 use super::image::page;
-use super::naive::{End, Kind, Walk};
+use super::naive::{End, Found, Kind, Since, Walk};
 use super::world::{World, DEVICES};
-use crate::models::memory::Places;
-use crate::models::oracle::every;
+use crate::models::memory::{Moment, Places};
+use crate::models::oracle::{every, way};
 
 /// Pages, by number, that the SMMU writes to.
 const UNKNOWN: Range<u64> = page::COMMANDS..page::REQUESTS + 1;
@@ -24,6 +25,27 @@ pub struct Dma {
     pub substream: Option<u32>,
     pub address: u64,
     pub kind: Kind,
+}
+
+/// Nothing that was before counts.
+struct Now;
+
+impl Since for Now {
+    fn stream(&self, _: bool) -> Moment {
+        Moment::MAX
+    }
+
+    fn context(&self, _: u32, _: bool) -> Moment {
+        Moment::MAX
+    }
+
+    fn pointer(&self, _: u16, _: u64) -> Moment {
+        Moment::MAX
+    }
+
+    fn page(&self, _: u16, _: u64, _: u32, _: u32) -> Moment {
+        Moment::MAX
+    }
 }
 
 impl World {
@@ -66,8 +88,18 @@ impl World {
         Some(all.into_iter().map(|found| found.end).collect())
     }
 
+    /// The words that `dma` is translated by, and what they come to, as they are now.
+    pub fn way_of(&self, dma: &Dma) -> (Vec<u64>, Found) {
+        let Dma { device, substream, address, kind } = *dma;
+        way(&self.memory, |words| {
+            let mut walk = Walk { words, registers: self.registers(), since: &Now };
+            walk.translate(u64::from(DEVICES[device]), substream, address, kind)
+        })
+    }
+
     /// Does `dma`, of the aligned word at its address.
     pub fn dma(&mut self, dma: Dma) {
+        self.last = Some(dma);
         let may = self.outcomes(&dma);
         let next = self.has_events().then(|| self.drop_events());
         let Dma { device, substream: pasid, address, kind } = dma;
@@ -117,7 +149,9 @@ impl World {
         assert_eq!(event.stream().raw(), u32::from(DEVICES[dma.device]), "{}", what());
         if id.has_substream() {
             let substream = event.substream().map(|substream| substream.raw());
-            assert_eq!(substream, dma.substream, "{event:x?} for {}", what());
+            // That of C_BAD_SUBSTREAMID is 0 if there is none.
+            let of_none = (id == EventId::BadSubstreamId).then_some(0);
+            assert_eq!(substream, dma.substream.or(of_none), "{event:x?} for {}", what());
         }
         if id.has_input() {
             let access = event.qw1;

@@ -12,6 +12,7 @@
 //! left.
 
 mod account;
+mod again;
 mod dma;
 mod image;
 mod naive;
@@ -52,12 +53,13 @@ enum Step {
     Tables,
     Plug,
     Reset,
+    Again,
 }
 
 impl Step {
     fn of(number: u8) -> Self {
         use Step::*;
-        const STEPS: [(Step, u8); 15] = [
+        const STEPS: [(Step, u8); 16] = [
             (Dma, 8),
             (Table, 6),
             (Invalidate, 4),
@@ -73,6 +75,7 @@ impl Step {
             (Tables, 1),
             (Plug, 1),
             (Reset, 1),
+            (Again, 8),
         ];
         weighted(&STEPS, number)
     }
@@ -250,6 +253,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             world.start_queue();
             world.enable(true);
         }
+        Step::Again => again::again(world, input)?,
         Step::Plug => world.plug(usize::from(input.arbitrary::<u8>()? & 1)),
         Step::Reset => {
             if input.arbitrary::<u8>()? & 7 == 0 {

@@ -53,8 +53,8 @@ pub struct Space {
 }
 
 impl Space {
-    /// IPS, AFFD, HD and HA, which count when an entry gets into the TLB.
-    const CACHED: u64 = 7 << 32 | 1 << 35 | 1 << 42 | 1 << 43;
+    /// IPS, AFFD, WXN, PAN, HD and HA, which may count when an entry gets into the TLB.
+    const CACHED: u64 = 7 << 32 | 3 << 35 | 1 << 40 | 3 << 42;
     /// T0SZ, TG0, EPD0, and the same of the other half: which entries a table has.
     const SHAPE: u64 = 0x40ff_40ff;
 
@@ -181,8 +181,8 @@ impl Walk<'_, '_> {
             // Bit 2: not an abort.
             0..=3 => return Err(End::Silent),
             4 if substream.is_none() => return Ok(address),
-            // What becomes of substreams is not said.
-            4 => return Err(End::Outside),
+            // Substreams are of stage 1.
+            4 => return Err(End::Event(E::BadSubstreamId)),
             5 => {}
             _ => return Err(End::Silent),
         }

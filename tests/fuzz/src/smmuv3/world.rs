@@ -22,6 +22,7 @@ use twostage_emulated::{
 };
 
 use super::account::{is_reserved, Account};
+use super::dma::Dma;
 use super::image::{image, page};
 use super::naive::{Registers, OUTPUT_BITS};
 use crate::models::memory::{Memory, PAGE, SIZE};
@@ -46,6 +47,8 @@ pub struct Header {
     /// Translation is enabled at the start.
     pub enabled: bool,
     pub ats: bool,
+    /// Stale translations are found while they are used.
+    pub sanitized: bool,
 }
 
 impl Header {
@@ -59,6 +62,7 @@ impl Header {
             ranges: !bit(4),
             enabled: second & 0xf0 != 0xf0,
             ats: bit(5),
+            sanitized: bit(6),
         }
     }
 }
@@ -125,15 +129,20 @@ pub struct World {
     pub plugged: [bool; 2],
     /// The last value that a device wrote.
     pub serial: u64,
+    /// The last DMA.
+    pub last: Option<Dma>,
 }
 
 impl World {
     pub fn new(header: Header) -> Self {
-        let memory = Memory::new(&image(header.granule, header.two_levels));
+        let Header { granule, two_levels, .. } = header;
+        let number = ("smmuv3", u64::from(granule.shift()) * 2 + u64::from(two_levels));
+        let memory = Memory::new(number, || image(granule, two_levels));
         let entries = if header.small_caches { 2 } else { 16 };
         let unit = SmmuV3UnitConfig::default()
             .with_ssid_bits(4)
             .with_ats(header.ats)
+            .with_sanitize(header.sanitized)
             .with_range_invalidation(header.ranges)
             .with_iotlb_entries(entries)
             .with_paging_structure_entries(entries)
@@ -187,6 +196,7 @@ impl World {
             account: Account::default(),
             plugged: [true; 2],
             serial: 0,
+            last: None,
         };
         if header.enabled {
             world.set_tables();

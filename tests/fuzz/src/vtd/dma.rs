@@ -8,11 +8,12 @@ use twostage::spec::vtd::regs::{self, Cap, FaultRecord, Fsts};
 use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
 
 use super::naive::{
-    is_above_pasid_entry, is_recorded, walk, Decision, Kind, Since, Stage, Way, Who,
+    decide, is_above_pasid_entry, is_recorded, walk, Decision, EntriesSince, Kind, Since, Stage,
+    Way, Who,
 };
 use super::world::{World, DEVICES};
 use crate::models::memory::{Moment, Places};
-use crate::models::oracle::Oracle;
+use crate::models::oracle::{way, Oracle};
 
 /// What may become of a DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,9 +132,22 @@ impl World {
         }
     }
 
+    /// The words that `dma` is translated by, and what they say of its requester, as they are now.
+    pub fn way_of(&self, dma: &Dma) -> (Vec<u64>, Decision) {
+        let Dma { device, pasid, iova, kind } = *dma;
+        let who = Who { rid: DEVICES[device], pasid };
+        let since = EntriesSince { contexts: Moment::MAX, pasids: Moment::MAX };
+        way(&self.memory, |words| {
+            let decision = decide(words, self.offers, self.root, who, since);
+            self.outcome(words, &decision, iova, kind, &Now);
+            decision
+        })
+    }
+
     /// Does `dma`, of the aligned word at its address.
     pub fn dma(&mut self, dma: Dma) {
         self.clear_faults();
+        self.last = Some(dma);
         let may = self.outcomes(&dma);
         let Dma { device, pasid, iova, kind } = dma;
         let attributes =
@@ -227,15 +241,6 @@ impl World {
     /// The fault of `dma`, by `decision`, where no hardware walks the tables: the reason is that of
     /// the tables as they are when it is told. They may translate by then.
     fn as_of_now(&self, dma: &Dma, decision: &Decision) -> Option<(R, bool)> {
-        struct Now;
-        impl Since for Now {
-            fn pointer(&self, _: bool, _: u64) -> Moment {
-                Moment::MAX
-            }
-            fn page(&self, _: bool, _: u64, _: u32) -> Moment {
-                Moment::MAX
-            }
-        }
         let Dma { iova, kind, .. } = *dma;
         let by = |words: &mut Oracle<'_>| self.outcome(words, decision, iova, kind, &Now);
         if let [Outcome::Faults { reason, quiet }] = self.every(by)?[..] {
@@ -279,6 +284,19 @@ impl World {
         self.caching[device] = enabled;
         let now = self.memory.tick();
         self.account.device_tlb(Bdf::from_raw(DEVICES[device]).raw(), now);
+    }
+}
+
+/// Nothing that was before counts.
+struct Now;
+
+impl Since for Now {
+    fn pointer(&self, _: bool, _: u64) -> Moment {
+        Moment::MAX
+    }
+
+    fn page(&self, _: bool, _: u64, _: u32) -> Moment {
+        Moment::MAX
     }
 }
 

@@ -18,6 +18,7 @@ use twostage_emulated::{
 };
 
 use super::account::Account;
+use super::dma::Dma;
 use super::image::{image, page, Start};
 use super::mirrors::PIECES;
 use super::naive::{decide, Decision, Offers, Who};
@@ -46,6 +47,8 @@ pub struct Header {
     pub remaps: bool,
     pub narrow_descriptors: bool,
     pub supervisor: bool,
+    /// Stale translations are found while they are used.
+    pub sanitized: bool,
     /// Translation is enabled at the start.
     pub enabled: bool,
 }
@@ -66,6 +69,7 @@ impl Header {
             remaps: bit(second, 0),
             narrow_descriptors: bit(second, 1) && start.is_legacy(),
             supervisor: bit(second, 2) && !mirrored,
+            sanitized: bit(second, 3),
             enabled: second & 0xf0 != 0xf0,
         }
     }
@@ -77,7 +81,8 @@ impl Header {
             .with_supervisor_requests(true)
             .with_extended_accessed(true)
             .with_device_tlb(true)
-            .with_page_requests(true);
+            .with_page_requests(true)
+            .with_sanitize(self.sanitized);
         let entries = if self.small_caches { 2 } else { 16 };
         unit.with_iotlb_entries(entries)
             .with_paging_structure_entries(entries)
@@ -138,11 +143,14 @@ pub struct World {
     pub plugged: [bool; 2],
     /// The last value that a device wrote.
     pub serial: u64,
+    /// The last DMA.
+    pub last: Option<Dma>,
 }
 
 impl World {
     pub fn new(header: Header) -> Self {
-        let memory = Memory::new(&image(header.start, header.levels()));
+        let (start, levels) = (header.start, header.levels());
+        let memory = Memory::new(("vtd", start as u64 * 8 + levels), || image(start, levels));
         let unit = VtdUnit::new(header.unit());
         let host = EmulatedHost::new();
         let id = host.add_unit(unit.clone());
@@ -192,6 +200,7 @@ impl World {
             caching: [false; 2],
             plugged: [true; 2],
             serial: 0,
+            last: None,
         };
         if header.enabled {
             world.set_root(header.start.is_legacy());
@@ -357,6 +366,15 @@ impl World {
         }
         self.write64(regs::IQT, tail);
         self.memory.load(page::STATUS * PAGE) == Some(u64::from(DONE))
+    }
+
+    /// Submits `descriptors`, which are complete if the unit accepts them all. Where tables are
+    /// mirrored and have too much, they may fail.
+    pub fn invalidate(&mut self, descriptors: &[Descriptor]) {
+        let accepted = descriptors.iter().all(|descriptor| self.accepts(descriptor));
+        let done = self.say(descriptors);
+        let failed = accepted && !done && self.header.mirrored && self.may_be_too_much();
+        assert!(done == accepted || failed, "{done}: {descriptors:x?}; {:x?}", self.header);
     }
 
     /// Submits `descriptors`, and if they are complete, has the account know.

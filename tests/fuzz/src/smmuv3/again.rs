@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What drivers do: a word changes that translates what a device has just reached, the guest says
+//! so, in one of the ways that are enough or nearly, and the device goes there again.
+
+use arbitrary::{Result, Unstructured};
+use twostage::spec::pci::Pasid;
+use twostage::spec::smmuv3::command::{AddressRange, Command};
+use twostage::spec::smmuv3::StreamId;
+
+use super::word;
+use super::world::{World, DEVICES};
+use crate::models::memory::PAGE;
+
+/// One round; nothing if no device has reached for anything yet.
+pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
+    let [which, how, said]: [u8; 3] = input.arbitrary()?;
+    let Some(dma) = world.last else { return Ok(()) };
+    world.dma(dma);
+    let (words, found) = world.way_of(&dma);
+    // The last ones are those of the last table.
+    let at = match usize::from(which >> 3) {
+        at @ 0..3 => words.iter().rev().nth(at),
+        at => words.get(at % words.len().max(1)),
+    };
+    let Some((at, now)) = at.and_then(|at| Some((*at, world.memory.load(*at)?))) else {
+        return Ok(());
+    };
+    let next = match which & 7 {
+        0..=3 => {
+            now ^ [1, 2, 1 << 6, 1 << 7, 1 << 12, 1 << 10, 1 << 54, 1 << 40][usize::from(how & 7)]
+        }
+        // None becomes global.
+        4 => now ^ 1 << (how & 63) & !(1 << 11),
+        _ => word(input)?,
+    };
+    world.memory.store(at, next);
+    let stream = StreamId(u32::from(DEVICES[dma.device]));
+    let substream = Pasid::new(dma.substream.unwrap_or(0)).unwrap_or(Pasid::new(0).expect("small"));
+    let (asid, vmid) = (found.space.map_or(0, |space| space.asid), 0);
+    let leaf = how & 0x80 != 0;
+    let mut range = AddressRange { leaf, ..AddressRange::at(dma.address & !(PAGE - 1)) };
+    if world.header.ranges && said & 0x10 != 0 {
+        range.tg = [1, 2, 3, 1][usize::from(said >> 5 & 3)];
+        (range.ttl, range.num) = if said & 0x80 != 0 { (3, 0) } else { (0, 1) };
+        range.address &= !((1 << (10 + 2 * range.tg)) - 1);
+    }
+    let of_asid = Command::TlbiNhAsid { vmid, asid };
+    let context = Command::CfgiCd { stream, substream, leaf };
+    let entries =
+        Command::CfgiSteRange { stream, range: [0, 3, 5, 31][usize::from(said >> 5 & 3)] };
+    let commands = match said & 15 {
+        0..=3 => vec![Command::TlbiNhVa { vmid, asid, range }],
+        4 => vec![Command::TlbiNhVaa { vmid, range }],
+        5 => vec![of_asid],
+        6 => vec![Command::TlbiNhAll { vmid }],
+        7 => vec![context, of_asid],
+        8 => vec![context],
+        9 => vec![Command::CfgiCdAll { stream }, Command::TlbiNsnhAll],
+        10 => vec![Command::CfgiSte { stream, leaf }, of_asid],
+        11 => vec![entries, of_asid],
+        12 => vec![Command::CfgiCdAll { stream }],
+        13 => vec![Command::CfgiSte { stream, leaf }, context],
+        _ => vec![],
+    };
+    let accepted = commands.iter().all(|command| world.accepts(command));
+    assert_eq!(world.say(&commands), accepted, "{commands:x?}; {:x?}", world.header);
+    world.dma(dma);
+    Ok(())
+}
