@@ -251,6 +251,14 @@ fn table(text: &mut String, kind: u8, input: &mut Input<'_>) {
             input.byte() % 9
         ),
     };
+    if kind > 3 {
+        let (how, first, last) = (input.byte(), input.byte() % 4, input.byte() % 4);
+        let _ = match how % 4 {
+            0 => writeln!(text, "group = {first}"),
+            1 => writeln!(text, "reserved = [[{first}, {last}]]"),
+            _ => Ok(()),
+        };
+    }
     for _ in 0..input.byte() % 5 {
         let _ = writeln!(text, "{} = {}", input.pick(&KEYS), input.pick(&VALUES));
     }

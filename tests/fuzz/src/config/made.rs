@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Machines, and whether their command lines make them.
 
+use std::ffi::OsString;
+
 use twostage::nesting::vtd::Nesting;
 use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::smmuv3::translation::Granule;
@@ -17,12 +19,33 @@ use crate::input::Input;
 
 const NAMES: [&str; 4] = ["a", "b", "vtd0", "smmu0"];
 
+/// Options whose values have keys, all of which are known.
+const WITH_KEYS: [&str; 7] =
+    ["--iommu=", "--device=", "--disk=", "--net=", "--rng=", "--vfio=", "--root-port="];
+
 /// One execution: a machine that is printed is the same when it is parsed, or refused.
 pub fn run(input: &mut Input<'_>) {
+    let unknown = input.one_in(8);
     let config = machine(input);
-    match parsed(&print::words(&config)) {
+    let mut words = print::words(&config);
+    let has_keys = |word: &&mut OsString| {
+        let word = word.to_string_lossy();
+        WITH_KEYS.iter().any(|option| word.starts_with(option))
+    };
+    if let Some(word) = words.iter_mut().find(has_keys).filter(|_| unknown) {
+        word.push(",colour=red");
+        let message = parsed(&words).expect_err("there is no such key");
+        return assert!(message.contains("'colour'") || message.contains("="), "{message}");
+    }
+    match parsed(&words) {
         Ok(again) => assert_eq!(again, config),
-        Err(message) => assert!(message.contains("--"), "{message}"),
+        Err(message) => {
+            assert!(message.contains("--"), "{message}");
+            if let Some((_, id)) = message.split_once("there is no --iommu with id=") {
+                let named = NAMES.iter().any(|name| id.starts_with(name));
+                assert!(named, "nobody said so: {message}");
+            }
+        }
     }
 }
 
