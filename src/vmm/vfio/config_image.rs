@@ -24,7 +24,7 @@ use super::capabilities::{
     capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,
     CAPABILITY_VPD, EXTENDED_RULES, RULES,
 };
-use super::msix_structures::{MsixStructures, MSIX_LENGTH, MSIX_TABLE};
+use super::msix_structures::{MsixStructures, MSIX_LENGTH, MSIX_PENDING, MSIX_TABLE};
 use crate::devices::OfferedServices;
 use crate::pci::layout::{
     Command, MsiControl, CAPABILITIES_POINTER, COMMAND, CONFIG_SIZE, EXPRESS_CAPABILITIES,
@@ -76,7 +76,7 @@ pub struct ConfigImage {
     pub live: Vec<LiveRange>,
     /// The MSI capability.
     pub msi: Option<u16>,
-    /// The device's MSI-X, whether the guest sees it or not.
+    /// The device's MSI-X, as the guest sees it, or that it does not see.
     pub msix: Option<MsixStructures>,
     /// How many vectors of it the guest sees.
     pub msix_vectors: Option<u16>,
@@ -228,11 +228,9 @@ impl ConfigImage {
                 // Also those of a capability that the guest does not see.
                 let structures = MsixStructures::new(draft.device, offset);
                 self.msix = Some(structures);
-                if !structures.lie_in(behind.bars) {
-                    return None;
-                }
-                self.msix_vectors =
-                    Some(draft.msix(capability, structures.vectors, behind.msix)?);
+                let shown = structures.shown(behind.bars)?;
+                self.msix_vectors = Some(draft.msix(capability, &shown, behind.msix)?);
+                self.msix = Some(shown);
             }
         }
         Some(())
@@ -446,24 +444,25 @@ impl<'a> Draft<'a> {
         Some(())
     }
 
-    /// MSI-X with `all` vectors or those that `there` are, which it returns, disabled; `None`
-    /// without any or without room for it.
+    /// MSI-X with all vectors of the structures `shown` or those that `there` are, which it
+    /// returns, disabled; `None` without any or without room for it.
     fn msix(
         &mut self,
         Capability { offset, room, .. }: Capability,
-        all: u16,
+        shown: &MsixStructures,
         there: u32,
     ) -> Option<u16> {
-        let vectors = u16::try_from(there).unwrap_or(u16::MAX).min(all);
+        let vectors = u16::try_from(there).unwrap_or(u16::MAX).min(shown.vectors);
         let last = vectors.checked_sub(1)?;
         if room < MSIX_LENGTH {
             return None;
         }
-        let shown = MsixControl::new().with_table_size(last);
-        self.put(offset + 2, &shown.into_bits().to_le_bytes());
+        let control = MsixControl::new().with_table_size(last);
+        self.put(offset + 2, &control.into_bits().to_le_bytes());
         let changeable = MsixControl::new().with_function_mask(true).with_enable(true);
         self.allow(offset + 2, &changeable.into_bits().to_le_bytes());
-        self.copy(offset + MSIX_TABLE..offset + MSIX_LENGTH);
+        self.copy(offset + MSIX_TABLE..offset + MSIX_PENDING);
+        self.put(offset + MSIX_PENDING, &shown.pending_register().to_le_bytes());
         Some(vectors)
     }
 }

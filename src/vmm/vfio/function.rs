@@ -125,8 +125,9 @@ impl VfioPci {
             image;
         if msix.is_some() && image.msix_vectors.is_none() {
             log::warn!(
-                "--vfio {name}: the guest does not see its MSI-X: its table or its pending bits lie \
-                 in no BAR, its capability runs into the next one, or VFIO has no vectors for it"
+                "--vfio {name}: the guest does not see its MSI-X: its table lies in no BAR, its \
+                 pending bits lie in none and have no room behind it, its capability runs into the \
+                 next one, or VFIO has no vectors for it"
             );
         }
         let services = services::add(&mut config, extension, &device, around.services);

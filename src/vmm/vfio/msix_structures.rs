@@ -12,12 +12,14 @@ use crate::pci::MsixControl;
 
 /// The capability, from its start: the place of the table, that of the pending bits, its length.
 pub const MSIX_TABLE: u16 = 4;
-const MSIX_PENDING: u16 = 8;
+pub const MSIX_PENDING: u16 = 8;
 pub const MSIX_LENGTH: u16 = 12;
 /// A place: the BAR. The rest is the offset in it.
 const BAR: u32 = 0b111;
 /// Bytes of one entry of the table.
 const ENTRY: u64 = 16;
+/// No other register of the device is in a page of this size with a byte of them (§7.7.2).
+const PAGE: u64 = 0x1000;
 
 /// The MSI-X structures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,11 +76,34 @@ impl MsixStructures {
         ]
     }
 
-    /// Whether all of them is within `bars`.
-    pub fn lie_in(&self, bars: &[DeviceBar]) -> bool {
-        self.both()
-            .into_iter()
-            .all(|(of, bytes)| bars.iter().any(|bar| bar.index == of && bytes.end <= bar.bar.size))
+    /// As the guest of a device with `bars` sees them, which are emulated; `None` if it cannot.
+    ///
+    /// The table must be in a BAR: the host finds the device's own by the same pointer. Pending
+    /// bits in none are a mistake of which some virtual functions are known, and these have no
+    /// other interrupts. Nothing depends on where the device has them: the guest sees them behind
+    /// the table, if the table's page has room.
+    pub fn shown(self, bars: &[DeviceBar]) -> Option<Self> {
+        let lie_in = |(of, bytes): &(usize, Range<u64>)| {
+            bars.iter().any(|bar| bar.index == *of && bytes.end <= bar.bar.size)
+        };
+        let moved = |this: &Self| {
+            let [(bar, table), _] = this.both();
+            let moved = Self { pending: (bar, table.end), ..*this };
+            let [_, (_, pending)] = moved.both();
+            (pending.end <= table.end.next_multiple_of(PAGE)).then_some(moved)
+        };
+        let [table, pending] = self.both();
+        let shown = if lie_in(&pending) { self } else { moved(&self)? };
+        let [_, pending] = shown.both();
+        (lie_in(&table) && lie_in(&pending)).then_some(shown)
+    }
+
+    /// The register of the capability with the place of the pending bits.
+    pub fn pending_register(&self) -> u32 {
+        let (bar, offset) = self.pending;
+        // As it was read, or behind a table in a page: the sum may only be larger for one in no
+        // BAR, which is not shown.
+        offset as u32 | bar as u32
     }
 
     /// The bytes of `bar` that they are.
@@ -100,6 +125,8 @@ impl MsixStructures {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::MemoryBar;
+    use crate::vfio::host_device::Region;
 
     /// 16 vectors: the table at 0x2000 of BAR 0, the pending bits at 0x3000 of BAR 1.
     fn structures() -> MsixStructures {
@@ -119,6 +146,33 @@ mod tests {
         // A capability at the very end of configuration space.
         let end = MsixStructures::new(&[0xff; CONFIG_SIZE], CONFIG_SIZE as u16 - 2);
         assert_eq!((end.table, end.pending), ((0, 0), (0, 0)));
+    }
+
+    /// Those of `vectors` vectors with the table at `table` of BAR 0, as the guest of a device with
+    /// that BAR alone, of 8 KiB, sees them.
+    fn shown(vectors: u16, table: u64, pending: (usize, u64)) -> Option<MsixStructures> {
+        let structures = MsixStructures { offset: 0x50, vectors, table: (0, table), pending };
+        let bar = MemoryBar { size: 0x2000, wide: false, prefetchable: false };
+        let region = Region { size: 0x2000, ..Region::default() };
+        structures.shown(&[DeviceBar { index: 0, bar, region }])
+    }
+
+    #[test]
+    fn pending_bits_in_no_bar_are_behind_the_table() {
+        let pending = |vectors, table, said| Some(shown(vectors, table, said)?.pending);
+        assert_eq!(pending(16, 0x1000, (0, 0x1ff8)), Some((0, 0x1ff8)), "where they are");
+        for wrong in [(0, 0x8000), (0, 0x1ffc), (1, 0), (7, 0xffff_fff8)] {
+            assert_eq!(pending(16, 0x1000, wrong), Some((0, 0x1100)), "{wrong:x?}");
+            // Up to the end of the page.
+            assert_eq!(pending(65, 0xbe0, wrong), Some((0, 0xff0)), "{wrong:x?}");
+            assert_eq!(pending(65, 0xbe8, wrong), None, "{wrong:x?}");
+            assert_eq!(pending(256, 0, wrong), None, "{wrong:x?}");
+            assert_eq!(pending(257, 0, wrong), Some((0, 0x1010)), "{wrong:x?}");
+        }
+        assert_eq!(pending(16, 0x1f01, (0, 0)), None, "a table in no BAR");
+        assert_eq!(pending(16, 0xffff_ff08, (0, 0x8000)), None, "nor its page");
+        let register = shown(16, 0x1000, (3, 0)).map(|shown| shown.pending_register());
+        assert_eq!(register, Some(0x1100));
     }
 
     #[test]

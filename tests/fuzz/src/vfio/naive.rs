@@ -162,9 +162,20 @@ impl Naive {
                     let bar = self.bars.get(*bar).copied().flatten();
                     bar.is_some_and(|bar| bytes.end <= bar.size)
                 };
+                // Pending bits in no BAR are behind the table, if its page has room.
+                let mut seen = self.structures.clone();
+                if !inside(&seen[1]) {
+                    let (bar, table) = seen[0].clone();
+                    seen[1] = (bar, table.end..table.end + pending);
+                }
+                let page = seen[0].1.end.next_multiple_of(PAGE);
                 let there = device.irq(Irq::Msix).map_or(0, |info| info.count);
-                let shown = self.structures.iter().all(inside) && there > 0 && room >= 12;
+                let fits = inside(&self.structures[1]) || seen[1].1.end <= page;
+                let shown = seen.iter().all(inside) && fits && there > 0 && room >= 12;
                 let vectors = vectors.min(there.try_into().unwrap_or(u16::MAX));
+                if shown {
+                    self.structures = seen;
+                }
                 self.msix = shown.then_some((at, vectors));
                 shown.then_some(12)
             }
