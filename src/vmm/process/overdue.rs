@@ -87,7 +87,7 @@ pub(crate) fn asked_by_signal(signal: c_int, by_somebody: bool) {
 
 /// `Ctrl-A x` ends the machine.
 pub(crate) fn asked_by_key() {
-    asked(KEY, true);
+    asked(KEY, false);
 }
 
 /// The clock runs from the first time on.

@@ -77,7 +77,7 @@ pub(crate) fn start() -> Result<()> {
         |signals: &[c_int], taken| disposition::take(signals, taken).map_err(Error::os("signals"));
     // In the background, access to the terminal becomes an error instead of a stop.
     set(&[SIGTTIN, SIGTTOU], false)?;
-    set(&[kick_signal()], true)?;
+    install_kick()?;
     let all: Vec<_> = handled().collect();
     set(&all, false)?;
     let of_thread = all.clone();
@@ -116,10 +116,12 @@ pub(crate) fn install() -> Result<&'static EventFd> {
     Ok(event)
 }
 
-/// Makes [`kick_signal`] interrupt a thread, without further effect.
+/// Makes [`kick_signal`] interrupt the threads that this one starts from now on, without further
+/// effect, also if it was inherited as blocked.
 pub(crate) fn install_kick() -> Result<()> {
     register_signal_handler(kick_signal(), interrupt_system_call)
-        .map_err(Error::os("signal handler"))
+        .map_err(Error::os("signal handler"))?;
+    disposition::take(&[kick_signal()], true).map_err(Error::os("signals"))
 }
 
 /// Sets `handler` for `signal`, unless it is ignored.

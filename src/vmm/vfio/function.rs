@@ -102,21 +102,23 @@ impl VfioPci {
 
         let config_region = host.region(VFIO_PCI_CONFIG_REGION_INDEX).map_err(asking)?;
         let device = read_config(&*host, &config_region).map_err(asking)?;
-        // A host driver may know no such kind, and say so with an error.
-        let vectors = |irq| {
-            let info = host.irq(irq).inspect_err(|error| {
+        let vectors = |irq| match host.irq(irq) {
+            Ok(info) => Ok(info.count),
+            // A host driver may know no such kind, and say so with an error.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {
                 log::warn!("--vfio {name}: {irq:?}: {error}; the guest has none of them");
-            });
-            info.unwrap_or_default().count
+                Ok(0)
+            }
+            Err(error) => Err(asking(error)),
         };
         let bars = memory_bars(&*host, &device).map_err(asking)?;
         // The pin is in the header, the first 64 bytes of every configuration space.
-        let intx = vectors(Irq::Intx) > 0 && device[usize::from(INTERRUPT_PIN)] != 0;
+        let intx = vectors(Irq::Intx)? > 0 && device[usize::from(INTERRUPT_PIN)] != 0;
         let behind = Behind {
             intx,
             reset: host.can_reset(),
-            msi: vectors(Irq::Msi),
-            msix: vectors(Irq::Msix),
+            msi: vectors(Irq::Msi)?,
+            msix: vectors(Irq::Msix)?,
             bars: &bars,
         };
         let image = ConfigImage::new(&device, &behind)

@@ -79,9 +79,9 @@ impl MsixStructures {
     /// As the guest of a device with `bars` sees them, which are emulated; `None` if it cannot.
     ///
     /// The table must be in a BAR: the host finds the device's own by the same pointer. Pending
-    /// bits in none are a mistake of which some virtual functions are known, and these have no
-    /// other interrupts. Nothing depends on where the device has them: the guest sees them behind
-    /// the table, if the table's page has room.
+    /// bits in none, or in the table, are a mistake of which some virtual functions are known, and
+    /// these have no other interrupts. Nothing depends on where the device has them: the guest sees
+    /// them behind the table, if the table's page has room.
     pub fn shown(self, bars: &[DeviceBar]) -> Option<Self> {
         let lie_in = |(of, bytes): &(usize, Range<u64>)| {
             bars.iter().any(|bar| bar.index == *of && bytes.end <= bar.bar.size)
@@ -93,16 +93,19 @@ impl MsixStructures {
             (pending.end <= table.end.next_multiple_of(PAGE)).then_some(moved)
         };
         let [table, pending] = self.both();
-        let shown = if lie_in(&pending) { self } else { moved(&self)? };
+        let overlap =
+            table.0 == pending.0 && table.1.start < pending.1.end && pending.1.start < table.1.end;
+        let shown = if lie_in(&pending) && !overlap { self } else { moved(&self)? };
         let [_, pending] = shown.both();
-        (lie_in(&table) && lie_in(&pending)).then_some(shown)
+        // The register of the guest's pointer has 32 bits.
+        let has_register = u32::try_from(pending.1.start).is_ok();
+        (lie_in(&table) && lie_in(&pending) && has_register).then_some(shown)
     }
 
     /// The register of the capability with the place of the pending bits.
     pub fn pending_register(&self) -> u32 {
         let (bar, offset) = self.pending;
-        // As it was read, or behind a table in a page: the sum may only be larger for one in no
-        // BAR, which is not shown.
+        // It fits, or is not shown.
         offset as u32 | bar as u32
     }
 
@@ -151,10 +154,22 @@ mod tests {
     /// Those of `vectors` vectors with the table at `table` of BAR 0, as the guest of a device with
     /// that BAR alone, of 8 KiB, sees them.
     fn shown(vectors: u16, table: u64, pending: (usize, u64)) -> Option<MsixStructures> {
-        let structures = MsixStructures { offset: 0x50, vectors, table: (0, table), pending };
-        let bar = MemoryBar { size: 0x2000, wide: false, prefetchable: false };
-        let region = Region { size: 0x2000, ..Region::default() };
+        shown_in(0x2000, MsixStructures { offset: 0x50, vectors, table: (0, table), pending })
+    }
+
+    fn shown_in(size: u64, structures: MsixStructures) -> Option<MsixStructures> {
+        let bar = MemoryBar { size, wide: true, prefetchable: false };
+        let region = Region { size, ..Region::default() };
         structures.shown(&[DeviceBar { index: 0, bar, region }])
+    }
+
+    #[test]
+    fn pending_bits_beyond_what_a_pointer_can_say_are_not_shown() {
+        let at =
+            |table| MsixStructures { offset: 0x50, vectors: 1, table: (0, table), pending: (1, 0) };
+        assert_eq!(shown_in(1 << 33, at(0xffff_fff8)).map(|shown| shown.pending), None);
+        let below = shown_in(1 << 33, at(0xffff_ef08)).map(|shown| shown.pending);
+        assert_eq!(below, Some((0, 0xffff_ef18)));
     }
 
     #[test]
@@ -171,6 +186,10 @@ mod tests {
         }
         assert_eq!(pending(16, 0x1f01, (0, 0)), None, "a table in no BAR");
         assert_eq!(pending(16, 0xffff_ff08, (0, 0x8000)), None, "nor its page");
+        for wrong in [0x0ff9, 0x1000, 0x10f8] {
+            assert_eq!(pending(16, 0x1000, (0, wrong)), Some((0, 0x1100)), "in the table");
+        }
+        assert_eq!(pending(16, 0x1000, (0, 0xff8)), Some((0, 0xff8)), "before it");
         let register = shown(16, 0x1000, (3, 0)).map(|shown| shown.pending_register());
         assert_eq!(register, Some(0x1100));
     }

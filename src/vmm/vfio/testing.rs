@@ -34,8 +34,8 @@ pub struct FakeDevice {
     pub cannot_reset: bool,
     /// What somebody else does while it is reset.
     pub meanwhile: Mutex<Option<Meanwhile>>,
-    /// Kinds of interrupts that it does not know.
-    pub unknown: Vec<Irq>,
+    /// Kinds of interrupts that are answered by an error.
+    pub irq_errors: Vec<(Irq, i32)>,
 }
 
 impl FakeDevice {
@@ -104,8 +104,8 @@ impl HostDevice for FakeDevice {
     }
 
     fn irq(&self, irq: Irq) -> io::Result<IrqInfo> {
-        if self.unknown.contains(&irq) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        if let Some((_, error)) = self.irq_errors.iter().find(|(of, _)| *of == irq) {
+            return Err(io::Error::from_raw_os_error(*error));
         }
         Ok(self.irqs.get(&irq).copied().unwrap_or_default())
     }

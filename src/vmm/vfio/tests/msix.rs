@@ -123,12 +123,21 @@ fn what_vfio_has_no_vectors_for_is_hidden() {
 #[test]
 fn what_vfio_does_not_know_is_hidden() {
     let mut device = nvme();
-    device.unknown = vec![Irq::Intx, Irq::Msix, Irq::Msi];
+    let (invalid, no_call) = (libc::EINVAL, libc::ENOTTY);
+    device.irq_errors = vec![(Irq::Intx, invalid), (Irq::Msix, invalid), (Irq::Msi, no_call)];
     let machine = machine(device);
     assert_eq!(list(&machine), [0x01, 0x10, 0x09]);
     assert_eq!(machine.read(0x3c) >> 8 & 0xff, 0, "no pin");
     assert_eq!(machine.device.take_calls(), ["reset"]);
     nothing_is_at_the_table(&machine);
+}
+
+#[test]
+#[should_panic(expected = "Input/output error")]
+fn a_device_that_does_not_answer_about_its_interrupts_is_refused() {
+    let mut device = nvme();
+    device.irq_errors = vec![(Irq::Msix, libc::EIO)];
+    machine(device);
 }
 
 #[test]

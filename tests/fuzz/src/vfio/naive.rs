@@ -162,15 +162,17 @@ impl Naive {
                     let bar = self.bars.get(*bar).copied().flatten();
                     bar.is_some_and(|bar| bytes.end <= bar.size)
                 };
-                // Pending bits in no BAR are behind the table, if its page has room.
+                // Pending bits in no BAR, or in the table, are behind it, if its page has room.
                 let mut seen = self.structures.clone();
-                if !inside(&seen[1]) {
+                let both = seen[0].1.start.max(seen[1].1.start)..seen[0].1.end.min(seen[1].1.end);
+                let wrong = !inside(&seen[1]) || seen[0].0 == seen[1].0 && !both.is_empty();
+                if wrong {
                     let (bar, table) = seen[0].clone();
                     seen[1] = (bar, table.end..table.end + pending);
                 }
                 let page = seen[0].1.end.next_multiple_of(PAGE);
                 let there = device.irq(Irq::Msix).map_or(0, |info| info.count);
-                let fits = inside(&self.structures[1]) || seen[1].1.end <= page;
+                let fits = !wrong || seen[1].1.end <= page;
                 let shown = seen.iter().all(inside) && fits && there > 0 && room >= 12;
                 let vectors = vectors.min(there.try_into().unwrap_or(u16::MAX));
                 if shown {

@@ -435,7 +435,11 @@ impl FromStr for MacAddress {
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or(NoMac)?;
+            // `from_str_radix` would accept a sign.
+            let is_byte = |part: &&str| {
+                part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit())
+            };
+            let part = parts.next().filter(is_byte).ok_or(NoMac)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| NoMac)?;
         }
         // The lowest bit of the first byte marks group addresses.

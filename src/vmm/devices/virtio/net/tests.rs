@@ -352,6 +352,7 @@ fn addresses_are_of_one_device() {
         "2:00:00:00:00:01",
         "02-00-00-00-00-01",
         "+2:00:00:00:00:01x",
+        "02:+5:00:00:00:01",
     ] {
         assert_eq!(bad.parse::<MacAddress>(), Err(NoMac), "{bad}");
     }
