@@ -134,6 +134,8 @@ const ANY: Table = Table {
     library: &[&QUEUE],
     calls: &[
         libc::SYS_write,
+        // The C library's own last line, such as that it has no memory for a thread.
+        libc::SYS_writev,
         libc::SYS_ppoll,
         libc::SYS_exit_group,
         libc::SYS_getpid,
