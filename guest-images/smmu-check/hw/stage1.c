@@ -15,6 +15,7 @@ enum { STE_ABORT = 0, STE_BYPASS = 4, STE_STAGE_1 = 5 };
 #define CD_NO_TTB1 BIT(30)
 #define CD_VALID BIT(31)
 #define CD_IPS(code) ((u64)(code) << 32)
+#define CD_IPS_48 5
 #define CD_AARCH64 BIT(41)
 #define CD_STALL BIT(44)
 #define CD_RECORD BIT(45)
@@ -37,9 +38,14 @@ struct space space_new(u16 asid)
 
     space.context->words[3] = MAIR_WRITE_BACK;
     space.context->words[1] = gpa_of(space.table);
-    // The unit's maximum output address size.
+    // The unit's maximum output address size, as far as a granule of 4 KiB can say one: 48 bits.
+    // QEMU's SMMUv3 ends at a larger one, which the architecture has it take for its own.
+    u64 size = smmu_read(SMMU_IDR5) & 7;
+
+    if (size > CD_IPS_48)
+        size = CD_IPS_48;
     space.context->words[0] = CD_T0SZ | CD_TABLES_CACHED | CD_NO_TTB1 | CD_VALID |
-                              CD_IPS(smmu_read(SMMU_IDR5) & 7) | CD_AARCH64 | CD_RECORD | CD_TERMINATE_ABORT |
+                              CD_IPS(size) | CD_AARCH64 | CD_RECORD | CD_TERMINATE_ABORT |
                               CD_ASID(asid);
     return space;
 }
