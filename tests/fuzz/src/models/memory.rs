@@ -91,6 +91,16 @@ impl Memory {
         self.region.load(MemoryRegionAddress(gpa), Ordering::Relaxed).ok()
     }
 
+    /// One of the words at `places`, by `number`, with its address: the first three numbers are
+    /// those from the end, which are words of the last table; `None` if it is not memory.
+    pub fn one_of(&self, places: &[u64], number: u8) -> Option<(u64, u64)> {
+        let place = match usize::from(number) {
+            at @ 0..3 => places.iter().rev().nth(at),
+            at => places.get(at % places.len().max(1)),
+        };
+        place.and_then(|place| Some((*place, self.load(*place)?)))
+    }
+
     /// The guest, or a device, stores a word. What is not memory is left alone.
     pub fn store(&mut self, gpa: u64, value: u64) {
         if let Some(before) = self.load(gpa) {

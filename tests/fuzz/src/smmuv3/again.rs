@@ -17,14 +17,7 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let Some(dma) = world.last else { return Ok(()) };
     world.dma(dma);
     let (words, found) = world.way_of(&dma);
-    // The last ones are those of the last table.
-    let at = match usize::from(which >> 3) {
-        at @ 0..3 => words.iter().rev().nth(at),
-        at => words.get(at % words.len().max(1)),
-    };
-    let Some((at, now)) = at.and_then(|at| Some((*at, world.memory.load(*at)?))) else {
-        return Ok(());
-    };
+    let Some((at, now)) = world.memory.one_of(&words, which >> 3) else { return Ok(()) };
     let next = match which & 7 {
         0..=3 => {
             now ^ [1, 2, 1 << 6, 1 << 7, 1 << 12, 1 << 10, 1 << 54, 1 << 40][usize::from(how & 7)]
