@@ -39,6 +39,8 @@ const KEYS: [&str; 18] = [
     "capabilities",
     "colour",
 ];
+/// How many of the keys, from the first on, an IOMMU has.
+const OF_IOMMU: usize = 9;
 const VALUES: [&str; 28] = [
     "'a'",
     "'b'",
@@ -145,18 +147,7 @@ fn text(value: &Value) -> Option<String> {
 }
 
 fn iommu(table: &Table) -> Option<Iommu> {
-    const KEYS: [&str; 9] = [
-        "name",
-        "model",
-        "address-width",
-        "pasid-bits",
-        "nesting",
-        "ats",
-        "pri",
-        "erratum-772415",
-        "s2fwb",
-    ];
-    only(table, &KEYS)?;
+    only(table, &KEYS[..OF_IOMMU])?;
     let model = match table.get("model")?.as_str()? {
         "vtd" => Model::Vtd,
         "smmuv3" => Model::Smmuv3,
