@@ -26,6 +26,36 @@ struct Past {
     gpa: u64,
     value: u64,
     until: Moment,
+    /// Where what the word was before that is; see [`History::last`].
+    before: u32,
+}
+
+/// What all words were.
+#[derive(Debug, Default)]
+struct History {
+    past: Vec<Past>,
+    /// For each word, one more than where what it was last is in `past`; 0: nowhere.
+    last: Vec<u32>,
+}
+
+impl History {
+    fn push(&mut self, gpa: u64, value: u64, until: Moment) {
+        let last = &mut self.last[gpa as usize / 8];
+        self.past.push(Past { gpa, value, until, before: *last });
+        *last = self.past.len() as u32;
+    }
+
+    /// What the word at `gpa` was, the latest first.
+    fn of(&self, gpa: u64) -> impl Iterator<Item = &Past> {
+        let at = |number: u32| self.past.get((number as usize).wrapping_sub(1));
+        std::iter::successors(at(self.last[gpa as usize / 8]), move |past| at(past.before))
+    }
+
+    fn clear(&mut self) {
+        for past in self.past.drain(..) {
+            self.last[past.gpa as usize / 8] = 0;
+        }
+    }
 }
 
 /// See the [module's documentation](self).
@@ -33,7 +63,7 @@ struct Past {
 pub struct Memory {
     pub map: Arc<GuestMemoryMmap>,
     region: Arc<GuestRegionMmap>,
-    past: RefCell<Vec<Past>>,
+    history: RefCell<History>,
     /// Each word as it was last seen: walks set flags, in words of any use.
     seen: RefCell<Vec<u8>>,
     now: Moment,
@@ -45,6 +75,7 @@ struct Reused {
     memory: Option<(Arc<GuestMemoryMmap>, Arc<GuestRegionMmap>)>,
     images: BTreeMap<(&'static str, u64), Rc<[u8]>>,
     seen: Vec<u8>,
+    history: History,
 }
 
 thread_local! {
@@ -54,8 +85,8 @@ thread_local! {
 impl Memory {
     /// Memory with the image of a target's tables that has this number, which `image` makes.
     pub fn new(number: (&'static str, u64), image: impl FnOnce() -> Vec<u8>) -> Self {
-        let (map, region, image, mut seen) = REUSED.with(|reused| {
-            let Reused { memory, images, seen } = &mut *reused.borrow_mut();
+        let (map, region, image, mut seen, mut history) = REUSED.with(|reused| {
+            let Reused { memory, images, seen, history } = &mut *reused.borrow_mut();
             let (map, region) = memory.get_or_insert_with(|| {
                 let region = GuestRegionMmap::from_range(GuestAddress(0), SIZE as usize, None);
                 let region = Arc::new(region.expect("little memory"));
@@ -63,13 +94,16 @@ impl Memory {
                 (Arc::new(map.expect("one region")), region)
             });
             let image = images.entry(number).or_insert_with(|| image().into());
-            (map.clone(), region.clone(), image.clone(), std::mem::take(seen))
+            let (seen, history) = (std::mem::take(seen), std::mem::take(history));
+            (map.clone(), region.clone(), image.clone(), seen, history)
         });
         assert_eq!(image.len() as u64, SIZE);
+        history.last.resize(SIZE as usize / 8, 0);
         region.write_slice(&image, MemoryRegionAddress(0)).expect("the image fits");
         seen.clear();
         seen.extend_from_slice(&image);
-        Self { map, region, past: RefCell::default(), seen: RefCell::new(seen), now: 1 }
+        let (history, seen) = (RefCell::new(history), RefCell::new(seen));
+        Self { map, region, history, seen, now: 1 }
     }
 
     /// The memory as a host maps it.
@@ -119,7 +153,7 @@ impl Memory {
     /// The word at `gpa`, which is something else now, was `before` until now.
     pub fn note(&mut self, gpa: u64, before: u64) {
         let until = self.tick();
-        self.past.get_mut().push(Past { gpa, value: before, until });
+        self.history.get_mut().push(gpa, before, until);
         let now = self.load(gpa).unwrap_or(before);
         self.set_seen(gpa, now);
     }
@@ -139,27 +173,40 @@ impl Memory {
         let before = self.set_seen(gpa, now);
         if before != now {
             // Until it was looked at, for all that is known.
-            self.past.borrow_mut().push(Past { gpa, value: before, until: self.now + 1 });
+            self.history.borrow_mut().push(gpa, before, self.now + 1);
         }
     }
 
     /// All that the word at `gpa` has been, the present first, each with the moment until which it
     /// was there; `None` if it is not memory.
     pub fn values(&self, gpa: u64) -> Option<Vec<(u64, Moment)>> {
+        let mut all = vec![(self.look(gpa)?, Moment::MAX)];
+        self.past(gpa, |value, until| all.push((value, until)));
+        Some(all)
+    }
+
+    /// The word at `gpa` as it is; `None` if it is not memory.
+    pub fn look(&self, gpa: u64) -> Option<u64> {
         let present = self.load(gpa)?;
         self.see(gpa, present);
-        let past = self.past.borrow();
-        let past = past.iter().rev().filter(|past| past.gpa == gpa);
-        let mut all = vec![(present, Moment::MAX)];
-        all.extend(past.map(|past| (past.value, past.until)));
-        Some(all)
+        Some(present)
+    }
+
+    /// All that the word at `gpa`, which is memory, was when it was looked at last, the latest
+    /// first, each with the moment until which it was there.
+    pub fn past(&self, gpa: u64, mut each: impl FnMut(u64, Moment)) {
+        self.history.borrow().of(gpa).for_each(|past| each(past.value, past.until));
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        let seen = self.seen.take();
-        REUSED.with(|reused| reused.borrow_mut().seen = seen);
+        let (seen, mut history) = (self.seen.take(), self.history.take());
+        history.clear();
+        REUSED.with(|reused| {
+            let mut reused = reused.borrow_mut();
+            (reused.seen, reused.history) = (seen, history);
+        });
     }
 }
 

@@ -7,7 +7,8 @@ use twostage::spec::vtd::qi::{
     AddressMask, ContextScope, Descriptor, DeviceTlbRange, IotlbScope, PasidCacheScope,
 };
 
-use super::naive::{Decision, EntriesSince, Since, Who};
+use super::naive::{Decision, EntriesSince, Who};
+use super::walk::Since;
 use crate::models::memory::{Moment, PAGE};
 
 /// Pages of an invalidation.

@@ -7,10 +7,8 @@ use twostage::spec::vtd::fault::FaultReason as R;
 use twostage::spec::vtd::regs::{self, Cap, FaultRecord, Fsts};
 use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
 
-use super::naive::{
-    decide, is_above_pasid_entry, is_recorded, walk, Decision, EntriesSince, Kind, Since, Stage,
-    Way, Who,
-};
+use super::naive::{decide, is_above_pasid_entry, is_recorded, Decision, EntriesSince, Way, Who};
+use super::walk::{nothing_below, Kind, Reached, Since, Walk};
 use super::world::{World, DEVICES};
 use crate::models::memory::{Moment, Places};
 use crate::models::oracle::{way, Oracle};
@@ -87,18 +85,18 @@ impl World {
         let quiet = decision.quiet;
         let legacy = self.is_legacy();
         let is_memory = |gpa: u64| self.memory.load(gpa & !7).is_some();
-        let mut unless_flags = false;
         let offers = self.offers;
+        let at = |address| Ok(Reached { address, unless_flags: false });
         let got = match decision.way {
             Way::Blocked(reason) => Err(reason),
             Way::Bypass if kind.execute => Err(R::ExecuteDisabled),
-            Way::Bypass if is_memory(iova) => Ok(iova),
+            Way::Bypass if is_memory(iova) => at(iova),
             Way::Bypass => Err(R::AddressBeyondHost),
             Way::One(stage) => {
-                let got =
-                    walk(words, offers, &stage, iova, kind, since, &mut |_, _, table| Ok(table));
-                got.and_then(|gpa| match (is_memory(gpa), stage.second) {
-                    (true, _) => Ok(gpa),
+                let walk = Walk { offers, stage: &stage, address: iova, kind, since };
+                let got = walk.reach(words, &nothing_below);
+                got.and_then(|got| match (is_memory(got.address), stage.second) {
+                    (true, _) => Ok(got),
                     (false, true) => Err(R::SecondStageDenied),
                     (false, false) if kind.write => Err(R::WriteDenied),
                     (false, false) => Err(R::ReadDenied),
@@ -107,26 +105,31 @@ impl World {
             Way::Nested { first, second } => {
                 let through = |words: &mut Oracle<'_>, address, write| {
                     let kind = Kind { write, privileged: false, execute: false };
-                    below(words, offers, &second, address, kind, since)
+                    let walk = Walk { offers, stage: &second, address, kind, since };
+                    walk.reach(words, &nothing_below)
                 };
-                let got =
-                    walk(words, offers, &first, iova, kind, since, &mut |words, top, table| {
-                        unless_flags |= through(words, table, true).is_err();
-                        through(words, table, false).map_err(|reason| match (reason, top) {
-                            (R::AddressBeyondGuest, _) => R::FirstStagePointerBeyond,
-                            (R::SecondStageDenied, true) => R::FirstStageTopSecondStageDenied,
-                            (R::SecondStageDenied, false) => R::FirstStageSecondStageDenied,
-                            (other, _) => other,
-                        })
-                    });
-                got.and_then(|address| {
-                    let gpa = through(words, address, kind.write)?;
-                    is_memory(gpa).then_some(gpa).ok_or(R::SecondStageDenied)
+                let below = |words: &mut Oracle<'_>, top, table| {
+                    let unless_flags = through(words, table, true).is_err();
+                    match (through(words, table, false), top) {
+                        (Ok(got), _) => Ok(Reached { unless_flags, ..got }),
+                        (Err(R::AddressBeyondGuest), _) => Err(R::FirstStagePointerBeyond),
+                        (Err(R::SecondStageDenied), true) => Err(R::FirstStageTopSecondStageDenied),
+                        (Err(R::SecondStageDenied), false) => Err(R::FirstStageSecondStageDenied),
+                        (Err(other), _) => Err(other),
+                    }
+                };
+                let walk = Walk { offers, stage: &first, address: iova, kind, since };
+                walk.reach(words, &below).and_then(|got| {
+                    let to = through(words, got.address, kind.write)?;
+                    let reached = Reached { address: to.address, ..got };
+                    is_memory(to.address).then_some(reached).ok_or(R::SecondStageDenied)
                 })
             }
         };
         match got {
-            Ok(gpa) => Outcome::Gets { gpa, unless_flags, quiet },
+            Ok(Reached { address: gpa, unless_flags }) => {
+                Outcome::Gets { gpa, unless_flags, quiet }
+            }
             Err(reason) if legacy => Outcome::Faults { reason: of_legacy(reason, kind), quiet },
             Err(reason) => Outcome::Faults { reason, quiet },
         }
@@ -303,18 +306,6 @@ impl Since for Now {
     fn page(&self, _: bool, _: u64, _: u32) -> Moment {
         Moment::MAX
     }
-}
-
-/// Where `address` leads through a second stage.
-fn below(
-    words: &mut Oracle<'_>,
-    offers: super::naive::Offers,
-    second: &Stage,
-    address: u64,
-    kind: Kind,
-    since: &dyn Since,
-) -> Result<u64, R> {
-    walk(words, offers, second, address, kind, since, &mut |_, _, table| Ok(table))
 }
 
 /// The code of legacy mode for a reason of second-stage tables.

@@ -5,10 +5,10 @@
 //! or has them mirrored. Its tables translate at the start ([`image`]); then it changes words of
 //! them, writes registers, has the unit invalidate, and devices do DMA.
 //!
-//! Every DMA is compared with a naive walk of the tables ([`naive`]): where the guest has said that
-//! they changed ([`account`]), the DMA finds what they have now; where it has not, what they have
-//! or had. A DMA that is refused is in the fault records as the walk says. At the end nothing is
-//! left.
+//! Every DMA is compared with a naive walk of the tables ([`naive`], then [`walk`]): where the
+//! guest has said that they changed ([`account`]), the DMA finds what they have now; where it has
+//! not, what they have or had. A DMA that is refused is in the fault records as the walk says. At
+//! the end nothing is left.
 
 mod account;
 mod again;
@@ -16,6 +16,7 @@ mod dma;
 mod image;
 mod mirrors;
 mod naive;
+mod walk;
 mod world;
 
 use arbitrary::{Result, Unstructured};
@@ -30,7 +31,7 @@ use crate::models::memory::PAGE;
 use crate::models::weighted;
 use dma::Dma;
 use image::{page, pasid_entry};
-use naive::Kind;
+use walk::Kind;
 use world::{Header, World, DEVICES, PASIDS};
 
 /// Maximum number of steps of one execution.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the guest's tables say, read without any cache: from the root table to the page.
+//! What the guest's tables say of a requester, read without any cache: from the root table to the
+//! entry of a PASID. Its tables are walked in [`walk`](super::walk).
 
 use twostage::spec::vtd::fault::FaultReason as R;
 
@@ -297,108 +298,4 @@ pub fn is_recorded(reason: R, quiet: bool) -> bool {
 /// Whether a fault is of what is above the entry of a PASID: of a root, a context or a directory.
 pub fn is_above_pasid_entry(reason: R) -> bool {
     matches!(reason.code(), 0x30..=0x57)
-}
-
-/// A DMA request, after its address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kind {
-    pub write: bool,
-    pub privileged: bool,
-    pub execute: bool,
-}
-
-/// From when on words of tables count, by what a word is and what address it translates.
-pub trait Since {
-    /// Pointers to tables, of the first stage or the second.
-    fn pointer(&self, second: bool, address: u64) -> Moment;
-    /// Pages of `1 << shift` bytes.
-    fn page(&self, second: bool, address: u64, shift: u32) -> Moment;
-}
-
-/// Where `address` leads through `stage`, whose own tables are at addresses that `below` translates
-/// (the first argument: whether it is the top table, then the address).
-pub fn walk(
-    words: &mut Oracle<'_>,
-    offers: Offers,
-    stage: &Stage,
-    address: u64,
-    kind: Kind,
-    since: &dyn Since,
-    below: &mut dyn FnMut(&mut Oracle<'_>, bool, u64) -> Result<u64, R>,
-) -> Result<u64, R> {
-    let second = stage.second;
-    let pick = |first, other| if second { other } else { first };
-    if kind.execute {
-        return Err(R::ExecuteDisabled);
-    }
-    if kind.privileged && !second && !stage.supervisor {
-        return Err(R::SupervisorDisabled);
-    }
-    let bits = 12 + 9 * stage.levels;
-    // MGAW
-    let width = (offers.cap >> 16 & 63) as u32 + 1;
-    if second && address >> bits.min(width) != 0 {
-        return Err(R::AddressBeyondGuest);
-    }
-    let high = (address as i64) >> (bits - 1);
-    if !second && high != 0 && high != -1 {
-        return Err(R::NotCanonical);
-    }
-    let (mut table, mut user, mut read, mut write) = (stage.top, true, true, true);
-    for level in (1..=stage.levels).rev() {
-        let shift = 12 + 9 * (level - 1);
-        let top = level == stage.levels;
-        let at = below(words, top, table)? + (address >> shift & 511) * 8;
-        let is_leaf = |word: u64| level == 1 || word >> 7 & 1 != 0 && matches!(level, 2 | 3);
-        let present = |word: u64| word & if second { 3 } else { 1 } != 0;
-        let may = |word: u64, until: Moment| match (present(word), is_leaf(word)) {
-            // What is not present is cached in caching mode only.
-            (false, _) => offers.caching_mode() && until > since.pointer(second, address),
-            (true, true) => until > since.page(second, address, shift),
-            (true, false) => until > since.pointer(second, address),
-        };
-        let word = words.load(at, may).ok_or(match top {
-            true => pick(R::FirstStageTopAccess, R::SecondStageTopAccess),
-            false => pick(R::FirstStageAccess, R::SecondStageAccess),
-        })?;
-        crate::models::trace(|| format!("    level {level} at {at:x}: {word:x}"));
-        if !present(word) {
-            return Err(pick(R::FirstStageNotPresent, R::SecondStageDenied));
-        }
-        // FS1GP; SSLPS has both.
-        let huge = second || offers.cap >> 56 & 1 != 0;
-        let large = word >> 7 & 1 != 0;
-        let reserved = match level {
-            1 => 0,
-            2 if large && second => 0x1f_f000,
-            2 if large => 0x1f_e000,
-            3 if large && second => 0x3fff_f000,
-            3 if large && huge => 0x3fff_e000,
-            2 | 3 if !large => 0,
-            _ => 1 << 7,
-        };
-        // TM, until revision 3.1.
-        let transient = if second { 1 << 62 } else { 0 };
-        if word & (reserved | transient) != 0 {
-            return Err(pick(R::FirstStageReserved, R::SecondStageReserved));
-        }
-        user &= second || word & 4 != 0;
-        read &= !second || word & 1 != 0;
-        write &= word & 2 != 0;
-        table = word & ADDRESS;
-        if is_leaf(word) {
-            let span = (1 << shift) - 1;
-            let allowed = match (second, kind.write) {
-                (true, true) => write.then_some(()).ok_or(R::SecondStageDenied),
-                (true, false) => read.then_some(()).ok_or(R::SecondStageDenied),
-                (false, _) if !kind.privileged && !user => Err(R::UserDenied),
-                (false, true) if !write && (!kind.privileged || stage.write_protect) => {
-                    Err(R::WriteDenied)
-                }
-                (false, _) => Ok(()),
-            };
-            return allowed.map(|()| table & !span | address & span);
-        }
-    }
-    Err(pick(R::FirstStageNotPresent, R::SecondStageDenied))
 }
