@@ -28,7 +28,7 @@ use crate::config::{
 use crate::console::output::{self, Output};
 use crate::process::overdue::{self, Step};
 use crate::process::stop::StopReason;
-use crate::process::{exit_code, jail, limits, signals};
+use crate::process::{exit_code, jail, limits, signals, stack};
 use crate::{Error, Machine};
 
 /// A lightweight virtual machine monitor with virtual IOMMUs whose stage-1 tables are walked by
@@ -285,6 +285,7 @@ const LOG_FILTER: &str = "warn,virtio_queue=off,vfio_ioctls=error";
 /// Runs the command that the process was started with. The exit code is the guest's, or one of
 /// [`exit_code`].
 pub fn main() -> ExitCode {
+    stack::grow();
     // An early report request is held until there is something to report; this fails only if
     // everything else does.
     let held = signals::hold();

@@ -12,6 +12,7 @@ pub(crate) mod limits;
 pub(crate) mod named_file;
 pub(crate) mod overdue;
 pub(crate) mod signals;
+pub(crate) mod stack;
 pub(crate) mod stop;
 
 /// The exit codes of the `twostage` command.
