@@ -295,7 +295,7 @@ impl PciFunction for VfioPci {
             }
         }
         if let Some(msi) = &self.interrupts.msi {
-            msi.show_pending(&mut self.space());
+            msi.show_pending(&mut self.space(), &read);
         }
     }
 

@@ -3,6 +3,7 @@
 //! capabilities; VFIO has only one kind enabled at a time.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
@@ -206,15 +207,16 @@ impl Msi {
         self.vectors.disable();
     }
 
-    /// Writes the pending bits into `config`.
-    pub fn show_pending(&self, config: &mut ConfigSpace) {
+    /// Writes the pending bits into `config`, if any of the bytes `read` is of them.
+    pub fn show_pending(&self, config: &mut ConfigSpace, read: &Range<u16>) {
         let control = config.u16(self.offset + 2);
-        if control & MSI_MASKABLE == 0 {
+        let at = self.offset + self.masks(control) + 4;
+        if control & MSI_MASKABLE == 0 || read.end <= at || at + 4 <= read.start {
             return;
         }
         let pending = (0..32).filter(|number| self.vectors.is_pending(*number));
         let bits = pending.fold(0, |bits, number| bits | 1 << number);
-        config.set_u32(self.offset + self.masks(control) + 4, bits);
+        config.set_u32(at, bits);
     }
 
     /// Offset of the masks from the start of the capability, if there are any.
@@ -312,7 +314,11 @@ mod tests {
         msi.enable(&config);
         assert_eq!(made.take_updates().pop(), Some("none".into()));
         made.event(1).write(1).unwrap();
-        msi.show_pending(&mut config);
-        assert_eq!(config.u32(0x50 + 16), 2);
+        // Whoever reads any of their four bytes sees them, and nobody else asks for them.
+        for (read, bits) in [(0x54..0x60, 0), (0x64..0x68, 0), (0x63..0x64, 2), (0x5e..0x62, 2)] {
+            config.set_u32(0x50 + 16, 0);
+            msi.show_pending(&mut config, &read);
+            assert_eq!(config.u32(0x50 + 16), bits, "{read:x?}");
+        }
     }
 }
