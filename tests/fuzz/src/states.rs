@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use serde_json::{json, Value};
 use twostage::spec::pci::Bdf;
@@ -43,7 +43,8 @@ pub fn run(bytes: &[u8]) {
 }
 
 fn vtd(input: &mut Input<'_>) {
-    let mut value = vtd_value();
+    static SNAPSHOT: OnceLock<Value> = OnceLock::new();
+    let mut value = SNAPSHOT.get_or_init(vtd_value).clone();
     let changes = input.change(&mut value);
     let state = match serde_json::from_value::<VtdState>(value) {
         Ok(state) => state,
@@ -94,7 +95,8 @@ fn merged(mut state: VtdState) -> VtdState {
 }
 
 fn smmuv3(input: &mut Input<'_>) {
-    let mut value = smmuv3_value();
+    static SNAPSHOT: OnceLock<Value> = OnceLock::new();
+    let mut value = SNAPSHOT.get_or_init(smmuv3_value).clone();
     let changes = input.change(&mut value);
     let state = match serde_json::from_value::<SmmuState>(value) {
         Ok(state) => state,
@@ -225,12 +227,9 @@ impl Input<'_> {
     fn change(&mut self, value: &mut Value) -> u8 {
         let changes = self.byte() % 8;
         for _ in 0..changes {
-            let mut places = vec![];
-            places_of(value, String::new(), &mut places);
-            let copied = &places[self.below(places.len())];
-            let copied = value.pointer(copied).cloned().unwrap_or_default();
-            let place = &places[self.below(places.len())];
-            let Some(place) = value.pointer_mut(place) else { continue };
+            let count = places(value);
+            let copied = place_mut(value, self.below(count)).clone();
+            let place = place_mut(value, self.below(count));
             let way = self.byte() % 4;
             match place {
                 Value::Number(number) if way > 0 => {
@@ -275,22 +274,32 @@ impl Input<'_> {
     }
 }
 
-/// Where `value`, which is at `place`, has values.
-fn places_of(value: &Value, place: String, places: &mut Vec<String>) {
-    match value {
-        Value::Array(items) => {
-            for (index, item) in items.iter().enumerate() {
-                places_of(item, format!("{place}/{index}"), places);
-            }
-        }
-        Value::Object(fields) => {
-            for (name, field) in fields {
-                places_of(field, format!("{place}/{name}"), places);
-            }
-        }
-        _ => {}
+/// How many values there are: those in `value`, what is in those, and so on, and itself.
+fn places(value: &Value) -> usize {
+    1 + match value {
+        Value::Array(items) => items.iter().map(places).sum(),
+        Value::Object(fields) => fields.values().map(places).sum(),
+        _ => 0,
     }
-    places.push(place);
+}
+
+/// The one of them with this number. Each comes after what is in it.
+fn place_mut(value: &mut Value, mut number: usize) -> &mut Value {
+    if number + 1 == places(value) {
+        return value;
+    }
+    let has_it = |part: &&mut Value| {
+        let count = places(part);
+        let is_there = number < count;
+        number -= if is_there { 0 } else { count };
+        is_there
+    };
+    let part = match value {
+        Value::Array(items) => items.iter_mut().find(has_it),
+        Value::Object(fields) => fields.values_mut().find(has_it),
+        _ => None,
+    };
+    place_mut(part.expect("the number is below that of all places"), number)
 }
 
 fn memory() -> Arc<GuestMemoryMmap> {
