@@ -22,6 +22,12 @@ impl<'a> Input<'a> {
         self.0.arbitrary().unwrap_or_default()
     }
 
+    /// The next bytes, as many as `bytes` has.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        // Zeroes behind the last one, and no error.
+        let _ = self.0.fill_buffer(bytes);
+    }
+
     /// True or false.
     pub fn flag(&mut self) -> bool {
         self.byte() & 1 != 0

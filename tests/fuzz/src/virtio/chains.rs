@@ -183,7 +183,9 @@ impl Driver {
     pub fn frame(&mut self, input: &mut Input<'_>) {
         let Kind::Net(wire) = &self.kind else { return };
         let length = input.pick(&[0, 13, 26, 60, 600, 1500, 3000]);
-        let frame: Vec<u8> = (0..length).map(|at| at as u8 ^ input.byte()).collect();
+        let mut frame = vec![0; length];
+        input.fill(&mut frame);
+        frame.iter_mut().zip(0_usize..).for_each(|(byte, at)| *byte ^= at as u8);
         wire.incoming.lock().push_back(frame.clone());
         // Shorter ones than both headers are none.
         if length >= FRAME_HEADER + 14 {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 use twostage::sync::Mutex;
 
@@ -31,6 +32,8 @@ pub(super) const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 /// Descriptors of a queue.
 pub(super) const SIZE: u16 = 16;
+/// No ring of a queue, nor its table, has more bytes.
+const RING_LENGTH: usize = 16 * SIZE as usize;
 const EVENT_INDEX: u64 = 1 << 29;
 const MERGEABLE: u64 = 1 << 15;
 /// A driver that knows of flushes.
@@ -39,16 +42,18 @@ const NEEDS_RESET: u64 = 0x40;
 
 /// How long a device may take that has threads.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// After so long the driver looks again, as some of what it waits for comes without a message.
+const LOOK_AGAIN: Duration = Duration::from_micros(100);
 
-/// Counts messages.
-#[derive(Default)]
-struct Vector(AtomicU64);
+/// Counts messages, and wakes the driver.
+struct Vector(AtomicU64, Thread);
 
 impl InterruptVector for Vector {
     fn update(&self, _: Option<MsiMessage>) {}
 
     fn trigger(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
+        self.1.unpark();
     }
 }
 
@@ -124,7 +129,7 @@ impl Driver {
         let memory = GuestMemoryMmap::from_ranges(&[range]).expect("memory");
         let vectors = Mutex::new(Vec::new());
         let vector = || -> Result<Arc<dyn InterruptVector>, _> {
-            let vector = Arc::new(Vector::default());
+            let vector = Arc::new(Vector(AtomicU64::new(0), thread::current()));
             vectors.lock().push(vector.clone());
             Ok(vector)
         };
@@ -175,7 +180,6 @@ impl Driver {
     pub fn start(&mut self, input: &mut Input<'_>) {
         self.reset();
         let choice = input.byte();
-        self.memory.write_slice(&[0; QUEUE_AREA as usize], GuestAddress(0)).expect("memory");
         self.config(4, &[6, 0]);
         self.config(0x10, &0xe000_0000_u32.to_le_bytes());
         for vector in 0..self.vectors.len() as u64 {
@@ -209,6 +213,11 @@ impl Driver {
         self.queues = (0..count)
             .map(|number| {
                 let base = number * RINGS;
+                // Of what was there before, the device reads nothing.
+                for area in [0, AVAILABLE, USED] {
+                    let area = GuestAddress(base + area);
+                    self.memory.write_slice(&[0; RING_LENGTH], area).expect("memory");
+                }
                 self.write(0x16, 2, number);
                 self.write(0x18, 2, SIZE.into());
                 self.write(0x1a, 2, number + 1);
@@ -277,7 +286,7 @@ impl Driver {
         let deadline = Instant::now() + PATIENCE;
         while self.waits && self.read(0x14, 1) != 0 {
             assert!(Instant::now() < deadline, "a reset takes too long");
-            std::thread::yield_now();
+            thread::park_timeout(LOOK_AGAIN);
         }
         assert_eq!(self.read(0x14, 1), 0, "the reset is over");
     }
@@ -358,7 +367,7 @@ impl Driver {
     pub fn turn(&mut self, input: bool) {
         match self.waits {
             // It is in the middle of something: only when it has come to an end, all is known.
-            true => std::thread::yield_now(),
+            true => thread::yield_now(),
             false => {
                 self.pci.turn(input);
                 self.collect();
@@ -432,7 +441,7 @@ impl Driver {
         };
         while !self.queues.iter().enumerate().all(|(n, queue)| used(self, queue) && told(self, n)) {
             assert!(Instant::now() < deadline, "the device takes too long");
-            std::thread::yield_now();
+            thread::park_timeout(LOOK_AGAIN);
         }
         self.collect();
     }

@@ -47,11 +47,14 @@ pub enum Purpose {
     Entropy,
 }
 
+/// The bytes of a sector.
+type Sector = [u8; SECTOR as usize];
+
 /// What the driver and the device have seen.
 #[derive(Debug)]
 pub struct Model {
-    /// The disk; unknown where writes raced or failed.
-    disk: Vec<Option<u8>>,
+    /// The sectors of the disk; unknown where writes raced or failed.
+    disk: Vec<Option<Sector>>,
     pub read_only: bool,
     /// So many operations of the disk have failed as they were told to, if they were not flushes;
     /// and so many in any case.
@@ -73,7 +76,7 @@ pub struct Model {
 
 impl Model {
     pub fn new(read_only: bool) -> Self {
-        let disk = vec![Some(0); (SECTORS * SECTOR) as usize];
+        let disk = vec![Some([0; SECTOR as usize]); SECTORS as usize];
         Self {
             disk,
             read_only,
@@ -110,10 +113,12 @@ impl Model {
 
     /// The disk has what was written, and nothing else.
     pub fn check_disk(&self, file: &File) {
-        let mut bytes = vec![0; self.disk.len()];
+        let mut bytes = vec![0; self.disk.len() * SECTOR as usize];
         file.read_exact_at(&mut bytes, 0).expect("memory");
-        for (at, (expected, byte)) in self.disk.iter().zip(&bytes).enumerate() {
-            assert!(expected.is_none_or(|expected| expected == *byte), "byte {at:#x} of the disk");
+        for (number, expected) in self.disk.iter().enumerate() {
+            let sector = &bytes[number * SECTOR as usize..][..SECTOR as usize];
+            let right = expected.is_none_or(|expected| expected == sector);
+            assert!(right, "sector {number} of the disk: {sector:x?}, not {expected:x?}");
         }
     }
 
@@ -162,12 +167,12 @@ impl Model {
         }
     }
 
-    /// Where `length` bytes of `request` are on the disk, if they are blocks of it.
+    /// The sectors of the disk that `length` bytes of `request` are, if they are some of it.
     fn range(&self, request: &BlkRequest, length: usize) -> Option<std::ops::Range<usize>> {
-        let start = usize::try_from(request.sector.checked_mul(SECTOR)?).ok()?;
-        let end = start.checked_add(length)?;
-        let blocks = (length as u64).is_multiple_of(SECTOR);
-        (blocks && end <= self.disk.len()).then_some(start..end)
+        let start = usize::try_from(request.sector).ok()?;
+        let end = start.checked_add(length / SECTOR as usize)?;
+        let whole = (length as u64).is_multiple_of(SECTOR);
+        (whole && end <= self.disk.len()).then_some(start..end)
     }
 
     /// Whether two requests are at the same sectors, and one of them is a write. `writable`: what
@@ -229,16 +234,21 @@ impl Model {
         match request.kind {
             IN if *status == OK => {
                 let range = self.range(request, data.len()).expect("it was read");
-                let same = |(on_disk, read): (&Option<u8>, &u8)| on_disk.is_none_or(|b| b == *read);
-                let right = self.disk[range].iter().zip(data).all(same);
+                let read = data.chunks_exact(SECTOR as usize);
+                let same = |(on_disk, read): (&Option<Sector>, &[u8])| {
+                    on_disk.is_none_or(|on_disk| on_disk == read)
+                };
+                let right = self.disk[range].iter().zip(read).all(same);
                 assert!(right || request.raced, "{request:?} reads something else");
             }
             // Parts of it may be there before it failed.
             IN => {}
             OUT if *status == OK && !request.raced => {
                 let range = self.range(request, request.data.len()).expect("it was written");
-                let written = request.data.iter().map(|byte| Some(*byte));
-                self.disk[range].iter_mut().zip(written).for_each(|(to, from)| *to = from);
+                let written = request.data.chunks_exact(SECTOR as usize);
+                for (to, from) in self.disk[range].iter_mut().zip(written) {
+                    *to = from.try_into().ok();
+                }
             }
             OUT => self.forget(request),
             GET_ID => {
