@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the fuzzers of the IOMMU models share: the guest's memory with its past, and every way in
-//! which a naive walk of tables may come out.
+//! What the fuzzers of the IOMMU models share: the guest's memory with its past, every way in which
+//! a naive walk of tables may come out, and threads.
 
 pub mod memory;
 pub mod oracle;
+pub mod threads;
 
 use std::sync::OnceLock;
 

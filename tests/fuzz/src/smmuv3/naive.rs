@@ -101,6 +101,14 @@ impl Walk<'_, '_> {
         address & ((1 << self.registers.output_bits) - 1)
     }
 
+    /// The address where stage 1 is bypassed.
+    fn untranslated(&self, address: u64) -> Result<u64, End> {
+        match address >> self.registers.output_bits {
+            0 => Ok(address),
+            _ => Err(End::Event(E::AddressSize)),
+        }
+    }
+
     /// Words 0 and 1 of the entry of `stream`.
     fn entry(&mut self, stream: u64) -> Result<[u64; 2], E> {
         let Registers { base, config, idr1, .. } = self.registers;
@@ -180,7 +188,7 @@ impl Walk<'_, '_> {
         match low >> 1 & 7 {
             // Bit 2: not an abort.
             0..=3 => return Err(End::Silent),
-            4 if substream.is_none() => return Ok(address),
+            4 if substream.is_none() => return self.untranslated(address),
             // Substreams are of stage 1.
             4 => return Err(End::Event(E::BadSubstreamId)),
             5 => {}
@@ -212,7 +220,7 @@ impl Walk<'_, '_> {
         };
         let number = match substream {
             None if count == 0 || default == 2 => 0,
-            None if default == 1 => return Ok(address),
+            None if default == 1 => return self.untranslated(address),
             None => return Err(End::Event(E::StreamDisabled)),
             Some(substream) if count == 0 || u64::from(substream) >> count != 0 => {
                 return Err(End::Event(E::BadSubstreamId));

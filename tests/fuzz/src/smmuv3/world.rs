@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The machine of one execution: a guest, the virtual SMMU, its host, two devices.
 
-use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -14,7 +13,7 @@ use twostage::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
 use twostage::spec::smmuv3::regs::{self, Cr0};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::StreamId;
-use twostage::threads::{NewThread, StdThreads, ThreadStart};
+use twostage::threads::ThreadStart;
 use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use twostage_emulated::kit::Mmio;
 use twostage_emulated::{
@@ -26,6 +25,7 @@ use super::dma::Dma;
 use super::image::{image, page};
 use super::naive::{Registers, OUTPUT_BITS};
 use crate::models::memory::{Memory, PAGE, SIZE};
+use crate::models::threads::{IdleThreads, NoThreads};
 
 /// The functions, whose StreamIDs are their Requester IDs.
 pub const DEVICES: [u16; 2] = [0x20, 0x28];
@@ -104,17 +104,6 @@ impl SmmuInterrupts for Messages {
     fn wire(&self, _: SmmuInterrupt) {}
 }
 
-/// Starts no thread: nobody delivers events.
-#[derive(Debug)]
-struct NoThreads;
-
-impl ThreadStart for NoThreads {
-    fn start(&self, thread: NewThread) -> io::Result<()> {
-        drop(thread);
-        Ok(())
-    }
-}
-
 /// See the [module's documentation](self).
 pub struct World {
     pub header: Header,
@@ -131,6 +120,8 @@ pub struct World {
     pub serial: u64,
     /// The last DMA.
     pub last: Option<Dma>,
+    /// The event queue is empty, and nothing has happened since of which there may be events.
+    pub is_quiet: bool,
 }
 
 impl World {
@@ -165,7 +156,7 @@ impl World {
         let offered =
             SmmuConfig::default().with_ats(header.ats).with_range_invalidation(header.ranges);
         let threads: Arc<dyn ThreadStart> = match header.events {
-            true => Arc::new(StdThreads),
+            true => Arc::new(IdleThreads),
             false => Arc::new(NoThreads),
         };
         let nesting = Arc::new(SmmuNesting::new(ioas).serving(&offered).with_threads(threads));
@@ -197,6 +188,7 @@ impl World {
             plugged: [true; 2],
             serial: 0,
             last: None,
+            is_quiet: false,
         };
         if header.enabled {
             world.set_tables();
@@ -224,6 +216,7 @@ impl World {
 
     /// Any write of registers, with what it means for the account.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        self.is_quiet = false;
         let before = self.is_enabled();
         // The slot of 64 bits, if it is one of these.
         let output = OUTPUTS.into_iter().find(|register| offset & !7 == *register);
@@ -354,30 +347,28 @@ impl World {
 
     /// Takes all events out of the queue, and returns the index of the next one.
     pub fn drop_events(&mut self) -> u32 {
-        self.nesting.quiesce().expect("a moment is enough");
+        if !std::mem::replace(&mut self.is_quiet, true) {
+            self.nesting.quiesce().expect("a moment is enough");
+        }
         let prod = self.read32(regs::EVENTQ_PROD);
         // With the overflow acknowledged.
-        self.write32(regs::EVENTQ_CONS, prod);
+        self.smmu.write32(regs::EVENTQ_CONS, prod);
         prod
     }
 
-    /// Whether events got into the queue since its next one was to be at `index`: none, one, more.
-    pub fn events_since(&self, index: u32) -> u32 {
-        self.nesting.quiesce().expect("a moment is enough");
-        self.read32(regs::EVENTQ_PROD).wrapping_sub(index) % (2 << EVENT_BITS)
-    }
-
-    /// The event at `index`, if there is one.
-    pub fn event_at(&self, index: u32) -> Option<EventRecord> {
+    /// How many events got into the queue since its next one was to be at `index`, and the first of
+    /// them.
+    pub fn events_since(&self, index: u32) -> (u32, EventRecord) {
         self.nesting.quiesce().expect("a moment is enough");
         let at = u64::from(index % (1 << EVENT_BITS)) * EVENT_SIZE;
         let word = |of: u64| self.memory.load(page::EVENTS * PAGE + at + of * 8).unwrap_or(0);
         let event = EventRecord::from_words([word(0), word(1), word(2), word(3)]);
-        (self.read32(regs::EVENTQ_PROD) != index).then_some(event)
+        (self.read32(regs::EVENTQ_PROD).wrapping_sub(index) % (2 << EVENT_BITS), event)
     }
 
     /// A function goes, or comes back.
     pub fn plug(&mut self, number: usize) {
+        self.is_quiet = false;
         let rid = Bdf::from_raw(DEVICES[number]);
         if self.plugged[number] {
             self.smmu.remove_device(rid);
@@ -394,6 +385,7 @@ impl World {
 
     /// The machine is reset.
     pub fn reset(&mut self) {
+        self.is_quiet = false;
         self.smmu.reset().expect("the host does not fail");
         let now = self.memory.tick();
         self.account.everything(now);
