@@ -172,7 +172,9 @@ impl Naive {
                 }
                 let page = seen[0].1.end.next_multiple_of(PAGE);
                 let there = device.irq(Irq::Msix).map_or(0, |info| info.count);
-                let fits = !wrong || seen[1].1.end <= page;
+                // Its place there must fit the register that says it.
+                let says = u32::try_from(seen[1].1.start).is_ok();
+                let fits = !wrong || seen[1].1.end <= page && says;
                 let shown = seen.iter().all(inside) && fits && there > 0 && room >= 12;
                 let vectors = vectors.min(there.try_into().unwrap_or(u16::MAX));
                 if shown {
