@@ -34,9 +34,9 @@ impl ConfigPage {
     /// The process has no memory.
     pub fn new(bytes: &[u8; CONFIG_SIZE]) -> io::Result<Self> {
         let region = MmapRegion::new(CONFIG_SIZE).map_err(io::Error::other)?;
-        let page = Self(region);
-        page.show(bytes, 0..CONFIG_SIZE);
-        Ok(page)
+        // The guest has it later.
+        region.as_volatile_slice().write_slice(bytes, 0).map_err(io::Error::other)?;
+        Ok(Self(region))
     }
 
     /// Its address in this process.
@@ -57,11 +57,11 @@ impl ConfigPage {
     /// it sees each register as it was or as it is.
     pub fn show(&self, bytes: &[u8; CONFIG_SIZE], changed: std::ops::Range<usize>) {
         let slice = self.0.as_volatile_slice();
-        let registers = bytes.as_chunks::<4>().0.iter().zip((0..).step_by(4));
-        let changed = changed.start / 4 * 4..changed.end;
-        for (register, offset) in registers.filter(|(_, offset)| changed.contains(offset)) {
+        let changed = changed.start / 4..changed.end.div_ceil(4);
+        let registers = bytes.as_chunks::<4>().0.iter().enumerate();
+        for (number, register) in registers.skip(changed.start).take(changed.len()) {
             // In the page, which has the size of configuration space, and aligned.
-            let _ = slice.store(u32::from_ne_bytes(*register), offset, Ordering::Release);
+            let _ = slice.store(u32::from_ne_bytes(*register), 4 * number, Ordering::Release);
         }
     }
 }
