@@ -261,13 +261,23 @@ impl RunArgs {
     }
 }
 
-/// The machine that the command line `arguments` asks for. For fuzzers.
+/// The machine that the command line `arguments` asks for. For fuzzers, as the options, which are
+/// most of the work, are described once for all.
 ///
 /// # Errors
 /// The command line is not understood, or contradicts itself.
 #[cfg(feature = "test-support")]
 pub fn parsed(arguments: &[std::ffi::OsString]) -> Result<MachineConfig, String> {
-    let cli = Cli::try_parse_from(arguments).map_err(|error| error.to_string())?;
+    use clap::{CommandFactory, FromArgMatches};
+
+    thread_local! {
+        static COMMAND: std::cell::RefCell<clap::Command> = Cli::command().into();
+    }
+    let cli = COMMAND.with_borrow_mut(|command| {
+        let matches = command.try_get_matches_from_mut(arguments);
+        let cli = matches.and_then(|mut matches| Cli::from_arg_matches_mut(&mut matches));
+        cli.map_err(|error| error.format(command).to_string())
+    })?;
     match cli.command {
         Command::Run(args) => {
             let config = args.machine_config();

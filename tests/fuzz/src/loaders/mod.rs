@@ -8,8 +8,9 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
 
-use rustix::fs::{memfd_create, MemfdFlags};
+use rustix::fs::{fcntl_add_seals, memfd_create, MemfdFlags, SealFlags};
 use twostage_vmm::inside::{arm64_image, load, MachineMemory, ModuleConfig, PayloadConfig};
 
 use crate::input::Input;
@@ -61,11 +62,35 @@ pub fn run(bytes: &[u8]) {
 
 /// A file in memory of `length` bytes that starts with these, and its path while it exists.
 fn file(bytes: &[u8], length: u64) -> (File, String) {
-    let mut file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).expect("a file in memory"));
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(memfd_create("fuzz", flags).expect("a file in memory"));
     file.write_all(bytes).expect("memory");
     file.set_len(length).expect("memory");
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     (file, path)
+}
+
+/// A module: the start of a file, the rest of which is zeroes.
+struct Module {
+    length: u64,
+    contents: Vec<u8>,
+    path: String,
+    /// While this exists.
+    _file: File,
+}
+
+/// Those of all executions, of different sizes: nobody can write to them.
+fn modules() -> &'static [Module; 6] {
+    static MODULES: OnceLock<[Module; 6]> = OnceLock::new();
+    MODULES.get_or_init(|| {
+        [1, 100, 4096, 4097, 70_000, 5 << 20].map(|length: u64| {
+            let contents: Vec<_> = (0..length.min(8192)).map(|at| at as u8 | 1).collect();
+            let (file, path) = file(&contents, length);
+            fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW)
+                .expect("a file in memory");
+            Module { length, contents, path, _file: file }
+        })
+    })
 }
 
 /// Loads `image`, which is `sound` or perhaps not, with modules and a command line.
@@ -73,9 +98,7 @@ fn payload(input: &mut Input<'_>, image: &[u8], sound: bool) {
     let choice = input.byte();
     let (kernel, path) = file(image, image.len() as u64);
     let text = |length: usize| "x".repeat(length);
-    let length = input.pick(&[1, 100, 4096, 4097, 70_000, 5 << 20]);
-    let contents: Vec<u8> = (0..length.min(8192)).map(|at| at as u8 | 1).collect();
-    let (module, module_path) = file(&contents, length);
+    let Module { length, contents, path: module_path, .. } = &modules()[input.below(6)];
     let modules = 0..if choice & 1 == 0 { 0 } else { input.byte() % 35 };
     let modules = modules.map(|number| ModuleConfig {
         path: module_path.clone().into(),
@@ -101,7 +124,7 @@ fn payload(input: &mut Input<'_>, image: &[u8], sound: bool) {
         Ok(_start) => {
             #[cfg(target_arch = "x86_64")]
             naive::Loaded { memory: &memory, image, payload: &payload, start: _start }
-                .check((&contents, length));
+                .check((contents, *length));
         }
         Err(error) => {
             let error = error.to_string();
@@ -109,5 +132,5 @@ fn payload(input: &mut Input<'_>, image: &[u8], sound: bool) {
             assert!(!sound || !simple || choice & 12 == 12, "{error}");
         }
     }
-    drop((kernel, module));
+    drop(kernel);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a kernel finds in memory, by a naive reading of its file and of its boot protocol.
 
+use std::ffi::CStr;
 use std::ops::Range;
 
 use twostage_vmm::inside::{MachineMemory, PayloadConfig, StartState};
@@ -39,9 +40,10 @@ impl Loaded<'_> {
 
     /// A text that ends with a zero.
     fn text(&self, at: u64) -> String {
-        let bytes = self.bytes(at, 0x1_0400);
-        let length = bytes.iter().position(|byte| *byte == 0).expect("it has an end");
-        String::from_utf8(bytes[..length].to_vec()).expect("text")
+        // Most are short.
+        let text = |length| CStr::from_bytes_until_nul(&self.bytes(at, length)).map(CStr::to_owned);
+        let text = text(0x100).or_else(|_| text(0x1_0400)).expect("it has an end");
+        text.into_string().expect("text")
     }
 
     /// The kernel is in memory, and what it is told is true: so many bytes, of which these are the
@@ -64,7 +66,7 @@ impl Loaded<'_> {
             // The rest of the file is zeroes.
             let mut bytes = self.bytes(at.start, length as usize);
             let rest = bytes.split_off(contents.len());
-            assert!(bytes == contents && rest.iter().all(|byte| *byte == 0), "another module");
+            assert!(bytes == contents && is_zero(&rest), "another module");
             if let Some(module) = self.payload.modules.get(number) {
                 // Of the protocol that has them.
                 let name = module.path.file_name().expect("a file").to_str().expect("a number");
@@ -101,7 +103,7 @@ impl Loaded<'_> {
             assert!(loaded.starts_with(bytes), "a segment at {start:#x} is something else");
             let before = places[..number].iter().any(|earlier| over(place, earlier));
             let zeros = &loaded[bytes.len()..];
-            assert!(before || zeros.iter().all(|byte| *byte == 0), "no zeros after {start:#x}");
+            assert!(before || is_zero(zeros), "no zeros after {start:#x}");
         }
         places
     }
@@ -203,6 +205,11 @@ impl Loaded<'_> {
         assert!((0x8_0000..=0xa_0000).contains(&low));
         assert_eq!(high, map_size(self.memory));
     }
+}
+
+/// Whether all are zeroes, which is not asked one by one.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(0x1000).all(|piece| *piece == [0; 0x1000][..piece.len()])
 }
 
 /// Bytes of memory.
