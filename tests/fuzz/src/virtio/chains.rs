@@ -17,6 +17,8 @@ pub(super) fn fails(outcome: Outcome) -> (bool, bool) {
     (does || outcome == Outcome::Short(0), does)
 }
 
+/// Lengths of frames from the wire.
+const FRAMES: [usize; 7] = [0, 13, 26, 60, 600, 1500, 3000];
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -181,11 +183,27 @@ impl Driver {
 
     /// A frame comes from the wire.
     pub fn frame(&mut self, input: &mut Input<'_>) {
-        let Kind::Net(wire) = &self.kind else { return };
-        let length = input.pick(&[0, 13, 26, 60, 600, 1500, 3000]);
-        let mut frame = vec![0; length];
+        if !matches!(self.kind, Kind::Net(_)) {
+            return;
+        }
+        let mut frame = vec![0; input.pick(&FRAMES)];
         input.fill(&mut frame);
+        self.arrive(frame);
+    }
+
+    /// Some come together: after a long one, which may not fit, a short one may.
+    fn burst(&mut self, input: &mut Input<'_>) {
+        for _ in 0..input.byte() % 4 + 1 {
+            let length = input.pick(&FRAMES);
+            self.arrive(vec![input.byte(); length]);
+        }
+    }
+
+    /// This comes from the wire, each byte with its place in it.
+    fn arrive(&mut self, mut frame: Vec<u8>) {
+        let Kind::Net(wire) = &self.kind else { return };
         frame.iter_mut().zip(0_usize..).for_each(|(byte, at)| *byte ^= at as u8);
+        let length = frame.len();
         wire.incoming.lock().push_back(frame.clone());
         // Shorter ones than both headers are none.
         if length >= FRAME_HEADER + 14 {
@@ -193,9 +211,13 @@ impl Driver {
         }
     }
 
-    /// One of the next operations of the disk fails.
+    /// One of the next operations of the disk fails; frames come faster than they are taken.
     pub fn fault(&mut self, input: &mut Input<'_>) {
-        let Kind::Blk { faults, .. } = &self.kind else { return };
+        let faults = match &self.kind {
+            Kind::Blk { faults, .. } => faults,
+            Kind::Net(_) => return self.burst(input),
+            Kind::Rng => return,
+        };
         let outcome = match input.byte() % 8 {
             0 | 1 => Outcome::Done,
             2 => Outcome::Short(input.pick(&[0, 1, 512])),
