@@ -190,10 +190,12 @@ fn check_size(size: u64, host: Option<u64>) -> std::result::Result<(), MemoryErr
     }
 }
 
-/// The host's memory in bytes, as in `/proc/meminfo`, if that is a number.
+/// The host's memory in bytes; unknown without `/proc`.
 fn host_memory() -> Option<u64> {
-    let host = rustix::system::sysinfo();
-    host.totalram.checked_mul(host.mem_unit.into())
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 #[cfg(test)]
