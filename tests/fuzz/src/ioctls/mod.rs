@@ -7,10 +7,14 @@
 //! access memory, and closes what it has open. [`table`] defines how bytes are interpreted: a new
 //! ioctl is covered by a line there.
 //!
+//! Rarely it is a VMM, and [`guest`] has its guest do what drivers of IOMMUs do.
+//!
 //! Whatever it does, nothing panics or hangs, every object's dependencies exist, and when
 //! everything is closed no object is left and no memory pinned or locked.
 
 mod access;
+mod graph;
+mod guest;
 mod process;
 pub(crate) mod table;
 pub(crate) mod value;
@@ -18,6 +22,7 @@ pub(crate) mod value;
 use arbitrary::{Result, Unstructured};
 use twostage::iommufd::{ObjectId, PageRequest, PageRequestFlags, PageRequestPermissions};
 
+use crate::input::Input;
 use process::Process;
 use table::{CONTAINER_IOCTLS, CONTAINER_NUMBERS, DEVICE_IOCTLS, IOCTLS};
 use value::{value, Kind};
@@ -82,6 +87,9 @@ impl Step {
 pub fn run(bytes: &[u8]) {
     let mut input = Unstructured::new(bytes);
     let header: u8 = input.arbitrary().unwrap_or_default();
+    if header >= 0xf0 {
+        return guest::run(&mut Input::new(&bytes[1..]));
+    }
     let mut process = Process::new(header & 1 != 0, header & 4 != 0);
     for _ in 0..MAX_STEPS {
         // Too few bytes are zeroes; an empty input is the end.
@@ -158,7 +166,7 @@ fn step(process: &mut Process, input: &mut Unstructured) -> Result<()> {
         }
         Step::DropAccess => process.drop_access(input.arbitrary()?),
         Step::CloseIommufd => process.close_iommufd(input.arbitrary()?),
-        Step::Look => process.look(),
+        Step::Look => process.look_at_text(),
     }
     Ok(())
 }

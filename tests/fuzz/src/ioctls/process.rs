@@ -15,6 +15,7 @@ use twostage_emulated::{
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::access::User;
+use super::graph;
 use super::table::iommufd;
 use super::value::{MEMORY, PAGE, PAGES};
 
@@ -345,19 +346,12 @@ impl Process {
 
     /// Every object's dependencies exist.
     pub fn look(&self) {
-        for host in &self.iommufds {
-            let graph = host.graph();
-            assert_eq!(graph.objects.len(), host.live_objects());
-            for object in &graph.objects {
-                for edge in &object.on {
-                    assert!(
-                        graph.objects.iter().any(|other| other.id == edge.to),
-                        "{object} stands on {}, which is not there",
-                        edge.to
-                    );
-                }
-            }
-        }
+        self.iommufds.iter().for_each(|host| _ = graph::checked(host));
+    }
+
+    /// The same, and people see them.
+    pub fn look_at_text(&self) {
+        self.iommufds.iter().for_each(|host| graph::check_text(&graph::checked(host)));
     }
 
     /// Closes everything, devices and users first or last; nothing may be left.
