@@ -216,7 +216,7 @@ impl Console {
             Key::Guest(_) => self.lost = self.lost.saturating_add(1),
             Key::Help => self.port.say(HELP),
             Key::End => {
-                // A machine that stops anyway may be one that starts again.
+                // One that stops already does that for a better reason.
                 if self.stopper.stop(StopReason::Escape) {
                     overdue::asked_by_key();
                 }
