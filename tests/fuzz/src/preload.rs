@@ -9,13 +9,14 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use arbitrary::Unstructured;
+use rustix::fs::{memfd_create, MemfdFlags};
 use twostage_emulated::uapi::vfio_request as vfio;
 use twostage_preload_server::server;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use crate::input::Input;
 use crate::ioctls::table::{iommufd, CONTAINER_IOCTLS, DEVICE_IOCTLS, IOCTLS};
@@ -41,38 +42,37 @@ const DONE: u64 = 7;
 const FAILED: u64 = 8;
 const INSTALL: u64 = 9;
 
-/// Memory that the owner may access, and this process too.
-struct Memory(Vec<AtomicU8>);
+/// Memory of this process that the owner may access. It is a file's, though private: whatever length
+/// a client says, no anonymous memory beside it, such as a heap, is part of the same mapping.
+struct Memory(MmapRegion);
 
 impl Memory {
     /// That of the process, which stays where it is.
     fn get() -> &'static Self {
         static MEMORY_OF_ALL: OnceLock<Memory> = OnceLock::new();
+        // The neighbour's is behind that of clients.
         MEMORY_OF_ALL.get_or_init(|| {
-            // More than is used, so that it can start at a page.
-            Self((0..3 * MEMORY + PAGE).map(|_| AtomicU8::new(0)).collect())
+            let length = 3 * MEMORY;
+            let file = File::from(memfd_create("memory", MemfdFlags::CLOEXEC).expect("memory"));
+            file.set_len(length as u64).expect("memory");
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let file = FileOffset::new(file, 0);
+            let region = MmapRegion::build(Some(file), length, protection, libc::MAP_PRIVATE);
+            Self(region.expect("memory"))
         })
-    }
-
-    fn first(&self) -> usize {
-        let start = self.0.as_ptr() as usize;
-        start.next_multiple_of(PAGE) - start
     }
 
     /// The address of byte `at` of what clients use; the neighbour's is behind it.
     fn address(&self, at: usize) -> u64 {
-        self.0.as_ptr() as u64 + (self.first() + at) as u64
+        self.0.as_ptr() as u64 + at as u64
     }
 
     fn write(&self, at: usize, bytes: &[u8]) {
-        for (to, from) in self.0[self.first() + at..].iter().zip(bytes) {
-            to.store(*from, Ordering::Relaxed);
-        }
+        self.0.as_volatile_slice().write_slice(bytes, at).expect("it fits");
     }
 
     fn word(&self, at: usize) -> u32 {
-        let byte = |n: usize| self.0[self.first() + at + n].load(Ordering::Relaxed);
-        u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)])
+        self.0.as_volatile_slice().read_obj(at).expect("it is there")
     }
 }
 
