@@ -12,6 +12,7 @@ mod input;
 pub mod ioctls;
 pub mod loaders;
 mod models;
+pub mod offers;
 pub mod pci;
 pub mod preload;
 pub mod smmuv3;
@@ -28,6 +29,7 @@ pub const TARGETS: &[Target] = &[
     ("config", config::run),
     ("ioctls", ioctls::run),
     ("loaders", loaders::run),
+    ("offers", offers::run),
     ("pci", pci::run),
     ("preload", preload::run),
     ("smmuv3", smmuv3::run),
