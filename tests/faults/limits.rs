@@ -116,8 +116,10 @@ fn each_descriptor_that_is_not_to_be_had_is_named_with_the_limit() {
 
 /// What became of a machine in so little memory.
 enum Outcome {
-    /// The loader of the C library had too little for the program.
+    /// The loader of the C library had too little for the program, and said so.
     NotLoaded,
+    /// It may also end by a signal, as it does not look at all that it is refused.
+    LoaderKilled,
     /// It ran, or the C library said why it did not.
     Other,
     Refused,
@@ -127,9 +129,12 @@ enum Outcome {
 fn run_without_memory(world: &World, kib: u32, was_loaded: bool) -> Outcome {
     let output = world.run(&format!("ulimit -v {kib}"), &["--jail", "on"]);
     let said = String::from_utf8_lossy(&output.stderr);
-    // The loader may also end by a signal, as it does not look at all that it is refused.
-    if !was_loaded && !said.starts_with("twostage: ") && output.status.code() != Some(7) {
+    let of_loader = ["loading shared libraries", "cannot allocate TLS"];
+    if !was_loaded && of_loader.iter().any(|line| said.contains(line)) {
         return Outcome::NotLoaded;
+    }
+    if !was_loaded && said.is_empty() && output.status.signal() == Some(libc::SIGSEGV) {
+        return Outcome::LoaderKilled;
     }
     // Not even the C library, which tells of it itself; or a thread of which the standard library
     // tells, before any of its work.
@@ -155,21 +160,29 @@ fn memory_that_is_not_to_be_had_is_one_line() {
         return;
     }
     let world = World::new();
-    let loaded = |kib: &u32| !matches!(run_without_memory(&world, *kib, false), Outcome::NotLoaded);
+    let loaded = |kib: &u32| {
+        matches!(run_without_memory(&world, *kib, false), Outcome::Other | Outcome::Refused)
+    };
     let from = (20_000..60_000).step_by(500).find(loaded).expect("the program is loaded");
     // The first pages of a stack are a narrow place, just above what the loader needs; from there
     // up to what suffices, and beyond: what the C library maps differs from run to run.
     let narrow = (from - 500..from + 500).step_by(20);
-    let (mut refused, mut was_loaded) = (0, false);
+    let (mut refused, mut killed, mut was_loaded) = (0, 0, false);
     for kib in narrow.chain((from + 500..60_000).step_by(500)) {
         match run_without_memory(&world, kib, was_loaded) {
             Outcome::NotLoaded => continue,
+            Outcome::LoaderKilled => {
+                killed += 1;
+                continue;
+            }
             Outcome::Other => {}
             Outcome::Refused => refused += 1,
         }
         was_loaded = true;
     }
     assert!(was_loaded && refused > 10, "{refused}");
+    // Of a place of 40 KiB at most.
+    assert!(killed <= 2, "the loader was killed at {killed} sizes");
 }
 
 /// A control group of the controller `name`, of version 1 or 2.

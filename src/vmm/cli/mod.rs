@@ -295,10 +295,10 @@ const LOG_FILTER: &str = "warn,virtio_queue=off,vfio_ioctls=error";
 /// Runs the command that the process was started with. The exit code is the guest's, or one of
 /// [`exit_code`].
 pub fn main() -> ExitCode {
-    stack::grow();
     // An early report request is held until there is something to report; this fails only if
     // everything else does.
     let held = signals::hold();
+    stack::grow();
     limits::look();
     let parsed = Cli::try_parse();
     // In this order, before the log has a thread.

@@ -6,30 +6,36 @@
 use std::hint::black_box;
 
 use rustix::process::{getrlimit, Resource};
+use vm_memory::MmapRegion;
+
+use super::heap;
 
 /// What the main thread needs at most, with much to spare, in bytes.
 const NEEDED: usize = 1 << 20;
 /// It grows by so many bytes at once.
-const PIECE: usize = 64 << 10;
+const PIECE: usize = 16 << 10;
 
-/// Lets the stack of this thread, the main one, grow to what the command needs. Where there
-/// is no memory for that, the process ends with one line ([`Heap`](super::heap::Heap)).
+/// Lets the stack of this thread, the main one, grow to what the command needs, or to half of what
+/// it may have. Where there is no memory for that, the process ends with one line.
 pub fn grow() {
     let allowed = getrlimit(Resource::Stack).current;
     let needed = allowed.map_or(NEEDED, |allowed| NEEDED.min((allowed / 2) as usize));
-    // The heap asks the system for as much, and gives it back.
-    drop(black_box(Vec::<u8>::with_capacity(needed)));
+    // As much is asked of the system, and given back.
+    if MmapRegion::<()>::new(needed.max(PIECE)).is_err() {
+        heap::end_without(needed);
+    }
     touch(needed);
 }
 
-/// Uses `bytes` of the stack.
+/// Uses at most `bytes` of the stack, in whole pieces.
 #[inline(never)]
 fn touch(bytes: usize) {
+    if bytes < PIECE {
+        return;
+    }
     let mut piece = [0_u8; PIECE];
     black_box(&mut piece);
-    if bytes > PIECE {
-        touch(bytes - PIECE);
-    }
+    touch(bytes - PIECE);
     // The piece is in use until here.
     black_box(&mut piece);
 }

@@ -42,8 +42,8 @@ const DONE: u64 = 7;
 const FAILED: u64 = 8;
 const INSTALL: u64 = 9;
 
-/// Memory of this process that the owner may access. It is a file's, though private: whatever length
-/// a client says, no anonymous memory beside it, such as a heap, is part of the same mapping.
+/// Memory of this process that the owner may access. It is a file's, though private: whatever
+/// length a client says, no anonymous memory beside it, such as a heap, is part of its mapping.
 struct Memory(MmapRegion);
 
 impl Memory {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A configuration, reduced to what units have in common, bit by bit.
 
-use twostage::iommufd::{iommu_hw_info_arm_smmuv3, HwInfo, HwInfoData};
+use std::collections::BTreeMap;
+
+use twostage::iommufd::{iommu_hw_info_arm_smmuv3, Extensions, HwCapabilities, HwInfo, HwInfoData};
 use twostage::nesting::host_smmu;
 use twostage::spec::smmuv3::regs::Httu;
 use twostage::spec::vtd::regs::{Cap, Ecap};
@@ -220,10 +222,9 @@ pub fn smmuv3(input: &mut Input<'_>) {
         .map(|(number, unit)| {
             let SmmuUnit { idr, aidr, .. } = *unit;
             let data = iommu_hw_info_arm_smmuv3 { idr, aidr, ..Default::default() };
-            let info = HwInfo::new(HwInfoData::ArmSmmuV3(data)).with_capabilities(
-                twostage::iommufd::HwCapabilities::new().with_pci_ats_not_supported(!unit.ats),
-            );
-            let extensions = twostage::iommufd::Extensions::default()
+            let info = HwInfo::new(HwInfoData::ArmSmmuV3(data))
+                .with_capabilities(HwCapabilities::new().with_pci_ats_not_supported(!unit.ats));
+            let extensions = Extensions::default()
                 .with_table_updates(unit.updates)
                 .with_smmu_faults(unit.faults);
             host_smmu(format!("device {number}"), &info, extensions).expect("an SMMUv3")
@@ -275,18 +276,55 @@ pub fn smmuv3(input: &mut Input<'_>) {
     let flags = units.iter().map(SmmuUnit::httu).min().expect("there is a unit");
     let offered = config.httu.map(|httu| u32::from(httu.into_bits()));
     assert_eq!(offered, asked.httu.map(|httu| httu.into_bits().into()).or(Some(flags)), "HTTU");
-    for unit in &units {
-        let level = unit.idr[3] >> 11 & 3;
-        assert!(u32::from(config.break_before_make_level) <= level, "BBML");
-        assert!(config.always_abort || !unit.bit(0, 26), "TERM_MODEL");
-        assert!(config.host_stalls || unit.stall_model() != 0, "STALL_MODEL");
-        assert!(config.input_bits == 48 || unit.idr[5] >> 10 & 3 != 0, "VAX");
-        let minor = if unit.aidr >> 4 & 0xf == 0 { unit.aidr & 0xf } else { u32::MAX };
-        assert!(u32::from(config.minor_revision) <= minor, "AIDR");
-    }
+    assert_eq!((config.ats, config.page_requests), (asked.ats, asked.page_requests));
+    assert_eq!(config.stalls, asked.stalls);
     assert_eq!(config.intersect(&hosts).as_ref(), Ok(&config), "reduced again");
-    if config.capabilities().is_err() {
-        config.check().expect_err("impossible, but consistent");
+    match config.capabilities() {
+        Ok(offered) => smmu_offers_no_more(&offered.registers(), &units),
+        Err(_) => {
+            config.check().expect_err("impossible, but consistent");
+        }
+    }
+    // What no register of the guest's says.
+    for unit in &units {
+        assert!(config.host_stalls || unit.stall_model() != 0, "STALL_MODEL");
+    }
+}
+
+/// What the guest finds in the registers is there in each unit; ATS and PRI are of devices, one of
+/// which has them.
+fn smmu_offers_no_more(registers: &BTreeMap<&'static str, u64>, units: &[SmmuUnit]) {
+    let offered = |register: &str, first: u32, width: u32| {
+        let bits = registers[register] >> first & ((1 << width) - 1);
+        u32::try_from(bits).expect("registers have 32 bits")
+    };
+    assert!(offered("IDR0", 10, 1) == 0 || units.iter().any(|unit| unit.ats), "ATS");
+    let asks = |unit: &SmmuUnit| unit.faults && unit.bit(0, 16);
+    assert!(offered("IDR0", 16, 1) == 0 || units.iter().any(asks), "PRI");
+    for unit in units {
+        let of = |register: usize, first: u32, width: u32| {
+            unit.idr[register] >> first & ((1 << width) - 1)
+        };
+        for (name, register, first, width) in [
+            ("IDR0", 0, 12, 1),
+            ("IDR0", 0, 19, 1),
+            ("IDR1", 1, 6, 5),
+            ("IDR3", 3, 10, 1),
+            ("IDR3", 3, 11, 2),
+            ("IDR5", 5, 4, 1),
+            ("IDR5", 5, 5, 1),
+            ("IDR5", 5, 6, 1),
+        ] {
+            let (guest, host) = (offered(name, first, width), of(register, first, width));
+            assert!(guest <= host, "{name}, bit {first}: {guest} of {host}");
+        }
+        assert!(offered("IDR0", 6, 2) <= unit.httu(), "HTTU");
+        let stalls = unit.faults && unit.stall_model() == 0;
+        assert!(offered("IDR0", 24, 2) != 0 || stalls, "STALL_MODEL");
+        assert!(offered("IDR0", 26, 1) >= of(0, 26, 1), "TERM_MODEL");
+        assert!(offered("IDR5", 10, 2) == 0 || of(5, 10, 2) != 0, "VAX");
+        let minor = if unit.aidr >> 4 & 0xf == 0 { unit.aidr & 0xf } else { u32::MAX };
+        assert!(offered("AIDR", 0, 4) <= minor, "AIDR");
     }
 }
 
