@@ -181,10 +181,12 @@ impl RegisterPage {
         self.word(offset).map_or(0, |word| u32::from_le(word.load(Ordering::Acquire)))
     }
 
-    /// Stores a word, as a guest does that has the page.
-    #[cfg(test)]
-    pub(super) fn store_as_guest(&self, offset: u64, value: u32) {
-        self.word(offset).unwrap().store(value.to_le(), Ordering::Release);
+    /// Stores the word at `offset`, if there is one, as a guest does that has the page.
+    #[cfg(any(test, feature = "test-support"))]
+    pub fn store_as_guest(&self, offset: u64, value: u32) {
+        if let Some(word) = self.word(offset) {
+            word.store(value.to_le(), Ordering::Release);
+        }
     }
 
     fn word(&self, offset: u64) -> Option<&AtomicU32> {

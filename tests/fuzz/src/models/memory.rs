@@ -185,6 +185,21 @@ impl Memory {
         Some(all)
     }
 
+    /// All that the words at `gpa` and after it have been together, the present first, but for what
+    /// was there until `since` at most.
+    pub fn pairs(&self, gpa: u64, since: Moment) -> Vec<[u64; 2]> {
+        let both = [gpa, gpa + 8].map(|gpa| self.values(gpa).unwrap_or_default());
+        let mut ends: Vec<_> = both.iter().flatten().map(|(_, until)| *until).collect();
+        ends.retain(|until| *until > since);
+        ends.sort_unstable_by(|one, other| other.cmp(one));
+        ends.dedup();
+        // The latest is the first.
+        let at = |values: &Vec<(u64, Moment)>, end| {
+            values.iter().rev().find(|(_, until)| *until >= end).map_or(0, |(value, _)| *value)
+        };
+        ends.into_iter().map(|end| [at(&both[0], end), at(&both[1], end)]).collect()
+    }
+
     /// The word at `gpa` as it is; `None` if it is not memory.
     pub fn look(&self, gpa: u64) -> Option<u64> {
         let present = self.load(gpa)?;

@@ -30,7 +30,12 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let source = Bdf::from_raw(DEVICES[dma.device]);
     let tagged = Pasid::new(pasid).unwrap_or(Pasid::new(0).expect("small"));
     let leaf = how & 0x80 != 0;
-    let range = |mask: u8| AddressMask { address: dma.iova & !(PAGE - 1), mask, leaf };
+    // What a mask covers may be named by another of its pages.
+    let elsewhere = how >> 6 & 1 != 0;
+    let range = |mask: u8| {
+        let other = (u64::from(elsewhere) << mask >> 1) * PAGE;
+        AddressMask { address: dma.iova & !(PAGE - 1) ^ other, mask, leaf }
+    };
     let pages = Some(range([0, 0, 1, 9][usize::from(said >> 4 & 3)]));
     let all = Descriptor::PasidIotlb { domain, pasid: tagged, range: None };
     let of_domain = iotlb(IotlbScope::Domain(domain));

@@ -2,7 +2,6 @@
 //! DMA, compared with the naive walk: which bytes it finds, where its own go, and the fault record
 //! of one that is refused.
 
-use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason as R;
 use twostage::spec::vtd::regs::{self, Cap, FaultRecord, Fsts};
 use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
@@ -169,7 +168,12 @@ impl World {
             false => self.ports[device].read(attributes, iova, &mut bytes),
         };
         crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
-        let Some(may) = may else { return };
+        let Some(may) = may else {
+            if let Err(DmaError::PageRequested { group, .. }) = done {
+                self.asked(&dma, group);
+            }
+            return;
+        };
         let what = || format!("{dma:x?}: {done:x?}, {may:x?}; {:x?}", self.header);
         match done {
             Ok(()) if write => places.written(&mut self.memory, value, what),
@@ -211,6 +215,15 @@ impl World {
             }
             Err(DmaError::Interrupt { .. }) => {
                 assert!(pasid.is_none() && INTERRUPTS.contains(&iova), "{}", what());
+            }
+            Err(DmaError::PageRequested { group, .. }) => {
+                let asks = |outcome: &Outcome| match *outcome {
+                    Outcome::Faults { reason, .. } => asks_for_page(reason),
+                    Outcome::Gets { unless_flags, .. } => unless_flags,
+                    Outcome::Fails => false,
+                };
+                assert!(may.iter().any(asks), "{}", what());
+                self.asked(&dma, group);
             }
             Err(_) => panic!("{}", what()),
         }
@@ -278,20 +291,12 @@ impl World {
     }
 
     /// The first fault record.
-    fn fault_record(&self) -> Option<FaultRecord> {
+    pub fn fault_record(&self) -> Option<FaultRecord> {
         let status = Fsts::from_bits(self.read32(regs::FSTS));
         let cap = Cap::from_bits(self.offers.cap);
         let at = cap.fault_record_offset() + u64::from(status.fri()) * regs::FRCD_SIZE;
         let record = FaultRecord::from_words([self.read64(at), self.read64(at + 8)]);
         status.ppf().then_some(record)
-    }
-
-    /// The device has a TLB from now on, or has none.
-    pub fn set_device_tlb(&mut self, device: usize, enabled: bool) {
-        self.ports[device].control().set_device_tlb(enabled);
-        self.caching[device] = enabled;
-        let now = self.memory.tick();
-        self.account.device_tlb(Bdf::from_raw(DEVICES[device]).raw(), now);
     }
 }
 
@@ -306,6 +311,25 @@ impl Since for Now {
     fn page(&self, _: bool, _: u64, _: u32) -> Moment {
         Moment::MAX
     }
+}
+
+/// Whether a device asks for the page that it did not get, for this reason. It asks, too, where a
+/// table is not in the guest's memory, which the host's stage 2 does not have.
+fn asks_for_page(reason: R) -> bool {
+    matches!(
+        reason,
+        R::FirstStageNotPresent
+            | R::FirstStageTopAccess
+            | R::FirstStageAccess
+            | R::SecondStageTopAccess
+            | R::SecondStageAccess
+            | R::FirstStageTopSecondStageDenied
+            | R::FirstStageSecondStageDenied
+            | R::SecondStageDenied
+            | R::UserDenied
+            | R::WriteDenied
+            | R::ReadDenied
+    )
 }
 
 /// The code of legacy mode for a reason of second-stage tables.

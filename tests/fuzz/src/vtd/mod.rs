@@ -7,15 +7,21 @@
 //!
 //! Every DMA is compared with a naive walk of the tables ([`naive`], then [`walk`]): where the
 //! guest has said that they changed ([`account`]), the DMA finds what they have now; where it has
-//! not, what they have or had. A DMA that is refused is in the fault records as the walk says. At
-//! the end nothing is left.
+//! not, what they have or had. A DMA that is refused is in the fault records as the walk says.
+//! Interrupts are compared with what the guest's table of them says ([`interrupts`]). At the end
+//! nothing is left.
 
 mod account;
 mod again;
+mod device_tlb;
 mod dma;
+mod header;
 mod image;
+mod interrupts;
 mod mirrors;
 mod naive;
+mod page_requests;
+mod register_page;
 mod walk;
 mod world;
 
@@ -30,12 +36,16 @@ use twostage::spec::vtd::regs;
 use crate::models::memory::PAGE;
 use crate::models::weighted;
 use dma::Dma;
+use header::Header;
 use image::{page, pasid_entry};
 use walk::Kind;
-use world::{Header, World, DEVICES, PASIDS};
+use world::{World, DEVICES, PASIDS};
 
 /// Maximum number of steps of one execution.
 const MAX_STEPS: usize = 48;
+
+/// From this number on, steps are those that came last.
+const LAST_STEPS: u8 = 224;
 
 /// What happens next.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +66,9 @@ enum Step {
     DeviceTlb,
     Reset,
     Again,
+    Interrupt,
+    Page,
+    Ask,
 }
 
 impl Step {
@@ -79,7 +92,12 @@ impl Step {
             (Reset, 1),
             (Again, 8),
         ];
-        weighted(&STEPS, number)
+        // The last numbers were those of others, which have enough.
+        const LAST: [(Step, u8); 3] = [(Interrupt, 2), (Page, 1), (Ask, 5)];
+        match number.checked_sub(LAST_STEPS) {
+            Some(number) => weighted(&LAST, number),
+            None => weighted(&STEPS, number),
+        }
     }
 }
 
@@ -125,20 +143,24 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             let second = [page::SECOND, page::FIFTH[1], page::SECOND, page::DATA];
             let choose = |of: [u64; 4], by: u8| of[usize::from(by) % 4];
             let levels = if tables & 0x20 != 0 { 5 } else { 4 };
+            let second = choose(second, tables >> 2);
+            let domain = u64::from(how >> 3) % 3 + image::DOMAIN;
+            // One bit of some entries is another one.
+            let bit = |number: usize| {
+                let flipped = number == usize::from(tables >> 6) && how & 0xc0 == 0xc0;
+                u64::from(flipped) << (which >> 2)
+            };
+            if world.is_legacy() {
+                let [at, low, high] = context_entry(which, how, domain, second, levels);
+                world.memory.store(at + 8, high ^ bit(1));
+                world.memory.store(at, low ^ bit(0));
+                return Ok(());
+            }
             let pgtt = [1, 3, 2, 4, 1, 3, 0, 6][usize::from(how) % 8];
-            let entry = pasid_entry(
-                pgtt,
-                u64::from(how >> 3) % 3 + image::DOMAIN,
-                choose(first, tables),
-                choose(second, tables >> 2),
-                levels,
-            );
+            let entry = pasid_entry(pgtt, domain, choose(first, tables), second, levels);
             let at = page::PASIDS * PAGE + u64::from(which) % 4 * 64;
             for (number, word) in entry.into_iter().enumerate().rev() {
-                // One bit of some entries is another one.
-                let flipped = number == usize::from(tables >> 6) && how & 0xc0 == 0xc0;
-                let bit = u64::from(flipped) << (which >> 2);
-                world.memory.store(at + number as u64 * 8, word ^ bit);
+                world.memory.store(at + number as u64 * 8, word ^ bit(number));
             }
         }
         Step::Context => {
@@ -187,6 +209,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
                 }
                 all.push(words);
             }
+            world.asked.changes += 1;
             world.submit(&all, count % 2 == 0);
         }
         Step::Register => {
@@ -233,6 +256,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             let mut bytes = [0; 8];
             let size = [4, 8, 4, 8, 1, 2, 3, 0][usize::from(input.arbitrary::<u8>()?) % 8];
             world.iommu.mmio_read(offset, &mut bytes[..size]);
+            world.check_page();
         }
         Step::Command => {
             let bits: u8 = input.arbitrary()?;
@@ -251,10 +275,16 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             world.set_root(how & 1 != 0);
         }
         Step::Again => again::again(world, input)?,
+        Step::Ask => page_requests::step(world, input)?,
+        Step::Page => register_page::step(world, input)?,
+        Step::Interrupt => interrupts::step(world, input)?,
         Step::Plug => world.plug(usize::from(input.arbitrary::<u8>()? & 1)),
         Step::DeviceTlb => {
             let how: u8 = input.arbitrary()?;
-            world.set_device_tlb(usize::from(how & 1), how & 2 != 0);
+            match world.last.filter(|dma| how & 0x80 != 0 && world.caching[dma.device]) {
+                Some(dma) => device_tlb::round(world, dma, how),
+                None => world.set_device_tlb(usize::from(how & 1), how & 2 != 0),
+            }
         }
         Step::Reset => {
             if input.arbitrary::<u8>()? & 7 == 0 {
@@ -263,6 +293,15 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A context entry of legacy mode: where it is, and its two words.
+fn context_entry(which: u8, how: u8, domain: u64, second: u64, levels: u64) -> [u64; 3] {
+    let slot = u64::from(DEVICES[usize::from(which & 1)]);
+    // Most that are not translated have the width that they must have.
+    let kind = [0, 2, 1, 2, 0, 2, 0, 3][usize::from(how) % 8];
+    let (low, high) = ((second * PAGE) | kind << 2 | 1, domain << 8 | (levels - 2));
+    [page::CONTEXT * PAGE + slot * 16, low, high]
 }
 
 /// An IOVA: one of eight pages of a table, through first or second entries of the tables above it;

@@ -10,18 +10,19 @@ use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::qi::{Descriptor, InterruptEntryScope, IotlbScope, StatusWrite};
 use twostage::spec::vtd::regs::{self, Fsts, Gcmd, Gsts, Iqa, Rtaddr};
-use twostage::viommu::vtd::{FaultTarget, VtdConfig, VtdIommu};
+use twostage::viommu::vtd::{FaultTarget, VtdIommu};
 use twostage::viommu::InterruptSink;
-use twostage_emulated::kit::Mmio;
-use twostage_emulated::{
-    AddressWidth, DeviceConfig, DmaPort, EmulatedHost, ObjectGraph, VtdUnit, VtdUnitConfig,
-};
+use twostage_emulated::{DeviceConfig, DmaPort, DmaServices, EmulatedHost, ObjectGraph, VtdUnit};
 
 use super::account::Account;
 use super::dma::Dma;
-use super::image::{image, page, Start};
+use super::header::Header;
+use super::image::{image, page};
+use super::interrupts::{Entries, Listener};
 use super::mirrors::PIECES;
 use super::naive::{decide, Decision, Offers, Who};
+use super::page_requests::Asked;
+use super::register_page::Paged;
 use crate::models::memory::{Memory, PAGE};
 use crate::models::oracle::{every, Oracle};
 
@@ -32,87 +33,7 @@ pub const PASIDS: u32 = 4;
 /// The status of a wait that is complete.
 const DONE: u32 = 0x600d;
 /// Pages, by number, that the unit writes to.
-const UNKNOWN: std::ops::Range<u64> = page::QUEUE..page::REQUESTS + 1;
-
-/// What an execution is made of.
-#[derive(Debug, Clone, Copy)]
-pub struct Header {
-    pub start: Start,
-    pub caching_mode: bool,
-    pub mirrored: bool,
-    pub device_tlbs: bool,
-    /// Of five levels.
-    pub wide: bool,
-    pub small_caches: bool,
-    pub remaps: bool,
-    pub narrow_descriptors: bool,
-    pub supervisor: bool,
-    /// Stale translations are found while they are used.
-    pub sanitized: bool,
-    /// Translation is enabled at the start.
-    pub enabled: bool,
-}
-
-impl Header {
-    pub fn of([first, second]: [u8; 2]) -> Self {
-        let start = Start::of(first);
-        let bit = |byte: u8, bit: u8| byte >> bit & 1 != 0;
-        // Mirrors are of one stage.
-        let mirrored = bit(first, 4) && start != Start::Nested;
-        Self {
-            start,
-            caching_mode: bit(first, 3) || mirrored,
-            mirrored,
-            device_tlbs: bit(first, 5) && !mirrored,
-            wide: bit(first, 6),
-            small_caches: bit(first, 7),
-            remaps: bit(second, 0),
-            narrow_descriptors: bit(second, 1) && start.is_legacy(),
-            supervisor: bit(second, 2) && !mirrored,
-            sanitized: bit(second, 3),
-            enabled: second & 0xf0 != 0xf0,
-        }
-    }
-
-    fn unit(&self) -> VtdUnitConfig {
-        let width = if self.wide { AddressWidth::Bits57 } else { AddressWidth::Bits48 };
-        let unit = VtdUnitConfig::default()
-            .with_address_width(width)
-            .with_supervisor_requests(true)
-            .with_extended_accessed(true)
-            .with_device_tlb(true)
-            .with_page_requests(true)
-            .with_sanitize(self.sanitized);
-        let entries = if self.small_caches { 2 } else { 16 };
-        unit.with_iotlb_entries(entries)
-            .with_paging_structure_entries(entries)
-            .with_stage2_entries(entries)
-    }
-
-    fn offered(&self) -> VtdConfig {
-        VtdConfig::default()
-            .with_address_width(if self.wide && !self.mirrored { 57 } else { 48 })
-            .with_pasid_bits(Some(4))
-            .with_first_stage(self.mirrored.then_some(true))
-            .with_second_stage(true)
-            .with_nest(!self.mirrored)
-            .with_caching_mode(self.caching_mode)
-            .with_device_iotlb(self.device_tlbs)
-            .with_interrupt_remapping(self.remaps)
-            .with_supervisor_requests(self.supervisor)
-            .with_extended_accessed(self.supervisor)
-            .with_fault_records(2)
-    }
-
-    /// Levels of the tables at the start.
-    pub fn levels(&self) -> u64 {
-        if self.wide && !self.mirrored {
-            5
-        } else {
-            4
-        }
-    }
-}
+pub const UNKNOWN: std::ops::Range<u64> = page::QUEUE..page::REQUESTS + 1;
 
 /// Counts what it is sent.
 #[derive(Debug, Default)]
@@ -130,6 +51,7 @@ pub struct World {
     pub memory: Memory,
     pub iommu: Arc<VtdIommu>,
     pub nesting: Arc<VtdNesting>,
+    pub unit: Arc<VtdUnit>,
     host: Arc<EmulatedHost>,
     pub devices: [ObjectId; 2],
     pub ports: [DmaPort; 2],
@@ -137,6 +59,9 @@ pub struct World {
     /// RTADDR as it was latched.
     pub root: Option<u64>,
     pub account: Account,
+    pub interrupts: Entries,
+    pub paged: Option<Paged>,
+    pub asked: Asked,
     /// Functions with a device TLB.
     pub caching: [bool; 2],
     /// Functions that are there.
@@ -157,7 +82,8 @@ impl World {
         let devices = ["a", "b"].map(|name| {
             let rid = Bdf::from_raw(DEVICES[usize::from(name == "b")]);
             let config = DeviceConfig::default().with_pasid_bits(4).with_pasid_priv(true);
-            host.add_device(name, id, rid, config.with_ats(true)).expect("a new device");
+            let config = config.with_ats(true).with_pri(header.requests);
+            host.add_device(name, id, rid, config).expect("a new device");
             host.device_bind(name).expect("it is there")
         });
         let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
@@ -192,16 +118,37 @@ impl World {
             nesting,
             host,
             devices,
-            ports: DEVICES.map(|rid| unit.port(rid)),
+            ports: DEVICES.map(|rid| {
+                let mut port = unit.port(rid);
+                port.set_services(DmaServices { page_requests: false, wait_for_pages: false });
+                port
+            }),
             iommu,
+            unit,
             offers,
             root: None,
             account: Account::default(),
+            interrupts: Entries::default(),
+            paged: None,
+            asked: Asked::default(),
             caching: [false; 2],
             plugged: [true; 2],
             serial: 0,
             last: None,
         };
+        if header.remaps {
+            let listener = world.interrupts.listener.insert(Arc::<Listener>::default());
+            let listener = Arc::downgrade(listener);
+            world.iommu.add_interrupt_listener(listener);
+        }
+        if header.requests {
+            for rid in DEVICES {
+                let at = page::CONTEXT * PAGE + u64::from(rid) * 32;
+                let low = world.memory.load(at).unwrap_or(0);
+                // PRE
+                world.memory.store(at, low | 1 << 4);
+            }
+        }
         if header.enabled {
             world.set_root(header.start.is_legacy());
             world.start_queue();
@@ -219,14 +166,6 @@ impl World {
         DEVICES.into_iter().flat_map(of).collect()
     }
 
-    pub fn read32(&self, offset: u64) -> u32 {
-        self.iommu.read32(offset)
-    }
-
-    pub fn read64(&self, offset: u64) -> u64 {
-        self.iommu.read64(offset)
-    }
-
     pub fn write32(&mut self, offset: u64, value: u32) {
         self.write(offset, &value.to_le_bytes());
     }
@@ -241,16 +180,23 @@ impl World {
 
     /// Any write of registers, with what it means for the account.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        // What these change ends no request.
+        let of_queues = [regs::IQT, regs::FSTS, regs::PQA, regs::PQH, regs::PRS];
+        self.asked.changes += u32::from(!of_queues.contains(&offset));
         let is_access = matches!(bytes.len(), 4 | 8) && offset.is_multiple_of(bytes.len() as u64);
         // GCMD is the lower half of its slot.
         if !is_access || offset != regs::GCMD {
-            return self.iommu.mmio_write(offset, bytes);
+            self.put_registers(offset, bytes);
+            return self.settle();
         }
         let mut low = [0; 4];
         low.copy_from_slice(&bytes[..4]);
         let command = Gcmd::from_bits(u32::from_le_bytes(low));
+        self.settle();
         let (root, before) = (self.read64(regs::RTADDR), self.status());
-        self.iommu.mmio_write(offset, bytes);
+        let interrupts = self.read64(regs::IRTA);
+        self.put_registers(offset, bytes);
+        self.settle();
         let after = self.status();
         assert_eq!(after.tes(), command.te(), "{before:?} {command:?}");
         assert_eq!(after.qies(), command.qie(), "{before:?} {command:?}");
@@ -260,6 +206,12 @@ impl World {
             self.root = Some(root);
             // CAP.ESRTPS
             self.account.everything(now);
+        }
+        if command.sirtp() && self.header.remaps {
+            assert!(after.irtps());
+            // CAP.ESIRTPS
+            self.interrupts.table = interrupts;
+            self.interrupts.forget(now);
         }
         if command.srtp() || before.tes() != after.tes() {
             self.account.entries(&Self::everyone(), now);
@@ -340,6 +292,7 @@ impl World {
     /// Puts `descriptors` into the queue, with a wait if `wait`, and writes the tail. Whether the
     /// wait is complete.
     pub fn submit(&mut self, descriptors: &[[u64; 4]], wait: bool) -> bool {
+        self.settle();
         let iqa = self.queue_address();
         let faults = Fsts::from_bits(self.read32(regs::FSTS));
         let mut tail = self.read64(regs::IQT);
@@ -380,6 +333,10 @@ impl World {
     /// Submits `descriptors`, and if they are complete, has the account know.
     pub fn say(&mut self, descriptors: &[Descriptor]) -> bool {
         let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
+        let ends_none = |of: &Descriptor| {
+            matches!(of, Descriptor::Wait { .. } | Descriptor::PageGroupResponse { .. })
+        };
+        self.asked.changes += u32::from(!descriptors.iter().all(ends_none));
         let done = self.submit(&words, true);
         if done {
             let now = self.memory.tick();
@@ -388,6 +345,7 @@ impl World {
                 let decisions = |account: &Account, who| self.decisions(account, who, None);
                 let legacy = self.is_legacy();
                 account.complete(descriptor, legacy, now, &Self::everyone(), &decisions);
+                self.interrupts.complete(descriptor, now);
             }
             self.account = account;
         }
@@ -425,9 +383,11 @@ impl World {
     /// A function goes, or comes back.
     pub fn plug(&mut self, number: usize) {
         let rid = Bdf::from_raw(DEVICES[number]);
+        self.asked.changes += 1;
         if self.plugged[number] {
             self.iommu.remove_device(rid);
             self.nesting.remove_device(rid).expect("the host does not fail");
+            self.ended_requests(Some(number));
         } else {
             self.nesting.add_device(rid, self.devices[number]).expect("it is added");
             self.iommu.add_device(rid).expect("it is served");
@@ -442,8 +402,10 @@ impl World {
     /// The machine is reset.
     pub fn reset(&mut self) {
         self.iommu.reset().expect("the host does not fail");
-        self.root = None;
+        self.ended_requests(None);
+        (self.root, self.interrupts.table) = (None, 0);
         let now = self.memory.tick();
+        self.interrupts.forget(now);
         self.account.everything(now);
         self.account.entries(&Self::everyone(), now);
     }
