@@ -125,11 +125,10 @@ fn raw(fd: &OwnedFd) -> u64 {
     fd.as_raw_fd() as u64
 }
 
-/// The process beside the hostile ones, from the first to the last: it has an IOAS, in which it
-/// has a page mapped from the start to the end of each of them.
+/// The process beside the hostile ones, from the first to the last. From the start to the end of
+/// each of them, it has an IOAS in which it has a page mapped.
 struct Neighbour {
     file: OwnedFd,
-    ioas: u32,
 }
 
 impl Neighbour {
@@ -138,13 +137,10 @@ impl Neighbour {
     const IOVA: u64 = 0x10_0000;
 
     fn new() -> Self {
-        let file = server::open("/dev/iommu").expect("it is there");
-        let mut neighbour = Self { file, ioas: 0 };
-        neighbour.ioctl(0x81, &[12, 0, 0]).expect("an IOAS");
-        neighbour.ioas = Memory::get().word(Self::AT + 8);
+        let neighbour = Self { file: server::open("/dev/iommu").expect("it is there") };
         // What stays from the first mapping on is there.
-        neighbour.start();
-        neighbour.end();
+        let ioas = neighbour.start();
+        neighbour.end(ioas);
         neighbour
     }
 
@@ -154,13 +150,17 @@ impl Neighbour {
         NEIGHBOUR.get_or_init(Self::new)
     }
 
-    fn start(&self) {
+    /// Returns its IOAS.
+    fn start(&self) -> u32 {
+        self.ioctl(0x81, &[12, 0, 0]).expect("an IOAS");
+        let ioas = Memory::get().word(Self::AT + 8);
         let page = Memory::get().address(Self::AT + PAGE);
         let words = [page, PAGE as u64, Self::IOVA];
         let words = words.iter().flat_map(|word| [*word as u32, (*word >> 32) as u32]);
         // Fixed, readable and writable.
-        let map: Vec<_> = [40, 7, self.ioas, 0].into_iter().chain(words).collect();
+        let map: Vec<_> = [40, 7, ioas, 0].into_iter().chain(words).collect();
         self.ioctl(0x85, &map).expect("a mapping");
+        ioas
     }
 
     fn ioctl(&self, number: u32, words: &[u32]) -> Result<u64, u64> {
@@ -171,11 +171,12 @@ impl Neighbour {
         ask(&self.file, &request, 0, &mut Vec::new()).expect("an answer")
     }
 
-    /// Its mapping is there, and nothing else in its IOAS.
-    fn end(&self) {
-        let unmap = [24, self.ioas, 0, 0, u32::MAX, u32::MAX];
+    /// Its mapping is there, and nothing else in its `ioas`, which nobody else uses.
+    fn end(&self, ioas: u32) {
+        let unmap = [24, ioas, 0, 0, u32::MAX, u32::MAX];
         assert_eq!(self.ioctl(0x86, &unmap), Ok(0), "the neighbour's mappings");
         assert_eq!(Memory::get().word(Self::AT + 16), PAGE as u32, "the neighbour's mapping");
+        assert_eq!(self.ioctl(0x80, &[8, ioas]), Ok(0), "the neighbour's IOAS");
     }
 }
 
@@ -190,7 +191,7 @@ pub fn run(bytes: &[u8]) {
     let neighbour = Neighbour::get();
     assert_eq!(server::files(), 1);
     let before = descriptors();
-    neighbour.start();
+    let ioas = neighbour.start();
     let mut client = Client { files: Vec::new(), end: None };
     let mut input = Input::new(bytes);
     for _ in 0..MAX_STEPS {
@@ -199,7 +200,7 @@ pub fn run(bytes: &[u8]) {
         }
         client.step(&mut input);
     }
-    neighbour.end();
+    neighbour.end(ioas);
     drop(client);
     // The owner may have messages to read yet, which can hold descriptors of files.
     let deadline = Instant::now() + PATIENCE;

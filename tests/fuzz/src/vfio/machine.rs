@@ -4,6 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
@@ -98,6 +99,8 @@ pub struct Machine {
     lent: Lent,
     /// What the guest may have.
     naive: Naive,
+    /// Where in configuration space anything but zeros may be seen.
+    shown: Vec<Range<u16>>,
     /// The table of MSI-X, if the guest has one: doublewords.
     table: RefCell<Vec<u32>>,
     /// Two BARs were at the same place: not all that could be mapped is.
@@ -153,12 +156,13 @@ impl Machine {
         bus.insert(BDF, function.clone());
         device.take_written();
         let bus = Arc::new(bus);
-        let machine = Self {
+        let mut machine = Self {
             device,
             function,
             bus,
             lent,
             naive,
+            shown: Vec::new(),
             table: RefCell::default(),
             overlapped: Cell::default(),
             refused: Cell::default(),
@@ -195,7 +199,7 @@ impl Machine {
     }
 
     /// Looks at what the guest sees at the start.
-    fn look(&self) {
+    fn look(&mut self) {
         assert_eq!(self.capabilities(), self.naive.list);
         let (mut at, mut extended, mut made) = (0x100, Vec::new(), None);
         for _ in 0..CONFIG_SIZE / 8 {
@@ -223,7 +227,9 @@ impl Machine {
         for (at, piece) in (0x40..).step_by(PIECE).zip(hidden[0x40..].chunks_mut(PIECE)) {
             self.bus.read_config(BDF, at, piece);
         }
-        for seen in self.naive.visible.iter().chain(&[0..0x40, 0x100..0x104, made]) {
+        self.shown = self.naive.visible.clone();
+        self.shown.extend([0..0x40, 0x100..0x104, made]);
+        for seen in &self.shown {
             hidden[usize::from(seen.start)..usize::from(seen.end)].fill(0);
         }
         if hidden != [0; CONFIG_SIZE] {
@@ -272,6 +278,8 @@ impl Machine {
         for (at, byte) in (register..).zip(&data[..size]) {
             if self.naive.live.iter().any(|range| range.contains(&at)) {
                 assert_eq!(*byte, self.device.config()[usize::from(at)], "byte {at:#x}");
+            } else if !self.shown.iter().any(|range| range.contains(&at)) {
+                assert_eq!(*byte, 0, "byte {at:#x} is seen");
             }
         }
     }
