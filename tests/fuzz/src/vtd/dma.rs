@@ -170,7 +170,7 @@ impl World {
         crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
         let Some(may) = may else {
             if let Err(DmaError::PageRequested { group, .. }) = done {
-                self.asked(&dma, group);
+                self.asked(&Dma { kind: Kind { write, ..kind }, ..dma }, group);
             }
             return;
         };
@@ -329,6 +329,9 @@ fn asks_for_page(reason: R) -> bool {
             | R::UserDenied
             | R::WriteDenied
             | R::ReadDenied
+            | R::LegacySecondStageAccess
+            | R::LegacyWriteDenied
+            | R::LegacyReadDenied
     )
 }
 

@@ -71,7 +71,7 @@ impl World {
         Queue {
             head: self.read64(regs::PQH) & POINTER,
             tail: self.read64(regs::PQT) & POINTER,
-            base: address & ADDRESS,
+            base: address & !(PAGE - 1),
             size: PAGE << (address & 7),
             status: self.read32(regs::PRS) & 3,
         }
@@ -195,7 +195,7 @@ pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
     if !world.header.requests || !world.status().tes() || !world.accepts(&DRAIN) {
         return Ok(());
     }
-    if world.read64(regs::PQA) & ADDRESS == 0 && how & 0xf0 != 0xf0 {
+    if world.read64(regs::PQA) < PAGE && how & 0xf0 != 0xf0 {
         world.write64(regs::PQA, page::REQUESTS * PAGE);
     }
     match how & 15 {
