@@ -31,6 +31,14 @@ pub(super) struct Refused {
     pub still_reachable: bool,
 }
 
+impl Refused {
+    /// The command with this number was not done, because of `error`; no other effects.
+    fn of(number: usize, error: NestingError) -> Self {
+        let (flushed, unanswered, done, still_reachable) = Default::default();
+        Self { number, error, flushed, unanswered, done, still_reachable }
+    }
+}
+
 impl State {
     /// See [`crate::viommu::smmuv3::SmmuHostSide::invalidate`].
     pub fn invalidate(&mut self, batch: &[Command]) -> Result<(), Refused> {
@@ -38,14 +46,9 @@ impl State {
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.start(batch);
         let number = scratch.own.len();
-        let foreign = batch.get(number).map(|command| Refused {
-            number,
-            error: NestingError::NoInvalidation(command.name()),
-            flushed: false,
-            unanswered: false,
-            done: false,
-            still_reachable: false,
-        });
+        let foreign = batch
+            .get(number)
+            .map(|command| Refused::of(number, NestingError::NoInvalidation(command.name())));
         self.needed(&mut scratch);
         let forwarded = self.forward(&scratch);
         self.scratch = scratch;
@@ -69,16 +72,10 @@ impl State {
             match self.issue(commands) {
                 Ok(()) => return Ok(()),
                 Err(source) if self.done_despite_silence(commands, &source) => {
-                    let error = NestingError::Host { what: "invalidating".into(), source };
-                    let (number, still_reachable) = (0, false);
-                    let (flushed, unanswered, done) = (false, true, true);
                     return Err(Refused {
-                        number,
-                        error,
-                        flushed,
-                        unanswered,
-                        done,
-                        still_reachable,
+                        unanswered: true,
+                        done: true,
+                        ..Refused::of(0, invalidating(source))
                     });
                 }
                 Err(error) => refusal = Some(error),
@@ -93,14 +90,8 @@ impl State {
         // them now, with the first, as any of them may have failed.
         let culprit = self.first_refused(commands).or(refusal.map(|source| (0, source)));
         let Some((at, source)) = culprit else { return Ok(()) };
-        Err(Refused {
-            number: needed.get(at).map_or(0, |command| command.number),
-            error: NestingError::Host { what: "invalidating".into(), source },
-            flushed: true,
-            unanswered: false,
-            done: false,
-            still_reachable: false,
-        })
+        let number = needed.get(at).map_or(0, |command| command.number);
+        Err(Refused { flushed: true, ..Refused::of(number, invalidating(source)) })
     }
 
     /// Has the host do `commands` once more, which it did not because of `error`, if that says that
@@ -198,14 +189,7 @@ impl State {
                 still_reachable |= translates(self);
             }
         }
-        Refused {
-            number: 0,
-            error,
-            flushed: false,
-            unanswered: false,
-            done: false,
-            still_reachable,
-        }
+        Refused { still_reachable, ..Refused::of(0, error) }
     }
 
     /// Has the host repeat `commands`, bisecting down to the one that it refuses. `None` if it
@@ -264,4 +248,8 @@ impl State {
         }
         Ok(())
     }
+}
+
+fn invalidating(source: HostError) -> NestingError {
+    NestingError::Host { what: "invalidating".into(), source }
 }
