@@ -61,6 +61,20 @@ impl<'a> Oracle<'a> {
         }
     }
 
+    /// Until when the word at `gpa`, which was loaded, was `value`.
+    pub fn until(&self, gpa: u64, value: u64) -> Moment {
+        if self.memory.load(gpa) == Some(value) {
+            return Moment::MAX;
+        }
+        let mut last = 0;
+        self.memory.past(gpa, |was, until| {
+            if was == value {
+                last = last.max(until);
+            }
+        });
+        last
+    }
+
     /// What `walk` comes to, which depends on `part` and on nothing else that was chosen before:
     /// one of all ways. `part` stands for the same in all of the walk that this is a part of.
     pub fn part<T: Clone + PartialEq + 'static>(

@@ -16,6 +16,9 @@ pub struct Account {
     spaces: Vec<Space>,
     /// What was used since then is not known, or serves every address space.
     is_unknown: bool,
+    /// The same of all that was before, of which device TLBs may have something.
+    older: Vec<Space>,
+    is_older_unknown: bool,
 }
 
 impl Account {
@@ -24,11 +27,19 @@ impl Account {
         self.said.clear();
         self.since = now;
         self.empty();
+        self.older.clear();
+        self.is_older_unknown = false;
     }
 
     fn empty(&mut self) {
-        self.spaces.clear();
+        self.older.append(&mut self.spaces);
+        self.is_older_unknown |= self.is_unknown;
         self.is_unknown = false;
+    }
+
+    /// How many commands are complete.
+    pub fn said(&self) -> usize {
+        self.said.len()
     }
 
     /// `command` is complete.
@@ -49,25 +60,50 @@ impl Account {
     }
 
     /// The other address spaces of which a transaction in `space` may find entries, as they have
-    /// its ASID; `None`: not known.
-    pub fn others(&self, space: &Space) -> Option<Vec<Space>> {
-        let others = self.spaces.iter().filter(|it| it.asid == space.asid && *it != space);
-        let found = others.map(|other| space.with_entries_of(other)).collect();
-        if self.is_unknown {
-            None
-        } else {
-            found
+    /// its ASID; if `older`, also those of which only a device TLB may have some. `None`: it is not
+    /// known.
+    pub fn others(&self, space: &Space, older: bool) -> Option<Vec<Space>> {
+        if self.is_unknown || older && self.is_older_unknown {
+            return None;
         }
-    }
-
-    fn last(&self, covers: impl Fn(&Command) -> bool) -> Moment {
-        let said = self.said.iter().rev().find(|(command, _)| covers(command));
-        said.map_or(self.since, |(_, at)| *at)
+        let all = self.spaces.iter().chain(self.older.iter().filter(|_| older));
+        let others = all.filter(|it| it.asid == space.asid && *it != space);
+        others.map(|other| space.with_entries_of(other)).collect()
     }
 
     /// Of the stream `stream`.
     pub fn of(&self, stream: u64) -> OfStream<'_> {
-        OfStream { account: self, stream }
+        OfStream { account: self, stream, said: &self.said }
+    }
+
+    /// The same for what its device may have cached of `address` for `substream` since the first
+    /// `from` commands were complete: what was made from words that counted then, or when the last
+    /// CMD_ATC_INV after that was complete.
+    pub fn of_device(
+        &self,
+        stream: u64,
+        substream: Option<u32>,
+        address: u64,
+        from: usize,
+    ) -> OfStream<'_> {
+        let drops = |(command, _): &(Command, Moment)| match *command {
+            Command::AtcInv { stream: of, substream: named, global, address: at, size } => {
+                let space = match named {
+                    None => substream.is_none(),
+                    Some(_) if global => substream.is_some(),
+                    Some(named) => substream == Some(named.raw()),
+                };
+                // Without the upper byte, which it may ignore.
+                let plain = (address << 8) as i64 >> 8;
+                let shift = u32::from(size) + 12;
+                let same = |address: u64| shift > 63 || at >> shift == address >> shift;
+                u64::from(of.raw()) == stream && space && same(address) && same(plain as u64)
+            }
+            _ => false,
+        };
+        let last = self.said.iter().rposition(drops).map_or(0, |last| last + 1);
+        let said = &self.said[..last.max(from).min(self.said.len())];
+        OfStream { account: self, stream, said }
     }
 }
 
@@ -76,6 +112,14 @@ impl Account {
 pub struct OfStream<'a> {
     account: &'a Account,
     stream: u64,
+    said: &'a [(Command, Moment)],
+}
+
+impl OfStream<'_> {
+    fn last(&self, covers: impl Fn(&Command) -> bool) -> Moment {
+        let said = self.said.iter().rev().find(|(command, _)| covers(command));
+        said.map_or(self.account.since, |(_, at)| *at)
+    }
 }
 
 /// Range of CMD_CFGI_ALL.
@@ -93,6 +137,24 @@ fn level(range: &AddressRange) -> u8 {
 /// Whether `range` is one granule without a level.
 pub fn is_reserved(range: &AddressRange) -> bool {
     range.tg != 0 && (level(range), range.num, range.scale) == (0, 0, 0)
+}
+
+/// Whether a command for `range` covers the pointers that were followed to `address`, to tables of
+/// `1 << granule` bytes, and there to a page at `level`, if to one.
+fn has_pointers(range: &AddressRange, address: u64, granule: u32, page: Option<u32>) -> bool {
+    let AddressRange { address: start, leaf, tg, num, scale, .. } = *range;
+    if tg == 0 {
+        return has(range, address, None);
+    }
+    let of_range = 10 + 2 * u32::from(tg);
+    let bytes = (u64::from(num) + 1) << scale << of_range;
+    // A level that is not that of the page may be that of nothing.
+    let is_level = level(range) == 0 || page == Some(level(range).into());
+    !leaf
+        && !is_reserved(range)
+        && granule == of_range
+        && is_level
+        && address.checked_sub(start).is_some_and(|offset| offset < bytes)
 }
 
 /// Whether a command for `range` covers the page, of `1 << shift` bytes in tables of `1 << granule`
@@ -121,7 +183,7 @@ fn has(range: &AddressRange, address: u64, page: Option<(u32, u32)>) -> bool {
 
 impl Since for OfStream<'_> {
     fn stream(&self, first_level: bool) -> Moment {
-        self.account.last(|command| match command {
+        self.last(|command| match command {
             Command::CfgiSte { stream, leaf } => {
                 u64::from(stream.raw()) == self.stream && !(first_level && *leaf)
             }
@@ -134,7 +196,7 @@ impl Since for OfStream<'_> {
     }
 
     fn context(&self, substream: u32, first_level: bool) -> Moment {
-        self.account.last(|command| match command {
+        self.last(|command| match command {
             Command::CfgiCd { stream, substream: of, leaf } => {
                 u64::from(stream.raw()) == self.stream
                     && of.raw() == substream
@@ -147,7 +209,7 @@ impl Since for OfStream<'_> {
     }
 
     fn pointer(&self, asid: u16, address: u64) -> Moment {
-        self.account.last(|command| match command {
+        self.last(|command| match command {
             Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => true,
             Command::TlbiNhAsid { asid: of, .. } => *of == asid,
             Command::TlbiNhVa { asid: of, range, .. } => *of == asid && has(range, address, None),
@@ -158,11 +220,22 @@ impl Since for OfStream<'_> {
 
     fn page(&self, asid: u16, address: u64, shift: u32, granule: u32) -> Moment {
         let page = Some((shift, granule));
-        self.account.last(|command| match command {
+        self.last(|command| match command {
             Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => true,
             Command::TlbiNhAsid { asid: of, .. } => *of == asid,
             Command::TlbiNhVa { asid: of, range, .. } => *of == asid && has(range, address, page),
             Command::TlbiNhVaa { range, .. } => has(range, address, page),
+            _ => false,
+        })
+    }
+
+    fn kept_pointer(&self, asid: u16, address: u64, granule: u32, page: Option<u32>) -> Moment {
+        let has = |range: &AddressRange| has_pointers(range, address, granule, page);
+        self.last(|command| match command {
+            Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => true,
+            Command::TlbiNhAsid { asid: of, .. } => *of == asid,
+            Command::TlbiNhVa { asid: of, range, .. } => *of == asid && has(range),
+            Command::TlbiNhVaa { range, .. } => has(range),
             _ => false,
         })
     }

@@ -7,6 +7,7 @@ use twostage::spec::pci::Pasid;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::StreamId;
 
+use super::naive::Kind;
 use super::word;
 use super::world::{World, DEVICES};
 use crate::models::memory::PAGE;
@@ -14,16 +15,34 @@ use crate::models::memory::PAGE;
 /// One round; nothing if no device has reached for anything yet.
 pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let [which, how, said]: [u8; 3] = input.arbitrary()?;
-    let Some(dma) = world.last else { return Ok(()) };
+    let Some(mut dma) = world.last else { return Ok(()) };
+    let of_context = which & 7 == 5;
+    if of_context {
+        let [privileged, execute] = [how & 0x38 != 0x08, how & 0x30 == 0x10];
+        dma.substream = dma.substream.or(Some(1));
+        dma.kind = Kind { write: how & 0x30 == 0x20, privileged, execute };
+    }
     world.dma(dma);
     let (words, found) = world.way_of(&dma);
-    let Some((at, now)) = world.memory.one_of(&words, which >> 3) else { return Ok(()) };
+    let place = match of_context {
+        // Word 0 of the context descriptor, of which words 0, 1, 2 and 7 are read.
+        true => {
+            let is_context = |it: &&[u64]| it[2] == it[0] + 16 && it[3] == it[0] + 56;
+            words.windows(4).find(is_context).map(|it| it[0])
+        }
+        false => world.memory.one_of(&words, which >> 3).map(|(at, _)| at),
+    };
+    let Some((at, now)) = place.and_then(|at| Some((at, world.memory.load(at)?))) else {
+        return Ok(());
+    };
     let next = match which & 7 {
         0..=3 => {
             now ^ [1, 2, 1 << 6, 1 << 7, 1 << 12, 1 << 10, 1 << 54, 1 << 40][usize::from(how & 7)]
         }
         // None becomes global.
         4 => now ^ 1 << (how & 63) & !(1 << 11),
+        // PAN, WXN, AFFD, HA, HD, TBI0, R, S.
+        5 => now ^ 1 << [40, 36, 35, 43, 42, 38, 45, 44][usize::from(how & 7)],
         _ => word(input)?,
     };
     world.memory.store(at, next);
@@ -41,6 +60,13 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let context = Command::CfgiCd { stream, substream, leaf };
     let entries =
         Command::CfgiSteRange { stream, range: [0, 3, 5, 31][usize::from(said >> 5 & 3)] };
+    let forget = Command::AtcInv {
+        stream,
+        substream: dma.substream.and_then(Pasid::new),
+        global: leaf && dma.substream.is_some(),
+        address: range.address & !(PAGE - 1),
+        size: [0, 0, 1, 52][usize::from(said >> 5 & 3)],
+    };
     let commands = match said & 15 {
         0..=3 => vec![Command::TlbiNhVa { vmid, asid, range }],
         4 => vec![Command::TlbiNhVaa { vmid, range }],
@@ -53,10 +79,13 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
         11 => vec![entries, of_asid],
         12 => vec![Command::CfgiCdAll { stream }],
         13 => vec![Command::CfgiSte { stream, leaf }, context],
+        // As drivers do, and only a part of it.
+        14 if said & 0x80 != 0 => vec![forget],
+        14 => vec![Command::TlbiNhVa { vmid, asid, range }, forget],
+        _ if world.header.ats => vec![of_asid, forget],
         _ => vec![],
     };
-    let accepted = commands.iter().all(|command| world.accepts(command));
-    assert_eq!(world.say(&commands), accepted, "{commands:x?}; {:x?}", world.header);
+    world.command(&commands);
     world.dma(dma);
     Ok(())
 }

@@ -4,10 +4,11 @@
 
 use std::ops::Range;
 
-use twostage::spec::smmuv3::event::EventId;
+use twostage::spec::smmuv3::event::EventId as E;
 use twostage::spec::smmuv3::regs::{self, Gbpa};
 use twostage_emulated::{DmaAttributes, DmaError};
 
+use super::account::{Account, OfStream};
 use super::image::page;
 use super::naive::{End, Found, Kind, Since, Walk};
 use super::world::{World, DEVICES};
@@ -43,15 +44,30 @@ impl Since for Now {
         Moment::MAX
     }
 
+    // Nothing is cached, so nothing must be.
+    fn kept_pointer(&self, _: u16, _: u64, _: u32, _: Option<u32>) -> Moment {
+        0
+    }
+
     fn page(&self, _: u16, _: u64, _: u32, _: u32) -> Moment {
         Moment::MAX
+    }
+}
+
+/// Since when words count for `dma`; if the device has had a TLB since `from`, for what it has in
+/// that.
+fn since_of<'a>(account: &'a Account, dma: &Dma, from: Option<usize>) -> OfStream<'a> {
+    let stream = u64::from(DEVICES[dma.device]);
+    match from {
+        None => account.of(stream),
+        Some(from) => account.of_device(stream, dma.substream, dma.address, from),
     }
 }
 
 impl World {
     /// All that may become of `dma`; `None`: not known.
     fn outcomes(&mut self, dma: &Dma) -> Option<Vec<Result<u64, End>>> {
-        let Dma { device, substream, address, kind } = *dma;
+        let Dma { device, substream, address, .. } = *dma;
         if !self.plugged[device] {
             return Some(vec![Err(End::Silent)]);
         }
@@ -64,20 +80,30 @@ impl World {
                 }]
             });
         }
-        let registers = self.registers();
-        let since = self.account.of(u64::from(DEVICES[device]));
-        let found = every(&self.memory, UNKNOWN, |words| {
-            let mut walk = Walk { words, registers, since: &since };
-            walk.translate(u64::from(DEVICES[device]), substream, address, kind)
-        });
-        let Some(mut all) = found else {
+        let Some(mut all) = self.found(dma, None) else {
             self.account.used(None);
             return None;
         };
+        if let Some(from) = self.device_tlbs[device] {
+            let older = self.found(dma, Some(from))?;
+            all.extend(older.into_iter().filter(|found| found.ats && found.end.is_ok()));
+        }
+        Some(all.into_iter().map(|found| found.end).collect())
+    }
+
+    /// All that `dma` may find; if the device has had a TLB since `from`, by what may be in that.
+    fn found(&mut self, dma: &Dma, from: Option<usize>) -> Option<Vec<Found>> {
+        let Dma { device, substream, address, kind } = *dma;
+        let (registers, stream) = (self.registers(), u64::from(DEVICES[device]));
+        let since = since_of(&self.account, dma, from);
+        let mut all = every(&self.memory, UNKNOWN, |words| {
+            let mut walk = Walk { words, registers, since: &since };
+            walk.translate(stream, substream, address, kind)
+        })?;
         all.iter().for_each(|found| self.account.used(Some(found)));
         for space in all.clone().iter().filter_map(|found| found.space) {
-            for other in self.account.others(&space)? {
-                let since = self.account.of(u64::from(DEVICES[device]));
+            for other in self.account.others(&space, from.is_some())? {
+                let since = since_of(&self.account, dma, from);
                 let found = every(&self.memory, UNKNOWN, |words| {
                     let mut walk = Walk { words, registers, since: &since };
                     walk.within_space(other, address, kind)
@@ -85,7 +111,8 @@ impl World {
                 all.extend(found);
             }
         }
-        Some(all.into_iter().map(|found| found.end).collect())
+        all.retain(|found| found.end != Err(End::Never));
+        Some(all)
     }
 
     /// The words that `dma` is translated by, and what they come to, as they are now.
@@ -99,6 +126,7 @@ impl World {
 
     /// Does `dma`, of the aligned word at its address.
     pub fn dma(&mut self, dma: Dma) {
+        self.let_wait();
         self.last = Some(dma);
         let may = self.outcomes(&dma);
         // One that is not refused has none.
@@ -120,6 +148,11 @@ impl World {
             false => self.ports[device].read(attributes, address, &mut bytes),
         };
         crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
+        if let Err(DmaError::PageRequested { group, .. }) = done {
+            let stalls = |may: &Vec<_>| may.contains(&Err(End::Stalls));
+            assert!(may.as_ref().is_none_or(stalls), "{dma:x?}, {may:x?}; {:x?}", self.header);
+            return self.waits(Dma { kind: Kind { write, ..kind }, ..dma }, group);
+        }
         let Some(may) = may else { return };
         let what = || format!("{dma:x?}: {done:x?}, {may:x?}; {:x?}", self.header);
         match done {
@@ -127,7 +160,10 @@ impl World {
             Ok(()) => places.read(&self.memory, u64::from_le_bytes(bytes), what),
             Err(DmaError::Fault { .. }) => {
                 let outside = |gpa: &u64| self.memory.load(*gpa & !7).is_none();
-                let refused = may.iter().any(|end| end.as_ref().ok().is_none_or(outside));
+                let refused = may.iter().any(|end| match end {
+                    Ok(gpa) => outside(gpa),
+                    Err(end) => *end != End::Stalls,
+                });
                 assert!(refused, "{}", what());
                 if let Some(next) = next {
                     self.expect_event(&dma, &may, next);
@@ -141,8 +177,14 @@ impl World {
     /// one; `next`: where it is to be.
     fn expect_event(&mut self, dma: &Dma, may: &[Result<u64, End>], next: u32) {
         let what = || format!("{dma:x?}, {may:x?}; {:x?}", self.header);
-        // Linux keeps those of its own stage 2.
-        let silent = |end: &Result<u64, End>| !matches!(end, Err(End::Event(_)));
+        // Linux keeps those of its own stage 2. A device that asks for translations is told of a
+        // missing one, and nobody else is.
+        let asks = self.device_tlbs[dma.device].is_some();
+        let silent = |end: &Result<u64, End>| match end {
+            Err(End::Event(E::Translation | E::Access | E::Permission)) => asks,
+            Err(End::Event(_)) => false,
+            _ => true,
+        };
         let (events, event) = self.events_since(next);
         if events == 0 {
             assert!(may.iter().any(silent), "no event: {}", what());
@@ -155,7 +197,7 @@ impl World {
         if id.has_substream() {
             let substream = event.substream().map(|substream| substream.raw());
             // That of C_BAD_SUBSTREAMID is 0 if there is none.
-            let of_none = (id == EventId::BadSubstreamId).then_some(0);
+            let of_none = (id == E::BadSubstreamId).then_some(0);
             assert_eq!(substream, dma.substream.or(of_none), "{event:x?} for {}", what());
         }
         if id.has_input() {

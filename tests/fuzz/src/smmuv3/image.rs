@@ -52,8 +52,9 @@ pub fn stage1(contexts: u64, count: u64, format: u64) -> [u64; 2] {
     [1 | 5 << 1 | format << 4 | contexts | count << 59, 2 | 1 << 2 | 1 << 4 | 3 << 6]
 }
 
-/// The memory at the start; `two_levels` of stream table and of context descriptors.
-pub fn image(granule: Granule, two_levels: bool) -> Vec<u8> {
+/// The memory at the start; `two_levels` of stream table and of context descriptors, by which
+/// transactions that fault end or, if so, `stall`, and devices may or may not cache (`ats`).
+pub fn image(granule: Granule, two_levels: bool, stall: bool, ats: bool) -> Vec<u8> {
     let mut image = vec![0; SIZE as usize];
     let mut put = |at: u64, word: u64| {
         image[at as usize..at as usize + 8].copy_from_slice(&word.to_le_bytes());
@@ -71,7 +72,7 @@ pub fn image(granule: Granule, two_levels: bool) -> Vec<u8> {
     };
     put(contexts + 0x800, (page::MORE * PAGE) | 1);
     for (slot, entry) in [0x20, 0x28].into_iter().zip(entries) {
-        for (word, value) in (0..).zip(entry) {
+        for (word, value) in (0..).zip([entry[0], entry[1] | u64::from(ats) << 28]) {
             put(streams + slot * 64 + word * 8, value);
         }
     }
@@ -80,7 +81,8 @@ pub fn image(granule: Granule, two_levels: bool) -> Vec<u8> {
         let table = page::TABLES[(number % 2) as usize];
         for at in [contexts, page::MORE * PAGE] {
             let table = if granule == Granule::K4 { table } else { page::TABLES[0] };
-            for (word, value) in (0..).zip(context(granule, table)) {
+            let [low, next] = context(granule, table);
+            for (word, value) in (0..).zip([low | u64::from(stall) << 44, next]) {
                 put(at + number * 64 + word * 8, value);
             }
             put(at + number * 64 + 24, 0xff);

@@ -25,6 +25,10 @@ pub enum End {
     Outside,
     /// Without an event.
     Silent,
+    /// It does not: it stalls.
+    Stalls,
+    /// It cannot come to this: what it was made from is cached nowhere.
+    Never,
 }
 
 /// Since when words count, by what they are.
@@ -33,8 +37,12 @@ pub trait Since {
     fn stream(&self, first_level: bool) -> Moment;
     /// The context descriptor of a substream, and the first level of its table.
     fn context(&self, substream: u32, first_level: bool) -> Moment;
-    /// Pointers to tables, of an ASID.
+    /// Pointers to tables, of an ASID, whether they are cached or pages are that were found through
+    /// them.
     fn pointer(&self, asid: u16, address: u64) -> Moment;
+    /// Pointers that are cached, to tables of `1 << granule` bytes, on the way to a page of this
+    /// level, or to none.
+    fn kept_pointer(&self, asid: u16, address: u64, granule: u32, page: Option<u32>) -> Moment;
     /// Pages of `1 << shift` bytes, in tables of `1 << granule` bytes.
     fn page(&self, asid: u16, address: u64, shift: u32, granule: u32) -> Moment;
 }
@@ -75,6 +83,12 @@ pub struct Found {
     pub space: Option<Space>,
     /// A page that every address space of the SMMU shares was used.
     pub global: bool,
+    /// The stream's device may cache it.
+    pub ats: bool,
+}
+
+impl Found {
+    const NOTHING: Self = Self { end: Err(End::Silent), space: None, global: false, ats: false };
 }
 
 /// A transaction, after its address.
@@ -159,15 +173,15 @@ impl Walk<'_, '_> {
         address: u64,
         kind: Kind,
     ) -> Found {
-        let mut found = Found { end: Err(End::Silent), space: None, global: false };
+        let mut found = Found::NOTHING;
         let end = self.translated(stream, substream, address, kind, &mut found);
         Found { end, ..found }
     }
 
     /// Where `address` leads in `space`.
     pub fn within_space(&mut self, space: Space, address: u64, kind: Kind) -> Found {
-        let mut found = Found { end: Err(End::Silent), space: None, global: false };
-        let end = self.by_context(space.words, address, kind, &mut found);
+        let mut found = Found { ats: true, ..Found::NOTHING };
+        let end = self.by_context(space.words, true, address, kind, &mut found);
         Found { end, ..found }
     }
 
@@ -194,6 +208,7 @@ impl Walk<'_, '_> {
             5 => {}
             _ => return Err(End::Silent),
         }
+        found.ats = high >> 28 & 3 != 0;
         let ssid_bits = u64::from(idr1 >> 6 & 31);
         let mut count = low >> 59;
         let contexts = low & 0x000f_ffff_ffff_ffc0;
@@ -248,12 +263,13 @@ impl Walk<'_, '_> {
             *word = self.load(at + of * 8, since).ok_or(End::Outside)?;
         }
         self.load(at + 56, since).ok_or(End::Outside)?;
-        self.by_context(cd, address, kind, found)
+        self.by_context(cd, high >> 27 & 1 == 0, address, kind, found)
     }
 
     fn by_context(
         &mut self,
         cd: [u64; 3],
+        may_stall: bool,
         address: u64,
         kind: Kind,
         found: &mut Found,
@@ -263,9 +279,10 @@ impl Walk<'_, '_> {
         let bad = End::Event(E::BadCd);
         let httu = self.registers.idr0 >> 6 & 3;
         let endless = bit(14) && bit(30);
+        let stalls = bit(44);
         let legal = bit(31)
             && bit(46)
-            && !bit(44)
+            && (!stalls || may_stall && self.registers.idr0 >> 24 & 3 == 0)
             && (endless || !bit(15))
             && bit(41)
             && (!bit(43) || httu >= 1)
@@ -278,7 +295,11 @@ impl Walk<'_, '_> {
             _ => self.registers.output_bits,
         };
         let recorded = bit(45);
-        let fault = |id| if recorded { End::Event(id) } else { End::Silent };
+        let fault = |id| match recorded {
+            _ if stalls => End::Stalls,
+            true => End::Event(id),
+            false => End::Silent,
+        };
         // Both halves are looked at.
         let granule0 = TG0[(low >> 6 & 3) as usize];
         let granule1 = TG1[(low >> 22 & 3) as usize];
@@ -320,6 +341,8 @@ impl Walk<'_, '_> {
         let top = (bits - (granule + each * (3 - level))).max(3) + 3;
         let mut table = table >> top << top;
         let (mut user, mut write, mut run, mut run_privileged) = (true, true, true, true);
+        // Until when all pointers were there.
+        let mut pointers = Moment::MAX;
         loop {
             let shift = granule + each * (3 - level);
             let within = address & ((1 << bits) - 1);
@@ -332,6 +355,18 @@ impl Walk<'_, '_> {
             };
             let word = self.words.load(at, may).ok_or(End::Outside)?;
             crate::models::trace(|| format!("    level {level} at {at:x}: {word:x}"));
+            let (page, of_page) = match word & 1 != 0 && is_leaf(word) {
+                true => (Some(level), since.page(asid, address, shift, granule)),
+                false => (None, Moment::MAX),
+            };
+            let is_next = word & 1 != 0 && !is_leaf(word);
+            if is_next {
+                pointers = pointers.min(self.words.until(at, word));
+            } else if pointers <= since.kept_pointer(asid, address, granule, page)
+                && pointers <= of_page
+            {
+                return Err(End::Never);
+            }
             let blocks = level == 2 || level == 1 && granule == 12;
             let valid =
                 word & 1 != 0 && if level == 3 { word & 2 != 0 } else { word & 2 != 0 || blocks };

@@ -7,9 +7,8 @@ use std::sync::{Arc, Weak};
 use twostage::iommufd::{HostIommu, ObjectId, Protection};
 use twostage::nesting::smmuv3::SmmuNesting;
 use twostage::nesting::{host_smmu, GuestIoas};
-use twostage::spec::pci::Bdf;
-use twostage::spec::smmuv3::command::{Command, SyncSignal};
-use twostage::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::smmuv3::command::Command;
 use twostage::spec::smmuv3::regs::{self, Cr0};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::StreamId;
@@ -17,22 +16,20 @@ use twostage::threads::ThreadStart;
 use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use twostage_emulated::kit::Mmio;
 use twostage_emulated::{
-    DeviceConfig, DmaPort, EmulatedHost, ObjectGraph, SmmuV3Unit, SmmuV3UnitConfig,
+    DeviceConfig, DmaPort, DmaServices, EmulatedHost, ObjectGraph, SmmuV3Unit, SmmuV3UnitConfig,
 };
 
-use super::account::{is_reserved, Account};
+use super::account::Account;
 use super::dma::Dma;
 use super::image::{image, page};
 use super::naive::{Registers, OUTPUT_BITS};
+use super::stalls::Waiting;
 use crate::models::memory::{Memory, PAGE, SIZE};
 use crate::models::threads::{IdleThreads, NoThreads};
 
 /// The functions, whose StreamIDs are their Requester IDs.
 pub const DEVICES: [u16; 2] = [0x20, 0x28];
-/// Binary logarithms of the entries of each queue, of a page.
-const COMMAND_BITS: u64 = 8;
-const EVENT_BITS: u64 = 7;
-/// That of the entries of the stream table.
+/// Binary logarithm of the entries of the stream table.
 const STREAM_BITS: u32 = 6;
 
 /// What an execution is made of.
@@ -49,6 +46,8 @@ pub struct Header {
     pub ats: bool,
     /// Stale translations are found while they are used.
     pub sanitized: bool,
+    /// Transactions of the devices may stall.
+    pub stalls: bool,
 }
 
 impl Header {
@@ -61,8 +60,10 @@ impl Header {
             events: second & 0x0f == 0x0f,
             ranges: !bit(4),
             enabled: second & 0xf0 != 0xf0,
-            ats: bit(5),
+            // A device that has a TLB of its own does not stall.
+            ats: bit(5) && second & 0x0f != 0x0c,
             sanitized: bit(6),
+            stalls: second & 0x0f == 0x0c,
         }
     }
 }
@@ -111,6 +112,7 @@ pub struct World {
     pub smmu: Arc<Smmu>,
     pub nesting: Arc<SmmuNesting>,
     host: Arc<EmulatedHost>,
+    unit: Arc<SmmuV3Unit>,
     devices: [ObjectId; 2],
     pub ports: [DmaPort; 2],
     pub account: Account,
@@ -122,17 +124,28 @@ pub struct World {
     pub last: Option<Dma>,
     /// The event queue is empty, and nothing has happened since of which there may be events.
     pub is_quiet: bool,
+    /// How many commands were complete when a device's own TLB was enabled, if it is.
+    pub device_tlbs: [Option<usize>; 2],
+    /// Devices that do not answer when they are told to forget what is in it.
+    pub silent: [bool; 2],
+    /// One may not have answered, of which no CMD_SYNC has told.
+    pub is_unanswered: bool,
+    /// Transactions that stall.
+    pub waiting: Vec<Waiting>,
 }
 
 impl World {
     pub fn new(header: Header) -> Self {
         let Header { granule, two_levels, .. } = header;
-        let number = ("smmuv3", u64::from(granule.shift()) * 2 + u64::from(two_levels));
-        let memory = Memory::new(number, || image(granule, two_levels));
+        let kind = [two_levels, header.stalls, header.ats].map(u64::from);
+        let kind = kind[0] | kind[1] << 1 | kind[2] << 2;
+        let number = ("smmuv3", u64::from(granule.shift()) << 3 | kind);
+        let memory = Memory::new(number, || image(granule, two_levels, header.stalls, header.ats));
         let entries = if header.small_caches { 2 } else { 16 };
         let unit = SmmuV3UnitConfig::default()
             .with_ssid_bits(4)
             .with_ats(header.ats)
+            .with_stalls(header.stalls)
             .with_sanitize(header.sanitized)
             .with_range_invalidation(header.ranges)
             .with_iotlb_entries(entries)
@@ -147,14 +160,17 @@ impl World {
                 .with_pasid_bits(4)
                 .with_pasid_priv(true)
                 .with_pasid_exec(true)
-                .with_ats(header.ats);
+                .with_ats(header.ats)
+                .with_stalls(header.stalls);
             host.add_device(name, id, rid, config).expect("a new device");
             host.device_bind(name).expect("it is there")
         });
         let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
         ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
-        let offered =
-            SmmuConfig::default().with_ats(header.ats).with_range_invalidation(header.ranges);
+        let offered = SmmuConfig::default()
+            .with_ats(header.ats)
+            .with_stalls(header.stalls)
+            .with_range_invalidation(header.ranges);
         let threads: Arc<dyn ThreadStart> = match header.events {
             true => Arc::new(IdleThreads),
             false => Arc::new(NoThreads),
@@ -182,13 +198,22 @@ impl World {
             nesting,
             host,
             devices,
-            ports: DEVICES.map(|rid| unit.port(rid)),
+            ports: DEVICES.map(|rid| {
+                let mut port = unit.port(rid);
+                port.set_services(DmaServices { page_requests: true, wait_for_pages: false });
+                port
+            }),
+            unit,
             smmu,
             account: Account::default(),
             plugged: [true; 2],
             serial: 0,
             last: None,
             is_quiet: false,
+            device_tlbs: [None; 2],
+            silent: [false; 2],
+            is_unanswered: false,
+            waiting: Vec::new(),
         };
         if header.enabled {
             world.set_tables();
@@ -217,6 +242,7 @@ impl World {
     /// Any write of registers, with what it means for the account.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         self.is_quiet = false;
+        self.may_end();
         let before = self.is_enabled();
         // The slot of 64 bits, if it is one of these.
         let output = OUTPUTS.into_iter().find(|register| offset & !7 == *register);
@@ -240,7 +266,7 @@ impl World {
         Cr0::from_bits(self.read32(regs::CR0ACK)).smmuen()
     }
 
-    fn cr0(&self) -> Cr0 {
+    pub fn cr0(&self) -> Cr0 {
         Cr0::from_bits(self.read32(regs::CR0))
     }
 
@@ -256,75 +282,6 @@ impl World {
         self.write32(regs::STRTAB_BASE_CFG, levels | STREAM_BITS);
     }
 
-    pub fn start_queue(&mut self) {
-        let cr0 = self.cr0();
-        if cr0.cmdqen() || cr0.eventqen() {
-            self.write32(regs::CR0, cr0.with_cmdqen(false).with_eventqen(false).into_bits());
-        }
-        self.write32(regs::GERRORN, self.read32(regs::GERROR));
-        self.write64(regs::CMDQ_BASE, (page::COMMANDS * PAGE) | COMMAND_BITS);
-        self.write64(regs::CMDQ_PROD, 0);
-        self.write64(regs::EVENTQ_BASE, (page::EVENTS * PAGE) | EVENT_BITS);
-        self.write32(regs::EVENTQ_PROD, 0);
-        self.write32(regs::EVENTQ_CONS, 0);
-        let cr0 = self.cr0().with_cmdqen(true).with_eventqen(true);
-        self.write32(regs::CR0, cr0.into_bits());
-    }
-
-    /// Puts `commands` into the queue, with a CMD_SYNC if `sync`, and writes CMDQ_PROD. Whether all
-    /// are consumed.
-    pub fn submit(&mut self, commands: &[[u64; 2]], sync: bool) -> bool {
-        const MASK: u32 = 2 << COMMAND_BITS;
-        let (prod, cons) = (self.read32(regs::CMDQ_PROD), self.read32(regs::CMDQ_CONS));
-        let errors = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
-        let is_usable = self.cr0().cmdqen()
-            && errors & 1 == 0
-            && self.read64(regs::CMDQ_BASE) == (page::COMMANDS * PAGE) | COMMAND_BITS
-            && prod < MASK
-            && prod == cons & (MASK - 1);
-        let mut prod = prod;
-        if !is_usable {
-            self.start_queue();
-            prod = 0;
-        }
-        let end = Command::Sync { signal: SyncSignal::None }.encode();
-        for words in commands.iter().chain(sync.then_some(&end)) {
-            let at = page::COMMANDS * PAGE + u64::from(prod % (1 << COMMAND_BITS)) * 16;
-            self.memory.put(at, words[0]);
-            self.memory.put(at + 8, words[1]);
-            prod = (prod + 1) % MASK;
-        }
-        self.write32(regs::CMDQ_PROD, prod);
-        let errors = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
-        self.read32(regs::CMDQ_CONS) == prod && errors & 1 == 0
-    }
-
-    /// Submits `commands`, and if they are complete, has the account know.
-    pub fn say(&mut self, commands: &[Command]) -> bool {
-        let words: Vec<_> = commands.iter().map(Command::encode).collect();
-        let done = self.submit(&words, true);
-        if done {
-            let now = self.memory.tick();
-            commands.iter().for_each(|command| self.account.complete(*command, now));
-        }
-        done
-    }
-
-    /// Whether the SMMU executes `command` (§4), and a device that it is for answers.
-    pub fn accepts(&self, command: &Command) -> bool {
-        let Registers { idr0, .. } = self.registers();
-        // IDR0.ATS, PRI and STALL_MODEL.
-        match *command {
-            Command::AtcInv { size, .. } => idr0 >> 10 & 1 != 0 && size <= 52,
-            Command::PriResp { response, .. } => idr0 >> 16 & 1 != 0 && response < 3,
-            Command::Resume { .. } | Command::StallTerm { .. } => idr0 >> 24 & 3 != 1,
-            Command::TlbiNhVa { range, .. } | Command::TlbiNhVaa { range, .. } => {
-                !is_reserved(&range)
-            }
-            _ => true,
-        }
-    }
-
     /// The registers that matter to a walk.
     pub fn registers(&self) -> Registers {
         Registers {
@@ -336,38 +293,9 @@ impl World {
         }
     }
 
-    /// Whether events get into the queue as it was set up at the start.
-    pub fn has_events(&self) -> bool {
-        self.header.events
-            && self.cr0().eventqen()
-            && self.read64(regs::EVENTQ_BASE) == (page::EVENTS * PAGE) | EVENT_BITS
-            // EVENTQ_ABT_ERR
-            && (self.read32(regs::GERROR) ^ self.read32(regs::GERRORN)) & 4 == 0
-    }
-
-    /// Takes all events out of the queue, and returns the index of the next one.
-    pub fn drop_events(&mut self) -> u32 {
-        if !std::mem::replace(&mut self.is_quiet, true) {
-            self.nesting.quiesce().expect("a moment is enough");
-        }
-        let prod = self.read32(regs::EVENTQ_PROD);
-        // With the overflow acknowledged.
-        self.smmu.write32(regs::EVENTQ_CONS, prod);
-        prod
-    }
-
-    /// How many events got into the queue since its next one was to be at `index`, and the first of
-    /// them.
-    pub fn events_since(&self, index: u32) -> (u32, EventRecord) {
-        self.nesting.quiesce().expect("a moment is enough");
-        let at = u64::from(index % (1 << EVENT_BITS)) * EVENT_SIZE;
-        let word = |of: u64| self.memory.load(page::EVENTS * PAGE + at + of * 8).unwrap_or(0);
-        let event = EventRecord::from_words([word(0), word(1), word(2), word(3)]);
-        (self.read32(regs::EVENTQ_PROD).wrapping_sub(index) % (2 << EVENT_BITS), event)
-    }
-
     /// A function goes, or comes back.
     pub fn plug(&mut self, number: usize) {
+        self.may_end();
         self.is_quiet = false;
         let rid = Bdf::from_raw(DEVICES[number]);
         if self.plugged[number] {
@@ -385,17 +313,63 @@ impl World {
 
     /// The machine is reset.
     pub fn reset(&mut self) {
+        self.may_end();
         self.is_quiet = false;
         self.smmu.reset().expect("the host does not fail");
         let now = self.memory.tick();
         self.account.everything(now);
+        self.device_tlbs = self.device_tlbs.map(|from| from.map(|_| 0));
+    }
+
+    /// The guest enables or disables the device's own TLB, in its configuration space.
+    pub fn set_device_tlb(&mut self, number: usize, enabled: bool) {
+        self.ports[number].control().set_device_tlb(enabled);
+        let from = self.device_tlbs[number].unwrap_or(self.account.said());
+        self.device_tlbs[number] = (enabled && self.header.ats).then_some(from);
+    }
+
+    /// How often devices have found something in their own TLBs.
+    fn device_tlb_hits(&self) -> u64 {
+        self.unit.counters().device_tlb_hits
+    }
+
+    /// What a device has cached stays when it is told to forget something else: another address, or
+    /// if `of_substream`, what is of another substream.
+    pub fn keeps(&mut self, of_substream: bool) {
+        let Some(dma) = self.last.filter(|dma| self.device_tlbs[dma.device].is_some()) else {
+            return;
+        };
+        self.dma(dma);
+        let before = self.device_tlb_hits();
+        self.dma(dma);
+        let then = self.device_tlb_hits();
+        let (stream, other) = (StreamId(u32::from(DEVICES[dma.device])), dma.address ^ 1 << 40);
+        let (substream, address) = match (of_substream, dma.substream) {
+            (true, Some(substream)) => (Pasid::new(substream ^ 4), dma.address),
+            (true, None) => (Pasid::new(1), dma.address),
+            (false, substream) => (substream.and_then(Pasid::new), other),
+        };
+        let address = address & !(PAGE - 1);
+        let command = Command::AtcInv { stream, substream, global: false, address, size: 0 };
+        // If it had something, and has not been sent elsewhere.
+        if then > before && self.say(&[command]) {
+            self.dma(dma);
+            assert!(self.device_tlb_hits() > then, "{command:x?} drops what {dma:x?} found");
+        }
+    }
+
+    /// From now on, the device answers or does not.
+    pub fn set_silent(&mut self, number: usize, silent: bool) {
+        self.ports[number].control().set_silent(silent);
+        self.silent[number] = silent;
     }
 
     /// Ends everything; nothing may be left.
     pub fn end(self) {
-        let Self { smmu, nesting, host, devices, ports, .. } = self;
+        let Self { smmu, nesting, host, unit, devices, ports, waiting, .. } = self;
         nesting.shutdown().expect("the host does not fail");
-        drop((smmu, ports));
+        waiting.iter().for_each(|waiting| waiting.has_ended(&ports));
+        drop((smmu, ports, unit));
         assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
         for dev in devices {
             host.device_unbind(dev).expect("it is bound");
