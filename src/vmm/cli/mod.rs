@@ -25,6 +25,7 @@ use crate::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
     PciBridgeConfig, RngConfig, RootPortConfig, SerialConfig, VfioConfig,
 };
+use crate::console;
 use crate::console::output::{self, Output};
 use crate::process::overdue::{self, Step};
 use crate::process::stop::StopReason;
@@ -366,6 +367,10 @@ fn run(args: RunArgs) -> u8 {
     let mut backoff = Backoff::default();
     let mut result = backoff.time(|| live(&config, &reports));
     while matches!(result, Ok(StopReason::Reset(_))) && on_reset == OnReset::Restart {
+        if console::ended_by_user() {
+            result = Ok(StopReason::Escape);
+            break;
+        }
         backoff.wait();
         if let Some(signal) = wait_for_devices() {
             result = Ok(StopReason::Signal(signal));

@@ -12,6 +12,7 @@ pub(crate) mod terminal;
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,6 +43,16 @@ const HELP: &str = "\r\n\
 Ctrl-A h  this help\r\n\
 Ctrl-A x  end the machine\r\n\
 Ctrl-A a  send Ctrl-A to the guest; so does Ctrl-A Ctrl-A\r\n";
+
+/// The user's wish is not lost between two lives of a machine: `Ctrl-A x` came while one stopped.
+static ENDED: AtomicBool = AtomicBool::new(false);
+/// Ctrl-A came, and no key after it yet, which the next life may read.
+static ESCAPED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the user has ended a machine that stopped for another reason: it must not start again.
+pub(crate) fn ended_by_user() -> bool {
+    ENDED.load(Ordering::Relaxed)
+}
 
 /// The meaning of a typed byte.
 #[derive(Debug, PartialEq, Eq)]
@@ -125,7 +136,8 @@ impl Console {
                 if first {
                     output::say(HINT);
                 }
-                self.source = Source::Typed(Keys::default());
+                let escaped = ESCAPED.load(Ordering::Relaxed);
+                self.source = Source::Typed(Keys { escaped });
                 self.poll(ops);
                 if let Err(error) = self.look.clear() {
                     log::debug!("timer: {error}");
@@ -140,6 +152,7 @@ impl Console {
 
     /// The process is in the background: others use the terminal.
     fn leave_terminal(&mut self, ops: &mut EventOps) {
+        ESCAPED.store(false, Ordering::Relaxed);
         self.unpoll(ops);
         self.source = Source::Elsewhere;
         if let Err(error) = self.look.reset(BETWEEN_LOOKS, Some(BETWEEN_LOOKS)) {
@@ -202,8 +215,9 @@ impl Console {
             }
             (Ok([]), _) => self.end(ops),
             (Ok(bytes), Source::Typed(keys)) => {
-                let keys: Vec<_> = bytes.iter().map(|byte| keys.typed(*byte)).collect();
-                keys.into_iter().for_each(|key| self.typed(key));
+                let typed: Vec<_> = bytes.iter().map(|byte| keys.typed(*byte)).collect();
+                ESCAPED.store(keys.escaped, Ordering::Relaxed);
+                typed.into_iter().for_each(|key| self.typed(key));
             }
             (Ok(bytes), _) => self.waiting.extend(bytes),
         }
@@ -216,10 +230,10 @@ impl Console {
             Key::Guest(_) => self.lost = self.lost.saturating_add(1),
             Key::Help => self.port.say(HELP),
             Key::End => {
-                // One that stops already does that for a better reason.
-                if self.stopper.stop(StopReason::Escape) {
-                    overdue::asked_by_key();
+                if !self.stopper.stop(StopReason::Escape) {
+                    ENDED.store(true, Ordering::Relaxed);
                 }
+                overdue::asked_by_key();
             }
             Key::Nothing => {}
         }

@@ -40,13 +40,13 @@ unsafe impl GlobalAlloc for Heap {
 /// `memory`, if there is any.
 fn there(memory: *mut u8, size: usize) -> *mut u8 {
     if memory.is_null() {
-        end_without(size);
+        end_without(size)
     }
     memory
 }
 
 /// Ends the process, as there is no memory for `size` bytes.
-pub(super) fn end_without(size: usize) {
+pub(super) fn end_without(size: usize) -> ! {
     let mut line = Line::new();
     // What does not fit is cut off.
     let _ = writeln!(
@@ -54,5 +54,5 @@ pub(super) fn end_without(size: usize) {
         "twostage: error: there is no memory for {size} bytes; see ulimit -v, and what the host \
          has left"
     );
-    line.end(exit_code::OS_ERROR);
+    line.end(exit_code::OS_ERROR)
 }

@@ -2,7 +2,6 @@
 //! Stopping a machine, and the reason.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use libc::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU};
@@ -112,8 +111,7 @@ impl fmt::Display for StopReason {
     }
 }
 
-/// Stops a machine. Clones stop the same machine; the first reason counts, but the user's wish is
-/// not lost when the guest resets the machine just before: it would start again.
+/// Stops a machine. Clones stop the same machine; the first reason counts.
 #[derive(Debug, Clone)]
 pub(crate) struct Stopper {
     inner: Arc<Inner>,
@@ -122,26 +120,17 @@ pub(crate) struct Stopper {
 #[derive(Debug)]
 struct Inner {
     reason: OnceLock<StopReason>,
-    /// [`StopReason::Escape`] came after a reset.
-    escaped: AtomicBool,
     event: EventFd,
 }
 
 impl Stopper {
     pub fn new() -> Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
-        Ok(Self {
-            inner: Arc::new(Inner {
-                reason: OnceLock::new(),
-                escaped: AtomicBool::new(false),
-                event,
-            }),
-        })
+        Ok(Self { inner: Arc::new(Inner { reason: OnceLock::new(), event }) })
     }
 
-    /// Stops the machine because of `reason`; `false` if it was stopped already, and that counts.
+    /// Stops the machine because of `reason`; `false` if it was stopped already.
     pub fn stop(&self, reason: StopReason) -> bool {
-        let is_escape = reason == StopReason::Escape;
         let first = self.inner.reason.set(reason).is_ok();
         if first {
             if let Err(error) = self.inner.event.write(1) {
@@ -149,23 +138,12 @@ impl Stopper {
                 log::error!("cannot wake the event loop: {error}");
             }
         }
-        let after_reset = !first && is_escape && self.is_reset();
-        if after_reset {
-            self.inner.escaped.store(true, Ordering::Relaxed);
-        }
-        first || after_reset
-    }
-
-    fn is_reset(&self) -> bool {
-        matches!(self.inner.reason.get(), Some(StopReason::Reset(_)))
+        first
     }
 
     /// Why the machine was stopped, if it was.
     pub fn reason(&self) -> Option<&StopReason> {
-        match self.is_reset() && self.inner.escaped.load(Ordering::Relaxed) {
-            true => Some(&StopReason::Escape),
-            false => self.inner.reason.get(),
-        }
+        self.inner.reason.get()
     }
 
     /// Becomes readable when the machine is stopped.
@@ -197,19 +175,6 @@ mod tests {
         assert!(!stopper.stop(StopReason::Signal(15)));
         assert_eq!(stopper.reason(), Some(&StopReason::DebugExit(3)));
         assert_eq!(stopper.event().read().unwrap(), 1);
-    }
-
-    #[test]
-    fn a_machine_that_the_user_ends_while_it_resets_does_not_start_again() {
-        let stopper = Stopper::new().unwrap();
-        assert!(stopper.stop(StopReason::Reset(ResetCause::ResetRegister)));
-        assert!(!stopper.stop(StopReason::PowerOff));
-        assert!(stopper.stop(StopReason::Escape));
-        assert_eq!(stopper.reason(), Some(&StopReason::Escape));
-        let stopper = Stopper::new().unwrap();
-        assert!(stopper.stop(StopReason::PowerOff));
-        assert!(!stopper.stop(StopReason::Escape));
-        assert_eq!(stopper.reason(), Some(&StopReason::PowerOff));
     }
 
     #[test]

@@ -461,7 +461,10 @@ fn mode(registers: &Registers) -> Option<TranslationTableMode> {
 fn check_queue(registers: &Registers, scalable_mode: bool) -> Result<(), IqErrorInfo> {
     let Registers { iqa, iqt, .. } = registers;
     let width_allowed = match mode(registers) {
-        Some(TranslationTableMode::Reserved) => return Err(IqErrorInfo::InvalidTtm),
+        // Without ECAP.ADMS, there is no mode that aborts DMA.
+        Some(TranslationTableMode::Reserved | TranslationTableMode::AbortDma) => {
+            return Err(IqErrorInfo::InvalidTtm);
+        }
         Some(TranslationTableMode::Scalable) => iqa.dw(),
         _ => scalable_mode || !iqa.dw(),
     };
