@@ -8,8 +8,9 @@
 //! Every DMA is compared with a naive walk of the tables ([`naive`], then [`walk`]): where the
 //! guest has said that they changed ([`account`]), the DMA finds what they have now; where it has
 //! not, what they have or had. A DMA that is refused is in the fault records as the walk says.
-//! Interrupts are compared with what the guest's table of them says ([`interrupts`]). At the end
-//! nothing is left.
+//! Interrupts are compared with what the guest's table of them says ([`interrupts`]), requests for
+//! pages with the registers of their queue ([`page_requests`]), and registers that are lent as
+//! memory with those that are read ([`register_page`]). At the end nothing is left.
 
 mod account;
 mod again;
