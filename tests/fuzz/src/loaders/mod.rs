@@ -71,6 +71,7 @@ fn file(bytes: &[u8], length: u64) -> (File, String) {
 }
 
 /// A module: the start of a file, the rest of which is zeroes.
+#[allow(dead_code, reason = "arm64 has none, so that only its path is used")]
 struct Module {
     length: u64,
     contents: Vec<u8>,
@@ -98,10 +99,10 @@ fn payload(input: &mut Input<'_>, image: &[u8], sound: bool) {
     let choice = input.byte();
     let (kernel, path) = file(image, image.len() as u64);
     let text = |length: usize| "x".repeat(length);
-    let Module { length, contents, path: module_path, .. } = &modules()[input.below(6)];
+    let module = &modules()[input.below(6)];
     let modules = 0..if choice & 1 == 0 { 0 } else { input.byte() % 35 };
     let modules = modules.map(|number| ModuleConfig {
-        path: module_path.clone().into(),
+        path: module.path.clone().into(),
         cmdline: text(usize::from(number)),
     });
     let cmdline = match choice >> 5 {
@@ -113,7 +114,7 @@ fn payload(input: &mut Input<'_>, image: &[u8], sound: bool) {
     let initramfs = choice & 2 != 0 && modules.is_empty();
     let payload = PayloadConfig {
         kernel: path.into(),
-        initramfs: initramfs.then(|| module_path.clone().into()),
+        initramfs: initramfs.then(|| module.path.clone().into()),
         modules,
         cmdline,
     };
@@ -124,7 +125,7 @@ fn payload(input: &mut Input<'_>, image: &[u8], sound: bool) {
         Ok(_start) => {
             #[cfg(target_arch = "x86_64")]
             naive::Loaded { memory: &memory, image, payload: &payload, start: _start }
-                .check((contents, *length));
+                .check((&module.contents, module.length));
         }
         Err(error) => {
             let error = error.to_string();

@@ -131,7 +131,7 @@ impl Guest for Driven {
                         .map(|pasid| Descriptor::PasidIotlb {
                             domain,
                             pasid: Pasid::new(pasid).expect("a PASID"),
-                            range: Some(range).filter(|_| how.is_multiple_of(3)),
+                            range: how.is_multiple_of(3).then_some(range),
                         })
                         .to_vec(),
                     (Kind::Second, 0) => vec![iotlb(IotlbScope::Pages { domain, range })],
