@@ -16,7 +16,7 @@ use twostage_emulated::DmaPort;
 use super::dma::Dma;
 use super::world::{World, DEVICES};
 
-/// More than these do not wait at a time.
+/// More than these do not wait, if the guest can say so.
 const MOST: usize = 8;
 
 /// One that has not ended, as far as the device knows.
@@ -69,12 +69,11 @@ impl World {
         self.waiting.push(Waiting { dma, group, recorded: Some(false), may, must });
     }
 
-    /// There is room for another one that waits.
+    /// Has all that wait end, if they are many. Where the queue stands, they wait on.
     pub fn let_wait(&mut self) {
         if self.waiting.len() >= MOST {
             let end = |rid: u16| Command::StallTerm { stream: StreamId(rid.into()) };
             self.say(&DEVICES.map(end));
-            self.waiting.clear();
         }
     }
 
