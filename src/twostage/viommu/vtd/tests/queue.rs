@@ -227,12 +227,14 @@ fn the_descriptor_width_must_fit_the_mode() {
     guest.enable_queue(0x800);
     guest.submit(&[wait(1)]);
     guest.assert_stopped(0, IqErrorInfo::InvalidWidth);
-    // A reserved mode.
-    let guest = Guest::new(VtdConfig::default());
-    guest.set_root(0x800);
-    guest.enable_queue(0x800);
-    guest.submit(&[wait(1)]);
-    guest.assert_stopped(0, IqErrorInfo::InvalidTtm);
+    // Reserved modes: also the one that aborts DMA, without ECAP.ADMS.
+    for mode in [0x800, 0xc00] {
+        let guest = Guest::new(VtdConfig::default());
+        guest.set_root(mode);
+        guest.enable_queue(0x800);
+        guest.submit(&[wait(1)]);
+        guest.assert_stopped(0, IqErrorInfo::InvalidTtm);
+    }
 }
 
 #[test]
