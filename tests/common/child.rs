@@ -103,6 +103,12 @@ impl Running {
         threads.filter(|(known, _)| known.starts_with(name)).collect()
     }
 
+    /// The identifier of the first of those, which may only be about to start.
+    pub fn thread(&self, name: &str) -> u32 {
+        wait_until(name, || !self.threads(name).is_empty());
+        self.threads(name)[0].1
+    }
+
     /// Processor time used, in ticks of 10 ms.
     pub fn ticks(&self) -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();

@@ -75,7 +75,7 @@ fn a_signal_or_a_stop_ends_no_read_of_a_source() {
     let (user, path) = silent();
     let mut guest = Guest::start(&["--rng", &format!("src={path}")]);
     guest.order("g");
-    let thread = guest.threads("00:01.0 rng")[0].1;
+    let thread = guest.machine.thread("00:01.0 rng");
     let waits = || {
         let path = format!("/proc/{}/task/{thread}/syscall", guest.machine.0.id());
         // read(2), on x86.
@@ -174,7 +174,7 @@ fn the_others_go_on_while_a_device_stands_still() {
     let disk = memory_disk();
     let option = format!("path={}", disk.path().display());
     let mut guest = Guest::start(&["--disk", &option, "--rng", "src=/dev/urandom"]);
-    let thread = guest.threads("00:01.0 blk")[0].1;
+    let thread = guest.machine.thread("00:01.0 blk");
     let Some(frozen) = Frozen::new(thread) else { return };
     guest.order("r 0 0 1");
     for _ in 0..10 {
@@ -194,7 +194,7 @@ fn a_stop_that_the_host_holds_up_ends_with_what_it_waits_for() {
     let folder = tempfile::tempdir().unwrap();
     let trace = folder.path().join("trace").display().to_string();
     let mut guest = Guest::start(&["--trace", &trace]);
-    let thread = guest.threads("vcpu0")[0].1;
+    let thread = guest.machine.thread("vcpu0");
     let Some(frozen) = Frozen::new(thread) else { return };
     // The second one, unless it comes at once.
     wait_until("a line", || {
@@ -258,7 +258,7 @@ fn what_is_typed_ends_a_machine_that_the_host_holds_up() {
     let (user, path) = silent();
     let terminal = File::options().read(true).write(true).open(path).unwrap();
     let mut guest = Guest::at(terminal.into(), command(&[]));
-    let thread = guest.threads("vcpu0")[0].1;
+    let thread = guest.machine.thread("vcpu0");
     let Some(frozen) = Frozen::new(thread) else { return };
     rustix::io::write(&user, b"\x01x").unwrap();
     guest.wait_for(
@@ -283,7 +283,7 @@ fn a_stop_waits_for_no_line_that_nobody_takes() {
     let mut machine = Running::new(&mut command);
     let mut ready = [0; 6];
     machine.0.stdout.take().unwrap().read_exact(&mut ready).unwrap();
-    let thread = machine.threads("vcpu0")[0].1;
+    let thread = machine.thread("vcpu0");
     let Some(frozen) = Frozen::new(thread) else { return };
     // The main thread has ended, whatever its tracer is still to hear of another one.
     wait_until("the end of the machine", || {
