@@ -25,6 +25,8 @@ pub struct Header {
     pub enabled: bool,
     /// Devices can ask for pages.
     pub requests: bool,
+    /// The most pieces of all mirrors: in some executions fewer than the tables have.
+    pub pieces: u64,
 }
 
 impl Header {
@@ -47,6 +49,7 @@ impl Header {
             sanitized: bit(second, 3),
             enabled: second & 0xf0 != 0xf0,
             requests: device_tlbs && !start.is_legacy() && second & 0x70 == 0x50,
+            pieces: if mirrored && bit(second, 2) { 12 } else { 1000 },
         }
     }
 

@@ -9,10 +9,6 @@ use super::naive::{Stage, Way, ADDRESS};
 use super::world::World;
 use crate::models::memory::Memory;
 
-/// The most pieces of all mirrors.
-pub const PIECES: u64 = 1000;
-/// The most tables that are read to make one.
-const TABLES: u64 = 4 * PIECES + 4096;
 /// IOVAs that the host reserves: interrupts.
 const RESERVED: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
@@ -103,7 +99,10 @@ impl World {
                 return true;
             }
         }
+        let pieces = self.header.pieces;
+        // The most tables that are read to make one.
+        let tables = 4 * pieces + 4096;
         // A mirror may be made anew while it is in use, and tables be read twice.
-        all.pieces.saturating_mul(2) > PIECES || all.tables.saturating_mul(2) > TABLES
+        all.pieces.saturating_mul(2) > pieces || all.tables.saturating_mul(2) > tables
     }
 }

@@ -19,7 +19,6 @@ use super::dma::Dma;
 use super::header::Header;
 use super::image::{image, page};
 use super::interrupts::{Entries, Listener};
-use super::mirrors::PIECES;
 use super::naive::{decide, Decision, Offers, Who};
 use super::page_requests::Asked;
 use super::register_page::Paged;
@@ -89,7 +88,7 @@ impl World {
         let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
         ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
         let way = match header.mirrored {
-            true => Nesting::Off { pieces: PIECES },
+            true => Nesting::Off { pieces: header.pieces },
             false => Nesting::On,
         };
         let offered = header.offered();
