@@ -11,6 +11,7 @@ pub mod config;
 mod input;
 pub mod ioctls;
 pub mod loaders;
+pub mod memory;
 mod models;
 pub mod offers;
 pub mod pci;
@@ -29,6 +30,7 @@ pub const TARGETS: &[Target] = &[
     ("config", config::run),
     ("ioctls", ioctls::run),
     ("loaders", loaders::run),
+    ("memory", memory::run),
     ("offers", offers::run),
     ("pci", pci::run),
     ("preload", preload::run),
