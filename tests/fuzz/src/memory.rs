@@ -96,21 +96,22 @@ impl World {
         let pages = u64::from(count) % LONGEST + 1;
         let what = input.byte();
         let (fails, nth) = (what & 0xc0 == 0xc0, u64::from(what >> 4 & 3) + 1);
+        let failing = if fails { nth } else { 0 };
         match what % 8 {
-            kind @ 0..=5 if fails => {
-                // The first verbs fail.
-                self.failing.fail_next(nth, Errno::ENOMEM);
+            kind @ 0..=5 => {
+                self.failing.fail_next(failing, Errno::ENOMEM);
                 match kind {
-                    0..=2 => self.map(page, pages, what & 8 == 0, true),
-                    _ => self.unmap(page, u64::from(count) % PAGES + 1, true),
+                    0..=2 => self.map(page, pages, what & 8 == 0, fails),
+                    _ => self.unmap(page, u64::from(count) % PAGES + 1, fails),
                 }
-                self.failing.fail_next(0, Errno::ENOMEM);
             }
-            0..=2 => self.map(page, pages, what & 8 == 0, false),
-            3..=5 => self.unmap(page, u64::from(count) % PAGES + 1, false),
-            6 => self.map_all(page, fails.then_some(nth)),
+            6 => {
+                self.failing.fail_nth(failing, Errno::ENOMEM);
+                self.map_all(page, fails.then_some(nth));
+            }
             _ => self.adopt(),
         }
+        self.failing.fail_next(0, Errno::ENOMEM);
     }
 
     fn map(&mut self, page: u64, pages: u64, write: bool, fails: bool) {
@@ -154,11 +155,7 @@ impl World {
     /// Maps all or nothing; verb `nth` fails.
     fn map_all(&mut self, page: u64, nth: Option<u64>) {
         let gpa = (page % (PAGES - 3) + 1) * PAGE;
-        if let Some(nth) = nth {
-            self.failing.fail_nth(nth, Errno::ENOMEM);
-        }
         let result = self.ioas.map_all(&two_regions(gpa));
-        self.failing.fail_next(0, Errno::ENOMEM);
         let regions = [(0, 1), (gpa / PAGE, 2)];
         let free = regions.iter().all(|(page, count)| self.touched(*page, *count).is_empty());
         // Each region is one.

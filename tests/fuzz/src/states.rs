@@ -16,15 +16,16 @@ use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::Command;
 use twostage::spec::smmuv3::StreamId;
 use twostage::viommu::smmuv3::{
-    Smmu, SmmuConfig, SmmuHostSide, SmmuInterrupt, SmmuInterrupts, SmmuInvalidateError, SmmuState,
-    StreamPolicy,
+    Smmu, SmmuConfig, SmmuHostSide, SmmuInvalidateError, SmmuState, StreamPolicy,
 };
 use twostage::viommu::vtd::{
     DmaFault, FaultTarget, Invalidation, Policy, RequesterConfig, VtdConfig, VtdHostSide, VtdIommu,
     VtdState,
 };
-use twostage::viommu::{HostSideError, InterruptSink, Requester, RestoreError};
+use twostage::viommu::{HostSideError, Requester, RestoreError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::models::Quiet;
 
 /// Size of guest memory, in bytes.
 const MEMORY: u64 = 0x1_0000;
@@ -57,7 +58,7 @@ fn vtd(input: &mut Input<'_>) {
         return;
     }
     let host = input.host();
-    let restored = VtdIommu::restore(&state, input.memory(), host.clone(), host.clone(), None);
+    let restored = VtdIommu::restore(&state, input.memory(), host.clone(), Arc::new(Quiet), None);
     let unit = match restored {
         Ok(unit) => unit,
         Err(error) => return host.refused(&error),
@@ -104,7 +105,7 @@ fn smmuv3(input: &mut Input<'_>) {
         Err(error) => panic!("the snapshot itself is none: {error}"),
     };
     let host = input.host();
-    let smmu = match Smmu::restore(&state, input.memory(), host.clone(), host.clone(), None) {
+    let smmu = match Smmu::restore(&state, input.memory(), host.clone(), Arc::new(Quiet), None) {
         Ok(smmu) => smmu,
         Err(error) => return host.refused(&error),
     };
@@ -127,7 +128,8 @@ fn vtd_value() -> Value {
         .with_device_iotlb(true)
         .with_interrupt_remapping(true);
     let host = Arc::new(Host::default());
-    let unit = VtdIommu::new(&config, memory(), host.clone(), host, None).expect("a configuration");
+    let unit =
+        VtdIommu::new(&config, memory(), host, Arc::new(Quiet), None).expect("a configuration");
     for rid in [8, 0x10, 0x18] {
         unit.add_device(Bdf::from_raw(rid)).expect("the host accepts it");
     }
@@ -170,7 +172,7 @@ fn vtd_value() -> Value {
 fn smmuv3_value() -> Value {
     let host = Arc::new(Host::default());
     let config = SmmuConfig::default();
-    let smmu = Smmu::new(&config, memory(), host.clone(), host, None).expect("a configuration");
+    let smmu = Smmu::new(&config, memory(), host, Arc::new(Quiet), None).expect("a configuration");
     for stream in [8, 0x10, 0x18] {
         smmu.add_device(StreamId(stream)).expect("the host accepts it");
     }
@@ -359,16 +361,4 @@ impl SmmuHostSide for Host {
     fn invalidate(&self, _: &[Command]) -> Result<(), SmmuInvalidateError> {
         Ok(())
     }
-}
-
-impl InterruptSink for Host {
-    fn send_msi(&self, _: u64, _: u32) {}
-}
-
-impl SmmuInterrupts for Host {
-    fn message(&self, _: u64, _: u32) -> bool {
-        true
-    }
-
-    fn wire(&self, _: SmmuInterrupt) {}
 }

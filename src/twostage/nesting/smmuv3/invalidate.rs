@@ -34,8 +34,14 @@ pub(super) struct Refused {
 impl Refused {
     /// The command with this number was not done, because of `error`; no other effects.
     fn of(number: usize, error: NestingError) -> Self {
-        let (flushed, unanswered, done, still_reachable) = Default::default();
-        Self { number, error, flushed, unanswered, done, still_reachable }
+        Self {
+            number,
+            error,
+            flushed: false,
+            unanswered: false,
+            done: false,
+            still_reachable: false,
+        }
     }
 }
 

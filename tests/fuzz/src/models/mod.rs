@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the fuzzers of the IOMMU models share: the guest's memory with its past, every way in which
-//! a naive walk of tables may come out, and threads.
+//! a naive walk of tables may come out, threads, and who takes interrupts.
 
 pub mod memory;
 pub mod oracle;
 pub mod threads;
 
 use std::sync::OnceLock;
+
+use twostage::viommu::smmuv3::{SmmuInterrupt, SmmuInterrupts};
+use twostage::viommu::InterruptSink;
 
 /// The step that `number` stands for: in order, each of `steps` for as many numbers as it says, and
 /// again after the last.
@@ -21,4 +24,19 @@ pub fn trace(what: impl FnOnce() -> String) {
     if *ASKED.get_or_init(|| std::env::var_os("TWOSTAGE_FUZZ_TRACE").is_some()) {
         eprintln!("{}", what());
     }
+}
+
+/// Takes interrupts, of either architecture, and does nothing.
+pub struct Quiet;
+
+impl InterruptSink for Quiet {
+    fn send_msi(&self, _: u64, _: u32) {}
+}
+
+impl SmmuInterrupts for Quiet {
+    fn message(&self, _: u64, _: u32) -> bool {
+        true
+    }
+
+    fn wire(&self, _: SmmuInterrupt) {}
 }

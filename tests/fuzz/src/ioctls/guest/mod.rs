@@ -14,8 +14,6 @@ use std::sync::Arc;
 
 use twostage::iommufd::{HostIommu, ObjectId};
 use twostage::spec::pci::Bdf;
-use twostage::viommu::smmuv3::{SmmuInterrupt, SmmuInterrupts};
-use twostage::viommu::InterruptSink;
 use twostage_emulated::{
     DmaAttributes, DmaMemory, EmulatedHost, EmulatedUnit, ObjectGraph, UnitId,
 };
@@ -41,21 +39,6 @@ fn rid(device: usize) -> Bdf {
 }
 
 type Memory = Arc<GuestMemoryMmap<()>>;
-
-/// Nobody.
-struct Quiet;
-
-impl InterruptSink for Quiet {
-    fn send_msi(&self, _: u64, _: u32) {}
-}
-
-impl SmmuInterrupts for Quiet {
-    fn message(&self, _: u64, _: u32) -> bool {
-        true
-    }
-
-    fn wire(&self, _: SmmuInterrupt) {}
-}
 
 /// What the guest has changed.
 #[derive(Debug, Clone, Copy)]

@@ -12,7 +12,8 @@ use twostage_emulated::kit::Pages;
 use twostage_emulated::{SmmuV3Unit, SmmuV3UnitConfig};
 
 use super::account::{Leaf, Way, LARGE, TABLES};
-use super::{rid, Change, Ground, Guest, Quiet, FREE, NAMES};
+use super::{rid, Change, Ground, Guest, FREE, NAMES};
+use crate::models::Quiet;
 
 /// ASIDs: of a table, this and its number.
 const ASID: u16 = 7;

@@ -16,7 +16,8 @@ use twostage_emulated::kit::{Mmio, Pages};
 use twostage_emulated::{VtdUnit, VtdUnitConfig};
 
 use super::account::{Leaf, Way, TABLES};
-use super::{rid, Change, Ground, Guest, Quiet, FREE, NAMES, PASID};
+use super::{rid, Change, Ground, Guest, FREE, NAMES, PASID};
+use crate::models::Quiet;
 
 /// Width of PASIDs.
 pub const PASID_BITS: u8 = 8;
