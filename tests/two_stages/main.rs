@@ -10,16 +10,4 @@ mod caches;
 mod common;
 mod conformance;
 mod smmuv3;
-#[path = "../fuzz/src/states.rs"]
-mod states;
 mod vtd;
-
-proptest::proptest! {
-    /// As `make fuzz` does with more states.
-    #[test]
-    fn a_changed_snapshot_is_refused_or_what_the_restored_one_has(
-        bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)
-    ) {
-        states::run(&bytes);
-    }
-}
