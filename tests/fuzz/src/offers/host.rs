@@ -13,7 +13,7 @@ use twostage_emulated::{
     AddressWidth, DeviceConfig, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
 };
 
-use super::report;
+use super::{registers, report};
 use crate::input::Input;
 
 /// A unit, as it was configured.
@@ -93,30 +93,39 @@ pub fn survey(input: &mut Input<'_>) {
 /// The facts are those that the device and its unit were made with.
 fn as_configured(device: &Device, unit: &Unit, facts: &DeviceFacts) {
     let Device { name, config, .. } = device;
+    let capabilities = facts.info.capabilities;
     assert_eq!(facts.name, *name);
-    match (unit, facts.info.data) {
-        (Unit::Vtd(unit), HwInfoData::Vtd(registers)) => {
-            assert_eq!(registers.ecap_reg >> 26 & 1 != 0, unit.nesting, "NEST");
-            assert_eq!(registers.ecap_reg >> 2 & 1 != 0, unit.device_tlb, "DT");
-            assert_eq!(registers.flags & 1 != 0, unit.erratum_772415);
+    assert_eq!(capabilities.pci_ats_not_supported(), !config.ats, "{name}");
+    let [pasid_bits, dirty_nesting] = match (unit, facts.info.data) {
+        (Unit::Vtd(unit), HwInfoData::Vtd(said)) => {
+            let said = [said.cap_reg, said.ecap_reg, said.flags.into()];
+            assert_eq!(said, registers::vtd(unit), "{name}: CAP, ECAP, flags");
             assert_eq!(facts.refusal.is_none(), unit.nesting, "{name}: {:?}", facts.refusal);
             assert_eq!(facts.smmu, None);
+            assert_eq!(capabilities.dirty_tracking(), unit.dirty_tracking, "{name}");
             let asks = config.pri && config.ats && unit.page_requests && unit.device_tlb;
-            assert!(!facts.page_requests || asks, "{name} makes no page requests");
+            assert_eq!(facts.page_requests, asks && unit.pasid_bits > 0, "{name}");
+            [unit.pasid_bits, (unit.nesting && unit.dirty_tracking).into()]
         }
-        (Unit::Smmu(unit), HwInfoData::ArmSmmuV3(registers)) => {
-            let gran = |granule, bit: u32| {
-                assert_eq!(registers.idr[5] >> bit & 1 != 0, unit.granules.contains(&granule));
-            };
-            gran(Granule::K4, 4);
-            gran(Granule::K16, 5);
-            gran(Granule::K64, 6);
+        (Unit::Smmu(unit), HwInfoData::ArmSmmuV3(said)) => {
+            assert_eq!(said.idr, registers::smmuv3(unit), "{name}: IDR0 to IDR5");
+            assert_eq!((said.flags, said.iidr, said.aidr), (0, 0, 2), "{name}");
             let nests = unit.nesting && (unit.s2fwb || unit.canwbs);
             assert_eq!(facts.refusal.is_none(), nests, "{name}: {:?}", facts.refusal);
             assert_eq!(facts.smmu.is_some(), nests);
+            // Linux has fault queues for all of them.
+            assert!(facts.page_requests, "{name}");
+            let dirty = unit.nesting && unit.httu == Httu::Dirty;
+            assert_eq!(capabilities.dirty_tracking(), dirty, "{name}");
+            // Its driver tracks what stage 1 writes, never stage 2.
+            // Linux has no table of one level for more.
+            let most = if unit.two_level_cd { 20 } else { 10 };
+            [unit.ssid_bits.min(most), 0]
         }
         (_, data) => panic!("{name} is behind {data:?}"),
-    }
+    };
+    assert_eq!(facts.info.max_pasid_log2, config.pasid_bits.min(pasid_bits), "{name}");
+    assert_eq!(facts.dirty_nesting, dirty_nesting != 0, "{name}");
     for range in &config.reserved {
         let covered = |address: u64| {
             let within = |range: &RangeInclusive<u64>| range.contains(&address);

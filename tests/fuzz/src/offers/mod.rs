@@ -8,6 +8,7 @@
 
 mod common;
 mod host;
+mod registers;
 mod report;
 
 use crate::input::Input;
