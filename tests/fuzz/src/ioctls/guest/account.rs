@@ -70,6 +70,8 @@ pub enum Way {
 pub enum Reach {
     /// To the data in this page.
     Data(usize),
+    /// The device has no tables, and no way past them.
+    Blocked,
     /// The tables refuse it.
     Refused,
     /// There is no memory.
@@ -90,7 +92,7 @@ impl Account {
     pub fn reach(&self, who: (usize, Option<u32>), iova: u64, write: bool) -> Reach {
         let way = self.ways.get(&who).copied().unwrap_or(Way::Nowhere);
         let gpa = match if self.on { way } else { Way::Bypass } {
-            Way::Nowhere => return Reach::Refused,
+            Way::Nowhere => return Reach::Blocked,
             Way::Bypass => iova,
             Way::Table(table) => {
                 let size = |leaf: &Leaf| if leaf.large { LARGE } else { PAGE };

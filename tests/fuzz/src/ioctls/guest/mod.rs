@@ -61,8 +61,8 @@ trait Guest {
     fn switch(&self, on: bool);
     /// The oldest fault that the guest was told of: requester and address.
     fn told(&self) -> Option<(u16, u64)>;
-    /// Whether it is told of every fault at once.
-    fn is_told_at_once(&self) -> bool;
+    /// Whether it is told of requests of devices without tables.
+    fn tells_of_blocked(&self) -> bool;
     fn end(&self);
 }
 
@@ -252,10 +252,14 @@ impl World {
             assert_eq!(found, *byte, "page {page} after {device} at {iova:#x}");
         }
         let told = self.guest.told().map(|(rid, address)| (rid, address & !(PAGE - 1)));
-        if self.guest.is_told_at_once() && self.account.on {
+        if self.account.on {
             let fault = (rid(device).raw(), iova & !(PAGE - 1));
             match reach {
                 Reach::Data(_) => assert_eq!(told, None, "of a fault that was none"),
+                Reach::Blocked => {
+                    let told_of = self.guest.tells_of_blocked().then_some(fault);
+                    assert_eq!(told, told_of, "of a device that is blocked");
+                }
                 Reach::Refused => assert_eq!(told, Some(fault), "of what was refused"),
                 // Where the host has no memory.
                 Reach::Nothing => assert!(told.is_none_or(|told| told == fault)),

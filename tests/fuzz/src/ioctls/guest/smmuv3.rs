@@ -107,12 +107,14 @@ impl Guest for Driven {
     }
 
     fn told(&self) -> Option<(u16, u64)> {
+        // A thread brings events.
+        self.unit.nesting().quiesce().expect("a moment is enough");
         let event = self.driver.take_event()?;
         Some((event.stream().raw() as u16, event.input_address))
     }
 
-    fn is_told_at_once(&self) -> bool {
-        // A thread brings events.
+    fn tells_of_blocked(&self) -> bool {
+        // A stream table entry that aborts does so without an event (STE.Config).
         false
     }
 

@@ -169,7 +169,7 @@ impl Guest for Driven {
         self.driver.take_fault().map(|(record, _)| (record.high.sid(), record.address()))
     }
 
-    fn is_told_at_once(&self) -> bool {
+    fn tells_of_blocked(&self) -> bool {
         true
     }
 
