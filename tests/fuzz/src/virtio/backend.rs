@@ -31,13 +31,50 @@ pub enum Kind {
     Rng,
 }
 
+/// Errors of an interface that is gone: ENODEV, ENOLINK, EBADFD.
+const GONE: [i32; 3] = [19, 67, 77];
+/// Other errors: EINTR, EAGAIN, EIO, ENOBUFS.
+const ERRORS: [i32; 4] = [4, 11, 5, 105];
+
 /// Frames on their way, without the host's network.
 #[derive(Debug, Default)]
 pub struct Wire {
-    /// To the device.
-    pub incoming: Mutex<VecDeque<Vec<u8>>>,
-    /// From the device.
+    /// To the device; or the host's error when it looks for one.
+    pub incoming: Mutex<VecDeque<Result<Vec<u8>, i32>>>,
+    /// From the device, lost or not.
     pub sent: Mutex<VecDeque<Vec<u8>>>,
+    /// The host's errors when the device next sends something, or sets something.
+    pub errors: Mutex<VecDeque<i32>>,
+}
+
+impl Wire {
+    /// The host will have an error, of those that `number` says, when a frame is looked for after
+    /// those that are there; or when something is sent or set.
+    pub fn will_fail(&self, receiving: bool, number: u8) {
+        let error = *ERRORS.iter().chain(&GONE).cycle().nth(number.into()).expect("there are some");
+        match receiving {
+            true => self.incoming.lock().push_back(Err(error)),
+            false => self.errors.lock().push_back(error),
+        }
+    }
+
+    /// The host does what it should from now on.
+    pub fn mend(&self) {
+        self.incoming.lock().retain(Result::is_ok);
+        self.errors.lock().clear();
+    }
+
+    /// The host's next error, if it is one of `which`.
+    fn fail(&self, which: impl FnOnce(i32) -> bool) -> io::Result<()> {
+        let mut errors = self.errors.lock();
+        match errors.front() {
+            Some(&error) if which(error) => {
+                errors.pop_front();
+                Err(io::Error::from_raw_os_error(error))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The device's end of a wire.
@@ -57,17 +94,19 @@ impl FrameLink for End {
     fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
         let frame = self.0.incoming.lock().pop_front();
         let frame = frame.ok_or(io::ErrorKind::WouldBlock)?;
+        let frame = frame.map_err(io::Error::from_raw_os_error)?;
         data[..frame.len()].copy_from_slice(&frame);
         Ok(frame.len())
     }
 
     fn send(&mut self, frame: &[u8]) -> io::Result<()> {
         self.0.sent.lock().push_back(frame.to_vec());
-        Ok(())
+        self.0.fail(|_| true)
     }
 
     fn set_offloads(&mut self, _: Features) -> io::Result<()> {
-        Ok(())
+        // With other errors no device starts.
+        self.0.fail(|error| GONE.contains(&error))
     }
 }
 

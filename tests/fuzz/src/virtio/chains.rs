@@ -192,8 +192,8 @@ impl Driver {
     }
 
     /// Some come together: after a long one, which may not fit, a short one may.
-    fn burst(&mut self, input: &mut Input<'_>) {
-        for _ in 0..input.byte() % 4 + 1 {
+    fn burst(&mut self, input: &mut Input<'_>, count: u8) {
+        for _ in 0..count {
             let length = input.pick(&FRAMES);
             self.arrive(vec![input.byte(); length]);
         }
@@ -204,18 +204,24 @@ impl Driver {
         let Kind::Net(wire) = &self.kind else { return };
         frame.iter_mut().zip(0_usize..).for_each(|(byte, at)| *byte ^= at as u8);
         let length = frame.len();
-        wire.incoming.lock().push_back(frame.clone());
+        wire.incoming.lock().push_back(Ok(frame.clone()));
         // Shorter ones than both headers are none.
         if length >= FRAME_HEADER + 14 {
             self.model.frames.push_back(frame);
         }
     }
 
-    /// One of the next operations of the disk fails; frames come faster than they are taken.
+    /// One of the next operations of the disk, or of the host's interface, fails; or frames come
+    /// faster than they are taken.
     pub fn fault(&mut self, input: &mut Input<'_>) {
         let faults = match &self.kind {
             Kind::Blk { faults, .. } => faults,
-            Kind::Net(_) => return self.burst(input),
+            Kind::Net(wire) => {
+                return match input.byte() {
+                    choice @ 0xd0.. => wire.will_fail(choice & 1 == 0, choice >> 1),
+                    count => self.burst(input, count % 4 + 1),
+                };
+            }
             Kind::Rng => return,
         };
         let outcome = match input.byte() % 8 {

@@ -452,6 +452,9 @@ impl Driver {
             self.injected = self.failed();
             faults.lock().clear();
         }
+        if let Kind::Net(wire) = &self.kind {
+            wire.mend();
+        }
         if self.started && !self.wild {
             self.set_bus_master(true);
             // Each turn serves a part; nothing here needs more.
