@@ -48,12 +48,15 @@ impl LowerStage<FirstStage> for OverSecondStage<'_> {
 }
 
 /// The fault of reading a first-stage table, of which `fault` is the second stage's: SFS.5 to
-/// SFS.7. Malformed second-stage entries, and those out of reach, are faults of their own.
+/// SFS.7. Malformed second-stage entries, and those out of reach, are faults of their own. Where
+/// the second stage leads beyond the host's, the host does not allow it: the table itself is not
+/// beyond anything of the user's.
 fn of_table(fault: Fault, top: bool) -> Fault {
+    use FaultReason as R;
     let reason = match (fault.reason, top) {
-        (FaultReason::AddressBeyondGuest, _) => FaultReason::FirstStagePointerBeyond,
-        (FaultReason::SecondStageDenied, true) => FaultReason::FirstStageTopSecondStageDenied,
-        (FaultReason::SecondStageDenied, false) => FaultReason::FirstStageSecondStageDenied,
+        (R::AddressBeyondGuest, _) if !fault.stage2 => R::FirstStagePointerBeyond,
+        (R::SecondStageDenied | R::AddressBeyondGuest, true) => R::FirstStageTopSecondStageDenied,
+        (R::SecondStageDenied | R::AddressBeyondGuest, false) => R::FirstStageSecondStageDenied,
         (other, _) => other,
     };
     Fault { reason, ..fault }

@@ -126,7 +126,8 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
         None => tables.config_without_entry(fault.requester),
     };
     let legacy = standing.root.map(Rtaddr::mode) == Some(TranslationTableMode::Legacy);
-    let fault = &DmaFault { reason: fault.reason.or(walked(&config, tables, fault)), ..*fault };
+    let reason = of_top_table(&config, tables, fault).or(fault.reason);
+    let fault = &DmaFault { reason: reason.or_else(|| walked(&config, tables, fault)), ..*fault };
     let reason = match config.policy {
         Policy::Blocked(reason) => reason,
         // Nobody is offered execute requests (ECAP.ERS), and no table is asked.
@@ -148,6 +149,20 @@ fn walked(config: &RequesterConfig, tables: &Tables<'_>, fault: &DmaFault) -> Op
     let cap = tables.caps.cap;
     let of_guest = walk::Tables::new(&stage1, cap.fs1gp(), cap.guest_address_width())?;
     of_guest.refusal(tables.memory, fault.address, fault.write)
+}
+
+/// The reason of the top first-stage table, if the fault is of that. A host has one reason for all
+/// tables beyond its stage 2 (SFS.5); to the guest they are not memory, and of its tables the top
+/// one has a reason of its own (SFS.4).
+fn of_top_table(
+    config: &RequesterConfig,
+    tables: &Tables<'_>,
+    fault: &DmaFault,
+) -> Option<FaultReason> {
+    let Policy::Stage1(Stage1::VtdFirstStage(first)) = config.policy else { return None };
+    let beyond = fault.stage2 && fault.reason == Some(FaultReason::FirstStagePointerBeyond);
+    (beyond && tables.memory.load_u64(first.table).is_err())
+        .then_some(FaultReason::FirstStageTopAccess)
 }
 
 fn denied(fault: &DmaFault) -> FaultReason {
@@ -263,7 +278,17 @@ mod tests {
     };
 
     fn of(policy: Policy, ttm: u8, fault: DmaFault, fault_disabled: bool) -> Option<Blocked> {
-        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        with_memory(0x1000, policy, ttm, fault, fault_disabled)
+    }
+
+    fn with_memory(
+        size: usize,
+        policy: Policy,
+        ttm: u8,
+        fault: DmaFault,
+        fault_disabled: bool,
+    ) -> Option<Blocked> {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), size)]).unwrap();
         let caps = VtdConfig::default().capabilities().unwrap();
         let root = Some(Rtaddr::new().with_ttm(ttm));
         let tables = Tables { memory: &memory, caps: &caps, root };
@@ -338,7 +363,7 @@ mod tests {
 
     #[test]
     fn a_refusal_of_the_hosts_stage_2_is_told_as_the_guests_own() {
-        let cases = [(0x73, 0x73), (0x75, 0x73), (0x70, 0x70), (0x74, 0x70), (0x76, 0x70)];
+        let cases = [(0x73, 0x73), (0x75, 0x73), (0x70, 0x70), (0x76, 0x70)];
         for (host, guest) in cases.into_iter().chain([(0x77, 0x91), (0x91, 0x91), (0x79, 0x85)]) {
             assert_eq!(code(FIRST, 1, host, true, true), guest, "{host:#x}");
         }
@@ -349,6 +374,15 @@ mod tests {
         assert_eq!(code(SECOND, 1, 0x7d, true, true), 0x7d);
         assert_eq!(code(Policy::Bypass, 1, 0x79, true, true), 0x83);
         assert_eq!(code(Policy::Bypass, 0, 0x79, true, true), 0x04);
+    }
+
+    /// The top table is at 0x1000.
+    #[test]
+    fn a_table_beyond_the_hosts_stage_2_is_the_top_one_if_that_is_no_memory() {
+        for (size, reason) in [(0x1000, 0x73), (0x2000, 0x70)] {
+            let explained = with_memory(size, FIRST, 1, fault(0x74, true, true), false).unwrap();
+            assert_eq!(explained.reason.code(), reason, "{size:#x} bytes of memory");
+        }
     }
 
     #[test]

@@ -192,12 +192,7 @@ impl World {
                     Some(record) => {
                         let reason = R::from_code(record.high.fr());
                         let told = |(because, quiet): &(R, bool)| {
-                            // A host has one reason for pointers beyond its stage 2, whichever
-                            // table they are of.
-                            let of_any = found == DmaFaultReason::Vtd(R::FirstStagePointerBeyond)
-                                && (reason, *because)
-                                    == (Some(R::FirstStageAccess), R::FirstStageTopAccess);
-                            (of_any || reason == Some(*because)) && is_recorded(*because, *quiet)
+                            reason == Some(*because) && is_recorded(*because, *quiet)
                         };
                         assert!(faults.iter().any(told), "{reason:?} of {faults:?}; {}", what());
                         let of = (record.high.sid(), record.address(), record.high.t1());

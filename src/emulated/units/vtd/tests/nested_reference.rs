@@ -236,11 +236,15 @@ fn reference(case: &mut Case, request: &TestRequest) -> Result<u64, Blocked> {
         let shift = 12 + 9 * (u32::from(level) - 1);
         let at = table + (iova >> shift & 511) * 8;
         let entry = second(case, at, false).map_err(|(reason, host)| match reason {
-            FaultReason::AddressBeyondGuest => (FaultReason::FirstStagePointerBeyond, host),
-            FaultReason::SecondStageDenied if level == levels => {
+            FaultReason::AddressBeyondGuest if !host => {
+                (FaultReason::FirstStagePointerBeyond, host)
+            }
+            FaultReason::SecondStageDenied | FaultReason::AddressBeyondGuest if level == levels => {
                 (FaultReason::FirstStageTopSecondStageDenied, host)
             }
-            FaultReason::SecondStageDenied => (FaultReason::FirstStageSecondStageDenied, host),
+            FaultReason::SecondStageDenied | FaultReason::AddressBeyondGuest => {
+                (FaultReason::FirstStageSecondStageDenied, host)
+            }
             other => (other, host),
         })?;
         let word = case.words.get(&entry).copied().unwrap_or(0);
