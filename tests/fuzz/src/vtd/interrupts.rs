@@ -236,6 +236,19 @@ fn by_entry(words: [u64; 2], extended: bool, source: u16, index: u16) -> Outcome
     Outcome::Sent(MsiMessage { address, data: data as u32 })
 }
 
+/// An entry that is cached changes, and `said` is enough for it.
+fn cached(world: &mut World, source: u16, index: u64, said: Descriptor) {
+    let at = page::INTERRUPTS * PAGE + index * 16;
+    let message = MsiMessage { address: 0xfee0_0010 | index << 5, data: 0 };
+    let entry = |vector: u64| 1 << 40 | vector << 16 | 1;
+    world.memory.store(at + 8, 0);
+    world.memory.store(at, entry(0x41));
+    world.interrupt(source, message);
+    world.memory.store(at, entry(0x42));
+    world.invalidate_entries(&[said]);
+    world.interrupt(source, message);
+}
+
 /// One round: the guest sets up its table if there is none, changes a word of it, says so or not,
 /// and a device interrupts.
 pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
@@ -274,8 +287,13 @@ pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
         0..=5 => {}
         6..=9 => world.invalidate_entries(&[near(0, index)]),
         10 => world.invalidate_entries(&[near(0, (index + 1) % ENTRIES)]),
-        11 => world.invalidate_entries(&[near(1, index)]),
-        12 => world.invalidate_entries(&[near(said & 3, index ^ 1)]),
+        11 | 12 => {
+            // They differ in the highest bit of the mask: a smaller one would not join them.
+            let mask = said & 3;
+            let highest = (1_u64 << mask) / 2;
+            let other = index ^ (highest | u64::from(what) & highest.saturating_sub(1));
+            cached(world, sid as u16, index, near(mask, other));
+        }
         _ => world.invalidate_entries(&[global]),
     }
     let source = match message >> 2 & 7 {
