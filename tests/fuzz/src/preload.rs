@@ -42,8 +42,9 @@ const DONE: u64 = 7;
 const FAILED: u64 = 8;
 const INSTALL: u64 = 9;
 
-/// Memory of this process that the owner may access. It is a file's, though private: whatever
-/// length a client says, no anonymous memory beside it, such as a heap, is part of its mapping.
+/// Memory of this process that the owner may access. Whatever length a client says, other memory
+/// beside it, such as a heap, is out of its reach: the memory is a private mapping of a file, whose
+/// last page is past the file's end.
 struct Memory(MmapRegion);
 
 impl Memory {
@@ -54,10 +55,12 @@ impl Memory {
         MEMORY_OF_ALL.get_or_init(|| {
             let length = 3 * MEMORY;
             let file = File::from(memfd_create("memory", MemfdFlags::CLOEXEC).expect("memory"));
-            file.set_len(length as u64).expect("memory");
+            file.set_len((length + PAGE) as u64).expect("memory");
             let protection = libc::PROT_READ | libc::PROT_WRITE;
-            let file = FileOffset::new(file, 0);
-            let region = MmapRegion::build(Some(file), length, protection, libc::MAP_PRIVATE);
+            let backing = FileOffset::new(file.try_clone().expect("a descriptor"), 0);
+            let region =
+                MmapRegion::build(Some(backing), length + PAGE, protection, libc::MAP_PRIVATE);
+            file.set_len(length as u64).expect("memory");
             Self(region.expect("memory"))
         })
     }
