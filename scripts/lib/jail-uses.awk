@@ -56,6 +56,9 @@ function made(tid, comm, call,    name, resumed) {
     name = call
     sub(/^<\.\.\. /, "", name)
     sub(/[( ].*/, "", name)
+    # A thread was killed before strace could read which call it is in.
+    if (name == "???")
+        return
     if (!resumed && filters[tid] >= 2 && name != "") {
         if (name == "ioctl") {
             split(call, words, /[(,] */)
