@@ -89,7 +89,8 @@ impl Account {
         let drops = |(command, _): &(Command, Moment)| match *command {
             Command::AtcInv { stream: of, substream: named, global, address: at, size } => {
                 let space = match named {
-                    None => substream.is_none(),
+                    // A request without PASID is of all.
+                    None => true,
                     Some(_) if global => substream.is_some(),
                     Some(named) => substream == Some(named.raw()),
                 };

@@ -62,8 +62,9 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
         Command::CfgiSteRange { stream, range: [0, 3, 5, 31][usize::from(said >> 5 & 3)] };
     let forget = Command::AtcInv {
         stream,
-        substream: dma.substream.and_then(Pasid::new),
-        global: leaf && dma.substream.is_some(),
+        // Without, it is of all.
+        substream: dma.substream.filter(|_| which & 0x80 == 0).and_then(Pasid::new),
+        global: leaf && dma.substream.is_some() && which & 0x80 == 0,
         address: range.address & !(PAGE - 1),
         size: [0, 0, 1, 52][usize::from(said >> 5 & 3)],
     };

@@ -2,20 +2,32 @@
 //! The guest's commands, and what becomes of them.
 
 use twostage::spec::smmuv3::command::{Command, SyncSignal};
+use twostage::spec::smmuv3::queue::{CmdqCons, CommandError};
 use twostage::spec::smmuv3::regs;
 use twostage::spec::smmuv3::StreamId;
 use twostage_emulated::kit::Mmio;
 
 use super::account::is_reserved;
+use super::dma::UNKNOWN;
 use super::image::page;
-use super::naive::Registers;
+use super::naive::{Registers, Walk};
 use super::world::{World, DEVICES};
 use crate::models::memory::PAGE;
+use crate::models::oracle::every;
 
 /// Binary logarithm of the entries of the queue, of a page.
 const COMMAND_BITS: u64 = 8;
 /// Its index, with the bit that says which round it is.
 const COMMAND_MASK: u32 = 2 << COMMAND_BITS;
+
+/// What became of commands and the CMD_SYNC after them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// All are complete, or this one, by number, is the first that is wrong.
+    pub wrong: Option<usize>,
+    /// A CMD_SYNC has told that a device did not answer.
+    pub unanswered: bool,
+}
 
 impl World {
     /// The queues, empty.
@@ -62,19 +74,49 @@ impl World {
         }
         self.is_quiet = false;
         self.smmu.write32(regs::CMDQ_PROD, prod);
-        let errors = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
-        self.read32(regs::CMDQ_CONS) == prod && errors & 1 == 0
+        self.is_consumed()
     }
 
-    /// Submits `commands`, and if they are complete, has the account know.
+    fn is_consumed(&self) -> bool {
+        self.command_error().is_none()
+            && self.read32(regs::CMDQ_CONS) == self.read32(regs::CMDQ_PROD)
+    }
+
+    /// Why the queue stands, if it does.
+    fn command_error(&self) -> Option<CommandError> {
+        let errors = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
+        let code = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS)).err();
+        let error = || CommandError::from_code(code).expect("it says why");
+        (errors & 1 != 0).then(error)
+    }
+
+    /// Submits `commands`, and if they are complete, has the account know. Whether they are, and
+    /// all devices have answered.
     pub fn say(&mut self, commands: &[Command]) -> bool {
+        self.ended(commands) == Ended { wrong: None, unanswered: false }
+    }
+
+    fn ended(&mut self, commands: &[Command]) -> Ended {
         let words: Vec<_> = commands.iter().map(Command::encode).collect();
         self.make_usable();
+        let start = self.read32(regs::CMDQ_PROD);
         let before = self.read32(regs::EVENTQ_PROD);
-        let done = self.submit(&words, true);
+        let mut done = self.submit(&words, true);
+        let mut unanswered = false;
+        while self.command_error() == Some(CommandError::AtcInvSync) {
+            assert!(!unanswered || commands.len() > 1, "a CMD_SYNC tells twice");
+            unanswered = true;
+            // The CMD_SYNC is consumed again.
+            self.smmu.write32(regs::GERRORN, self.read32(regs::GERRORN) ^ 1);
+            done = self.is_consumed();
+        }
         if done {
             let now = self.memory.tick();
-            commands.iter().for_each(|command| self.account.complete(*command, now));
+            for command in commands {
+                if !self.is_for_silent(command) {
+                    self.account.complete(*command, now);
+                }
+            }
         }
         match done && self.has_stalls() {
             true => {
@@ -85,28 +127,62 @@ impl World {
             }
             false => self.may_end(),
         }
+        let read = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS)).rd();
+        let number = (read.wrapping_sub(start) % COMMAND_MASK) as usize;
+        // All, where something else than a command is wrong.
+        let wrong = (!done).then_some(number);
         self.take_answers();
-        done
+        Ended { wrong, unanswered }
     }
 
-    /// The same, and checks whether they are, as far as that is known.
+    /// The same, and checks what becomes of them, as far as that is known.
     pub fn command(&mut self, commands: &[Command]) {
-        let accepted = commands.iter().all(|command| self.accepts(command));
-        let done = self.say(commands);
-        let is_silent = |stream: &StreamId| {
-            let number = DEVICES.iter().position(|rid| u32::from(*rid) == stream.raw());
-            number.is_some_and(|number| self.silent[number])
-        };
-        let asks_silent = commands
-            .iter()
-            .any(|command| matches!(command, Command::AtcInv { stream, .. } if is_silent(stream)));
+        let wrong = commands.iter().position(|command| !self.accepts(command));
+        let (asked, before) = (self.asks_silent(commands), self.is_unanswered);
+        let ended = self.ended(commands);
+        crate::models::trace(|| format!("  {commands:x?}: {ended:?}"));
+        let what = || format!("{ended:?}, {asked:?}: {commands:x?}; {:x?}", self.header);
+        assert_eq!(ended.wrong, wrong, "{}", what());
         // A CMD_SYNC tells of all commands before it.
-        let may_fail = asks_silent || self.is_unanswered;
-        self.is_unanswered = may_fail && !done;
-        crate::models::trace(|| format!("  {commands:x?}: {done}"));
-        if !may_fail {
-            assert_eq!(done, accepted, "{commands:x?}; {:x?}", self.header);
+        match (wrong, asked) {
+            (None, Some(true)) => assert!(ended.unanswered, "{}", what()),
+            (_, Some(false)) if !before => assert!(!ended.unanswered, "{}", what()),
+            _ => {}
         }
+        self.is_unanswered = wrong.is_some() && (before || asked != Some(false));
+    }
+
+    fn is_for_silent(&self, command: &Command) -> bool {
+        let Command::AtcInv { stream, .. } = command else { return false };
+        let number = DEVICES.iter().position(|rid| u32::from(*rid) == stream.raw());
+        number.is_some_and(|number| self.silent[number])
+    }
+
+    /// Whether one of `commands` reaches a device that does not answer; `None`: perhaps.
+    fn asks_silent(&self, commands: &[Command]) -> Option<bool> {
+        let mut may = false;
+        for command in commands.iter().filter(|command| self.is_for_silent(command)) {
+            let Command::AtcInv { stream, .. } = *command else { continue };
+            match self.may_cache(stream) {
+                Some(true) => return Some(true),
+                found => may |= found.is_none(),
+            }
+        }
+        (!may).then_some(false)
+    }
+
+    /// Whether the device of `stream` may cache translations; `None`: not known.
+    fn may_cache(&self, stream: StreamId) -> Option<bool> {
+        let rid = DEVICES.iter().position(|rid| u32::from(*rid) == stream.raw());
+        if !self.is_enabled() || !rid.is_some_and(|number| self.plugged[number]) {
+            return Some(false);
+        }
+        let since = self.account.of(stream.raw().into());
+        let all = every(&self.memory, UNKNOWN, |words| {
+            let mut walk = Walk { words, registers: self.registers(), since: &since };
+            walk.may_cache(stream.raw().into())
+        })?;
+        (all.len() == 1).then(|| all[0])
     }
 
     /// Whether the SMMU executes `command` (§4), and a device that it is for answers.

@@ -16,7 +16,7 @@ use crate::models::memory::{Moment, Places};
 use crate::models::oracle::{every, way};
 
 /// Pages, by number, that the SMMU writes to.
-const UNKNOWN: Range<u64> = page::COMMANDS..page::REQUESTS + 1;
+pub const UNKNOWN: Range<u64> = page::COMMANDS..page::REQUESTS + 1;
 
 /// A transaction of a device.
 #[derive(Debug, Clone, Copy)]
@@ -66,19 +66,15 @@ fn since_of<'a>(account: &'a Account, dma: &Dma, from: Option<usize>) -> OfStrea
 
 impl World {
     /// All that may become of `dma`; `None`: not known.
-    fn outcomes(&mut self, dma: &Dma) -> Option<Vec<Result<u64, End>>> {
+    fn outcomes(&mut self, dma: &Dma) -> Option<Vec<Found>> {
         let Dma { device, substream, address, .. } = *dma;
         if !self.plugged[device] {
-            return Some(vec![Err(End::Silent)]);
+            return Some(vec![Found::without_tables(Err(End::Silent))]);
         }
         if !self.is_enabled() {
             let gbpa = Gbpa::from_bits(self.read32(regs::GBPA));
-            return substream.is_none().then(|| {
-                vec![match gbpa.abort() {
-                    true => Err(End::Silent),
-                    false => Ok(address),
-                }]
-            });
+            let end = if gbpa.abort() { Err(End::Silent) } else { Ok(address) };
+            return substream.is_none().then(|| vec![Found::without_tables(end)]);
         }
         let Some(mut all) = self.found(dma, None) else {
             self.account.used(None);
@@ -88,7 +84,7 @@ impl World {
             let older = self.found(dma, Some(from))?;
             all.extend(older.into_iter().filter(|found| found.ats && found.end.is_ok()));
         }
-        Some(all.into_iter().map(|found| found.end).collect())
+        Some(all)
     }
 
     /// All that `dma` may find; if the device has had a TLB since `from`, by what may be in that.
@@ -101,12 +97,13 @@ impl World {
             walk.translate(stream, substream, address, kind)
         })?;
         all.iter().for_each(|found| self.account.used(Some(found)));
-        for space in all.clone().iter().filter_map(|found| found.space) {
+        for Found { space, ats, .. } in all.clone() {
+            let Some(space) = space else { continue };
             for other in self.account.others(&space, from.is_some())? {
                 let since = since_of(&self.account, dma, from);
                 let found = every(&self.memory, UNKNOWN, |words| {
                     let mut walk = Walk { words, registers, since: &since };
-                    walk.within_space(other, address, kind)
+                    walk.within_space(other, ats, address, kind)
                 })?;
                 all.extend(found);
             }
@@ -129,16 +126,17 @@ impl World {
         self.let_wait();
         self.last = Some(dma);
         let may = self.outcomes(&dma);
+        let refused = |found: &Found| found.end.is_err() || self.is_outside(found);
+        let is_refused = may.as_ref().is_some_and(|may| may.iter().any(refused));
         // One that is not refused has none.
-        let is_refused = |may: &Vec<_>| may.iter().any(Result::is_err);
-        let has_event = self.has_events() && may.as_ref().is_some_and(is_refused);
+        let has_event = self.has_events() && is_refused;
         let next = has_event.then(|| self.drop_events());
         self.is_quiet &= may.is_some();
         let Dma { device, substream: pasid, address, kind } = dma;
         let attributes =
             DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
         let mut bytes = [0; 8];
-        let gpas = may.iter().flatten().filter_map(|end| end.ok());
+        let gpas = may.iter().flatten().filter_map(|found| found.end.ok());
         let places = Places::new(&self.memory, gpas);
         self.serial += 1;
         let value = 0x5e_0000_0000_0000 | self.serial << 12;
@@ -149,8 +147,9 @@ impl World {
         };
         crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
         if let Err(DmaError::PageRequested { group, .. }) = done {
-            let stalls = |may: &Vec<_>| may.contains(&Err(End::Stalls));
-            assert!(may.as_ref().is_none_or(stalls), "{dma:x?}, {may:x?}; {:x?}", self.header);
+            let stalls = |found: &Found| found.end == Err(End::Stalls);
+            let may_stall = may.as_ref().is_none_or(|may| may.iter().any(stalls));
+            assert!(may_stall, "{dma:x?}, {may:x?}; {:x?}", self.header);
             return self.waits(Dma { kind: Kind { write, ..kind }, ..dma }, group);
         }
         let Some(may) = may else { return };
@@ -159,10 +158,9 @@ impl World {
             Ok(()) if write => places.written(&mut self.memory, value, what),
             Ok(()) => places.read(&self.memory, u64::from_le_bytes(bytes), what),
             Err(DmaError::Fault { .. }) => {
-                let outside = |gpa: &u64| self.memory.load(*gpa & !7).is_none();
-                let refused = may.iter().any(|end| match end {
-                    Ok(gpa) => outside(gpa),
-                    Err(end) => *end != End::Stalls,
+                let refused = may.iter().any(|found| match found.end {
+                    Ok(_) => self.is_outside(found),
+                    Err(end) => end != End::Stalls,
                 });
                 assert!(refused, "{}", what());
                 if let Some(next) = next {
@@ -173,15 +171,20 @@ impl World {
         }
     }
 
+    /// Whether `found` is an address that is not memory: the host's stage 2 refuses it.
+    fn is_outside(&self, found: &Found) -> bool {
+        found.end.is_ok_and(|gpa| self.memory.load(gpa & !7).is_none())
+    }
+
     /// The event of `dma`, which was refused as one of `may`, is what it is to be, and the only
     /// one; `next`: where it is to be.
-    fn expect_event(&mut self, dma: &Dma, may: &[Result<u64, End>], next: u32) {
+    fn expect_event(&mut self, dma: &Dma, may: &[Found], next: u32) {
         let what = || format!("{dma:x?}, {may:x?}; {:x?}", self.header);
         // Linux keeps those of its own stage 2. A device that asks for translations is told of a
         // missing one, and nobody else is.
         let asks = self.device_tlbs[dma.device].is_some();
-        let silent = |end: &Result<u64, End>| match end {
-            Err(End::Event(E::Translation | E::Access | E::Permission)) => asks,
+        let silent = |found: &Found| match found.end {
+            Err(End::Event(E::Translation | E::Access | E::Permission)) => asks && found.ats,
             Err(End::Event(_)) => false,
             _ => true,
         };
@@ -192,7 +195,11 @@ impl World {
         }
         assert_eq!(events, 1, "more events for {}", what());
         let id = event.id().unwrap_or_else(|| panic!("{event:x?} for {}", what()));
-        assert!(may.contains(&Err(End::Event(id))), "{event:x?} for {}", what());
+        assert!(
+            may.iter().any(|found| found.end == Err(End::Event(id))),
+            "{event:x?} for {}",
+            what()
+        );
         assert_eq!(event.stream().raw(), u32::from(DEVICES[dma.device]), "{}", what());
         if id.has_substream() {
             let substream = event.substream().map(|substream| substream.raw());

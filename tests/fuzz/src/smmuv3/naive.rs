@@ -47,6 +47,10 @@ pub trait Since {
     fn page(&self, asid: u16, address: u64, shift: u32, granule: u32) -> Moment;
 }
 
+/// Config of a stream table entry, of which other values abort (§5.2).
+const BYPASS: u64 = 4;
+const STAGE1: u64 = 5;
+
 /// Binary logarithms of the granules that TG0 and TG1 of a context descriptor select (§5.4).
 const TG0: [Option<u32>; 4] = [Some(12), Some(16), Some(14), None];
 const TG1: [Option<u32>; 4] = [None, Some(14), Some(12), Some(16)];
@@ -89,6 +93,11 @@ pub struct Found {
 
 impl Found {
     const NOTHING: Self = Self { end: Err(End::Silent), space: None, global: false, ats: false };
+
+    /// What needs no tables.
+    pub fn without_tables(end: Result<u64, End>) -> Self {
+        Self { end, ..Self::NOTHING }
+    }
 }
 
 /// A transaction, after its address.
@@ -178,11 +187,35 @@ impl Walk<'_, '_> {
         Found { end, ..found }
     }
 
-    /// Where `address` leads in `space`.
-    pub fn within_space(&mut self, space: Space, address: u64, kind: Kind) -> Found {
-        let mut found = Found { ats: true, ..Found::NOTHING };
+    /// Where `address` leads in `space`, by an entry with this EATS.
+    pub fn within_space(&mut self, space: Space, ats: bool, address: u64, kind: Kind) -> Found {
+        let mut found = Found { ats, ..Found::NOTHING };
         let end = self.by_context(space.words, true, address, kind, &mut found);
         Found { end, ..found }
+    }
+
+    /// The entry of `stream`, if by that it uses stage 1, or bypasses it. Streams whose entry is
+    /// wrong abort: no host reports that.
+    fn valid_entry(&mut self, stream: u64) -> Result<[u64; 2], End> {
+        let [low, high] = self.entry(stream).map_err(|_| End::Silent)?;
+        let Registers { idr0, idr1, output_bits, .. } = self.registers;
+        let (count, ssid_bits) = (low >> 59, u64::from(idr1 >> 6 & 31));
+        let ats = idr0 >> 10 & 1 != 0;
+        let is_wrong = count > ssid_bits && ssid_bits > 0
+            || (low & 0x000f_ffff_ffff_ffc0) >> output_bits != 0
+            || high >> 27 & 1 != 0 && idr0 >> 24 & 3 == 1
+            || ats && high >> 28 & 3 == 2;
+        match low >> 1 & 7 {
+            BYPASS if low & 1 != 0 => Ok([low, high]),
+            STAGE1 if low & 1 != 0 && !is_wrong => Ok([low, high]),
+            _ => Err(End::Silent),
+        }
+    }
+
+    /// Whether the device of `stream` may cache translations.
+    pub fn may_cache(&mut self, stream: u64) -> bool {
+        let entry = self.valid_entry(stream);
+        entry.is_ok_and(|[low, high]| low >> 1 & 7 == STAGE1 && high >> 28 & 3 != 0)
     }
 
     fn translated(
@@ -193,33 +226,19 @@ impl Walk<'_, '_> {
         kind: Kind,
         found: &mut Found,
     ) -> Result<u64, End> {
-        // Streams whose entry is wrong abort: no host reports that.
-        let [low, high] = self.entry(stream).map_err(|_| End::Silent)?;
-        let Registers { idr0, idr1, output_bits, .. } = self.registers;
-        if low & 1 == 0 {
-            return Err(End::Silent);
-        }
-        match low >> 1 & 7 {
-            // Bit 2: not an abort.
-            0..=3 => return Err(End::Silent),
-            4 if substream.is_none() => return self.untranslated(address),
-            // Substreams are of stage 1.
-            4 => return Err(End::Event(E::BadSubstreamId)),
-            5 => {}
-            _ => return Err(End::Silent),
+        let [low, high] = self.valid_entry(stream)?;
+        if low >> 1 & 7 == BYPASS {
+            return match substream {
+                None => self.untranslated(address),
+                // Substreams are of stage 1.
+                Some(_) => Err(End::Event(E::BadSubstreamId)),
+            };
         }
         found.ats = high >> 28 & 3 != 0;
+        let Registers { idr1, output_bits, .. } = self.registers;
         let ssid_bits = u64::from(idr1 >> 6 & 31);
         let mut count = low >> 59;
         let contexts = low & 0x000f_ffff_ffff_ffc0;
-        let ats = idr0 >> 10 & 1 != 0;
-        if count > ssid_bits && ssid_bits > 0
-            || contexts >> output_bits != 0
-            || high >> 27 & 1 != 0 && idr0 >> 24 & 3 == 1
-            || ats && high >> 28 & 3 == 2
-        {
-            return Err(End::Silent);
-        }
         if ssid_bits == 0 {
             count = 0;
         }
