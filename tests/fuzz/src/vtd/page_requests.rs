@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Page requests of devices, compared with what the registers of their queue say: each is in the
-//! queue until the guest responds, or is answered at once, and never both.
+//! queue until the guest responds, or is answered at once, and never both. One that the guest's
+//! tables refuse is in the fault records. The host ends those of an attachment that ends, which it
+//! does if the entries of its requester have changed, and for nothing else.
 
 use arbitrary::{Result, Unstructured};
 use twostage::iommufd::PageResponseCode;
 use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::vtd::fault::FaultReason as R;
 use twostage::spec::vtd::page_request::{PageRequest, PAGE_REQUEST_SIZE};
 use twostage::spec::vtd::qi::Descriptor;
 use twostage::spec::vtd::regs;
@@ -12,10 +15,11 @@ use twostage_emulated::DmaServices;
 
 use super::dma::Dma;
 use super::image::page;
-use super::naive::{Way, ADDRESS};
+use super::naive::{decide, is_recorded, EntriesSince, Way, Who, ADDRESS};
 use super::walk::Kind;
-use super::world::{World, DEVICES, PASIDS};
-use crate::models::memory::PAGE;
+use super::world::{World, DEVICES, PASIDS, UNKNOWN};
+use crate::models::memory::{Moment, PAGE};
+use crate::models::oracle::way;
 
 /// PRO and PPR.
 const OVERFLOWN: u32 = 2;
@@ -31,7 +35,7 @@ pub struct Asked {
     disabled: [bool; 2],
     /// The queue before a device asks.
     before: Queue,
-    /// How often something happened by which the host may have ended requests.
+    /// How often something happened by which any attachment may have ended.
     pub changes: u32,
 }
 
@@ -42,6 +46,8 @@ struct Open {
     pasid: Option<u32>,
     group: u16,
     changes: u32,
+    /// What the entries of its requester were then, they have been since.
+    since: Moment,
 }
 
 /// The registers of the queue.
@@ -77,19 +83,39 @@ impl World {
         }
     }
 
-    /// PRE of the context entry of the device of `dma`, if that is right as it is now.
-    fn may_ask(&self, dma: &Dma) -> bool {
+    /// Why the guest's tables as they are now refuse requests of the device of `dma` for pages, and
+    /// FPD; `None`: PRE of its context entry is set.
+    fn refusal(&self, dma: &Dma) -> Option<(R, bool)> {
         let device = dma.device;
-        match self.way_of(dma).1.way {
+        let decision = self.way_of(dma).1;
+        match decision.way {
+            Way::Blocked(R::RootTableAddressInvalid) => {
+                return Some((R::RootTableAddressInvalid, false));
+            }
+            _ if self.is_legacy() => return Some((R::PageRequestInLegacyMode, false)),
             // Of root tables, and context entries.
-            Way::Blocked(reason) if matches!(reason.code(), 0x30..=0x42) => return false,
+            Way::Blocked(reason) if matches!(reason.code(), 0x38..=0x42) => {
+                return Some((reason, decision.quiet));
+            }
             _ => {}
         }
         let (bus, devfn) = (u64::from(DEVICES[device] >> 8), u64::from(DEVICES[device] & 0xff));
-        let Some(root) = self.root.filter(|_| !self.is_legacy()) else { return false };
-        let half = self.memory.load((root & ADDRESS) + bus * 16 + devfn / 128 * 8);
-        let context = |half: u64| self.memory.load((half & ADDRESS) + devfn % 128 * 32);
-        half.and_then(context).is_some_and(|low| low >> 4 & 1 != 0)
+        let half = self.memory.load((self.root? & ADDRESS) + bus * 16 + devfn / 128 * 8)?;
+        let context = self.memory.load((half & ADDRESS) + devfn % 128 * 32)?;
+        (context >> 4 & 1 == 0).then_some((R::PageRequestDisabled, context >> 1 & 1 != 0))
+    }
+
+    /// Whether the attachment of `open` may have ended since.
+    fn may_have_ended(&self, open: &Open) -> bool {
+        let who = Who { rid: DEVICES[open.device], pasid: open.pasid };
+        let now = EntriesSince { contexts: Moment::MAX, pasids: Moment::MAX };
+        let (words, _) = way(&self.memory, |it| decide(it, self.offers, self.root, who, now));
+        let has_changed = |gpa: &u64| {
+            let mut last = 0;
+            self.memory.past(*gpa, |_, until| last = last.max(until));
+            last > open.since || UNKNOWN.contains(&(gpa / PAGE))
+        };
+        open.changes != self.asked.changes || words.iter().any(has_changed)
     }
 
     /// Does `dma`, of a device that asks for what it does not find.
@@ -111,11 +137,12 @@ impl World {
         let at = tail & (size - 1);
         let next = (at + PAGE_REQUEST_SIZE) & (size - 1);
         let is_memory = base.checked_add(at).is_some_and(|at| self.memory.load(at).is_some());
-        let serves = self.status().tes() && self.may_ask(dma) && !self.asked.disabled[device];
+        let listens = self.status().tes() && !self.asked.disabled[device];
+        let refusal = self.refusal(dma).filter(|_| listens);
         let invalid = Becomes::Answered(PageResponseCode::Invalid);
         let success = Becomes::Answered(PageResponseCode::Success);
         let (becomes, after) = match () {
-            () if !serves => (invalid, before),
+            () if !listens || refusal.is_some() => (invalid, before),
             () if status & OVERFLOWN != 0 => (success, before),
             () if base == 0 => (invalid, before),
             () if next == head => (success, Queue { status: status | OVERFLOWN, ..before }),
@@ -128,6 +155,16 @@ impl World {
         let queue = self.request_queue();
         let what = || format!("{dma:x?} in {group}: {found:x?}, {before:x?}, {queue:x?}");
         assert_eq!((found, queue), (becomes, after), "{}", what());
+        let told = refusal.filter(|(reason, quiet)| is_recorded(*reason, *quiet));
+        // T1 and T2: a page request.
+        let address = iova & !(PAGE - 1);
+        let told = told.map(|(reason, _)| (reason.code(), DEVICES[device], address, pasid, 0b01));
+        let record = self.fault_record().map(|record| {
+            let kind = u8::from(record.high.t1()) << 1 | u8::from(record.high.t2());
+            let pasid = record.high.pp().then_some(record.high.pv());
+            (record.high.fr(), record.high.sid(), record.address(), pasid, kind)
+        });
+        assert_eq!(record, told, "{}", what());
         if becomes == Becomes::Queued {
             let word = |of: u64| self.memory.load(base + at + of * 8).unwrap_or(0);
             let request = PageRequest {
@@ -144,7 +181,9 @@ impl World {
             let words = [word(0), word(1), word(2), word(3)];
             assert_eq!(PageRequest::decode(words), Some(request), "{words:x?}; {}", what());
             let changes = self.asked.changes;
-            self.asked.open.push(Open { device, pasid, group, changes });
+            let entries = self.account.since(Who { rid: DEVICES[device], pasid });
+            let since = entries.contexts.min(entries.pasids);
+            self.asked.open.push(Open { device, pasid, group, changes, since });
         }
     }
 
@@ -155,7 +194,8 @@ impl World {
             return;
         }
         let number = usize::from(number) % count;
-        let Open { device, pasid, group, changes } = self.asked.open[number];
+        let open = self.asked.open[number];
+        let Open { device, pasid, group, .. } = open;
         let named = if right { pasid } else { pasid.map_or(Some(1), |_| None) };
         let response = Descriptor::PageGroupResponse {
             requester: Bdf::from_raw(DEVICES[device]),
@@ -172,8 +212,8 @@ impl World {
             (true, _) => Some(PageResponseCode::Invalid),
         };
         // The host answers, too, when an attachment ends.
-        let ended = changes != self.asked.changes && answer == Some(PageResponseCode::Invalid);
-        assert!(answer == expected || ended, "{response:x?}: {answer:?}");
+        let ended = answer == Some(PageResponseCode::Invalid) && self.may_have_ended(&open);
+        assert!(answer == expected || ended, "{response:x?}: {answer:?}, {open:x?}");
         if answer.is_some() {
             self.asked.open.swap_remove(number);
         }

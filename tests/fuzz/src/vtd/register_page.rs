@@ -75,9 +75,19 @@ impl World {
         }
     }
 
+    /// What a write of `bytes`, which are fewer than a word and in one, makes of that: where it is,
+    /// and its value, if it is memory.
+    pub fn merged(&self, offset: u64, bytes: &[u8]) -> Option<(u64, u32)> {
+        let (word, first) = (offset & !3, offset as usize & 3);
+        let is_part = !bytes.is_empty() && first + bytes.len() <= 4;
+        let mut all = self.lent().filter(|_| is_part)?.load(word).to_le_bytes();
+        all[first..first + bytes.len()].copy_from_slice(bytes);
+        Some((word, u32::from_le_bytes(all)))
+    }
+
     /// Writes registers, as a guest does: to memory, if they are that.
     pub fn put_registers(&mut self, offset: u64, bytes: &[u8]) {
-        let is_words = matches!(bytes.len(), 4 | 8) && offset.is_multiple_of(4);
+        let is_words = matches!(bytes.len(), 4 | 8) && offset.is_multiple_of(bytes.len() as u64);
         if !is_words {
             self.iommu.take_page_back();
         }
@@ -122,7 +132,7 @@ impl World {
         }
     }
 
-    /// Lends the page, if there is nothing that speaks against it.
+    /// Lends the page, which is lent if nothing speaks against it, and otherwise is not.
     fn lend(&mut self, refuses: bool) {
         self.settle();
         let paged = self.paged.get_or_insert_with(|| {
@@ -143,10 +153,34 @@ impl World {
             || self.read32(regs::ICS) & 1 != 0
             || self.read32(regs::PRS) & 3 != 0;
         let runs = status.tes() && status.qies();
-        if self.iommu.lend_page(slot) {
-            assert!(runs && !pending && !refuses, "{status:?}, pending: {pending}");
-        }
+        let lends = self.iommu.lend_page(slot);
+        assert_eq!(lends, runs && !pending && !refuses, "{status:?}, pending: {pending}");
     }
+}
+
+/// Registers that do nothing by themselves. Commands and the tail are looked at, as the guest waits
+/// for them.
+const OFFSETS: [u64; 8] = [
+    regs::FECTL,
+    regs::FEADDR,
+    regs::FEDATA,
+    regs::IECTL,
+    regs::IEADDR,
+    regs::PECTL,
+    regs::IRTA,
+    regs::FEUADDR,
+];
+
+/// A part of the word at `offset` is written in memory, which does as much as a write of the word.
+fn write_part(world: &mut World, offset: u64, bytes: &[u8]) {
+    world.settle();
+    let whole = world.merged(offset, bytes);
+    world.write(offset, bytes);
+    let Some((word, value)) = whole else { return };
+    let found = world.read32(word);
+    world.iommu.take_page_back();
+    world.write32(word, value);
+    assert_eq!(world.read32(word), found, "{offset:#x}: {bytes:x?}");
 }
 
 /// The page is lent, or taken back, or the guest writes to it without being looked at.
@@ -156,17 +190,6 @@ pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
         0..=3 => world.lend(how & 0xf0 == 0xf0),
         4 => world.iommu.take_page_back(),
         5 => {
-            // Commands and the tail are looked at, as the guest waits for them.
-            const OFFSETS: [u64; 8] = [
-                regs::FECTL,
-                regs::FEADDR,
-                regs::FEDATA,
-                regs::IECTL,
-                regs::IEADDR,
-                regs::PECTL,
-                regs::IRTA,
-                regs::FEUADDR,
-            ];
             let [of, value]: [u8; 2] = input.arbitrary()?;
             let offset = OFFSETS[usize::from(of & 7)];
             let value = u32::from(value) << (of >> 3);
@@ -179,7 +202,13 @@ pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
                 world.iommu.keep_page(page);
             }
         }
-        _ => {}
+        _ => {
+            let [of, low, high]: [u8; 3] = input.arbitrary()?;
+            let size = 1 + usize::from(of >> 3 & 1);
+            let at = OFFSETS[usize::from(of & 7)] + u64::from(of >> 4 & 3);
+            world.lend(false);
+            write_part(world, at, &[low, high][..size]);
+        }
     }
     world.check_page();
     Ok(())

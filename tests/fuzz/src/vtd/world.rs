@@ -179,9 +179,15 @@ impl World {
 
     /// Any write of registers, with what it means for the account.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
-        // What these change ends no request.
-        let of_queues = [regs::IQT, regs::FSTS, regs::PQA, regs::PQH, regs::PRS];
-        self.asked.changes += u32::from(!of_queues.contains(&offset));
+        if bytes.len() < 4 {
+            self.settle();
+            if let Some((word, value)) = self.merged(offset, bytes) {
+                // Memory does not tell that what it has was written again.
+                return if self.read32(word) != value {
+                    self.write32(word, value)
+                };
+            }
+        }
         let is_access = matches!(bytes.len(), 4 | 8) && offset.is_multiple_of(bytes.len() as u64);
         // GCMD is the lower half of its slot.
         if !is_access || offset != regs::GCMD {
@@ -213,6 +219,7 @@ impl World {
             self.interrupts.forget(now);
         }
         if command.srtp() || before.tes() != after.tes() {
+            self.asked.changes += 1;
             self.account.entries(&Self::everyone(), now);
         }
     }
@@ -332,10 +339,6 @@ impl World {
     /// Submits `descriptors`, and if they are complete, has the account know.
     pub fn say(&mut self, descriptors: &[Descriptor]) -> bool {
         let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
-        let ends_none = |of: &Descriptor| {
-            matches!(of, Descriptor::Wait { .. } | Descriptor::PageGroupResponse { .. })
-        };
-        self.asked.changes += u32::from(!descriptors.iter().all(ends_none));
         let done = self.submit(&words, true);
         if done {
             let now = self.memory.tick();
@@ -382,7 +385,6 @@ impl World {
     /// A function goes, or comes back.
     pub fn plug(&mut self, number: usize) {
         let rid = Bdf::from_raw(DEVICES[number]);
-        self.asked.changes += 1;
         if self.plugged[number] {
             self.iommu.remove_device(rid);
             self.nesting.remove_device(rid).expect("the host does not fail");
