@@ -70,6 +70,8 @@ pub enum Way {
 pub enum Reach {
     /// To the data in this page.
     Data(usize),
+    /// The device is not behind this IOMMU.
+    Gone,
     /// The device has no tables, and no way past them.
     Blocked,
     /// The tables refuse it.

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest with a virtual IOMMU on the emulated host. Its driver is the test kit's, which makes
-//! tables of every kind, and two devices of the host do DMA by them.
+//! A guest with a virtual IOMMU on an emulated host. Its driver is the test kit's, which makes
+//! tables of every kind, and two devices do DMA by them, of one host or of two.
 //!
 //! The guest invalidates whatever it has changed, in one of the ways that are enough. So each DMA
 //! gets where a naive account of the tables says, through each interface that devices use, or
-//! nowhere, and the guest is told of it. At the end the host has no object.
+//! nowhere, and the guest is told of it. The VMM takes devices away and gives them back, resets the
+//! IOMMU, and restores it from a snapshot. At the end the hosts have no object.
 
 mod account;
 mod smmuv3;
@@ -13,6 +14,7 @@ mod vtd;
 use std::sync::Arc;
 
 use twostage::iommufd::{HostIommu, ObjectId};
+use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage_emulated::{
     DmaAttributes, DmaMemory, EmulatedHost, EmulatedUnit, ObjectGraph, UnitId,
@@ -63,32 +65,60 @@ trait Guest {
     fn told(&self) -> Option<(u16, u64)>;
     /// Whether it is told of requests of devices without tables.
     fn tells_of_blocked(&self) -> bool;
-    fn end(&self);
+    /// The VMM takes a device away, or gives it back.
+    fn plug(&self, ground: &Ground, device: usize, present: bool);
+    fn reset(&self);
+    /// Another unit takes its place, restored from a snapshot.
+    fn restore(&mut self, ground: &Ground);
+    fn end(self: Box<Self>);
 }
 
 /// What the guest's unit is on.
 struct Ground {
-    host: Arc<EmulatedHost>,
+    /// Each device's host: one, or two.
+    hosts: [Arc<EmulatedHost>; 2],
     memory: Memory,
+    /// Guest memory on each device's host: on one host it is the same.
+    ioas: [Arc<GuestIoas>; 2],
     devices: [ObjectId; 2],
+    present: [bool; 2],
 }
 
 impl Ground {
-    fn new(unit: impl Into<EmulatedUnit>, pasid_bits: u8) -> Self {
+    fn new<U: Into<EmulatedUnit>>(two: bool, unit: impl Fn() -> U, pasid_bits: u8) -> Self {
         let range = (GuestAddress(0), MEMORY);
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&[range]).expect("memory"));
-        let host = EmulatedHost::new();
-        let unit: UnitId = host.add_unit(unit);
-        let mut device = 0;
-        let devices = NAMES.map(|name| {
-            let place = Bdf::new(0, 8 + device, 0).expect("a function");
+        let host = || {
+            let host = EmulatedHost::new();
+            let unit: UnitId = host.add_unit(unit());
+            (host, unit)
+        };
+        let first = host();
+        let second = if two { host() } else { first.clone() };
+        let bind = |(host, unit): &(Arc<EmulatedHost>, UnitId), number: u8| {
+            let (name, place) = (NAMES[usize::from(number)], Bdf::new(0, 8 + number, 0));
             let config = twostage_emulated::DeviceConfig::default().with_pasid_bits(pasid_bits);
-            host.add_device(name, unit, place, config).expect("a new device");
-            device += 1;
+            let place = place.expect("a function");
+            host.add_device(name, *unit, place, config).expect("a new device");
             host.device_bind(name).expect("nobody has it")
-        });
-        Self { host, memory, devices }
+        };
+        let devices = [bind(&first, 0), bind(&second, 1)];
+        let hosts = [first.0, second.0];
+        let ioas = memories(&hosts, &memory);
+        Self { hosts, memory, ioas, devices, present: [true; 2] }
     }
+}
+
+/// `memory` on the host of each device.
+fn memories([near, far]: &[Arc<EmulatedHost>; 2], memory: &Memory) -> [Arc<GuestIoas>; 2] {
+    let ioas = |host: &Arc<EmulatedHost>| {
+        let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
+        ioas.map_all(memory).expect("memory");
+        ioas
+    };
+    let first = ioas(near);
+    let second = if Arc::ptr_eq(near, far) { first.clone() } else { ioas(far) };
+    [first, second]
 }
 
 struct World {
@@ -100,14 +130,15 @@ struct World {
 /// One execution.
 pub fn run(input: &mut Input<'_>) {
     let choice = input.byte();
+    let two = choice & 0x18 == 0x18;
     let (ground, guest): (_, Box<dyn Guest>) = match choice % 4 {
         0 | 1 => {
-            let ground = Ground::new(vtd::unit(), vtd::PASID_BITS);
+            let ground = Ground::new(two, vtd::unit, vtd::PASID_BITS);
             let guest = vtd::Driven::new(&ground, choice % 4 == 1);
             (ground, Box::new(guest))
         }
         _ => {
-            let ground = Ground::new(smmuv3::unit(), 0);
+            let ground = Ground::new(two, smmuv3::unit, 0);
             let guest = smmuv3::Driven::new(&ground);
             (ground, Box::new(guest))
         }
@@ -170,7 +201,12 @@ impl World {
                 self.give(usize::from(how & 1), pasid, way, how);
             }
             14 => self.switch(how & 7 != 0),
-            _ => self.look(),
+            _ => match how % 8 {
+                0..=2 => self.look(),
+                3 => self.reset(),
+                4 | 5 => self.plug(usize::from(how >> 7)),
+                _ => self.restore(),
+            },
         }
     }
 
@@ -205,6 +241,24 @@ impl World {
         }
     }
 
+    fn reset(&mut self) {
+        self.guest.reset();
+        self.account.on = false;
+    }
+
+    /// The guest moves, with its memory.
+    fn restore(&mut self) {
+        self.ground.ioas = memories(&self.ground.hosts, &self.ground.memory);
+        self.guest.restore(&self.ground);
+    }
+
+    /// The VMM takes a device away, or gives it back.
+    fn plug(&mut self, device: usize) {
+        let present = !self.ground.present[device];
+        self.guest.plug(&self.ground, device, present);
+        self.ground.present[device] = present;
+    }
+
     /// A device reads a byte, or writes one, through one of the interfaces.
     fn dma(
         &mut self,
@@ -216,7 +270,7 @@ impl World {
     ) {
         let pasid = pasid.filter(|_| self.guest.has(0).0 && self.account.on);
         let attributes = DmaAttributes { pasid, ..DmaAttributes::default() };
-        let mut port = self.ground.host.dma_port(NAMES[device]).expect("it is there");
+        let mut port = self.ground.hosts[device].dma_port(NAMES[device]).expect("it is there");
         let memory = (*self.ground.memory).clone();
         let mut byte = [write.unwrap_or_default()];
         let done = match (interface % 4, write) {
@@ -238,7 +292,10 @@ impl World {
                 }
             }
         };
-        let reach = self.account.reach((device, pasid), iova, write.is_some());
+        let reach = match self.ground.present[device] {
+            true => self.account.reach((device, pasid), iova, write.is_some()),
+            false => Reach::Gone,
+        };
         assert_eq!(done, matches!(reach, Reach::Data(_)), "{device} at {iova:#x}: {reach:?}");
         if let Reach::Data(page) = reach {
             match write {
@@ -256,6 +313,7 @@ impl World {
             let fault = (rid(device).raw(), iova & !(PAGE - 1));
             match reach {
                 Reach::Data(_) => assert_eq!(told, None, "of a fault that was none"),
+                Reach::Gone => assert_eq!(told, None, "of a device that is not there"),
                 Reach::Blocked => {
                     let told_of = self.guest.tells_of_blocked().then_some(fault);
                     assert_eq!(told, told_of, "of a device that is blocked");
@@ -267,18 +325,23 @@ impl World {
         }
     }
 
-    /// The host's objects as people see them.
+    /// The hosts' objects as people see them.
     fn look(&self) {
-        graph::check_text(&graph::checked(&self.ground.host));
+        for host in &self.ground.hosts {
+            graph::check_text(&graph::checked(host));
+        }
     }
 
     fn end(self) {
         self.look();
         self.guest.end();
-        for device in self.ground.devices {
-            self.ground.host.device_unbind(device).expect("it is bound");
+        let Ground { hosts, devices, ioas, .. } = self.ground;
+        drop(ioas);
+        for (host, device) in hosts.iter().zip(devices) {
+            host.device_unbind(device).expect("it is bound");
         }
-        let nothing = ObjectGraph { objects: Vec::new(), pinned_bytes: 0 };
-        assert_eq!(self.ground.host.graph(), nothing);
+        for host in &hosts {
+            assert_eq!(host.graph(), ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+        }
     }
 }

@@ -4,7 +4,6 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use twostage::nesting::GuestIoas;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::unit::{Smmuv3, Smmuv3Builder};
 use twostage_emulated::kit::smmuv3::{cfgi_cd, Completion, Driver, Entry};
@@ -13,6 +12,7 @@ use twostage_emulated::{SmmuV3Unit, SmmuV3UnitConfig};
 
 use super::account::{Leaf, Way, LARGE, TABLES};
 use super::{rid, Change, Ground, Guest, FREE, NAMES};
+use crate::models::threads::IdleThreads;
 use crate::models::Quiet;
 
 /// ASIDs: of a table, this and its number.
@@ -33,16 +33,26 @@ pub struct Driven {
 
 impl Driven {
     pub fn new(ground: &Ground) -> Self {
-        let ioas = GuestIoas::new(ground.host.clone()).expect("an IOAS");
-        ioas.map_all(&ground.memory).expect("memory");
-        let builder = Smmuv3Builder::new(ioas, ground.memory.clone(), Arc::new(Quiet));
-        let [near, far] = ground.devices;
-        let builder = builder.device(rid(0), near, NAMES[0]).device(rid(1), far, NAMES[1]);
-        let unit = Arc::new(builder.build().expect("what the host has"));
+        let unit = Arc::new(builder(ground).build().expect("what the hosts have"));
         let driver = Driver::new(Pages::new(ground.memory.clone(), FREE), unit.clone());
         let tables = [(); TABLES].map(|()| driver.page());
         Self { unit, driver, tables, started: Cell::new(false) }
     }
+}
+
+/// What makes the guest's unit, with the devices that are present.
+fn builder(ground: &Ground) -> Smmuv3Builder {
+    let interrupts = Arc::new(Quiet);
+    let mut builder = Smmuv3Builder::new(ground.ioas[0].clone(), ground.memory.clone(), interrupts)
+        .threads(Arc::new(IdleThreads))
+        .without_devices();
+    for (device, present) in ground.present.into_iter().enumerate() {
+        if present {
+            let (rid, name) = (rid(device), NAMES[device]);
+            builder = builder.device_on(&ground.ioas[device], rid, ground.devices[device], name);
+        }
+    }
+    builder
 }
 
 impl Guest for Driven {
@@ -118,7 +128,31 @@ impl Guest for Driven {
         false
     }
 
-    fn end(&self) {
+    fn plug(&self, ground: &Ground, device: usize, present: bool) {
+        let (rid, dev, name) = (rid(device), ground.devices[device], NAMES[device]);
+        match present {
+            true => {
+                self.unit.add_device_on(&ground.ioas[device], rid, dev, name).expect("as before")
+            }
+            false => self.unit.remove_device(rid).expect("it is there"),
+        }
+    }
+
+    fn reset(&self) {
+        self.unit.reset().expect("the hosts do it");
+        self.started.set(false);
+    }
+
+    fn restore(&mut self, ground: &Ground) {
+        let state = self.unit.snapshot().expect("it has not ended");
+        self.unit.shutdown().expect("nothing is left");
+        let builder = builder(ground);
+        self.unit = Arc::new(builder.restore(&state).expect("what it was"));
+        self.unit.drain_queue();
+        self.driver = self.driver.moved(self.driver.pages.clone(), self.unit.clone());
+    }
+
+    fn end(self: Box<Self>) {
         self.unit.shutdown().expect("nothing is left");
     }
 }

@@ -5,7 +5,6 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Pasid;
 use twostage::spec::vtd::qi::{AddressMask, ContextScope, Descriptor, IotlbScope};
 use twostage::spec::vtd::regs::{Gcmd, GCMD};
@@ -17,6 +16,7 @@ use twostage_emulated::{VtdUnit, VtdUnitConfig};
 
 use super::account::{Leaf, Way, TABLES};
 use super::{rid, Change, Ground, Guest, FREE, NAMES, PASID};
+use crate::models::threads::IdleThreads;
 use crate::models::Quiet;
 
 /// Width of PASIDs.
@@ -51,14 +51,10 @@ pub struct Driven {
 
 impl Driven {
     pub fn new(ground: &Ground, legacy: bool) -> Self {
-        let ioas = GuestIoas::new(ground.host.clone()).expect("an IOAS");
-        ioas.map_all(&ground.memory).expect("memory");
         let config = VtdConfig::default().with_pasid_bits(Some(PASID_BITS));
         let config = config.with_second_stage(true).with_nest(true);
-        let builder = VtdBuilder::new(ioas, ground.memory.clone(), Arc::new(Quiet)).config(&config);
-        let [near, far] = ground.devices;
-        let builder = builder.device(rid(0), near, NAMES[0]).device(rid(1), far, NAMES[1]);
-        let unit = Arc::new(builder.build().expect("what the host has"));
+        let unit = builder(ground).config(&config).build();
+        let unit = Arc::new(unit.expect("what the hosts have"));
         let driver = Driver::new(Pages::new(ground.memory.clone(), FREE), unit.clone());
         let (tables, second) = ([(); TABLES].map(|()| driver.page()), driver.page());
         Self { unit, driver, tables, second, legacy, started: Cell::new(false) }
@@ -72,6 +68,21 @@ impl Driven {
             _ => Kind::First,
         }
     }
+}
+
+/// What makes the guest's unit, with the devices that are present.
+fn builder(ground: &Ground) -> VtdBuilder {
+    let interrupts = Arc::new(Quiet);
+    let mut builder = VtdBuilder::new(ground.ioas[0].clone(), ground.memory.clone(), interrupts)
+        .threads(Arc::new(IdleThreads))
+        .without_devices();
+    for (device, present) in ground.present.into_iter().enumerate() {
+        if present {
+            let (rid, name) = (rid(device), NAMES[device]);
+            builder = builder.device_on(&ground.ioas[device], rid, ground.devices[device], name);
+        }
+    }
+    builder
 }
 
 impl Guest for Driven {
@@ -173,7 +184,31 @@ impl Guest for Driven {
         true
     }
 
-    fn end(&self) {
+    fn plug(&self, ground: &Ground, device: usize, present: bool) {
+        let (rid, dev, name) = (rid(device), ground.devices[device], NAMES[device]);
+        match present {
+            true => {
+                self.unit.add_device_on(&ground.ioas[device], rid, dev, name).expect("as before")
+            }
+            false => self.unit.remove_device(rid).expect("it is there"),
+        }
+    }
+
+    fn reset(&self) {
+        self.unit.reset().expect("the hosts do it");
+        self.started.set(false);
+    }
+
+    fn restore(&mut self, ground: &Ground) {
+        let state = self.unit.snapshot().expect("it has not ended");
+        self.unit.shutdown().expect("nothing is left");
+        let builder = builder(ground);
+        self.unit = Arc::new(builder.restore(&state).expect("what it was"));
+        self.unit.drain_queue();
+        self.driver = self.driver.moved(self.driver.pages.clone(), self.unit.clone());
+    }
+
+    fn end(self: Box<Self>) {
         self.unit.shutdown().expect("nothing is left");
     }
 }
