@@ -117,8 +117,8 @@ impl Guest for Driven {
     }
 
     fn told(&self) -> Option<(u16, u64)> {
-        // A thread brings events.
-        self.unit.nesting().quiesce().expect("a moment is enough");
+        // Each host's thread brings events.
+        self.unit.nestings().iter().for_each(|host| host.quiesce().expect("a moment is enough"));
         let event = self.driver.take_event()?;
         Some((event.stream().raw() as u16, event.input_address))
     }
