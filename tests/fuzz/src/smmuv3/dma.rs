@@ -147,9 +147,18 @@ impl World {
         };
         crate::models::trace(|| format!("  {dma:x?}: {done:x?}, {may:x?}"));
         if let Err(DmaError::PageRequested { group, .. }) = done {
-            let stalls = |found: &Found| found.end == Err(End::Stalls);
-            let may_stall = may.as_ref().is_none_or(|may| may.iter().any(stalls));
-            assert!(may_stall, "{dma:x?}, {may:x?}; {:x?}", self.header);
+            let waits = |found: &Found| match found.end {
+                Err(End::Event(E::Translation | E::Access | E::Permission)) => self.header.requests,
+                // Not in the host's stage 2, or not recorded.
+                Err(End::Outside | End::Silent) => self.header.requests,
+                Ok(_) => self.header.requests && self.is_outside(found),
+                end => end == Err(End::Stalls),
+            };
+            let may_wait = may.as_ref().is_none_or(|may| may.iter().any(waits));
+            assert!(may_wait, "{dma:x?}, {may:x?}; {:x?}", self.header);
+            if self.header.requests {
+                return self.asked(&Dma { kind: Kind { write, ..kind }, ..dma }, group);
+            }
             return self.waits(Dma { kind: Kind { write, ..kind }, ..dma }, group);
         }
         let Some(may) = may else { return };

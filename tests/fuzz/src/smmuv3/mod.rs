@@ -8,8 +8,8 @@
 //!
 //! Every DMA is compared with a naive walk of the tables ([`naive`]): where the guest has said that
 //! they changed ([`account`]), the DMA finds what they have now; where it has not, what they have
-//! or had. In some executions, so are the events of those that are refused. At the end nothing is
-//! left.
+//! or had. In some executions, so are the events of those that are refused, and requests for pages
+//! are with the registers of their queue ([`page_requests`]). At the end nothing is left.
 
 mod account;
 mod again;
@@ -18,6 +18,7 @@ mod dma;
 mod events;
 mod image;
 mod naive;
+mod page_requests;
 mod stalls;
 mod world;
 
@@ -59,10 +60,11 @@ enum Step {
     Again,
     DeviceTlb,
     Resume,
+    Ask,
 }
 
 impl Step {
-    fn of(number: u8) -> Self {
+    fn of(number: u8, header: &Header) -> Self {
         use Step::*;
         const STEPS: [(Step, u8); 16] = [
             (Dma, 8),
@@ -85,6 +87,7 @@ impl Step {
         match number {
             0xf0..=0xf2 => DeviceTlb,
             0xf3..=0xf6 => Resume,
+            0xf7.. if header.requests => Ask,
             _ => weighted(&STEPS, number),
         }
     }
@@ -104,7 +107,7 @@ pub fn run(bytes: &[u8]) {
 }
 
 fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
-    let next = Step::of(input.arbitrary()?);
+    let next = Step::of(input.arbitrary()?, &world.header);
     crate::models::trace(|| format!("{next:?} {:?}", input.peek_bytes(input.len().min(6))));
     match next {
         Step::Dma => {
@@ -202,6 +205,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
                 }
                 all.push(words);
             }
+            world.asked.changes += 1;
             world.submit(&all, count % 2 == 0);
             world.may_end();
             world.is_unanswered |= world.silent.contains(&true);
@@ -269,6 +273,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             world.enable(true);
         }
         Step::Again => again::again(world, input)?,
+        Step::Ask => page_requests::step(world, input)?,
         Step::Resume => world.resume(input.arbitrary()?),
         Step::DeviceTlb => {
             let how: u8 = input.arbitrary()?;

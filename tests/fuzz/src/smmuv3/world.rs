@@ -23,6 +23,7 @@ use super::account::Account;
 use super::dma::Dma;
 use super::image::{image, page};
 use super::naive::{Registers, OUTPUT_BITS};
+use super::page_requests::Asked;
 use super::stalls::Waiting;
 use crate::models::memory::{Memory, PAGE, SIZE};
 use crate::models::threads::{IdleThreads, NoThreads};
@@ -48,6 +49,8 @@ pub struct Header {
     pub sanitized: bool,
     /// Transactions of the devices may stall.
     pub stalls: bool,
+    /// Devices can ask for pages.
+    pub requests: bool,
 }
 
 impl Header {
@@ -64,6 +67,7 @@ impl Header {
             ats: bit(5) && second & 0x0f != 0x0c,
             sanitized: bit(6),
             stalls: second & 0x0f == 0x0c,
+            requests: bit(5) && second & 0x0f == 0x0d,
         }
     }
 }
@@ -92,17 +96,25 @@ fn is_apart(register: u64, value: u64) -> bool {
     last < PAGE || at >= SIZE || own.contains(&at) && own.contains(&last)
 }
 
-/// Counts what it is sent.
+/// Takes interrupts, and counts those of the PRI queue that are no messages.
 #[derive(Debug, Default)]
 pub struct Messages(AtomicU64);
 
+impl Messages {
+    pub fn of_pages(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 impl SmmuInterrupts for Messages {
     fn message(&self, _: u64, _: u32) -> bool {
-        self.0.fetch_add(1, Ordering::Relaxed);
         true
     }
 
-    fn wire(&self, _: SmmuInterrupt) {}
+    fn wire(&self, interrupt: SmmuInterrupt) {
+        let of_pages = interrupt == SmmuInterrupt::PageQueue;
+        self.0.fetch_add(of_pages.into(), Ordering::Relaxed);
+    }
 }
 
 /// See the [module's documentation](self).
@@ -132,6 +144,9 @@ pub struct World {
     pub is_unanswered: bool,
     /// Transactions that stall.
     pub waiting: Vec<Waiting>,
+    /// Page requests.
+    pub asked: Asked,
+    pub messages: Arc<Messages>,
 }
 
 impl World {
@@ -145,6 +160,7 @@ impl World {
         let unit = SmmuV3UnitConfig::default()
             .with_ssid_bits(4)
             .with_ats(header.ats)
+            .with_page_requests(header.requests)
             .with_stalls(header.stalls)
             .with_sanitize(header.sanitized)
             .with_range_invalidation(header.ranges)
@@ -161,6 +177,7 @@ impl World {
                 .with_pasid_priv(true)
                 .with_pasid_exec(true)
                 .with_ats(header.ats)
+                .with_pri(header.requests)
                 .with_stalls(header.stalls);
             host.add_device(name, id, rid, config).expect("a new device");
             host.device_bind(name).expect("it is there")
@@ -169,9 +186,10 @@ impl World {
         ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
         let offered = SmmuConfig::default()
             .with_ats(header.ats)
+            .with_page_requests(header.requests)
             .with_stalls(header.stalls)
             .with_range_invalidation(header.ranges);
-        let threads: Arc<dyn ThreadStart> = match header.events {
+        let threads: Arc<dyn ThreadStart> = match header.events || header.requests {
             true => Arc::new(IdleThreads),
             false => Arc::new(NoThreads),
         };
@@ -186,7 +204,7 @@ impl World {
             .collect();
         let config = offered.intersect(&units).expect("the host has it all");
         let (side, messages) = (nesting.clone(), Arc::<Messages>::default());
-        let smmu = Smmu::new(&config, memory.map.clone(), side, messages, None);
+        let smmu = Smmu::new(&config, memory.map.clone(), side, messages.clone(), None);
         let smmu = smmu.expect("a configuration");
         nesting.set_fault_target(Arc::downgrade(&smmu) as Weak<dyn EventTarget>);
         for rid in DEVICES {
@@ -200,7 +218,8 @@ impl World {
             devices,
             ports: DEVICES.map(|rid| {
                 let mut port = unit.port(rid);
-                port.set_services(DmaServices { page_requests: true, wait_for_pages: false });
+                let page_requests = !header.requests;
+                port.set_services(DmaServices { page_requests, wait_for_pages: false });
                 port
             }),
             unit,
@@ -214,6 +233,8 @@ impl World {
             silent: [false; 2],
             is_unanswered: false,
             waiting: Vec::new(),
+            asked: Asked::default(),
+            messages,
         };
         if header.enabled {
             world.set_tables();
@@ -258,6 +279,10 @@ impl World {
             // The entries of all streams are read; context descriptors may be those of before.
             let now = self.memory.tick();
             self.account.complete(Command::CfgiSteRange { stream: StreamId(0), range: 30 }, now);
+            self.asked.changes += 1;
+            if before {
+                self.ended_requests(None);
+            }
         }
     }
 
@@ -301,6 +326,7 @@ impl World {
         if self.plugged[number] {
             self.smmu.remove_device(rid);
             self.nesting.remove_device(rid).expect("the host does not fail");
+            self.ended_requests(Some(number));
         } else {
             self.nesting.add_device(rid, self.devices[number]).expect("it is added");
             self.smmu.add_device(rid).expect("it is served");
@@ -316,6 +342,7 @@ impl World {
         self.may_end();
         self.is_quiet = false;
         self.smmu.reset().expect("the host does not fail");
+        self.ended_requests(None);
         let now = self.memory.tick();
         self.account.everything(now);
         self.device_tlbs = self.device_tlbs.map(|from| from.map(|_| 0));
@@ -365,9 +392,10 @@ impl World {
     }
 
     /// Ends everything; nothing may be left.
-    pub fn end(self) {
+    pub fn end(mut self) {
+        self.nesting.shutdown().expect("the host does not fail");
+        self.ended_requests(None);
         let Self { smmu, nesting, host, unit, devices, ports, waiting, .. } = self;
-        nesting.shutdown().expect("the host does not fail");
         waiting.iter().for_each(|waiting| waiting.has_ended(&ports));
         drop((smmu, ports, unit));
         assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
