@@ -65,9 +65,9 @@ pub mod inside {
     }
     pub mod pci {
         pub use crate::pci::{
-            BarPlacement, Bridge, BusNumbers, ConfigLender, ConfigPage, Ecam, EventLine,
-            EventVector, HostBridge, InterruptVector, IntxRouter, Location, MsiMessage, PageLoan,
-            PasidCapabilities, PciBus, PciFunction, PciMemory,
+            BarPlacement, Bridge, BusNumbers, ConfigLender, ConfigPage, ConfigSpace, Ecam,
+            EventLine, EventVector, HostBridge, InterruptVector, IntxRouter, Location, MsiMessage,
+            PageLoan, PasidCapabilities, PciBus, PciFunction, PciMemory,
         };
     }
     pub mod vfio {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the fuzzers of the IOMMU models share: the guest's memory with its past, every way in which
-//! a naive walk of tables may come out, threads, and who takes interrupts.
+//! What fuzzers share: the guest's memory with its past, every way in which a naive walk of tables
+//! may come out, MSI-X, threads, and who takes interrupts.
 
 pub mod memory;
+pub mod msix;
 pub mod oracle;
 pub mod threads;
 

@@ -10,7 +10,7 @@ use twostage::sync::Mutex;
 use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
 use twostage_emulated::PageTries;
-use twostage_vmm::inside::pci::{ConfigLender, ConfigPage, InterruptVector, MsiMessage, PageLoan};
+use twostage_vmm::inside::pci::{ConfigLender, ConfigPage, PageLoan};
 use twostage_vmm::inside::virtio::Doorbells;
 use twostage_vmm::inside::{DmaError, DmaMaster, ServiceControl, Services};
 use vmm_sys_util::eventfd::EventFd;
@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// Bytes of memory for DMA.
 pub const MEMORY: usize = 0x4000;
 
-/// Counts messages of all kinds, and DMA requests.
+/// Counts DMA requests, and messages that are such.
 #[derive(Default)]
 pub struct Counts {
     messages: AtomicU64,
@@ -31,16 +31,7 @@ impl Counts {
     }
 }
 
-pub struct Vector(pub Arc<Counts>);
-
-impl InterruptVector for Vector {
-    fn update(&self, _: Option<MsiMessage>) {}
-
-    fn trigger(&self) {
-        self.0.messages.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
+/// Takes what DMA writes to where messages go.
 pub struct Sink(pub Arc<Counts>);
 
 impl InterruptSink for Sink {

@@ -20,11 +20,11 @@ use twostage_vmm::inside::{
 };
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::around::{
-    Control, Counted, Counts, Lender, Memory, NoDoorbells, Pages, Sink, Vector, MEMORY,
-};
+use super::around::{Control, Counted, Counts, Lender, Memory, NoDoorbells, Pages, Sink, MEMORY};
+use super::edu::Watched;
 use super::naive;
 use crate::input::Input;
+use crate::models::msix::{Sent, Vector};
 
 /// Their number: the host bridge, `edu`, virtio, the port, the bridge to PCI, `edu` behind it.
 pub const FUNCTIONS: usize = 6;
@@ -45,6 +45,7 @@ const ECAM: u64 = 0xb000_0000;
 pub struct Machine {
     bus: Arc<PciBus>,
     pub functions: [Arc<dyn PciFunction>; FUNCTIONS],
+    edus: [Arc<Watched>; 2],
     virtio: Arc<VirtioPci>,
     counts: Arc<Counts>,
     /// The level of each GSI.
@@ -65,8 +66,6 @@ impl Machine {
         let router = IntxRouter::new(Arc::new(move |gsi, level| {
             driven.lock().insert(gsi, level);
         }));
-        let vector =
-            || -> Result<Arc<dyn InterruptVector>, _> { Ok(Arc::new(Vector(counts.clone()))) };
         let start = PCI_MMIO_START as u32;
         let numbers = BusNumbers { primary: 0, secondary: 1, subordinate: 2 };
         let port = Arc::new(Bridge::new("port", BridgeKind::Port, numbers, None));
@@ -83,6 +82,11 @@ impl Machine {
             let services = Services::default();
             let bytes = vec![0x5a; MEMORY];
             let memory = Memory { counts: counts.clone(), bytes, services, control };
+            let messages = [(); 2].map(|()| Arc::<Sent>::default());
+            let [by_vectors, by_msi] = messages.clone();
+            let vector = || -> Result<Arc<dyn InterruptVector>, _> {
+                Ok(Arc::new(Vector::new(by_vectors.clone())))
+            };
             let sink = Arc::new(Sink(counts.clone()));
             let memory: Box<dyn DmaMaster> = match number {
                 0 => Box::new(memory),
@@ -91,23 +95,30 @@ impl Machine {
                     Box::new(Counted(counts.clone(), Box::new(DirectMemory(memory))))
                 }
             };
-            let memory = Box::new(MessageWrites::new(memory, sink.clone()));
-            Edu::new(config, location, bars, pin, sink, &vector, memory).expect("no thread")
+            let memory = Box::new(MessageWrites::new(memory, sink));
+            let edu = Edu::new(config, location, bars, pin, by_msi, &vector, memory);
+            let behind: [super::edu::Way; 2] = [(to_pci.clone(), 2), (port.clone(), 1)];
+            let ways = behind.into_iter().filter(|_| number == 1).collect();
+            Arc::new(Watched::new(edu.expect("no thread"), ways, messages))
         };
         let (ats, pri) = (choice & 1 != 0, choice & 2 != 0);
         let pasid_bits = if choice & 4 != 0 { 20 } else { 0 };
         let config = EduConfig { ats, pri, pasid_bits, dma_mask: u64::MAX, ..EduConfig::default() };
         let location = Location { way: None, bar: start + 0x10_0000 };
-        let first = Arc::new(edu(0, &config, location, [start, start + 0x4000]));
+        let first = edu(0, &config, location, [start, start + 0x4000]);
         let far = start + WINDOW as u32;
         let location = Location { way: Some(to_pci.way().clone()), bar: far };
         let more = [far + 0x10_0000, far + 0x10_4000];
-        let behind = Arc::new(edu(1, &EduConfig::default(), location, more));
+        let behind = edu(1, &EduConfig::default(), location, more);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory");
         let backend = Box::new(Rng::open("/dev/zero".as_ref()).expect("zeroes"));
         let location = Location { way: None, bar: start + 0x8000 };
         let reach = DeviceMemory::direct(memory);
         let doorbells = Arc::new(NoDoorbells);
+        let unheard = Arc::<Sent>::default();
+        let vector = || -> Result<Arc<dyn InterruptVector>, _> {
+            Ok(Arc::new(Vector::new(unheard.clone())))
+        };
         let virtio =
             VirtioPci::new("rng".into(), backend, reach, location, &vector, doorbells, None);
         let virtio = Arc::new(virtio.expect("descriptors"));
@@ -127,6 +138,7 @@ impl Machine {
         let pages = Pages::default();
         bus.lend_config(ECAM, &Lender(pages.clone())).expect("memory");
         let bus = Arc::new(bus);
+        let edus = [first.clone(), behind.clone()];
         let functions: [Arc<dyn PciFunction>; FUNCTIONS] =
             [host, first, virtio.clone(), port, to_pci, behind];
         Self {
@@ -134,6 +146,7 @@ impl Machine {
             ports: twostage_vmm::inside::ConfigPorts::new(bus.clone()),
             bus,
             functions,
+            edus,
             virtio,
             counts,
             lines,
@@ -308,34 +321,35 @@ impl Machine {
 
     /// Whether an `edu` may make requests: if not, it makes none in `act`.
     fn quiet(&self, function: usize, act: impl FnOnce(&dyn PciFunction)) -> bool {
-        let device = &self.functions[function];
-        if ![EDU, BEHIND].contains(&function) {
-            return false;
-        }
+        let device = match function {
+            EDU => &self.edus[0],
+            BEHIND => &self.edus[1],
+            _ => return false,
+        };
         let before = self.counts.both();
         act(&**device);
-        let numbers: &[(usize, u8)] =
-            if function == BEHIND { &[(TO_PCI, 2), (PORT, 1)] } else { &[] };
-        let ways = numbers.iter().map(|(bridge, number)| (&*self.functions[*bridge], *number));
-        let may = naive::may_request(&**device, ways);
+        let may = device.may_request();
         if !may {
             assert_eq!(self.counts.both(), before, "a request of who may make none");
         }
         may
     }
 
-    /// Enables MSI-X with the first vector unmasked.
+    /// Enables MSI-X or masks it, and writes one of the first vectors.
     pub fn enable_msix(&self, function: usize, choice: u8) {
         let device = &self.functions[function];
         let Some(msix) = naive::capability(&**device, 0x11) else { return };
         self.write_config(function, msix + 2, &[0, choice & 0xc0], false);
         let (bar, table) = if function == VIRTIO { (0, 0x4000) } else { (1, 0) };
-        device.write_bar(bar, table, &0xfee0_0000_u64.to_le_bytes());
-        device.write_bar(bar, table + 8, &[choice, 0, 0, 0, choice & 1, 0, 0, 0]);
-        let mut entry = [0; 8];
-        device.read_bar(bar, table + 8, &mut entry);
-        assert_eq!(entry, [choice, 0, 0, 0, choice & 1, 0, 0, 0]);
-        device.read_bar(bar, if bar == 0 { 0x5000 } else { 0x1000 }, &mut entry);
+        let entry = table + 16 * u64::from(choice >> 1 & 1);
+        let address = 0xfee0_0000 | u64::from(choice & 0x3c) << 30;
+        let control = [choice ^ 0x80, 0, 0, 0, choice & 1, 0, 0, 0];
+        device.write_bar(bar, entry, &address.to_le_bytes());
+        device.write_bar(bar, entry + 8, &control);
+        let mut data = [0; 8];
+        device.read_bar(bar, entry + 8, &mut data);
+        assert_eq!(data, control);
+        device.read_bar(bar, if bar == 0 { 0x5000 } else { 0x1000 }, &mut data);
     }
 
     /// Each line is the OR of the pins of its functions.

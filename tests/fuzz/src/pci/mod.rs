@@ -5,9 +5,11 @@
 //!
 //! After each step what the guest sees agrees: a page of configuration space that it has as memory
 //! with reads that exit, BARs with what answers at their addresses, interrupt lines with the
-//! functions' registers, and who makes requests with who may.
+//! functions' registers, who makes requests with who may, and messages and pending bits of an `edu`
+//! with those of a naive one.
 
 mod around;
+mod edu;
 #[cfg(target_arch = "x86_64")]
 mod ioapic;
 mod machine;
