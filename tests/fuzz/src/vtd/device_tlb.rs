@@ -24,14 +24,16 @@ impl World {
 /// what it has not forgotten serves the same DMA again.
 pub fn round(world: &mut World, dma: Dma, how: u8) {
     let uses = |world: &mut World| {
-        let before = world.unit.counters();
+        let before = world.hosts.unit(dma.device).counters();
         world.dma(dma);
-        let VtdCounters { device_tlb_hits, device_tlb_misses, .. } = world.unit.counters();
+        let VtdCounters { device_tlb_hits, device_tlb_misses, .. } =
+            world.hosts.unit(dma.device).counters();
         (device_tlb_hits - before.device_tlb_hits, device_tlb_misses - before.device_tlb_misses)
     };
     world.dma(dma);
-    // One that is refused is not cached, and what is not translated may be cached at any size.
-    if uses(world) != (1, 0) || world.way_of(&dma).1.way == Way::Bypass {
+    // One that is refused, or blocked as hosts fail, is not cached, and what is not translated may
+    // be cached at any size.
+    if world.hosts.fail || uses(world) != (1, 0) || world.way_of(&dma).1.way == Way::Bypass {
         return;
     }
     let own = dma.pasid.and_then(Pasid::new);

@@ -183,18 +183,20 @@ impl World {
                 let starved = self.header.mirrored
                     && found == DmaFaultReason::Vtd(R::PasidEntryNotPresent)
                     && may.iter().all(|outcome| matches!(outcome, Outcome::Gets { .. }))
-                    && self.may_be_too_much();
+                    && (self.hosts.have_failed || self.may_be_too_much());
                 let faults = self.faults(&dma, &may, starved);
                 // A device TLB that gets no translation is no fault: see the section on ATS.
-                let silent =
-                    may.contains(&Outcome::Fails) || self.caching[device] && self.plugged[device];
+                let silent = may.contains(&Outcome::Fails)
+                    || self.caching[device] && self.plugged[device]
+                    || self.hosts.fail && !self.status().tes();
                 match self.fault_record() {
                     Some(record) => {
                         let reason = R::from_code(record.high.fr());
                         let told = |(because, quiet): &(R, bool)| {
                             reason == Some(*because) && is_recorded(*because, *quiet)
                         };
-                        assert!(faults.iter().any(told), "{reason:?} of {faults:?}; {}", what());
+                        let told = faults.iter().any(told) || self.hosts.fail;
+                        assert!(told, "{reason:?} of {faults:?}; {}", what());
                         let of = (record.high.sid(), record.address(), record.high.t1());
                         let expected = (DEVICES[device], iova & !0xfff, !kind.write);
                         assert_eq!(of, expected, "{}", what());
@@ -203,7 +205,8 @@ impl World {
                     }
                     None => {
                         let quiet =
-                            faults.iter().any(|(because, quiet)| !is_recorded(*because, *quiet));
+                            faults.iter().any(|(because, quiet)| !is_recorded(*because, *quiet))
+                                || self.hosts.fail && self.may_be_quiet(&dma);
                         assert!(silent || quiet, "nothing of {faults:?} is recorded; {}", what());
                     }
                 }
@@ -217,7 +220,7 @@ impl World {
                     Outcome::Gets { unless_flags, .. } => unless_flags,
                     Outcome::Fails => false,
                 };
-                assert!(may.iter().any(asks), "{}", what());
+                assert!(may.iter().any(asks) || self.hosts.fail, "{}", what());
                 self.asked(&dma, group);
             }
             Err(_) => panic!("{}", what()),
@@ -252,6 +255,13 @@ impl World {
             }
         }
         faults
+    }
+
+    /// Whether FPD may be set for `dma`.
+    fn may_be_quiet(&self, dma: &Dma) -> bool {
+        let who = Who { rid: DEVICES[dma.device], pasid: dma.pasid };
+        let decisions = self.decisions(&self.account, who, None);
+        decisions.is_none_or(|all| all.iter().any(|decision| decision.quiet))
     }
 
     /// The fault of `dma`, by `decision`, where no hardware walks the tables: the reason is that of

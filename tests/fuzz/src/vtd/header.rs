@@ -27,6 +27,10 @@ pub struct Header {
     pub requests: bool,
     /// The most pieces of all mirrors: in some executions fewer than the tables have.
     pub pieces: u64,
+    /// Calls to hosts may fail.
+    pub fails: bool,
+    /// Each device is of a host of its own.
+    pub two_hosts: bool,
 }
 
 impl Header {
@@ -36,6 +40,7 @@ impl Header {
         // Mirrors are of one stage.
         let mirrored = bit(first, 4) && start != Start::Nested;
         let device_tlbs = bit(first, 5) && !mirrored;
+        let fails = second & 0xf0 == 0xe0;
         Self {
             start,
             caching_mode: bit(first, 3) || mirrored,
@@ -48,8 +53,12 @@ impl Header {
             supervisor: bit(second, 2) && !mirrored,
             sanitized: bit(second, 3),
             enabled: second & 0xf0 != 0xf0,
-            requests: device_tlbs && !start.is_legacy() && second & 0x70 == 0x50,
+            requests: device_tlbs
+                && !start.is_legacy()
+                && (second & 0x70 == 0x50 || fails && bit(first, 6)),
             pieces: if mirrored && bit(second, 2) { 12 } else { 1000 },
+            fails,
+            two_hosts: second & 0xf0 == 0xd0 || fails && bit(first, 7),
         }
     }
 

@@ -2,8 +2,9 @@
 //! What a guest and its devices can do to a virtual VT-d, decoded from bytes.
 //!
 //! One execution is one guest from start to end, with two devices, on a host that nests its tables
-//! or has them mirrored. Its tables translate at the start ([`image`]); then it changes words of
-//! them, writes registers, has the unit invalidate, and devices do DMA.
+//! or has them mirrored, or on two; in some executions calls to hosts fail ([`hosts`]). Its tables
+//! translate at the start ([`image`]); then it changes words of them, writes registers, has the
+//! unit invalidate, and devices do DMA, go and come back.
 //!
 //! Every DMA is compared with a naive walk of the tables ([`naive`], then [`walk`]): where the
 //! guest has said that they changed ([`account`]), the DMA finds what they have now; where it has
@@ -17,6 +18,7 @@ mod again;
 mod device_tlb;
 mod dma;
 mod header;
+mod hosts;
 mod image;
 mod interrupts;
 mod mirrors;
@@ -48,6 +50,9 @@ const MAX_STEPS: usize = 48;
 /// From this number on, steps are those that came last.
 const LAST_STEPS: u8 = 224;
 
+/// From this number on, hosts fail in executions where they do.
+const FAILURES: u8 = 232;
+
 /// What happens next.
 #[derive(Debug, Clone, Copy)]
 enum Step {
@@ -70,6 +75,7 @@ enum Step {
     Interrupt,
     Page,
     Ask,
+    Fail,
 }
 
 impl Step {
@@ -106,7 +112,9 @@ impl Step {
 pub fn run(bytes: &[u8]) {
     let mut input = Unstructured::new(bytes);
     let header = input.arbitrary().unwrap_or_default();
-    let mut world = World::new(Header::of(header));
+    let header = Header::of(header);
+    let fails = if header.fails { input.arbitrary().unwrap_or_default() } else { 0 };
+    let mut world = World::new(header, fails);
     for _ in 0..MAX_STEPS {
         if input.is_empty() || step(&mut world, &mut input).is_err() {
             break;
@@ -116,7 +124,10 @@ pub fn run(bytes: &[u8]) {
 }
 
 fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
-    let next = Step::of(input.arbitrary()?);
+    let next = match input.arbitrary()? {
+        FAILURES.. if world.header.fails => Step::Fail,
+        number => Step::of(number),
+    };
     crate::models::trace(|| format!("{next:?} {:?}", input.peek_bytes(input.len().min(6))));
     match next {
         Step::Dma => {
@@ -186,17 +197,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             let descriptors = descriptors.collect::<Result<Vec<_>>>()?;
             world.invalidate(&descriptors);
         }
-        Step::Flush => {
-            let everything = [
-                Descriptor::ContextCache(ContextScope::Global),
-                Descriptor::PasidCache(PasidCacheScope::Global),
-                iotlb(IotlbScope::Global),
-            ];
-            match world.is_legacy() {
-                true => world.invalidate(&[everything[0], everything[2]]),
-                false => world.invalidate(&everything),
-            }
-        }
+        Step::Flush => world.flush(),
         Step::RawDescriptors => {
             let count = input.arbitrary::<u8>()? % 3 + 1;
             let mut all = Vec::new();
@@ -276,6 +277,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             world.set_root(how & 1 != 0);
         }
         Step::Again => again::again(world, input)?,
+        Step::Fail => hosts::step(world, input)?,
         Step::Ask => page_requests::step(world, input)?,
         Step::Page => register_page::step(world, input)?,
         Step::Interrupt => interrupts::step(world, input)?,

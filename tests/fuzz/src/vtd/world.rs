@@ -1,24 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The machine of one execution: a guest, the virtual unit, its host, two devices.
+//! The machine of one execution: a guest, the virtual unit, its hosts, two devices.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use twostage::iommufd::{HostIommu, ObjectId, Protection};
-use twostage::nesting::vtd::{Nesting, Serving, VtdNesting};
-use twostage::nesting::GuestIoas;
+use twostage::nesting::vtd::Nesting;
 use twostage::spec::pci::Bdf;
-use twostage::spec::vtd::qi::{Descriptor, InterruptEntryScope, IotlbScope, StatusWrite};
+use twostage::spec::vtd::qi::{
+    ContextScope, Descriptor, InterruptEntryScope, IotlbScope, PasidCacheScope, StatusWrite,
+};
 use twostage::spec::vtd::regs::{self, Fsts, Gcmd, Gsts, Iqa, Rtaddr};
-use twostage::viommu::vtd::{FaultTarget, VtdIommu};
+use twostage::unit::{Vtd, VtdBuilder};
+use twostage::viommu::vtd::VtdIommu;
 use twostage::viommu::InterruptSink;
-use twostage_emulated::{DeviceConfig, DmaPort, DmaServices, EmulatedHost, ObjectGraph, VtdUnit};
+use twostage_emulated::{DmaPort, DmaServices};
 
 use super::account::Account;
 use super::dma::Dma;
 use super::header::Header;
+use super::hosts::Hosts;
 use super::image::{image, page};
 use super::interrupts::{Entries, Listener};
+use super::iotlb;
 use super::naive::{decide, Decision, Offers, Who};
 use super::page_requests::Asked;
 use super::register_page::Paged;
@@ -27,6 +30,8 @@ use crate::models::oracle::{every, Oracle};
 
 /// The functions.
 pub const DEVICES: [u16; 2] = [0x20, 0x28];
+/// What they are called.
+pub const NAMES: [&str; 2] = ["a", "b"];
 /// PASIDs that requests have.
 pub const PASIDS: u32 = 4;
 /// The status of a wait that is complete.
@@ -49,10 +54,8 @@ pub struct World {
     pub header: Header,
     pub memory: Memory,
     pub iommu: Arc<VtdIommu>,
-    pub nesting: Arc<VtdNesting>,
-    pub unit: Arc<VtdUnit>,
-    host: Arc<EmulatedHost>,
-    pub devices: [ObjectId; 2],
+    unit: Vtd,
+    pub hosts: Hosts,
     pub ports: [DmaPort; 2],
     pub offers: Offers,
     /// RTADDR as it was latched.
@@ -72,58 +75,41 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(header: Header) -> Self {
+    /// `fails`: see [`Hosts::new`].
+    pub fn new(header: Header, fails: u8) -> Self {
         let (start, levels) = (header.start, header.levels());
         let memory = Memory::new(("vtd", start as u64 * 8 + levels), || image(start, levels));
-        let unit = VtdUnit::new(header.unit());
-        let host = EmulatedHost::new();
-        let id = host.add_unit(unit.clone());
-        let devices = ["a", "b"].map(|name| {
-            let rid = Bdf::from_raw(DEVICES[usize::from(name == "b")]);
-            let config = DeviceConfig::default().with_pasid_bits(4).with_pasid_priv(true);
-            let config = config.with_ats(true).with_pri(header.requests);
-            host.add_device(name, id, rid, config).expect("a new device");
-            host.device_bind(name).expect("it is there")
-        });
-        let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
-        ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
+        let hosts = Hosts::new(&header, &memory, fails);
         let way = match header.mirrored {
             true => Nesting::Off { pieces: header.pieces },
             false => Nesting::On,
         };
-        let offered = header.offered();
-        let serving = Serving::new(way, memory.map.clone(), offered.clone());
-        let nesting = Arc::new(VtdNesting::serving(ioas, serving));
-        for (rid, dev) in DEVICES.into_iter().zip(devices) {
-            nesting.add_device(Bdf::from_raw(rid), dev).expect("it is added");
-        }
-        let units = DEVICES.map(|rid| {
-            nesting.host_unit(Bdf::from_raw(rid), String::new()).expect("it is behind a VT-d")
-        });
-        let config = offered.intersect(&units).expect("the host has it all");
-        let (side, sink) = (nesting.clone(), Arc::<Interrupts>::default());
-        let iommu = VtdIommu::new(&config, memory.map.clone(), side, sink, None);
-        let iommu = iommu.expect("a configuration");
-        nesting.set_fault_target(Arc::downgrade(&iommu) as Weak<dyn FaultTarget>);
-        for rid in DEVICES {
-            iommu.add_device(Bdf::from_raw(rid)).expect("the host serves it");
-        }
+        let build = || {
+            let (ioas, sink) = (hosts.ioas(0).clone(), Arc::<Interrupts>::default());
+            let builder = VtdBuilder::new(ioas, memory.map.clone(), sink);
+            let mut builder = builder.config(&header.offered()).nesting(way);
+            for (number, rid) in DEVICES.into_iter().enumerate() {
+                let (rid, dev) = (Bdf::from_raw(rid), hosts.devices[number]);
+                builder = builder.device_on(hosts.ioas(number), rid, dev, NAMES[number]);
+            }
+            builder.build()
+        };
+        let unit = hosts.retried(build);
+        let iommu = unit.model().clone();
         let capabilities = iommu.capabilities();
         let offers =
             Offers { cap: capabilities.cap.into_bits(), ecap: capabilities.ecap.into_bits() };
         let mut world = Self {
             header,
             memory,
-            nesting,
-            host,
-            devices,
-            ports: DEVICES.map(|rid| {
-                let mut port = unit.port(rid);
+            ports: [0, 1].map(|number| {
+                let mut port = hosts.unit(number).port(DEVICES[number]);
                 port.set_services(DmaServices { page_requests: false, wait_for_pages: false });
                 port
             }),
             iommu,
             unit,
+            hosts,
             offers,
             root: None,
             account: Account::default(),
@@ -202,7 +188,15 @@ impl World {
         let interrupts = self.read64(regs::IRTA);
         self.put_registers(offset, bytes);
         self.settle();
-        let after = self.status();
+        let mut after = self.status();
+        let is_done = after.tes() == command.te() && (after.rtps() || !command.srtp());
+        if self.hosts.fail && !is_done {
+            // Once more, when nothing fails.
+            self.hosts.stop_failing();
+            self.put_registers(offset, bytes);
+            self.settle();
+            after = self.status();
+        }
         assert_eq!(after.tes(), command.te(), "{before:?} {command:?}");
         assert_eq!(after.qies(), command.qie(), "{before:?} {command:?}");
         let now = self.memory.tick();
@@ -328,12 +322,26 @@ impl World {
     }
 
     /// Submits `descriptors`, which are complete if the unit accepts them all. Where tables are
-    /// mirrored and have too much, they may fail.
+    /// mirrored and have too much, or hosts fail, they may fail.
     pub fn invalidate(&mut self, descriptors: &[Descriptor]) {
         let accepted = descriptors.iter().all(|descriptor| self.accepts(descriptor));
         let done = self.say(descriptors);
-        let failed = accepted && !done && self.header.mirrored && self.may_be_too_much();
+        let too_much = || self.header.mirrored && self.may_be_too_much();
+        let failed = accepted && !done && (self.hosts.fail || too_much());
         assert!(done == accepted || failed, "{done}: {descriptors:x?}; {:x?}", self.header);
+    }
+
+    /// Invalidates everything.
+    pub fn flush(&mut self) {
+        let everything = [
+            Descriptor::ContextCache(ContextScope::Global),
+            Descriptor::PasidCache(PasidCacheScope::Global),
+            iotlb(IotlbScope::Global),
+        ];
+        match self.is_legacy() {
+            true => self.invalidate(&[everything[0], everything[2]]),
+            false => self.invalidate(&everything),
+        }
     }
 
     /// Submits `descriptors`, and if they are complete, has the account know.
@@ -384,14 +392,14 @@ impl World {
 
     /// A function goes, or comes back.
     pub fn plug(&mut self, number: usize) {
+        let Self { unit, hosts, .. } = self;
         let rid = Bdf::from_raw(DEVICES[number]);
         if self.plugged[number] {
-            self.iommu.remove_device(rid);
-            self.nesting.remove_device(rid).expect("the host does not fail");
+            hosts.retried(|| unit.remove_device(rid));
             self.ended_requests(Some(number));
         } else {
-            self.nesting.add_device(rid, self.devices[number]).expect("it is added");
-            self.iommu.add_device(rid).expect("it is served");
+            let (ioas, dev) = (hosts.ioas(number), hosts.devices[number]);
+            hosts.retried(|| unit.add_device_on(ioas, rid, dev, NAMES[number]));
         }
         self.plugged[number] ^= true;
         let now = self.memory.tick();
@@ -402,7 +410,7 @@ impl World {
 
     /// The machine is reset.
     pub fn reset(&mut self) {
-        self.iommu.reset().expect("the host does not fail");
+        self.hosts.retried(|| self.unit.reset());
         self.ended_requests(None);
         (self.root, self.interrupts.table) = (None, 0);
         let now = self.memory.tick();
@@ -413,13 +421,11 @@ impl World {
 
     /// Ends everything; nothing may be left.
     pub fn end(self) {
-        let Self { iommu, nesting, host, devices, ports, .. } = self;
-        nesting.shutdown().expect("the host does not fail");
+        let Self { iommu, unit, mut hosts, ports, .. } = self;
         drop((iommu, ports));
-        assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
-        for dev in devices {
-            host.device_unbind(dev).expect("it is bound");
-        }
-        assert_eq!(host.graph(), ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+        hosts.give_up_memory();
+        hosts.retried(|| unit.shutdown());
+        drop(unit);
+        hosts.end();
     }
 }
