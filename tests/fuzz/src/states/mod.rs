@@ -3,29 +3,26 @@
 //!
 //! A snapshot with some of everything is changed here and there, as JSON. What can still be read is
 //! restored on a host that may refuse one call. That is refused with an error, and the host blocks
-//! everything; or the virtual IOMMU has that very state, and whatever is done with it next, nothing
-//! panics.
+//! everything; or the virtual IOMMU has that very state, and the host was told the decisions in it,
+//! and nothing else. Whatever is done next, the host has what the virtual IOMMU says that it has.
 
-use std::collections::BTreeSet;
-use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+mod host;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{json, Value};
-use twostage::spec::pci::Bdf;
-use twostage::spec::smmuv3::command::Command;
+use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::smmuv3::StreamId;
-use twostage::viommu::smmuv3::{
-    Smmu, SmmuConfig, SmmuHostSide, SmmuInvalidateError, SmmuState, StreamPolicy,
-};
+use twostage::viommu::smmuv3::{Smmu, SmmuConfig, SmmuState, StreamPolicy};
 use twostage::viommu::vtd::{
-    DmaFault, FaultTarget, Invalidation, Policy, RequesterConfig, VtdConfig, VtdHostSide, VtdIommu,
-    VtdState,
+    DmaFault, FaultTarget, Policy, RequesterConfig, VtdConfig, VtdIommu, VtdState,
 };
-use twostage::viommu::{HostSideError, Requester, RestoreError};
+use twostage::viommu::Requester;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::models::Quiet;
+use host::Host;
 
 /// Size of guest memory, in bytes.
 const MEMORY: u64 = 0x1_0000;
@@ -57,12 +54,14 @@ fn vtd(input: &mut Input<'_>) {
     if pasids.sum::<u64>() > MAX_PASIDS {
         return;
     }
-    let host = input.host();
+    let host = Host::new(input.byte());
     let restored = VtdIommu::restore(&state, input.memory(), host.clone(), Arc::new(Quiet), None);
+    let decided = vtd_decisions(&state).map(|(who, config, _)| (who, config)).collect();
     let unit = match restored {
         Ok(unit) => unit,
-        Err(error) => return host.refused(&error),
+        Err(error) => return host.refused(&error, &decided),
     };
+    host.restored(&decided);
     assert_eq!(unit.snapshot().expect("it is not halted"), merged(state.clone()));
     for offset in (0..0x1000).step_by(8) {
         unit.mmio_read(offset, &mut [0; 8]);
@@ -73,9 +72,33 @@ fn vtd(input: &mut Input<'_>) {
     let fault = DmaFault { requester, address, write, execute, privileged, reason, stage2 };
     unit.dma_fault(&fault);
     unit.drain_queue();
-    unit.snapshot().expect("it is not halted");
+    host.has(vtd_decisions(&unit.snapshot().expect("it is not halted")));
     unit.reset().or_else(|_| unit.reset()).expect("the host refuses one call at most");
-    assert_eq!(unit.snapshot().expect("it is not halted").functions.len(), state.functions.len());
+    let now = unit.snapshot().expect("it is not halted");
+    host.has(vtd_decisions(&now));
+    // As after power-on, all that has no PASID passes.
+    let open = host.open().into_iter().map(|(who, config)| (who, config.policy));
+    let functions = state.functions.iter().map(|it| (Requester::rid(it.rid), Policy::Bypass));
+    assert!(open.eq(functions), "{:?}", host.open());
+    assert_eq!(now.functions.len(), state.functions.len());
+}
+
+/// Whom the state has decided about, how, and whether the host has applied that.
+fn vtd_decisions(
+    state: &VtdState,
+) -> impl Iterator<Item = (Requester, RequesterConfig, bool)> + use<'_> {
+    state.functions.iter().flat_map(|function| {
+        let rid = function.rid;
+        let own = function.decision.map(|it| (Requester::rid(rid), it.config, it.applied));
+        let pasids = function.pasids.iter().flat_map(move |run| {
+            (run.first..=run.last).map(move |pasid| {
+                let mut config = run.decision.config;
+                config.tag.pasid = pasid;
+                (Requester { rid, pasid: Pasid::new(pasid) }, config, run.decision.applied)
+            })
+        });
+        own.into_iter().chain(pasids)
+    })
 }
 
 /// The same state as a unit says it: neighbours that are decided alike are one run.
@@ -104,19 +127,37 @@ fn smmuv3(input: &mut Input<'_>) {
         Err(_) if changes > 0 => return,
         Err(error) => panic!("the snapshot itself is none: {error}"),
     };
-    let host = input.host();
+    let host = Host::new(input.byte());
+    let decided: BTreeMap<_, _> = smmu_decisions(&state).map(|(who, it, _)| (who, it)).collect();
     let smmu = match Smmu::restore(&state, input.memory(), host.clone(), Arc::new(Quiet), None) {
         Ok(smmu) => smmu,
-        Err(error) => return host.refused(&error),
+        Err(error) => return host.refused(&error, &decided),
     };
+    host.restored(&decided);
     assert_eq!(smmu.snapshot().expect("it is not halted"), state);
     for offset in (0..0x200).chain(0x1_0000..0x1_00d0).step_by(4) {
         smmu.mmio_read(offset, &mut [0; 4]);
     }
     smmu.drain_queue();
-    smmu.snapshot().expect("it is not halted");
+    host.has(smmu_decisions(&smmu.snapshot().expect("it is not halted")));
     smmu.reset().or_else(|_| smmu.reset()).expect("the host refuses one call at most");
-    assert_eq!(smmu.snapshot().expect("it is not halted").streams.len(), state.streams.len());
+    let now = smmu.snapshot().expect("it is not halted");
+    host.has(smmu_decisions(&now));
+    // As after power-on, all passes.
+    let streams = state.streams.iter().map(|it| (it.stream, StreamPolicy::GlobalBypass));
+    assert!(host.open().into_iter().eq(streams), "{:?}", host.open());
+    assert_eq!(now.streams.len(), state.streams.len());
+}
+
+/// Whom the state has decided about, how, and whether the host has applied that.
+fn smmu_decisions(
+    state: &SmmuState,
+) -> impl Iterator<Item = (StreamId, StreamPolicy, bool)> + use<'_> {
+    state.streams.iter().filter_map(|it| {
+        let decision = it.decision?;
+        // Whatever is wrong with an entry, nothing passes by it.
+        Some((it.stream, decision.policy.unwrap_or(StreamPolicy::Abort), decision.applied))
+    })
 }
 
 /// A snapshot of a unit with some of everything.
@@ -127,7 +168,7 @@ fn vtd_value() -> Value {
         .with_nest(true)
         .with_device_iotlb(true)
         .with_interrupt_remapping(true);
-    let host = Arc::new(Host::default());
+    let host = Host::new(0);
     let unit =
         VtdIommu::new(&config, memory(), host, Arc::new(Quiet), None).expect("a configuration");
     for rid in [8, 0x10, 0x18] {
@@ -170,7 +211,7 @@ fn vtd_value() -> Value {
 
 /// A snapshot of an SMMU with some of everything.
 fn smmuv3_value() -> Value {
-    let host = Arc::new(Host::default());
+    let host = Host::new(0);
     let config = SmmuConfig::default();
     let smmu = Smmu::new(&config, memory(), host, Arc::new(Quiet), None).expect("a configuration");
     for stream in [8, 0x10, 0x18] {
@@ -270,10 +311,6 @@ impl Input<'_> {
         }
         memory
     }
-
-    fn host(&mut self) -> Arc<Host> {
-        Arc::new(Host { refused: self.byte().into(), ..Host::default() })
-    }
 }
 
 /// How many values there are: those in `value`, what is in those, and so on, and itself.
@@ -306,59 +343,4 @@ fn place_mut(value: &mut Value, mut number: usize) -> &mut Value {
 
 fn memory() -> Arc<GuestMemoryMmap> {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).expect("memory"))
-}
-
-/// A host that refuses one call, or none.
-#[derive(Debug, Default)]
-struct Host {
-    /// The number of the call, counted from 1.
-    refused: u64,
-    calls: AtomicU64,
-    /// Who is not blocked.
-    open: Mutex<BTreeSet<String>>,
-}
-
-impl Host {
-    fn give(&self, who: &dyn fmt::Display, blocked: bool) -> Result<(), HostSideError> {
-        let refused = self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.refused;
-        let mut open = self.open.lock().expect("nothing panics");
-        if refused || blocked {
-            open.remove(&who.to_string());
-        } else {
-            open.insert(who.to_string());
-        }
-        if !refused {
-            return Ok(());
-        }
-        let source = Arc::new(std::io::Error::from(std::io::ErrorKind::OutOfMemory));
-        Err(HostSideError::new(who.to_string(), false, source))
-    }
-
-    /// The state was not restored because of `error`.
-    fn refused(&self, error: &RestoreError) {
-        let open = self.open.lock().expect("nothing panics");
-        assert!(open.is_empty(), "{error}, but {open:?} are not blocked");
-        let calls = self.calls.load(Ordering::Relaxed);
-        assert!(calls == 0 || matches!(error, RestoreError::Refused { .. }), "{error}: {calls}");
-    }
-}
-
-impl VtdHostSide for Host {
-    fn configure(&self, who: Requester, config: &RequesterConfig) -> Result<(), HostSideError> {
-        self.give(&who, matches!(config.policy, Policy::Blocked(_)))
-    }
-
-    fn invalidate(&self, _: &[Invalidation]) -> Result<(), HostSideError> {
-        Ok(())
-    }
-}
-
-impl SmmuHostSide for Host {
-    fn configure(&self, who: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError> {
-        self.give(&who, *policy == StreamPolicy::Abort)
-    }
-
-    fn invalidate(&self, _: &[Command]) -> Result<(), SmmuInvalidateError> {
-        Ok(())
-    }
 }
