@@ -49,9 +49,16 @@ impl Smmu {
         self.reevaluate(registers, Scope::All)
     }
 
-    /// Disables translation: every stream follows GBPA.
+    /// Disables translation: every stream follows GBPA. If not all can, all follow the table again,
+    /// as CR0ACK says.
     pub(super) fn disable_translation(&self, registers: &Registers) -> Applied {
-        self.bypass_globally(registers)?;
+        if let Err(not_applied) = self.bypass_globally(registers) {
+            if registers.cr0ack.smmuen() {
+                // What fails once more is given again before a command is complete.
+                let _ = self.reevaluate(registers, Scope::All);
+            }
+            return Err(not_applied);
+        }
         self.streams.set_table(None);
         // From here on, none is added (§6.3.9.6).
         self.end_page_requests(None);

@@ -195,6 +195,10 @@ impl VtdIommu {
                     self.requesters.set_translating(false, None);
                 }
             }
+            // Not all requesters pass: all follow their tables again, as TES says.
+            Then::Translation(false) if registers.gsts.tes() => {
+                self.begin_command(Scope::Global, By::Tables, Then::Translation(true));
+            }
             Then::Translation(_) => {}
             Then::Context(granularity) => {
                 self.acknowledge_context_command(registers, applied.ok().and(Some(granularity)));

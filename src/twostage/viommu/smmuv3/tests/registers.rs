@@ -185,6 +185,30 @@ fn gbpa_needs_its_update_bit() {
 }
 
 #[test]
+fn what_cannot_be_disabled_for_all_is_enabled_for_all() {
+    let guest = Guest::running();
+    guest.calls();
+    let enabled = guest.read32(regs::CR0);
+    // One stream passes already, the other does not.
+    guest.host.refusals.block_nothing(true);
+    guest.host.refusals.after(1);
+    guest.write32(regs::CR0, enabled & !1);
+    assert_eq!(guest.read32(regs::CR0ACK), enabled);
+    let by_table = |stream| {
+        Call::Configure(stream, guest.smmu.policy_by_tables(stream).expect("it is enabled"))
+    };
+    let bypass = |stream| Call::Configure(stream, StreamPolicy::GlobalBypass);
+    let calls = [bypass(STREAM), bypass(OTHER), by_table(STREAM), by_table(OTHER)];
+    assert_eq!(guest.calls(), calls);
+    // The guest has thought better of it.
+    guest.write32(regs::CR0, enabled);
+    assert_eq!((guest.read32(regs::CR0ACK), guest.calls()), (enabled, vec![]));
+    guest.write32(regs::CR0, enabled & !1);
+    assert_eq!(guest.read32(regs::CR0ACK), enabled & !1);
+    assert_eq!(guest.calls(), [bypass(STREAM), bypass(OTHER)]);
+}
+
+#[test]
 fn features_make_their_bits() {
     let config = SmmuConfig { ats: true, msi: false, ..Default::default() };
     let guest = Guest::new(&config);

@@ -272,3 +272,28 @@ fn commands_are_not_acknowledged_while_requesters_are_reachable() {
     guest.disable_translation();
     assert_eq!(guest.read32(regs::GSTS) & TES, 0);
 }
+
+#[test]
+fn what_cannot_be_disabled_for_all_is_enabled_for_all() {
+    const TES: u32 = 1 << 31;
+    let guest = Guest::new(VtdConfig::default());
+    guest.iommu.add_device(UPPER_RID).unwrap();
+    guest.write_tables();
+    guest.set_root(0x400);
+    guest.enable_translation();
+    guest.calls();
+    // One requester passes already, the other does not.
+    guest.host.refusals.block_nothing(true);
+    guest.host.refusals.after(1);
+    guest.disable_translation();
+    assert_eq!(guest.read32(regs::GSTS) & TES, TES);
+    let [rid, upper] = [RID, UPPER_RID].map(Requester::rid);
+    let passing = [rid, upper].map(|requester| configured(requester, Policy::Bypass));
+    let again = [configured(rid, first_stage(FIRST_STAGE)), configured(upper, blocked(0x39))];
+    assert_eq!(guest.calls(), [&passing[..], &again].concat());
+    // The guest has thought better of it.
+    guest.enable_translation();
+    assert_eq!((guest.read32(regs::GSTS) & TES, guest.calls()), (TES, vec![]));
+    guest.disable_translation();
+    assert_eq!(guest.read32(regs::GSTS) & TES, 0);
+}
