@@ -107,6 +107,11 @@ impl Objects {
     /// Destroys an unused object; if the host fails, it is retried later.
     pub fn destroy(&mut self, id: ObjectId) {
         self.doomed.push(id);
+        self.destroy_owed();
+    }
+
+    /// Tries again to destroy what could not be: to the host, that is in use.
+    pub fn destroy_owed(&mut self) {
         if let Err(error) = self.sweep() {
             warn_limited!("will be retried: {error}");
         }

@@ -114,6 +114,8 @@ impl State {
         if self.devices.values().any(|device| device.rid == rid || device.dev == dev) {
             return Err(NestingError::DeviceExists(rid));
         }
+        // It may have been here before, and have a vDEVICE still.
+        self.objects.destroy_owed();
         let info = self
             .objects
             .host()

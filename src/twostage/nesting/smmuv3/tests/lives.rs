@@ -287,3 +287,12 @@ fn a_failed_configuration_is_told_or_made_good() {
         rig.ends_clean();
     }
 }
+
+#[test]
+fn a_device_comes_back_though_its_vdevice_was_not_destroyed() {
+    let rig = Rig::new();
+    rig.host.fail_next(Verb::Destroy, Errno::EIO);
+    rig.nesting.remove_device(A).unwrap();
+    rig.nesting.add_device(A, DEV_A).unwrap();
+    rig.ends_clean();
+}
