@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::*;
 use child::Running;
@@ -36,8 +36,11 @@ fn threads_of(mut command: Command, jail: &[&str]) -> Vec<(String, String)> {
     let mut byte = [0];
     machine.0.stdout.take().unwrap().read_exact(&mut byte).unwrap();
     let read = |task: std::io::Result<fs::DirEntry>| {
-        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
-        (field(&status, "Name"), status)
+        let path = task.unwrap().path();
+        let status = fs::read_to_string(path.join("status")).unwrap();
+        // That of the process; root, if nobody else may read its memory.
+        let owner = fs::metadata(path.join("environ")).unwrap().uid();
+        (field(&status, "Name"), format!("{status}Owner:\t{owner}\n"))
     };
     let mut threads = Vec::new();
     wait_until("threads with their names", || {
@@ -68,6 +71,7 @@ fn every_thread_has_a_filter_and_no_privileges() {
     for (name, status) in threads(&[]).iter().chain(&threads(&["--jail", "on"])) {
         assert_eq!(field(status, "Seccomp"), "2", "{name}");
         assert_eq!(field(status, "NoNewPrivs"), "1", "{name}");
+        assert_eq!(field(status, "Owner"), "0", "{name}");
         for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             assert_eq!(field(status, set), "0".repeat(16), "{name}: {set}");
         }

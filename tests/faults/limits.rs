@@ -4,19 +4,20 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use tempfile::{NamedTempFile, TempDir};
 use twostage::patience::wait_until;
 use twostage::skips::not_tested;
 use twostage_vmm::exit_code::{GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE};
 
-use crate::child::{kernel, kvm};
+use crate::child::{kernel, kvm, with_default_signals, Running, TWOSTAGE};
 use crate::images::multiboot;
 use crate::world::IN_MEMORY;
-use crate::{code, run_after};
+use crate::{code, guest, run_after};
 
 /// What a command line opens.
 struct World {
@@ -112,6 +113,42 @@ fn each_descriptor_that_is_not_to_be_had_is_named_with_the_limit() {
         let rest = codes.iter().filter(|code| **code != UNAVAILABLE).copied();
         assert_eq!(rest.collect::<Vec<_>>(), [NO_INPUT, OS_ERROR, IO_ERROR], "jail {jail}");
     }
+}
+
+/// A driver starts its device in a machine that has too few for that: the device needs a reset, and
+/// says what to do about it.
+#[test]
+fn each_descriptor_that_a_driver_needs_is_told_with_the_limit() {
+    if !kvm() {
+        return;
+    }
+    let disk = kernel(&[0; 4096]);
+    let disk = format!("path={}", disk.path().display());
+    let mut told = 0;
+    let enough = (20..200).find(|limit| {
+        let mut shell = with_default_signals("sh");
+        let script = format!("ulimit -n {limit}; exec \"$0\" \"$@\"");
+        shell.args(["-c", &script, TWOSTAGE]);
+        let mut command = guest::after(shell, &["--disk", &disk, "--rng", "src=/dev/urandom"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut machine = Running::new(&mut command);
+        let guests = BufReader::new(machine.0.stdout.take().unwrap());
+        // Its devices work or not, or the machine has ended.
+        if guests.lines().map_while(Result::ok).any(|line| line.starts_with("ready: ")) {
+            machine.signal("TERM");
+        }
+        let mut said = String::new();
+        machine.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let advice = format!("this process may have {limit} files open: raise it with ulimit -n");
+        let lines = said.lines().filter(|line| line.contains("(os error 24)"));
+        let lines: Vec<_> = lines.collect();
+        machine.end();
+        assert!(lines.iter().all(|line| line.contains(&advice)), "{said}");
+        let of_device = |line: &&&str| line.contains("[WARN ] 00:0");
+        told += lines.iter().filter(of_device).count();
+        lines.is_empty()
+    });
+    assert!(told > 1, "{told} of {enough:?}");
 }
 
 /// What became of a machine in so little memory.

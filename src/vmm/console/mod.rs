@@ -181,7 +181,7 @@ impl Console {
     fn unpoll(&mut self, ops: &mut EventOps) {
         if std::mem::take(&mut self.polled) {
             if let Err(error) = ops.remove(Events::empty(&self.input)) {
-                log::debug!("standard input: {error:?}");
+                log::debug!("standard input: {error}");
             }
         }
     }
@@ -257,7 +257,7 @@ impl MutEventSubscriber for Console {
     fn init(&mut self, ops: &mut EventOps) {
         for event in [self.port.room().as_raw_fd(), self.look.as_raw_fd()] {
             if let Err(error) = ops.add(Events::new_raw(event, EventSet::IN)) {
-                log::error!("serial input: {error:?}");
+                log::error!("serial input: {error}");
             }
         }
         match self.source {

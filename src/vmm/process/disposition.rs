@@ -118,6 +118,8 @@ pub(crate) fn exit_now(code: c_int) -> ! {
 pub(crate) struct Refused {
     /// Its number.
     pub number: c_int,
+    /// It is of another architecture (`int 0x80`): the number means something else.
+    pub foreign: bool,
     /// Its second argument: what an `ioctl` requests.
     pub second: u64,
     /// The name of the thread, with zeros behind it.
@@ -155,14 +157,17 @@ struct SigsysInfo {
     _padding: c_int,
     _address: *mut c_void,
     number: c_int,
-    _arch: u32,
+    arch: u32,
 }
+
+/// This architecture (`AUDIT_ARCH_X86_64`, `AUDIT_ARCH_AARCH64`).
+const ARCHITECTURE: u32 = if cfg!(target_arch = "x86_64") { 0xc000_003e } else { 0xc000_00b7 };
 
 /// Answers a refused call, or lets the process die of a signal that somebody sent.
 extern "C" fn refused(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes readable information to a handler with SA_SIGINFO, larger than
     // this.
-    let SigsysInfo { code, number, .. } = unsafe { info.cast::<SigsysInfo>().read() };
+    let SigsysInfo { code, number, arch, .. } = unsafe { info.cast::<SigsysInfo>().read() };
     let Some(answer) = ON_REFUSAL.get().filter(|_| code == SYS_SECCOMP) else {
         last_words();
         // In the jail, the first call is refused: that ends the process by this signal, too.
@@ -178,7 +183,8 @@ extern "C" fn refused(signal: c_int, info: *mut siginfo_t, context: *mut c_void)
     unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
     // SAFETY: the kernel passes the thread's state, which nobody else has while the handler runs.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext };
-    let refused = Refused { number, second: second_argument(registers), thread };
+    let (foreign, second) = (arch != ARCHITECTURE, second_argument(registers));
+    let refused = Refused { number, foreign, second, thread };
     fail_with(registers, answer(&refused));
 }
 

@@ -34,7 +34,7 @@ impl EventLoop {
     pub fn new(stopper: Stopper) -> Result<Self> {
         let report = Rc::new(Cell::new(false));
         let mut manager =
-            EventManager::new().map_err(|error| Error::EventLoop(format!("{error:?}")))?;
+            EventManager::new().map_err(|error| Error::EventLoop(error.to_string()))?;
         let signals = signals::install()?;
         let control = Control { stopper: stopper.clone(), signals, report: report.clone() };
         manager.add_subscriber(Box::new(control) as Box<dyn MutEventSubscriber>);
@@ -55,7 +55,7 @@ impl EventLoop {
             if let Some(reason) = self.stopper.reason() {
                 return Ok(Wake::Stopped(reason.clone()));
             }
-            self.manager.run().map_err(|error| Error::EventLoop(format!("{error:?}")))?;
+            self.manager.run().map_err(|error| Error::EventLoop(error.to_string()))?;
         }
     }
 }
@@ -72,7 +72,7 @@ impl MutEventSubscriber for Control {
         for event in [self.stopper.event(), self.signals] {
             if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
                 // Without these nothing would end the loop.
-                self.stopper.stop(StopReason::Software(format!("event loop: {error:?}")));
+                self.stopper.stop(StopReason::Software(format!("event loop: {error}")));
             }
         }
     }

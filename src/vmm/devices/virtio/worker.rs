@@ -24,6 +24,7 @@ use super::link::Link;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use crate::process::jail::{self, Kind};
+use crate::process::limits;
 
 /// Event identifiers: this, or the number of a queue.
 const STOP: u32 = u32::MAX;
@@ -133,7 +134,7 @@ impl Worker {
             let device = device.lock();
             let server = Server { device, service, stop: stopped, over: false };
             if let Err(error) = run(server) {
-                link.set_needs_reset(&format_args!("event loop: {error:?}"));
+                link.set_needs_reset(&of_event_loop(&error));
             }
         });
         let thread = Some(thread::Builder::new().name(name).spawn(work)?);
@@ -322,6 +323,12 @@ impl Service {
     }
 }
 
+/// What an error of a worker's event loop is, and what to do about it.
+fn of_event_loop(error: &event_manager::Error) -> String {
+    let text = format!("its event loop: {error}");
+    format!("{text}{}", limits::advice(&text))
+}
+
 /// Serves the events of one device.
 struct Server<'a> {
     device: MutexGuard<'a, Device>,
@@ -340,7 +347,7 @@ impl Drop for Server<'_> {
 
 impl Server<'_> {
     fn watch(&self, ops: &mut EventOps) -> Result<(), Broken> {
-        let failed = |error| Broken::Device(format!("event loop: {error:?}"));
+        let failed = |error| Broken::Device(of_event_loop(&error));
         ops.add(Events::with_data(&self.stop, STOP, EventSet::IN)).map_err(failed)?;
         // Every signal is an edge, also of an event that nobody has read: none is.
         let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;

@@ -367,7 +367,7 @@ impl UnroutedInterrupts {
 impl MutEventSubscriber for UnroutedInterrupts {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&*self.epoll, EventSet::IN)) {
-            log::error!("blocked interrupts of assigned devices are lost: {error:?}");
+            log::error!("blocked interrupts of assigned devices are lost: {error}");
         }
     }
 

@@ -53,8 +53,20 @@ fn build(
     listed: SeccompAction,
 ) -> Result<BpfProgram, BackendError> {
     let arch = env::consts::ARCH.try_into()?;
-    SeccompFilter::new(rules, otherwise, listed, arch)?.try_into()
+    let of_others = u32::from(otherwise.clone());
+    let mut program: BpfProgram = SeccompFilter::new(rules, otherwise, listed, arch)?.try_into()?;
+    // A call of another architecture (`int 0x80`), whose numbers mean something else, is one that
+    // is not listed. `seccompiler` would kill the process for it, without a line.
+    for instruction in &mut program {
+        if (instruction.code, instruction.k) == (RETURN, libc::SECCOMP_RET_KILL_PROCESS) {
+            instruction.k = of_others;
+        }
+    }
+    Ok(program)
 }
+
+/// The code of an instruction that returns a constant (BPF_RET | BPF_K).
+const RETURN: u16 = 6;
 
 /// A rule: these arguments, all of which are 32-bit numbers, have these values.
 fn rule(arguments: &[(u8, SeccompCmpOp, u64)]) -> Result<SeccompRule, BackendError> {

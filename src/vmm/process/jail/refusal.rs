@@ -17,21 +17,23 @@ pub(super) fn report_refusals() {
 /// Runs in a signal handler, so it only makes system calls that every filter allows. Returns the
 /// error for the caller.
 fn answer(refused: &Refused) -> libc::c_int {
-    if thread::panicking() && name(refused.number).is_some_and(|name| OF_PATHS.contains(&name)) {
+    let name = name(refused.number).filter(|_| !refused.foreign);
+    if thread::panicking() && name.is_some_and(|name| OF_PATHS.contains(&name)) {
         return libc::EACCES;
     }
     let mut line = Line::new();
     // What does not fit is cut off.
-    let _ = describe(&mut line, refused);
+    let _ = describe(&mut line, refused, name);
     line.end(exit_code::REFUSED)
 }
 
-fn describe(line: &mut Line, refused: &Refused) -> fmt::Result {
-    let Refused { number, second, thread } = refused;
+fn describe(line: &mut Line, refused: &Refused, name: Option<&str>) -> fmt::Result {
+    let Refused { number, foreign, second, thread } = refused;
     let end = thread.iter().position(|byte| *byte == 0).unwrap_or(thread.len());
     let thread = thread.get(..end).and_then(|name| std::str::from_utf8(name).ok());
     write!(line, "twostage: error: --jail: thread {}: ", thread.unwrap_or("?"))?;
-    match name(*number) {
+    match name {
+        _ if *foreign => write!(line, "system call of another architecture ({number})")?,
         Some("ioctl") => write!(line, "ioctl {second:#x} ({number})")?,
         Some(name) => write!(line, "{name} ({number})")?,
         None => write!(line, "system call {number}")?,
@@ -103,12 +105,12 @@ pub(super) fn name(number: libc::c_int) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    fn line(number: libc::c_long, thread: &[u8]) -> String {
-        let mut name = [0; 16];
-        name[..thread.len()].copy_from_slice(thread);
-        let refused = Refused { number: number as libc::c_int, second: 0xae80, thread: name };
+    fn line(number: libc::c_long, of: &[u8]) -> String {
+        let (number, mut thread) = (number as libc::c_int, [0; 16]);
+        thread[..of.len()].copy_from_slice(of);
+        let refused = Refused { number, foreign: false, second: 0xae80, thread };
         let mut line = Line::new();
-        describe(&mut line, &refused).unwrap();
+        describe(&mut line, &refused, name(number)).unwrap();
         String::from_utf8(line.bytes().to_vec()).unwrap()
     }
 

@@ -375,7 +375,7 @@ pub(super) struct WatchedPinLine(pub Arc<PinLine>);
 impl MutEventSubscriber for WatchedPinLine {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.0.events.assert, EventSet::IN)) {
-            log::error!("{:?} is never asserted: {error:?}", self.0.pin);
+            log::error!("{:?} is never asserted: {error}", self.0.pin);
         }
     }
 

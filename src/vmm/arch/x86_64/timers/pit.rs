@@ -240,7 +240,7 @@ pub(in crate::arch::x86_64) struct PitTimer(pub Arc<Pit>);
 impl MutEventSubscriber for PitTimer {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.0.state().timer, EventSet::IN)) {
-            log::error!("the interval timer does not interrupt: {error:?}");
+            log::error!("the interval timer does not interrupt: {error}");
         }
     }
 
