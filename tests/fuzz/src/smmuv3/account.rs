@@ -124,7 +124,7 @@ impl OfStream<'_> {
 }
 
 /// Range of CMD_CFGI_ALL.
-const RANGE_ALL: u8 = 31;
+pub const RANGE_ALL: u8 = 31;
 
 /// TTL of `range`: of pages of 16 KiB, that of level 1 is none.
 fn level(range: &AddressRange) -> u8 {

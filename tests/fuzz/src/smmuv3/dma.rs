@@ -71,8 +71,17 @@ impl World {
         if !self.plugged[device] {
             return Some(vec![Found::without_tables(Err(End::Silent))]);
         }
+        // Not done yet, as a verb has failed: for some streams, perhaps.
+        let is_done = self.read32(regs::CR0) == self.read32(regs::CR0ACK);
+        if !is_done && self.header.fails {
+            self.account.used(None);
+            return None;
+        }
         if !self.is_enabled() {
             let gbpa = Gbpa::from_bits(self.read32(regs::GBPA));
+            if gbpa.update() {
+                return None;
+            }
             let end = if gbpa.abort() { Err(End::Silent) } else { Ok(address) };
             return substream.is_none().then(|| vec![Found::without_tables(end)]);
         }
@@ -129,7 +138,7 @@ impl World {
         let refused = |found: &Found| found.end.is_err() || self.is_outside(found);
         let is_refused = may.as_ref().is_some_and(|may| may.iter().any(refused));
         // One that is not refused has none.
-        let has_event = self.has_events() && is_refused;
+        let has_event = self.has_events() && is_refused && !self.failures.may_block;
         let next = has_event.then(|| self.drop_events());
         self.is_quiet &= may.is_some();
         let Dma { device, substream: pasid, address, kind } = dma;
@@ -167,10 +176,12 @@ impl World {
             Ok(()) if write => places.written(&mut self.memory, value, what),
             Ok(()) => places.read(&self.memory, u64::from_le_bytes(bytes), what),
             Err(DmaError::Fault { .. }) => {
-                let refused = may.iter().any(|found| match found.end {
-                    Ok(_) => self.is_outside(found),
-                    Err(end) => end != End::Stalls,
-                });
+                let blocked = self.failures.may_block;
+                let refused = blocked
+                    || may.iter().any(|found| match found.end {
+                        Ok(_) => self.is_outside(found),
+                        Err(end) => end != End::Stalls,
+                    });
                 assert!(refused, "{}", what());
                 if let Some(next) = next {
                     self.expect_event(&dma, &may, next);

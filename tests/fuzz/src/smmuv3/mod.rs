@@ -9,13 +9,15 @@
 //! Every DMA is compared with a naive walk of the tables ([`naive`]): where the guest has said that
 //! they changed ([`account`]), the DMA finds what they have now; where it has not, what they have
 //! or had. In some executions, so are the events of those that are refused, and requests for pages
-//! are with the registers of their queue ([`page_requests`]). At the end nothing is left.
+//! are with the registers of their queue ([`page_requests`]); in others the host's verbs fail
+//! ([`failures`]). At the end nothing is left.
 
 mod account;
 mod again;
 mod commands;
 mod dma;
 mod events;
+mod failures;
 mod image;
 mod naive;
 mod page_requests;
@@ -61,6 +63,7 @@ enum Step {
     DeviceTlb,
     Resume,
     Ask,
+    Fail,
 }
 
 impl Step {
@@ -88,6 +91,7 @@ impl Step {
             0xf0..=0xf2 => DeviceTlb,
             0xf3..=0xf6 => Resume,
             0xf7.. if header.requests => Ask,
+            0xf7.. if header.fails => Fail,
             _ => weighted(&STEPS, number),
         }
     }
@@ -274,6 +278,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
         }
         Step::Again => again::again(world, input)?,
         Step::Ask => page_requests::step(world, input)?,
+        Step::Fail => failures::step(world, input)?,
         Step::Resume => world.resume(input.arbitrary()?),
         Step::DeviceTlb => {
             let how: u8 = input.arbitrary()?;

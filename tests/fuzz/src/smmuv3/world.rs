@@ -21,6 +21,7 @@ use twostage_emulated::{
 
 use super::account::Account;
 use super::dma::Dma;
+use super::failures::Failures;
 use super::image::{image, page};
 use super::naive::{Registers, OUTPUT_BITS};
 use super::page_requests::Asked;
@@ -51,6 +52,8 @@ pub struct Header {
     pub stalls: bool,
     /// Devices can ask for pages.
     pub requests: bool,
+    /// Verbs of the host may fail.
+    pub fails: bool,
 }
 
 impl Header {
@@ -68,6 +71,7 @@ impl Header {
             sanitized: bit(6),
             stalls: second & 0x0f == 0x0c,
             requests: bit(5) && second & 0x0f == 0x0d,
+            fails: second & 0x0f == 0x0b,
         }
     }
 }
@@ -147,6 +151,7 @@ pub struct World {
     /// Page requests.
     pub asked: Asked,
     pub messages: Arc<Messages>,
+    pub failures: Failures,
 }
 
 impl World {
@@ -182,7 +187,8 @@ impl World {
             host.add_device(name, id, rid, config).expect("a new device");
             host.device_bind(name).expect("it is there")
         });
-        let ioas = GuestIoas::new(host.clone()).expect("an IOAS");
+        let failures = Failures::new(host.clone());
+        let ioas = GuestIoas::new(failures.host()).expect("an IOAS");
         ioas.map(0, &memory.user_memory(), Protection::READ_WRITE).expect("it is mapped");
         let offered = SmmuConfig::default()
             .with_ats(header.ats)
@@ -235,6 +241,7 @@ impl World {
             waiting: Vec::new(),
             asked: Asked::default(),
             messages,
+            failures,
         };
         if header.enabled {
             world.set_tables();
@@ -323,13 +330,14 @@ impl World {
         self.may_end();
         self.is_quiet = false;
         let rid = Bdf::from_raw(DEVICES[number]);
+        let (smmu, nesting, device) = (&self.smmu, &self.nesting, self.devices[number]);
         if self.plugged[number] {
-            self.smmu.remove_device(rid);
-            self.nesting.remove_device(rid).expect("the host does not fail");
+            smmu.remove_device(rid);
+            self.failures.insist(|| nesting.remove_device(rid));
             self.ended_requests(Some(number));
         } else {
-            self.nesting.add_device(rid, self.devices[number]).expect("it is added");
-            self.smmu.add_device(rid).expect("it is served");
+            self.failures.insist(|| nesting.add_device(rid, device));
+            self.failures.insist(|| smmu.add_device(rid));
         }
         self.plugged[number] ^= true;
         let now = self.memory.tick();
@@ -341,7 +349,7 @@ impl World {
     pub fn reset(&mut self) {
         self.may_end();
         self.is_quiet = false;
-        self.smmu.reset().expect("the host does not fail");
+        self.failures.insist(|| self.smmu.reset());
         self.ended_requests(None);
         let now = self.memory.tick();
         self.account.everything(now);
@@ -363,7 +371,8 @@ impl World {
     /// What a device has cached stays when it is told to forget something else: another address, or
     /// if `of_substream`, what is of another substream.
     pub fn keeps(&mut self, of_substream: bool) {
-        let Some(dma) = self.last.filter(|dma| self.device_tlbs[dma.device].is_some()) else {
+        let has_tlb = |dma: &Dma| self.device_tlbs[dma.device].is_some();
+        let Some(dma) = self.last.filter(|dma| has_tlb(dma) && !self.failures.may_block) else {
             return;
         };
         self.dma(dma);
@@ -393,11 +402,11 @@ impl World {
 
     /// Ends everything; nothing may be left.
     pub fn end(mut self) {
-        self.nesting.shutdown().expect("the host does not fail");
+        self.failures.insist(|| self.nesting.shutdown());
         self.ended_requests(None);
-        let Self { smmu, nesting, host, unit, devices, ports, waiting, .. } = self;
+        let Self { smmu, nesting, host, unit, devices, ports, waiting, failures, .. } = self;
         waiting.iter().for_each(|waiting| waiting.has_ended(&ports));
-        drop((smmu, ports, unit));
+        drop((smmu, ports, unit, failures));
         assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
         for dev in devices {
             host.device_unbind(dev).expect("it is bound");
