@@ -16,7 +16,6 @@ use twostage_vmm::inside::{arm64_image, load, MachineMemory, ModuleConfig, Paylo
 use crate::input::Input;
 
 mod images;
-#[cfg(target_arch = "x86_64")]
 mod naive;
 
 /// Bytes of guest memory.
@@ -71,7 +70,6 @@ fn file(bytes: &[u8], length: u64) -> (File, String) {
 }
 
 /// A module: the start of a file, the rest of which is zeroes.
-#[allow(dead_code, reason = "arm64 has none, so that only its path is used")]
 struct Module {
     length: u64,
     contents: Vec<u8>,
@@ -122,11 +120,8 @@ fn payload(input: &mut Input<'_>, image: &[u8], sound: bool) {
     let memory = MachineMemory::new(if choice & 12 == 12 { 0x10_0000 } else { MEMORY });
     let memory = memory.expect("memory");
     match load(&memory, &payload) {
-        Ok(_start) => {
-            #[cfg(target_arch = "x86_64")]
-            naive::Loaded { memory: &memory, image, payload: &payload, start: _start }
-                .check((&module.contents, module.length));
-        }
+        Ok(start) => naive::Loaded { memory: &memory, image, payload: &payload, start }
+            .check((&module.contents, module.length)),
         Err(error) => {
             let error = error.to_string();
             assert!(error.starts_with("--"), "{error}");

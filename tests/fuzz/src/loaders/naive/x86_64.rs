@@ -1,35 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a kernel finds in memory, by a naive reading of its file and of its boot protocol.
+//! A PC: Linux's own boot protocol, PVH and Multiboot.
 
 use std::ffi::CStr;
 use std::ops::Range;
 
-use twostage_vmm::inside::{MachineMemory, PayloadConfig, StartState};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use twostage_vmm::inside::{MachineMemory, StartState};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::Loaded;
 
 /// Below are the firmware's data, video memory and option ROMs; kernels are above.
 const MEBIBYTE: u64 = 0x10_0000;
 /// The kind of usable memory.
 const RAM: u32 = 1;
 
-/// A kernel that was loaded.
-pub struct Loaded<'a> {
-    pub memory: &'a MachineMemory,
-    pub image: &'a [u8],
-    pub payload: &'a PayloadConfig,
-    pub start: StartState,
-}
-
 /// A module as the kernel finds it: its bytes, and its command line.
 type Found = (Range<u64>, Option<String>);
 
 impl Loaded<'_> {
-    fn bytes(&self, at: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        self.memory.map().read_slice(&mut bytes, GuestAddress(at)).expect("it is in memory");
-        bytes
-    }
-
     fn word(&self, at: u64) -> u32 {
         u32::from_le_bytes(self.bytes(at, 4).try_into().expect("four bytes"))
     }
