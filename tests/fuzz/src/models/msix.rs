@@ -23,7 +23,8 @@ pub struct Msix {
     masked: bool,
     /// Messages are requests: the function may make some.
     may_request: bool,
-    sent: Vec<Message>,
+    /// With their vectors.
+    sent: Vec<(usize, Message)>,
 }
 
 impl Msix {
@@ -85,26 +86,55 @@ impl Msix {
         }
     }
 
+    /// The message of `vector`, if it can be sent now.
+    pub fn message(&self, vector: usize) -> Option<Message> {
+        let entry = self.table.get(ENTRY * vector..)?.get(..ENTRY)?;
+        let half = |at| u32::from_le_bytes([at, at + 1, at + 2, at + 3].map(|at: usize| entry[at]));
+        let on = self.enabled && !self.masked && self.may_request && entry[CONTROL] == 0;
+        on.then(|| (u64::from(half(4)) << 32 | u64::from(half(0) & !3), half(8)))
+    }
+
     /// Sends what is pending, as far as it can be sent.
     fn send(&mut self) {
-        let on = self.enabled && !self.masked && self.may_request;
-        for (entry, pending) in self.table.chunks_exact(ENTRY).zip(&mut self.pending) {
-            if on && *pending && entry[CONTROL] == 0 {
-                let half =
-                    |at| u32::from_le_bytes([at, at + 1, at + 2, at + 3].map(|at| entry[at]));
-                let address = u64::from(half(4)) << 32 | u64::from(half(0) & !3);
-                self.sent.push((address, half(8)));
-                *pending = false;
+        for vector in 0..self.pending.len() {
+            if self.pending[vector] {
+                let message = self.message(vector);
+                self.pending[vector] = message.is_none();
+                self.sent.extend(message.map(|message| (vector, message)));
             }
         }
     }
 
-    /// `sent` is what must have been sent since the last time, in any order.
+    /// What must have been sent since the last time.
+    pub fn take(&mut self) -> Vec<(usize, Message)> {
+        std::mem::take(&mut self.sent)
+    }
+
+    /// `sent` is that, in any order.
     pub fn compare(&mut self, mut sent: Vec<Message>) {
-        let mut expected = std::mem::take(&mut self.sent);
+        let mut expected: Vec<_> = self.take().into_iter().map(|(_, message)| message).collect();
         sent.sort_unstable();
         expected.sort_unstable();
         assert_eq!(sent, expected, "messages sent, and those expected");
+    }
+
+    /// Software reads the pending bit of `vector`, where it is not known when it is triggered: what
+    /// can be sent is not pending, and what is pending stays so.
+    pub fn observe(&mut self, vector: usize, pending: bool) {
+        match self.message(vector) {
+            Some(_) => assert!(!pending, "vector {vector} is pending, and not masked"),
+            None => {
+                assert!(pending || !self.pending[vector], "what was pending in {vector} is lost")
+            }
+        }
+        self.pending[vector] = pending;
+    }
+
+    /// Software reads all of the table as `table`, after it has written to it nobody knows what.
+    pub fn learn(&mut self, table: &[u8], pending: u64) {
+        self.table.copy_from_slice(table);
+        let bits = self.pending.iter_mut().enumerate();
+        bits.for_each(|(number, bit)| *bit = pending >> number & 1 != 0);
     }
 }
 

@@ -2,13 +2,12 @@
 //! The driver: what it has made available, and what came back.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-use std::thread::{self, Thread};
+use std::thread;
 use std::time::{Duration, Instant};
 use twostage::sync::Mutex;
 
-use twostage_vmm::inside::pci::{InterruptVector, Location, MsiMessage, PciFunction};
+use twostage_vmm::inside::pci::{InterruptVector, Location, PciFunction};
 use twostage_vmm::inside::threadless::without_threads;
 use twostage_vmm::inside::virtio::{Backend, DeviceMemory, Doorbells, VirtioPci};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -16,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{device, threaded, Kind};
 use super::chains::fails;
+use super::messages::{Messages, Vector};
 use super::model::{Model, Purpose};
 use crate::input::Input;
 
@@ -34,6 +34,9 @@ const USED: u64 = 0x2000;
 pub(super) const SIZE: u16 = 16;
 /// No ring of a queue, nor its table, has more bytes.
 const RING_LENGTH: usize = 16 * SIZE as usize;
+/// The structures of MSI-X.
+pub(super) const TABLE: u64 = 0x4000;
+pub(super) const PENDING: u64 = 0x5000;
 const EVENT_INDEX: u64 = 1 << 29;
 const MERGEABLE: u64 = 1 << 15;
 /// A driver that knows of flushes.
@@ -44,18 +47,6 @@ const NEEDS_RESET: u64 = 0x40;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// After so long the driver looks again, as some of what it waits for comes without a message.
 const LOOK_AGAIN: Duration = Duration::from_micros(100);
-
-/// Counts messages, and wakes the driver.
-struct Vector(AtomicU64, Thread);
-
-impl InterruptVector for Vector {
-    fn update(&self, _: Option<MsiMessage>) {}
-
-    fn trigger(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        self.1.unpark();
-    }
-}
 
 /// Every notification is an exit.
 struct NoDoorbells;
@@ -93,7 +84,7 @@ pub struct Driver {
     pub(super) pci: VirtioPci,
     pub(super) kind: Kind,
     pub(super) memory: GuestMemoryMmap,
-    vectors: Vec<Arc<Vector>>,
+    pub(super) messages: Messages,
     pub(super) queues: Vec<Queue>,
     pub(super) slots: Vec<u16>,
     pub(super) model: Model,
@@ -104,7 +95,7 @@ pub struct Driver {
     /// It did something that no driver does: nothing is expected of the device any more.
     pub(super) wild: bool,
     /// The device has threads.
-    waits: bool,
+    pub(super) waits: bool,
     /// Faults of the disk so far that make an operation fail, if it is no flush; and in any case.
     pub(super) injected: (usize, usize),
 }
@@ -129,7 +120,7 @@ impl Driver {
         let memory = GuestMemoryMmap::from_ranges(&[range]).expect("memory");
         let vectors = Mutex::new(Vec::new());
         let vector = || -> Result<Arc<dyn InterruptVector>, _> {
-            let vector = Arc::new(Vector(AtomicU64::new(0), thread::current()));
+            let vector = Arc::new(Vector::new());
             vectors.lock().push(vector.clone());
             Ok(vector)
         };
@@ -144,7 +135,7 @@ impl Driver {
             pci,
             kind,
             memory,
-            vectors: vectors.into_inner(),
+            messages: Messages::new(vectors.into_inner()),
             queues: Vec::new(),
             slots: Vec::new(),
             model: Model::new(read_only),
@@ -161,19 +152,33 @@ impl Driver {
         driver
     }
 
-    fn read(&self, offset: u64, size: usize) -> u64 {
+    pub(super) fn read(&self, offset: u64, size: usize) -> u64 {
         let mut data = [0; 8];
         self.pci.read_bar(0, offset, &mut data[..size]);
         u64::from_le_bytes(data)
     }
 
-    fn write(&self, offset: u64, size: usize, value: u64) {
+    pub(super) fn write(&mut self, offset: u64, size: usize, value: u64) {
         self.pci.write_bar(0, offset, &value.to_le_bytes()[..size]);
+        if let Some(offset) = offset.checked_sub(TABLE).filter(|at| *at < PENDING - TABLE) {
+            self.messages.naive.write_table(offset, &value.to_le_bytes()[..size]);
+            self.messages.changed();
+        }
     }
 
-    fn config(&self, offset: u16, data: &[u8]) {
+    pub(super) fn config(&mut self, offset: u16, data: &[u8]) {
         self.pci.config().lock().write(offset, data);
-        self.pci.config_written(offset, data.len());
+        if self.pci.config_written(offset, data.len()) {
+            self.messages.naive.reset();
+            assert_eq!(self.read(PENDING, 8), 0, "a message outlives a reset");
+        }
+        let msix = self.capability(0x11).expect("it has MSI-X");
+        let (control, command) = {
+            let config = self.pci.config().lock();
+            (config.u16(msix + 2), config.u16(4))
+        };
+        self.messages.naive.program(control, command & 4 != 0);
+        self.messages.changed();
     }
 
     /// Initializes the device, after a reset, as drivers do.
@@ -182,9 +187,9 @@ impl Driver {
         let choice = input.byte();
         self.config(4, &[6, 0]);
         self.config(0x10, &0xe000_0000_u32.to_le_bytes());
-        for vector in 0..self.vectors.len() as u64 {
-            self.write(0x4000 + 16 * vector, 4, 0xfee0_0000);
-            self.write(0x400c + 16 * vector, 4, 0);
+        for vector in 0..self.messages.len() as u64 {
+            self.write(TABLE + 16 * vector, 8, 0xfee0_0000 | vector << 32);
+            self.write(TABLE + 16 * vector + 8, 8, 0x40 + vector);
         }
         let msix = self.capability(0x11).expect("it has MSI-X");
         self.config(msix + 2, &0x8000_u16.to_le_bytes());
@@ -226,7 +231,7 @@ impl Driver {
                     self.write(at + 4, 4, 0);
                 }
                 self.write(0x1c, 2, 1);
-                let interrupts = self.vectors[number as usize + 1].0.load(Ordering::Relaxed);
+                let interrupts = self.messages.count(number as usize + 1);
                 Queue { base, free: (0..SIZE).collect(), interrupts, ..Queue::default() }
             })
             .collect();
@@ -237,7 +242,7 @@ impl Driver {
     }
 
     /// Offset of the first capability with this ID.
-    fn capability(&self, id: u8) -> Option<u16> {
+    pub(super) fn capability(&self, id: u8) -> Option<u16> {
         let config = self.pci.config().lock();
         let byte = |at: u16| config.u16(at) as u8;
         let mut at = byte(0x34);
@@ -320,6 +325,7 @@ impl Driver {
     pub fn write_config(&mut self, offset: u16, size: usize, value: u64) {
         self.go_wild();
         self.config(offset, &value.to_le_bytes()[..size]);
+        self.look_at_table();
     }
 
     pub fn read_config(&self, offset: u16, size: usize) {
@@ -347,6 +353,7 @@ impl Driver {
         if input.flag() {
             self.go_wild();
             self.config(window + 16, &input.number().to_le_bytes()[..4]);
+            self.look_at_table();
         }
         self.read_config(window + 16, 4);
     }
@@ -394,9 +401,11 @@ impl Driver {
                     self.memory.read_obj::<[u32; 2]>(GuestAddress(place)).expect("memory");
                 self.take_back(number, head, written as usize);
             }
+            let sent = self.messages.count(number + 1);
+            let pending = self.read(PENDING, 8) >> (number + 1) & 1 != 0;
             let queue = &mut self.queues[number];
-            let sent = self.vectors[number + 1].0.load(Ordering::Relaxed);
-            assert!(index == before || sent != queue.interrupts, "nobody told of queue {number}");
+            let told = pending || sent != queue.interrupts;
+            assert!(index == before || told, "nobody told of queue {number}");
             queue.interrupts = sent;
             let event = queue.base + AVAILABLE + 4 + 2 * u64::from(SIZE);
             self.memory.write_obj(index, GuestAddress(event)).expect("memory");
@@ -436,7 +445,7 @@ impl Driver {
             driver.memory.read_obj::<u16>(at).expect("memory") == queue.available
         };
         let told = |driver: &Self, number: usize| {
-            let sent = driver.vectors[number + 1].0.load(Ordering::Relaxed);
+            let sent = driver.messages.count(number + 1);
             driver.queues[number].under_way.is_empty() || sent != driver.queues[number].interrupts
         };
         while !self.queues.iter().enumerate().all(|(n, queue)| used(self, queue) && told(self, n)) {

@@ -11,6 +11,8 @@
 mod backend;
 mod chains;
 mod driver;
+mod masks;
+mod messages;
 mod model;
 
 use crate::input::Input;
@@ -33,6 +35,7 @@ pub fn run(bytes: &[u8]) {
             break;
         }
         step(&mut driver, &mut input);
+        driver.check_messages(false);
     }
     driver.end();
 }
@@ -59,7 +62,12 @@ fn step(driver: &mut Driver, input: &mut Input<'_>) {
         }
         26 => {
             let offset = u64::from(input.byte() % 8) * 0x1000 + u64::from(input.byte());
-            driver.read_register(offset, input.pick(&[1, 2, 4, 8]));
+            let size = input.pick(&[1, 2, 4, 8]);
+            match offset {
+                // Nothing is there.
+                0x6000.. => driver.mask(offset),
+                _ => driver.read_register(offset, size),
+            }
         }
         27 => {
             let offset = input.half() % 0x1000;
