@@ -86,6 +86,11 @@ impl Msix {
         }
     }
 
+    /// What is pending is lost.
+    pub fn forget(&mut self) {
+        self.pending.fill(false);
+    }
+
     /// The message of `vector`, if it can be sent now.
     pub fn message(&self, vector: usize) -> Option<Message> {
         let entry = self.table.get(ENTRY * vector..)?.get(..ENTRY)?;

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::MutexGuard;
 use twostage::sync::Mutex;
@@ -38,7 +39,7 @@ pub struct Device {
     /// What was mapped, by its address: the BAR and the offset in it.
     maps: Mutex<BTreeMap<u64, (usize, u64)>>,
     /// Interrupts that are on: index and sub-index.
-    on: Mutex<BTreeMap<(Irq, u32), ()>>,
+    on: Mutex<BTreeMap<(Irq, u32), RawFd>>,
     file: File,
 }
 
@@ -168,6 +169,11 @@ impl Device {
         self.on.lock().keys().copied().collect()
     }
 
+    /// The eventfd of an interrupt that is on.
+    pub fn trigger(&self, irq: Irq, number: u32) -> Option<RawFd> {
+        self.on.lock().get(&(irq, number)).copied()
+    }
+
     fn answer(&self) -> io::Result<()> {
         match self.refuses() {
             true => Err(io::Error::from_raw_os_error(22)),
@@ -237,7 +243,7 @@ impl HostDevice for Device {
         let mut on = self.on.lock();
         for (number, event) in (start..).zip(events) {
             match event {
-                Some(_) => on.insert((irq, number), ()),
+                Some(event) => on.insert((irq, number), event.as_raw_fd()),
                 None => on.remove(&(irq, number)),
             };
         }
@@ -250,7 +256,7 @@ impl HostDevice for Device {
 
     fn disable_irq(&self, irq: Irq) -> io::Result<()> {
         // VFIO does that in any case.
-        self.on.lock().retain(|(of, _), ()| *of != irq);
+        self.on.lock().retain(|(of, _), _| *of != irq);
         self.answer()
     }
 

@@ -10,37 +10,24 @@ use twostage::sync::Mutex;
 
 use twostage::spec::pci::Bdf;
 use twostage_vmm::inside::pci::{
-    BarPlacement, EventLine, EventVector, InterruptVector, MsiMessage, PasidCapabilities, PciBus,
-    PciFunction, PciMemory,
+    BarPlacement, EventLine, EventVector, PasidCapabilities, PciBus, PciFunction, PciMemory,
 };
 use twostage_vmm::inside::vfio::{Lender, Loan, Surroundings, VfioPci};
 use twostage_vmm::inside::{
     BusDevice, HostServices, OfferedServices, PCI_MMIO_LAST, PCI_MMIO_START,
 };
-use twostage_vmm::{Irq, Mapping};
-use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+use twostage_vmm::{HostDevice, Irq, Mapping};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Device, CONFIG_SIZE, DEVICE_BYTE};
+use super::messages::{event, Vectors};
 use super::naive::{half, Naive};
 use crate::input::Input;
+use crate::models::msix::Msix;
 
 const BDF: Bdf = Bdf::from_raw(0x18);
 /// Bytes that the guest reads at a time when it reads all: a factor of what is behind the header.
 const PIECE: usize = 64;
-
-struct Vector(EventFd);
-
-impl InterruptVector for Vector {
-    fn update(&self, _: Option<MsiMessage>) {}
-
-    fn trigger(&self) {}
-}
-
-impl EventVector for Vector {
-    fn event(&self) -> &EventFd {
-        &self.0
-    }
-}
 
 struct Line([EventFd; 2]);
 
@@ -87,10 +74,6 @@ impl Drop for Slot {
     }
 }
 
-fn event() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).expect("descriptors")
-}
-
 /// The machine.
 pub struct Machine {
     device: Arc<Device>,
@@ -101,8 +84,8 @@ pub struct Machine {
     naive: Naive,
     /// Where in configuration space anything but zeros may be seen.
     shown: Vec<Range<u16>>,
-    /// The table of MSI-X, if the guest has one: doublewords.
-    table: RefCell<Vec<u32>>,
+    vectors: Arc<Vectors>,
+    msix: RefCell<Msix>,
     /// Two BARs were at the same place: not all that could be mapped is.
     overlapped: Cell<bool>,
     /// The device refused something: not all that should be on is.
@@ -132,13 +115,15 @@ impl Machine {
             ats: choice & 2 != 0,
             pri: choice & 4 != 0,
         };
-        let vectors =
-            Arc::new(|| -> Result<Arc<dyn EventVector>, _> { Ok(Arc::new(Vector(event()))) });
+        let vectors = Arc::<Vectors>::default();
+        let make = vectors.clone();
+        let make = Arc::new(move || -> Result<Arc<dyn EventVector>, _> { Ok(make.make()) });
+        let msix = Msix::new(naive.msix.map_or(0, |(_, vectors)| vectors.into()));
         let around = Surroundings {
             way: None,
             place,
             lender: Arc::new(Slots(lent.clone())),
-            vectors,
+            vectors: make,
             line: &mut || Ok((10, Box::new(Line([event(), event()])))),
             services,
             enabled: Arc::new(|_| {}),
@@ -163,7 +148,8 @@ impl Machine {
             lent,
             naive,
             shown: Vec::new(),
-            table: RefCell::default(),
+            vectors,
+            msix: RefCell::new(msix),
             overlapped: Cell::default(),
             refused: Cell::default(),
         };
@@ -339,40 +325,37 @@ impl Machine {
             assert!(data.iter().all(|byte| *byte == 0xff), "nothing is there");
         }
         if let Some((index, offset)) = answers {
-            self.access_table(index, offset, data, write);
+            self.access_structures(index, offset, data, write);
         }
     }
 
-    /// What the guest has in the table of MSI-X is what it wrote there.
-    fn access_table(&self, bar: usize, offset: u64, data: &[u8], write: bool) {
-        let (Some((_, vectors)), Some((of, bytes))) =
-            (self.naive.msix, self.naive.structures.first())
-        else {
-            return;
+    /// The structures of MSI-X are those of the naive one.
+    fn access_structures(&self, bar: usize, offset: u64, data: &[u8], write: bool) {
+        let mut msix = self.msix.borrow_mut();
+        let at = |(of, bytes): &(usize, Range<u64>)| {
+            (*of == bar && bytes.contains(&offset)).then(|| offset - bytes.start)
         };
-        let length = data.len() as u64;
-        let aligned = length >= 4 && offset.is_multiple_of(length);
-        if *of != bar || !bytes.contains(&offset) || !aligned {
+        let mut structures = self.naive.structures.iter().map(at);
+        let (table, pending) = (structures.next().flatten(), structures.next().flatten());
+        if self.naive.msix.is_none() {
+            let hidden = write || table.or(pending).is_none() || data.iter().all(|b| *b == 0xff);
+            assert!(hidden, "the host's own table is seen");
             return;
         }
-        let first = ((offset - bytes.start) / 4) as usize;
-        let mut table = self.table.borrow_mut();
-        for (index, part) in (first..).zip(data.chunks_exact(4)) {
-            let value = u32::from_le_bytes([part[0], part[1], part[2], part[3]]);
-            let beyond = index >= 4 * usize::from(vectors);
-            match (write, table.get_mut(index)) {
-                // Of the last doubleword there is one bit.
-                (true, Some(word)) => *word = if index % 4 == 3 { value & 1 } else { value },
-                (false, Some(word)) => assert_eq!(value, *word, "doubleword {index}"),
-                (_, None) => assert!(beyond && (write || value == 0), "doubleword {index}"),
+        match (table, pending) {
+            (Some(at), _) if write => msix.write_table(at, data),
+            (Some(at), _) => assert_eq!(data, msix.read_table(at, data.len()), "{at:#x} of it"),
+            (_, Some(at)) if !write => {
+                assert_eq!(data, msix.read_pending(at, data.len()), "pending bits at {at:#x}");
             }
+            _ => {}
         }
     }
 
     /// As after a reset: each vector is masked.
     fn clear_table(&self) {
         let vectors = self.naive.msix.map_or(0, |(_, vectors)| vectors);
-        *self.table.borrow_mut() = [0, 0, 0, 1].repeat(vectors.into());
+        self.msix.borrow_mut().reset();
         let Some((bar, table)) = self.naive.structures.first().filter(|_| vectors > 0) else {
             return;
         };
@@ -384,16 +367,64 @@ impl Machine {
         }
     }
 
-    /// Writes an entry of the MSI-X table, reads it, and writes message control.
+    /// Writes an entry of the MSI-X table, reads it, and writes message control. The device may
+    /// have an interrupt before or afterwards.
     pub fn msix(&self, vector: u8, control: u8, value: u64) {
-        let Some((bar, table)) = self.naive.structures.first() else { return };
-        let entry = table.start + 16 * u64::from(vector % 17);
-        for (offset, value) in [(0, value), (8, u64::from(control & 1) << 32)] {
-            self.access(*bar, entry + offset, &mut value.to_le_bytes(), true);
+        let [table, pending] = &self.naive.structures[..] else { return };
+        let number = vector % 17;
+        if control & 2 != 0 {
+            self.fire(number);
+        }
+        let entry = table.1.start + 16 * u64::from(number);
+        let data = u64::from(control & 1) << 32 | u64::from(vector);
+        for (offset, value) in [(0, value), (8, data)] {
+            self.access(table.0, entry + offset, &mut value.to_le_bytes(), true);
         }
         if let Some((at, _)) = self.naive.msix {
-            self.access(*bar, entry, &mut [0; 8], false);
+            self.access(table.0, entry, &mut [0; 8], false);
             self.write_config(at + 2, &[0, control]);
+        }
+        self.program();
+        if control & 4 != 0 {
+            self.fire(number);
+        }
+        self.access(pending.0, pending.1.start, &mut [0; 8], false);
+    }
+
+    /// The device has an interrupt, if it has this vector on.
+    fn fire(&self, number: u8) {
+        if let Some(event) = self.device.trigger(Irq::Msix, number.into()) {
+            self.vectors.of(event).fire();
+            self.msix.borrow_mut().trigger(number.into());
+        }
+    }
+
+    /// The naive MSI-X follows message control. What is pending when it is off is lost.
+    fn program(&self) {
+        let mut msix = self.msix.borrow_mut();
+        let control = self.naive.msix.map_or(0, |(at, _)| self.u16(at + 2));
+        if control & 0x8000 == 0 {
+            msix.forget();
+        }
+        // As far as this is known here.
+        msix.program(control, true);
+    }
+
+    /// Vectors have the guest's messages, and these were sent.
+    fn check_messages(&self) {
+        self.program();
+        let mut msix = self.msix.borrow_mut();
+        msix.compare(self.vectors.sent.take());
+        let (_, vectors) = self.naive.msix.unwrap_or_default();
+        let has = self.device.irq(Irq::Msix).map_or(0, |info| info.count).min(vectors.into());
+        for number in 0..has {
+            let message = msix.message(number as usize);
+            match self.device.trigger(Irq::Msix, number) {
+                Some(event) => {
+                    assert_eq!(self.vectors.of(event).message(), message, "vector {number}");
+                }
+                None => assert!(message.is_none() || self.refused.get(), "{number} is off"),
+            }
         }
     }
 
@@ -406,6 +437,7 @@ impl Machine {
     pub fn check(&self) {
         self.check_mapped();
         self.check_interrupts();
+        self.check_messages();
     }
 
     /// The guest has mapped its BARs, and nothing else.

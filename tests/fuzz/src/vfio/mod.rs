@@ -5,10 +5,12 @@
 //! of the device's finds usable, none of which gives power over the host. What the guest writes of
 //! those that are the device's, and of its memory, gets there, and of the rest only the command
 //! register. What is mapped into the guest are its BARs, where they are, without the pages of the
-//! MSI-X structures. At the end nothing is mapped and no interrupt is on.
+//! MSI-X structures. Vectors have the messages of a naive MSI-X, and what the device triggers is
+//! sent or pending as there. At the end nothing is mapped and no interrupt is on.
 
 mod device;
 mod machine;
+mod messages;
 mod naive;
 
 use crate::input::Input;
