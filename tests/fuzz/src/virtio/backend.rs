@@ -39,6 +39,8 @@ const ERRORS: [i32; 4] = [4, 11, 5, 105];
 /// Frames on their way, without the host's network.
 #[derive(Debug, Default)]
 pub struct Wire {
+    /// The address of the device.
+    pub mac: [u8; 6],
     /// To the device; or the host's error when it looks for one.
     pub incoming: Mutex<VecDeque<Result<Vec<u8>, i32>>>,
     /// From the device, lost or not.
@@ -167,9 +169,12 @@ pub fn device(input: &mut Input<'_>) -> (Kind, Box<dyn Backend>) {
             (Kind::Blk { file, faults, read_only }, Box::new(block.expect("descriptors")))
         }
         4..=6 => {
-            let wire = Arc::<Wire>::default();
+            let number = input.byte();
+            // A locally administered one.
+            let mac = [2, 0x74, 0x73, 0, 0, number];
+            let wire = Arc::new(Wire { mac, ..Wire::default() });
             let end = End(wire.clone(), EventFd::new(0).expect("descriptors"));
-            (Kind::Net(wire), Box::new(Net::new(end, MacAddress::local(input.byte()))))
+            (Kind::Net(wire), Box::new(Net::new(end, MacAddress::local(number))))
         }
         _ => (Kind::Rng, Box::new(Rng::open("/dev/zero".as_ref()).expect("zeroes"))),
     }

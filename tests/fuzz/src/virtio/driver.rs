@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{device, threaded, Kind};
 use super::chains::fails;
+use super::identity::disk_id;
 use super::messages::{Messages, Vector};
 use super::model::{Model, Purpose};
 use crate::input::Input;
@@ -130,7 +131,10 @@ impl Driver {
         let name = "fuzz".to_owned();
         let pci = VirtioPci::new(name, backend, reach, location, &vector, doorbells, None)
             .expect("descriptors");
-        let read_only = matches!(kind, Kind::Blk { read_only: true, .. });
+        let (read_only, id) = match &kind {
+            Kind::Blk { file, read_only, .. } => (*read_only, disk_id(file)),
+            _ => (false, [0; 20]),
+        };
         let mut driver = Self {
             pci,
             kind,
@@ -138,7 +142,7 @@ impl Driver {
             messages: Messages::new(vectors.into_inner()),
             queues: Vec::new(),
             slots: Vec::new(),
-            model: Model::new(read_only),
+            model: Model::new(read_only, id),
             event_index: false,
             started: false,
             bus_master: false,
@@ -238,6 +242,7 @@ impl Driver {
         self.slots = (0..SLOTS).collect();
         self.write(0x14, 1, 0xf);
         assert_eq!(self.read(0x14, 1), 0xf, "a driver that does everything right has started");
+        self.check_identity();
         (self.started, self.bus_master, self.wild) = (true, true, false);
     }
 

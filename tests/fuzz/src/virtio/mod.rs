@@ -11,6 +11,7 @@
 mod backend;
 mod chains;
 mod driver;
+mod identity;
 mod masks;
 mod messages;
 mod model;

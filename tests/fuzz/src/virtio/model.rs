@@ -72,10 +72,12 @@ pub struct Model {
     /// What is left of the frame that it is getting, and of how many buffers it was to consist.
     partial: Option<(Vec<u8>, u16)>,
     pub mergeable: bool,
+    /// The ID that the disk has.
+    id: [u8; ID_LENGTH],
 }
 
 impl Model {
-    pub fn new(read_only: bool) -> Self {
+    pub fn new(read_only: bool, id: [u8; ID_LENGTH]) -> Self {
         let disk = vec![Some([0; SECTOR as usize]); SECTORS as usize];
         Self {
             disk,
@@ -88,6 +90,7 @@ impl Model {
             room: VecDeque::new(),
             partial: None,
             mergeable: false,
+            id,
         }
     }
 
@@ -252,6 +255,9 @@ impl Model {
             }
             OUT => self.forget(request),
             GET_ID => {
+                let length = data.len().min(ID_LENGTH);
+                let right = *status != OK || data[..length] == self.id[..length];
+                assert!(right, "another ID: {data:x?}");
                 let rest = data.get(ID_LENGTH..).unwrap_or_default();
                 assert!(rest.iter().all(|byte| *byte == UNTOUCHED), "an ID of more than 20 bytes");
             }
