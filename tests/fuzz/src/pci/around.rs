@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
 use twostage::spec::pci::Pasid;
-use twostage::viommu::InterruptSink;
 use twostage_emulated::PageTries;
 use twostage_vmm::inside::pci::{ConfigLender, ConfigPage, PageLoan};
 use twostage_vmm::inside::virtio::Doorbells;
@@ -18,32 +18,24 @@ use vmm_sys_util::eventfd::EventFd;
 /// Bytes of memory for DMA.
 pub const MEMORY: usize = 0x4000;
 
-/// Counts DMA requests, and messages that are such.
+/// Counts DMA requests.
 #[derive(Default)]
-pub struct Counts {
-    messages: AtomicU64,
-    requests: AtomicU64,
-}
+pub struct Counts(AtomicU64);
 
 impl Counts {
-    pub fn both(&self) -> (u64, u64) {
-        (self.messages.load(Ordering::Relaxed), self.requests.load(Ordering::Relaxed))
+    pub fn requests(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
     }
-}
 
-/// Takes what DMA writes to where messages go.
-pub struct Sink(pub Arc<Counts>);
-
-impl InterruptSink for Sink {
-    fn send_msi(&self, _: u64, _: u32) {
-        self.0.messages.fetch_add(1, Ordering::Relaxed);
+    fn count(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// Memory without an IOMMU, whose first pages are missing until they were requested.
 pub struct Memory {
     pub counts: Arc<Counts>,
-    pub bytes: Vec<u8>,
+    pub bytes: Arc<Mutex<Vec<u8>>>,
     pub services: Services,
     pub control: Option<Arc<Control>>,
 }
@@ -54,26 +46,28 @@ impl Memory {
         pasid: Option<Pasid>,
         iova: u64,
         length: usize,
-    ) -> Result<&mut [u8], DmaError> {
-        self.counts.requests.fetch_add(1, Ordering::Relaxed);
+    ) -> Result<Range<usize>, DmaError> {
+        self.counts.count();
         assert!(pasid.is_none() || self.services.pasid, "a PASID that nobody enabled");
         let (start, pri) = (iova as usize, self.services.pri);
         if iova >= MEMORY as u64 || length > MEMORY - start {
             let group = (pri && iova < 2 * MEMORY as u64).then_some(1);
             return Err(DmaError { address: iova, group });
         }
-        Ok(&mut self.bytes[start..start + length])
+        Ok(start..start + length)
     }
 }
 
 impl DmaMaster for Memory {
     fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
-        data.copy_from_slice(self.range(pasid, iova, data.len())?);
+        let range = self.range(pasid, iova, data.len())?;
+        data.copy_from_slice(&self.bytes.lock()[range]);
         Ok(())
     }
 
     fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
-        self.range(pasid, iova, data.len())?.copy_from_slice(data);
+        let range = self.range(pasid, iova, data.len())?;
+        self.bytes.lock()[range].copy_from_slice(data);
         Ok(())
     }
 
@@ -91,12 +85,12 @@ pub struct Counted(pub Arc<Counts>, pub Box<dyn DmaMaster>);
 
 impl DmaMaster for Counted {
     fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
-        self.0.requests.fetch_add(1, Ordering::Relaxed);
+        self.0.count();
         self.1.read(pasid, iova, data)
     }
 
     fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
-        self.0.requests.fetch_add(1, Ordering::Relaxed);
+        self.0.count();
         self.1.write(pasid, iova, data)
     }
 

@@ -9,6 +9,7 @@ use twostage_vmm::inside::edu::Edu;
 use twostage_vmm::inside::pci::{ConfigSpace, PciFunction};
 
 use super::naive;
+use super::transfers::Transfers;
 use crate::models::msix::{Message, Msix, Sent};
 
 /// One for each byte of the causes.
@@ -17,40 +18,67 @@ const MESSAGES_BAR: usize = 1;
 const PENDING: u64 = 0x1000;
 const STATUS: u64 = 0x20;
 const CAUSES: u64 = 0x24;
+const COMMAND: u64 = 0x98;
 
 /// The naive one.
 struct Naive {
     interrupts: bool,
     causes: u32,
+    command: u8,
+    transfers: Transfers,
     msix: Msix,
     /// MSIs that must have been sent.
     sent: Vec<Message>,
 }
 
 impl Naive {
-    fn new() -> Self {
-        Self { interrupts: false, causes: 0, msix: Msix::new(VECTORS), sent: Vec::new() }
+    fn new(mask: u64) -> Self {
+        let transfers = Transfers::new(mask);
+        Self {
+            interrupts: false,
+            causes: 0,
+            command: 0,
+            transfers,
+            msix: Msix::new(VECTORS),
+            sent: Vec::new(),
+        }
     }
 
     fn reset(&mut self) {
         self.msix.reset();
-        (self.interrupts, self.causes) = (false, 0);
+        self.transfers.reset();
+        (self.interrupts, self.causes, self.command) = (false, 0, 0);
     }
 
-    /// Software writes a register, while messages are sent as `messages` says.
-    fn write(&mut self, offset: u64, data: &[u8], messages: &Messages) {
+    /// Software writes a register, while messages are sent as `messages` says, and the function may
+    /// make requests as `rights` does: any, and with PASIDs.
+    fn write(&mut self, offset: u64, data: &[u8], messages: &Messages, rights: (bool, bool)) {
         let wide = data.len() == 8 && offset >= 0x80;
         if !(wide || data.len() == 4) || !offset.is_multiple_of(data.len() as u64) {
             return;
         }
-        let value = u32::from_le_bytes([data[0], data[1], data[2], data[3]]);
+        let all = data.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+        let value = all as u32;
         match offset {
             0x08 if self.interrupts => self.raise(1, messages),
             STATUS => self.interrupts = value & 0x80 != 0,
             0x60 => self.raise(value, messages),
             0x64 => self.causes &= !value,
-            // A transfer, which interrupts however it ends.
-            0x98 if value & 5 == 5 => self.raise(0x100, messages),
+            0x80 => self.transfers.source = all,
+            0x88 => self.transfers.destination = all,
+            0x90 => self.transfers.count = all,
+            0xa0 if rights.1 => self.transfers.pasid = value & 0x800f_ffff,
+            COMMAND if value & 1 != 0 => {
+                self.command = value as u8 & 6;
+                let pasid = rights.1 && self.transfers.pasid & 1 << 31 != 0;
+                if rights.0 {
+                    self.transfers.run(value & 2 != 0, pasid);
+                }
+                // It interrupts however it ends.
+                if value & 4 != 0 {
+                    self.raise(0x100, messages);
+                }
+            }
             _ => {}
         }
     }
@@ -83,14 +111,22 @@ pub struct Watched {
     pub edu: Edu,
     /// The bridges that it is behind.
     pub ways: Vec<Way>,
-    /// What its vectors send, and what it sends itself.
-    pub messages: [Arc<Sent>; 2],
+    /// What its vectors send, what it sends itself, and what its DMA is that is a message.
+    pub messages: [Arc<Sent>; 3],
+    /// Reads the memory of its DMA.
+    memory: Box<dyn Fn() -> Vec<u8> + Send + Sync>,
     naive: Mutex<Naive>,
 }
 
 impl Watched {
-    pub fn new(edu: Edu, ways: Vec<Way>, messages: [Arc<Sent>; 2]) -> Self {
-        Self { edu, ways, messages, naive: Mutex::new(Naive::new()) }
+    pub fn new(
+        edu: Edu,
+        ways: Vec<Way>,
+        messages: [Arc<Sent>; 3],
+        mask: u64,
+        memory: Box<dyn Fn() -> Vec<u8> + Send + Sync>,
+    ) -> Self {
+        Self { edu, ways, messages, memory, naive: Mutex::new(Naive::new(mask)) }
     }
 
     pub fn may_request(&self) -> bool {
@@ -122,14 +158,19 @@ impl Watched {
 
     /// What software sees of interrupts, and what was sent.
     fn compare(&self, mut naive: MutexGuard<'_, Naive>) {
-        let [by_vectors, by_msi] = &self.messages;
+        let [by_vectors, by_msi, by_dma] = &self.messages;
         naive.msix.compare(by_vectors.take());
         assert_eq!(by_msi.take(), std::mem::take(&mut naive.sent), "MSIs");
-        let status = u32::from(naive.interrupts) << 7;
-        for (register, expected) in [(STATUS, status), (CAUSES, naive.causes)] {
-            let mut data = [0; 4];
-            self.edu.read_bar(0, register, &mut data);
-            assert_eq!(u32::from_le_bytes(data), expected, "register {register:#x}");
+        assert_eq!(by_dma.take(), std::mem::take(&mut naive.transfers.sent), "messages by DMA");
+        let (status, causes) = (u64::from(naive.interrupts) << 7, u64::from(naive.causes));
+        let command = u64::from(naive.command);
+        let transfers = &naive.transfers;
+        let wide = [(0x80, transfers.source), (0x88, transfers.destination)];
+        let narrow = [(STATUS, status), (CAUSES, causes), (COMMAND, command)];
+        for (register, expected) in wide.into_iter().chain(narrow) {
+            let (mut data, size) = ([0; 8], if register < 0x80 { 4 } else { 8 });
+            self.edu.read_bar(0, register, &mut data[..size]);
+            assert_eq!(u64::from_le_bytes(data), expected, "register {register:#x}");
         }
         let pending = self.config().lock().u16(6) & 8 != 0;
         assert_eq!(pending, naive.causes != 0, "the status register");
@@ -186,7 +227,14 @@ impl PciFunction for Watched {
         self.edu.write_bar(bar, offset, data);
         let mut naive = self.naive.lock();
         match bar {
-            0 => naive.write(offset, data, &self.messages()),
+            0 => {
+                let pasid = naive::extended(&self.edu, 0x1b);
+                let pasids = pasid.is_some_and(|at| self.config().lock().u16(at + 6) & 1 != 0);
+                naive.write(offset, data, &self.messages(), (self.may_request(), pasids));
+                if offset == COMMAND {
+                    assert!((self.memory)() == naive.transfers.memory, "memory after a transfer");
+                }
+            }
             MESSAGES_BAR => naive.msix.write_table(offset, data),
             _ => {}
         }

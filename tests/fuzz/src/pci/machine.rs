@@ -18,11 +18,12 @@ use twostage_vmm::inside::{
     BusDevice, DirectMemory, DmaMaster, EduConfig, MachineMemory, MessageWrites, Services,
     PCI_MMIO_LAST, PCI_MMIO_START,
 };
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::around::{Control, Counted, Counts, Lender, Memory, NoDoorbells, Pages, Sink, MEMORY};
+use super::around::{Control, Counted, Counts, Lender, Memory, NoDoorbells, Pages, MEMORY};
 use super::edu::Watched;
 use super::naive;
+use super::transfers::fresh_memory;
 use crate::input::Input;
 use crate::models::msix::{Sent, Vector};
 
@@ -41,6 +42,9 @@ const EDU_ID: [u8; 4] = [0xed, 0, 0, 1];
 const WINDOW: u64 = 16 << 20;
 /// Where ECAM is, of no importance here.
 const ECAM: u64 = 0xb000_0000;
+/// Reads the memory of DMA.
+type Look = Box<dyn Fn() -> Vec<u8> + Send + Sync>;
+
 /// The machine.
 pub struct Machine {
     bus: Arc<PciBus>,
@@ -80,26 +84,33 @@ impl Machine {
             pins[number] = pin.gsis();
             let control = config.ats.then(Arc::<Control>::default);
             let services = Services::default();
-            let bytes = vec![0x5a; MEMORY];
-            let memory = Memory { counts: counts.clone(), bytes, services, control };
-            let messages = [(); 2].map(|()| Arc::<Sent>::default());
-            let [by_vectors, by_msi] = messages.clone();
+            let bytes = Arc::new(Mutex::new(fresh_memory()));
+            let memory = Memory { counts: counts.clone(), bytes: bytes.clone(), services, control };
+            let messages = [(); 3].map(|()| Arc::<Sent>::default());
+            let [by_vectors, by_msi, by_dma] = messages.clone();
             let vector = || -> Result<Arc<dyn InterruptVector>, _> {
                 Ok(Arc::new(Vector::new(by_vectors.clone())))
             };
-            let sink = Arc::new(Sink(counts.clone()));
-            let memory: Box<dyn DmaMaster> = match number {
-                0 => Box::new(memory),
+            let (memory, look): (Box<dyn DmaMaster>, Look) = match number {
+                0 => (Box::new(memory), Box::new(move || bytes.lock().clone())),
                 _ => {
                     let memory = MachineMemory::new(MEMORY as u64).expect("memory");
-                    Box::new(Counted(counts.clone(), Box::new(DirectMemory(memory))))
+                    let map = memory.map().clone();
+                    map.write_slice(&fresh_memory(), GuestAddress(0)).expect("memory");
+                    let look = move || {
+                        let mut bytes = vec![0; MEMORY];
+                        map.read_slice(&mut bytes, GuestAddress(0)).expect("memory");
+                        bytes
+                    };
+                    let memory = DirectMemory(memory);
+                    (Box::new(Counted(counts.clone(), Box::new(memory))), Box::new(look))
                 }
             };
-            let memory = Box::new(MessageWrites::new(memory, sink));
+            let memory = Box::new(MessageWrites::new(memory, by_dma));
             let edu = Edu::new(config, location, bars, pin, by_msi, &vector, memory);
             let behind: [super::edu::Way; 2] = [(to_pci.clone(), 2), (port.clone(), 1)];
             let ways = behind.into_iter().filter(|_| number == 1).collect();
-            Arc::new(Watched::new(edu.expect("no thread"), ways, messages))
+            Arc::new(Watched::new(edu.expect("no thread"), ways, messages, config.dma_mask, look))
         };
         let (ats, pri) = (choice & 1 != 0, choice & 2 != 0);
         let pasid_bits = if choice & 4 != 0 { 20 } else { 0 };
@@ -301,7 +312,7 @@ impl Machine {
         let ends = [memory, 0x4_0000 + u64::from(input.byte())];
         let ends = if choice & 2 == 0 { ends } else { [ends[1], ends[0]] };
         let whole = (1..0x1000 - 0xff).contains(&count) && memory < MEMORY as u64;
-        let before = self.counts.both().1;
+        let before = self.counts.requests();
         let may = self.quiet(function, |device| {
             for (offset, value) in [(0x80, ends[0]), (0x88, ends[1]), (0x90, count)] {
                 device.write_bar(0, offset, &value.to_le_bytes());
@@ -313,9 +324,15 @@ impl Machine {
             let mut command = [0; 8];
             device.read_bar(0, 0x98, &mut command);
             assert_eq!(command[0] & 1, 0, "the transfer is over");
+            // What it has read is seen when it is written somewhere else.
+            if choice & 2 == 0 {
+                for (offset, value) in [(0x80, ends[1]), (0x88, 0x2000), (0x98, 3)] {
+                    device.write_bar(0, offset, &u64::to_le_bytes(value));
+                }
+            }
         });
         if may && whole && choice & 8 == 0 {
-            assert!(self.counts.both().1 > before, "a transfer without requests");
+            assert!(self.counts.requests() > before, "a transfer without requests");
         }
     }
 
@@ -326,11 +343,11 @@ impl Machine {
             BEHIND => &self.edus[1],
             _ => return false,
         };
-        let before = self.counts.both();
+        let before = self.counts.requests();
         act(&**device);
         let may = device.may_request();
         if !may {
-            assert_eq!(self.counts.both(), before, "a request of who may make none");
+            assert_eq!(self.counts.requests(), before, "a request of who may make none");
         }
         may
     }

@@ -5,8 +5,8 @@
 //!
 //! After each step what the guest sees agrees: a page of configuration space that it has as memory
 //! with reads that exit, BARs with what answers at their addresses, interrupt lines with the
-//! functions' registers, who makes requests with who may, and messages and pending bits of an `edu`
-//! with those of a naive one.
+//! functions' registers, who makes requests with who may, and messages, pending bits and registers
+//! of an `edu`, and memory after its DMA, with those of a naive one.
 
 mod around;
 mod edu;
@@ -15,6 +15,7 @@ mod ioapic;
 mod machine;
 mod naive;
 mod routes;
+mod transfers;
 
 use crate::input::Input;
 use machine::{Machine, FUNCTIONS};

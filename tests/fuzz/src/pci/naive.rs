@@ -36,6 +36,12 @@ pub fn capability(function: &dyn PciFunction, id: u8) -> Option<u16> {
     capabilities(function).into_iter().find(|(found, _)| *found == id).map(|(_, at)| at)
 }
 
+/// Offset of the extended capability `id`.
+pub fn extended(function: &dyn PciFunction, id: u16) -> Option<u16> {
+    let next = |at: &u16| Some((u32(function, *at) >> 20) as u16).filter(|next| *next != 0);
+    std::iter::successors(Some(0x100), next).take(48).find(|at| u16(function, *at) == id)
+}
+
 /// Address and size of BAR `number`.
 pub fn bar(function: &dyn PciFunction, number: usize) -> Option<(u64, u64)> {
     let size = match u32(function, 0) {
