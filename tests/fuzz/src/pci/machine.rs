@@ -22,6 +22,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::around::{Control, Counted, Counts, Lender, Memory, NoDoorbells, Pages, MEMORY};
 use super::edu::Watched;
+use super::fixed::{check_written, fixed, Fixed};
 use super::naive;
 use super::transfers::fresh_memory;
 use crate::input::Input;
@@ -56,6 +57,8 @@ pub struct Machine {
     lines: Arc<Mutex<BTreeMap<u32, bool>>>,
     pins: [&'static [u32]; 2],
     pages: Pages,
+    /// What no write changes, of each function.
+    fixed: [Fixed; FUNCTIONS],
     #[cfg(target_arch = "x86_64")]
     ports: twostage_vmm::inside::ConfigPorts,
 }
@@ -152,6 +155,7 @@ impl Machine {
         let edus = [first.clone(), behind.clone()];
         let functions: [Arc<dyn PciFunction>; FUNCTIONS] =
             [host, first, virtio.clone(), port, to_pci, behind];
+        let fixed = std::array::from_fn(|number| fixed(&*functions[number]));
         Self {
             #[cfg(target_arch = "x86_64")]
             ports: twostage_vmm::inside::ConfigPorts::new(bus.clone()),
@@ -163,12 +167,24 @@ impl Machine {
             lines,
             pins,
             pages,
+            fixed,
         }
     }
 
     /// Writes a register, through ports or memory.
     pub fn write_config(&self, function: usize, register: u16, data: &[u8], ports: bool) {
         self.write_at(PLACES[function], register, data, ports);
+        // Which no bridge hides.
+        if [EDU, VIRTIO].contains(&function) {
+            check_written(&*self.functions[function], register, data);
+        }
+    }
+
+    /// What no write changes is what it was.
+    pub fn check_fixed(&self) {
+        for (number, function) in self.functions.iter().enumerate() {
+            assert_eq!(fixed(&**function), self.fixed[number], "function {number} is another");
+        }
     }
 
     fn write_at(&self, bdf: u16, register: u16, data: &[u8], ports: bool) {

@@ -10,6 +10,7 @@
 
 mod around;
 mod edu;
+mod fixed;
 #[cfg(target_arch = "x86_64")]
 mod ioapic;
 mod machine;
@@ -38,6 +39,7 @@ pub fn run(bytes: &[u8]) {
                 }
                 step(&mut machine, &mut input);
                 machine.check_lines();
+                machine.check_fixed();
             }
             machine.check_pages();
         }
