@@ -43,6 +43,9 @@ impl Smmu {
             if applied.is_ok() {
                 registers.cr0ack.set_smmuen(cr0.smmuen());
             }
+        } else {
+            // What fails once more is given again before a command is complete.
+            let _ = self.reapply(registers);
         }
     }
 

@@ -199,6 +199,8 @@ impl VtdIommu {
             Then::Translation(false) if registers.gsts.tes() => {
                 self.begin_command(Scope::Global, By::Tables, Then::Translation(true));
             }
+            // Nor can all: what passes still is given again before an invalidation is complete.
+            Then::Translation(true) if registers.gsts.tes() => self.requesters.set_unapplied(),
             Then::Translation(_) => {}
             Then::Context(granularity) => {
                 self.acknowledge_context_command(registers, applied.ok().and(Some(granularity)));
@@ -241,6 +243,8 @@ impl VtdIommu {
                 observer.disabling_translation();
             }
             self.set_translation_enabled(registers, command.te());
+        } else if self.must_reapply(registers) {
+            self.begin_command(Scope::Unapplied, By::Tables, Then::Translation(true));
         }
         // WBF has nothing to flush (CAP.RWBF), SFL and EAFL no log (CAP.AFL), and without ECAP.IR
         // there is nothing to remap: these bits are ignored, and their status stays clear.

@@ -209,6 +209,28 @@ fn what_cannot_be_disabled_for_all_is_enabled_for_all() {
 }
 
 #[test]
+fn what_cannot_be_enabled_again_for_all_is_so_before_anything_is_complete() {
+    for by_command in [false, true] {
+        let guest = Guest::running();
+        guest.calls();
+        let enabled = guest.read32(regs::CR0);
+        guest.host.refusals.block_nothing(true);
+        guest.host.refusals.everything(true);
+        guest.write32(regs::CR0, enabled & !1);
+        assert_eq!((guest.read32(regs::CR0ACK), guest.calls().len()), (enabled, 4));
+        guest.host.refusals.everything(false);
+        match by_command {
+            false => guest.write32(regs::CR0, enabled),
+            true => guest.submit(&[SYNC]),
+        }
+        let by_table = |stream| {
+            Call::Configure(stream, guest.smmu.policy_by_tables(stream).expect("it is enabled"))
+        };
+        assert_eq!(guest.calls(), [by_table(STREAM), by_table(OTHER)], "{by_command}");
+    }
+}
+
+#[test]
 fn features_make_their_bits() {
     let config = SmmuConfig { ats: true, msi: false, ..Default::default() };
     let guest = Guest::new(&config);

@@ -297,3 +297,28 @@ fn what_cannot_be_disabled_for_all_is_enabled_for_all() {
     guest.disable_translation();
     assert_eq!(guest.read32(regs::GSTS) & TES, 0);
 }
+
+#[test]
+fn what_cannot_be_enabled_again_for_all_is_so_before_anything_is_complete() {
+    for by_queue in [false, true] {
+        let guest = Guest::new(VtdConfig::default());
+        guest.iommu.add_device(UPPER_RID).unwrap();
+        guest.write_tables();
+        guest.set_root(0x400);
+        guest.enable_queue(0x400);
+        guest.enable_translation();
+        guest.calls();
+        guest.host.refusals.block_nothing(true);
+        guest.host.refusals.everything(true);
+        guest.disable_translation();
+        assert_eq!((guest.read32(regs::GSTS) >> 31, guest.calls().len()), (1, 4));
+        guest.host.refusals.everything(false);
+        match by_queue {
+            false => guest.enable_translation(),
+            true => guest.submit(&[wait(1)]),
+        }
+        let [rid, upper] = [RID, UPPER_RID].map(Requester::rid);
+        let again = [configured(rid, first_stage(FIRST_STAGE)), configured(upper, blocked(0x39))];
+        assert_eq!(guest.calls(), again, "{by_queue}");
+    }
+}
