@@ -80,12 +80,15 @@ impl<R: Ord + Copy + fmt::Debug + fmt::Display, T: Treatment> Host<R, T> {
         assert_eq!(calls.iter().copied().collect::<BTreeMap<_, _>>(), *decisions);
     }
 
-    /// The state with these `decisions` was not restored because of `error`: what was open for it
-    /// is blocked, and nothing else was open.
-    pub fn refused(&self, error: &RestoreError, decisions: &BTreeMap<R, T>) {
+    /// The state with these `decisions`, of a snapshot that was `changed`, was not restored because
+    /// of `error`: this host has refused something, or the change. What was open for it is blocked,
+    /// and nothing else was open.
+    pub fn refused(&self, error: &RestoreError, changed: bool, decisions: &BTreeMap<R, T>) {
         let Told { calls, open } = &*self.told();
         assert!(open.is_empty(), "{error}, but {open:?} are not blocked");
-        assert!(calls.is_empty() || matches!(error, RestoreError::Refused { .. }), "{error}");
+        let refused = (1..=calls.len()).contains(&self.refused);
+        assert_eq!(matches!(error, RestoreError::Refused { .. }), refused, "{error}: {calls:?}");
+        assert!(refused || changed && calls.is_empty(), "{error}: {calls:?}");
         for (who, treatment) in calls.iter().filter(|(_, treatment)| !treatment.blocks()) {
             assert_eq!(decisions.get(who), Some(treatment), "{who}");
         }

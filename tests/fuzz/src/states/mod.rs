@@ -59,7 +59,7 @@ fn vtd(input: &mut Input<'_>) {
     let decided = vtd_decisions(&state).map(|(who, config, _)| (who, config)).collect();
     let unit = match restored {
         Ok(unit) => unit,
-        Err(error) => return host.refused(&error, &decided),
+        Err(error) => return host.refused(&error, changes > 0, &decided),
     };
     host.restored(&decided);
     assert_eq!(unit.snapshot().expect("it is not halted"), merged(state.clone()));
@@ -131,7 +131,7 @@ fn smmuv3(input: &mut Input<'_>) {
     let decided: BTreeMap<_, _> = smmu_decisions(&state).map(|(who, it, _)| (who, it)).collect();
     let smmu = match Smmu::restore(&state, input.memory(), host.clone(), Arc::new(Quiet), None) {
         Ok(smmu) => smmu,
-        Err(error) => return host.refused(&error, &decided),
+        Err(error) => return host.refused(&error, changes > 0, &decided),
     };
     host.restored(&decided);
     assert_eq!(smmu.snapshot().expect("it is not halted"), state);

@@ -179,6 +179,7 @@ fn write_part(world: &mut World, offset: u64, bytes: &[u8]) {
     let Some((word, value)) = whole else { return };
     let found = world.read32(word);
     world.iommu.take_page_back();
+    assert_eq!(world.read32(word), found, "{offset:#x} is lost: {bytes:x?}");
     world.write32(word, value);
     assert_eq!(world.read32(word), found, "{offset:#x}: {bytes:x?}");
 }
