@@ -98,9 +98,7 @@ impl World {
 
     pub fn ended(&mut self, commands: &[Command]) -> Ended {
         let words: Vec<_> = commands.iter().map(Command::encode).collect();
-        let attaches =
-            |of: &Command| matches!(of, Command::CfgiSte { .. } | Command::CfgiSteRange { .. });
-        self.asked.changes += u32::from(commands.iter().any(attaches));
+        self.asked.may_have_ended(commands);
         self.make_usable();
         let start = self.read32(regs::CMDQ_PROD);
         let before = self.read32(regs::EVENTQ_PROD);

@@ -159,7 +159,7 @@ impl World {
             let waits = |found: &Found| match found.end {
                 Err(End::Event(E::Translation | E::Access | E::Permission)) => self.header.requests,
                 // Not in the host's stage 2, or not recorded.
-                Err(End::Outside | End::Silent) => self.header.requests,
+                Err(End::Outside | End::Unrecorded) => self.header.requests,
                 Ok(_) => self.header.requests && self.is_outside(found),
                 end => end == Err(End::Stalls),
             };

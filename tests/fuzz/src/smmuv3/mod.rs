@@ -209,7 +209,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
                 }
                 all.push(words);
             }
-            world.asked.changes += 1;
+            world.asked.may_have_ended_all();
             world.submit(&all, count % 2 == 0);
             world.may_end();
             world.is_unanswered |= world.silent.contains(&true);

@@ -25,6 +25,8 @@ pub enum End {
     Outside,
     /// Without an event.
     Silent,
+    /// By a fault that is not to be recorded (CD.R).
+    Unrecorded,
     /// It does not: it stalls.
     Stalls,
     /// It cannot come to this: what it was made from is cached nowhere.
@@ -317,7 +319,7 @@ impl Walk<'_, '_> {
         let fault = |id| match recorded {
             _ if stalls => End::Stalls,
             true => End::Event(id),
-            false => End::Silent,
+            false => End::Unrecorded,
         };
         // Both halves are looked at.
         let granule0 = TG0[(low >> 6 & 3) as usize];

@@ -39,8 +39,30 @@ pub struct Asked {
     /// How many requests were in the queue then, of all time.
     queued: u64,
     interrupts: u64,
-    /// How often something happened by which the host may have ended requests.
-    pub changes: u32,
+    /// How often something happened by which the host may have ended the requests of each device.
+    changes: [u32; DEVICES.len()],
+}
+
+impl Asked {
+    /// The host may have ended the requests of the streams that `commands` name.
+    pub fn may_have_ended(&mut self, commands: &[Command]) {
+        for (device, rid) in DEVICES.into_iter().enumerate() {
+            let names = |command: &Command| match *command {
+                Command::CfgiSte { stream, .. } => stream.raw() == u32::from(rid),
+                Command::CfgiSteRange { stream, range } => {
+                    let bits = u32::from(range) + 1;
+                    bits >= 32 || (stream.raw() ^ u32::from(rid)) >> bits == 0
+                }
+                _ => false,
+            };
+            self.changes[device] += u32::from(commands.iter().any(names));
+        }
+    }
+
+    /// The same of all streams.
+    pub fn may_have_ended_all(&mut self) {
+        self.changes.iter_mut().for_each(|changes| *changes += 1);
+    }
 }
 
 /// A group that waits for the guest.
@@ -192,7 +214,7 @@ impl World {
                 privileged: kind.privileged,
             };
             assert_eq!(PageRequest::decode(words), request, "{words:x?}; {}", what());
-            let changes = self.asked.changes;
+            let changes = self.asked.changes[device];
             self.asked.open.push(Open { device, substream, group, changes });
         }
     }
@@ -221,7 +243,8 @@ impl World {
             (true, _) => Some(PageResponseCode::Invalid),
         };
         // The host answers, too, when an attachment ends.
-        let ended = changes != self.asked.changes && answer == Some(PageResponseCode::Invalid);
+        let ended =
+            changes != self.asked.changes[device] && answer == Some(PageResponseCode::Invalid);
         assert!(answer == expected || ended, "{response:x?}: {answer:?}");
         if answer.is_some() {
             self.asked.open.swap_remove(number);
