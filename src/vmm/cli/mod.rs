@@ -401,8 +401,9 @@ fn fail(error: &Error) -> u8 {
     error.exit_code()
 }
 
-/// Prints a one-line error message.
+/// Prints a one-line error message, unless a thread has another one and ends the process.
 fn complain(what: &dyn fmt::Display) {
+    jail::wait_for_places();
     let what = what.to_string();
     output::say(&format!("twostage: error: {what}{}", limits::advice(&what)));
 }

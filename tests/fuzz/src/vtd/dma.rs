@@ -183,7 +183,7 @@ impl World {
                 let starved = self.header.mirrored
                     && found == DmaFaultReason::Vtd(R::PasidEntryNotPresent)
                     && may.iter().all(|outcome| matches!(outcome, Outcome::Gets { .. }))
-                    && (self.hosts.have_failed || self.may_be_too_much());
+                    && (self.hosts.fail || self.may_be_too_much());
                 let faults = self.faults(&dma, &may, starved);
                 // A device TLB that gets no translation is no fault: see the section on ATS.
                 let silent = may.contains(&Outcome::Fails)

@@ -42,8 +42,8 @@ pub struct Hosts {
     pub devices: [ObjectId; 2],
     /// Verbs fail, or have since the guest has invalidated everything.
     pub fail: bool,
-    /// They have failed at some time.
-    pub have_failed: bool,
+    /// The next time that translation cannot be disabled, the guest leaves it enabled.
+    pub thinks_better: bool,
 }
 
 impl Hosts {
@@ -56,7 +56,7 @@ impl Hosts {
             let host = &all[number % count].emulated;
             *dev = host.device_bind(NAMES[number]).expect("it is there");
         }
-        Self { all, devices, fail: fails != 0, have_failed: fails != 0 }
+        Self { all, devices, fail: fails != 0, thinks_better: false }
     }
 
     /// The one of a device.
@@ -176,7 +176,7 @@ pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             return Ok(());
         }
     }
-    (hosts.fail, hosts.have_failed) = (true, true);
+    (hosts.fail, hosts.thinks_better) = (true, which & 0x20 != 0);
     world.asked.changes += 1;
     Ok(())
 }

@@ -182,7 +182,7 @@ impl World {
         }
         let mut low = [0; 4];
         low.copy_from_slice(&bytes[..4]);
-        let command = Gcmd::from_bits(u32::from_le_bytes(low));
+        let mut command = Gcmd::from_bits(u32::from_le_bytes(low));
         self.settle();
         let (root, before) = (self.read64(regs::RTADDR), self.status());
         let interrupts = self.read64(regs::IRTA);
@@ -191,9 +191,12 @@ impl World {
         let mut after = self.status();
         let is_done = after.tes() == command.te() && (after.rtps() || !command.srtp());
         if self.hosts.fail && !is_done {
-            // Once more, when nothing fails.
+            // Once more, when nothing fails, or not at all.
             self.hosts.stop_failing();
-            self.put_registers(offset, bytes);
+            if before.tes() && self.hosts.thinks_better {
+                command.set_te(true);
+            }
+            self.put_registers(offset, &command.into_bits().to_le_bytes());
             self.settle();
             after = self.status();
         }
