@@ -160,7 +160,10 @@ fn check(words: &[OsString], message: &str) {
     }
     let said: Vec<_> = words.iter().skip(2).map(|word| word.to_string_lossy()).collect();
     let names = |(option, ..): &(&str, &[&str], &[&str])| message.contains(option);
-    let odd = said.iter().any(|word| !word.is_empty() && message.contains(&**word));
+    // Or the value of one that is `--option=value`.
+    let values = said.iter().filter_map(|word| Some(word.split_once('=')?.1));
+    let mut odd = said.iter().map(|word| &**word).chain(values);
+    let odd = odd.any(|word| !word.is_empty() && message.contains(word));
     assert!(OPTIONS.iter().any(names) || odd, "{words:?}: {message}");
     if message.starts_with("error: invalid value") {
         assert!(odd, "{words:?}: {message}");
