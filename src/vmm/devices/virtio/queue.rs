@@ -151,6 +151,7 @@ impl Virtqueue {
     /// # Errors
     /// The used ring cannot be accessed; or no requests are allowed: then none is returned, or the
     /// interrupt is still owed.
+    #[cfg(test)]
     pub fn push_all(
         &mut self,
         memory: &mut DeviceMemory,

@@ -273,10 +273,12 @@ impl Block {
     ) -> Result<(), Unserved> {
         if let (Some(of_queue), Some(queue)) = (self.queues.get_mut(number), queues.get_mut(number))
         {
-            queue.push_all(memory, &of_queue.over)?;
+            queue.give_back(memory, &of_queue.over)?;
             of_queue.bytes = 0;
             let counters = queue.counters();
             of_queue.over.drain(..).for_each(|_| counters.done.count());
+            // Not before: if this is not allowed now, they are not returned once more.
+            queue.interrupt(memory)?;
         }
         Ok(())
     }
