@@ -404,8 +404,7 @@ fn fail(error: &Error) -> u8 {
 /// Prints a one-line error message, unless a thread has another one and ends the process.
 fn complain(what: &dyn fmt::Display) {
     jail::wait_for_places();
-    let what = what.to_string();
-    output::say(&format!("twostage: error: {what}{}", limits::advice(&what)));
+    output::say(&limits::with_advice(&format!("twostage: error: {what}")));
 }
 
 /// Help and version as clap prints them; errors in one line.

@@ -33,6 +33,11 @@ pub(crate) fn advice(text: &str) -> String {
     }
 }
 
+/// `text` with what to do about the error that it tells of ([`advice`]).
+pub(crate) fn with_advice(text: &str) -> String {
+    format!("{text}{}", advice(text))
+}
+
 #[cfg(test)]
 mod tests {
     use std::io;

@@ -145,22 +145,6 @@ impl Virtqueue {
         }
     }
 
-    /// Returns chains to the driver, and interrupts it once if it wants that: as
-    /// [`Self::give_back`] and [`Self::interrupt`].
-    ///
-    /// # Errors
-    /// The used ring cannot be accessed; or no requests are allowed: then none is returned, or the
-    /// interrupt is still owed.
-    #[cfg(test)]
-    pub fn push_all(
-        &mut self,
-        memory: &mut DeviceMemory,
-        used: &[(u16, u32)],
-    ) -> Result<(), Unserved> {
-        self.give_back(memory, used)?;
-        self.interrupt(memory)
-    }
-
     /// Returns chains to the driver, which sees all of them at once: the first descriptor of each,
     /// and how many bytes were written to the start of its buffers. Leaves the interrupt to
     /// [`Self::interrupt`].

@@ -325,8 +325,7 @@ impl Service {
 
 /// What an error of a worker's event loop is, and what to do about it.
 fn of_event_loop(error: &event_manager::Error) -> String {
-    let text = format!("its event loop: {error}");
-    format!("{text}{}", limits::advice(&text))
+    limits::with_advice(&format!("its event loop: {error}"))
 }
 
 /// Serves the events of one device.

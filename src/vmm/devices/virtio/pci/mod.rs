@@ -288,8 +288,7 @@ impl Transport {
         device.backend.start(features)?;
         drop(device);
         let failed = |error: io::Error| {
-            let text = format!("starting its thread: {error}");
-            Broken::Device(format!("{text}{}", limits::advice(&text)))
+            Broken::Device(limits::with_advice(&format!("starting its thread: {error}")))
         };
         let (device, host) = (self.device.clone(), self.host.clone());
         let worker = Worker::start(device, host, queues, link.clone());

@@ -178,11 +178,13 @@ impl Sides {
             }
             Step::Return(number) if number < self.held.len() => {
                 let head = self.held.remove(number);
-                self.queue.push_all(&mut self.device_memory, &[(head, 0)]).unwrap();
+                self.queue.give_back(&mut self.device_memory, &[(head, 0)]).unwrap();
+                self.queue.interrupt(&mut self.device_memory).unwrap();
             }
             Step::ReturnAll => {
                 let used: Vec<_> = self.held.drain(..).rev().map(|head| (head, 0)).collect();
-                self.queue.push_all(&mut self.device_memory, &used).unwrap();
+                self.queue.give_back(&mut self.device_memory, &used).unwrap();
+                self.queue.interrupt(&mut self.device_memory).unwrap();
             }
             Step::ReturnQuietly => {
                 let used: Vec<_> = self.held.drain(..).map(|head| (head, 0)).collect();
