@@ -401,9 +401,8 @@ fn fail(error: &Error) -> u8 {
     error.exit_code()
 }
 
-/// Prints a one-line error message, unless a thread has another one and ends the process.
+/// Prints a one-line error message.
 fn complain(what: &dyn fmt::Display) {
-    jail::wait_for_places();
     output::say(&limits::with_advice(&format!("twostage: error: {what}")));
 }
 

@@ -155,7 +155,7 @@ impl Jail {
 /// The system refuses something.
 pub(crate) fn lock() -> Result<(), JailError> {
     let Some(jail) = JAIL.get().filter(|_| !INSIDE.get()) else { return Ok(()) };
-    wait_for_places();
+    drop(TAKEN.wait_while(OUTSIDE.lock(), |outside| *outside != 0));
     if jail.settings.mode == Mode::On {
         match &jail.settings.reopened {
             None => {
@@ -183,12 +183,6 @@ pub(crate) fn is_inside() -> bool {
 static OUTSIDE: Mutex<usize> = Mutex::new(0);
 /// There are fewer of them.
 static TAKEN: Condvar = Condvar::new();
-
-/// Waits until every thread that was started has its place in the jail. One that gets none ends the
-/// process with a line of its own, which is to be the only one.
-pub(crate) fn wait_for_places() {
-    drop(TAKEN.wait_while(OUTSIDE.lock(), |outside| *outside != 0));
-}
 
 /// The place in the jail of a thread that is started now.
 #[derive(Debug)]
