@@ -10,7 +10,6 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, MutexGuard, OnceLock};
-use std::thread;
 use std::time::{Duration, Instant};
 use twostage::sync::{Condvar, Mutex};
 
@@ -112,9 +111,7 @@ impl Output {
         let (filled, taken) = (Condvar::new(), Condvar::new());
         let shared = Arc::new(Shared { name, state: Mutex::default(), filled, taken });
         let writer = shared.clone();
-        thread::Builder::new()
-            .name("output".into())
-            .spawn(jail::inside(Kind::Output, move || writer.write_all_to(&file)))
+        jail::start("output", Kind::Output, move || writer.write_all_to(&file))
             .map_err(Error::os("output thread"))?;
         Ok(Self(Arc::new(Handle(shared))))
     }

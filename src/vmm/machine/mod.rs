@@ -255,13 +255,12 @@ fn spawn_vcpu(
     memory: MachineMemory,
     stopper: Stopper,
 ) -> Result<VcpuThread> {
-    let handle = thread::Builder::new()
-        .name(format!("vcpu{}", processor.id()))
-        .spawn(jail::inside(Kind::Vcpu, move || {
-            let _guard = PanicGuard(&stopper, "a vCPU thread");
-            run_vcpu(processor, &exits, &memory, &stopper);
-        }))
-        .map_err(Error::os("vCPU thread"))?;
+    let name = format!("vcpu{}", processor.id());
+    let handle = jail::start(&name, Kind::Vcpu, move || {
+        let _guard = PanicGuard(&stopper, "a vCPU thread");
+        run_vcpu(processor, &exits, &memory, &stopper);
+    })
+    .map_err(Error::os("vCPU thread"))?;
     Ok(VcpuThread(Some(handle)))
 }
 

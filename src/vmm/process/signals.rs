@@ -81,12 +81,11 @@ pub(crate) fn start() -> Result<()> {
     let all: Vec<_> = handled().collect();
     set(&all, false)?;
     let of_thread = all.clone();
-    let work = jail::inside(Kind::Signals, move || {
+    let thread = jail::start("signals", Kind::Signals, move || {
         // They were blocked: they are signals.
         let _ = disposition::take(&of_thread, true);
         overdue::watch();
     });
-    let thread = thread::Builder::new().name("signals".to_owned()).spawn(work);
     if thread.is_err() {
         // Nobody else takes them while the process says so.
         set(&all, true)?;

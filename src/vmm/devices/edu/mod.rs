@@ -14,7 +14,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, MutexGuard};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use twostage::sync::Mutex;
 
 use self::services::{offered, GatedMemory, Rights};
@@ -175,10 +175,8 @@ impl Edu {
                 dma.run(life, transfer);
             }
         };
-        let worker = thread::Builder::new()
-            .name("edu-dma".to_owned())
-            .spawn(jail::inside(Kind::Device, work))
-            .map_err(Error::os("device thread"))?;
+        let worker =
+            jail::start("edu-dma", Kind::Device, work).map_err(Error::os("device thread"))?;
         Ok(Self {
             shared,
             transfers: Some(Mutex::new(transfers)),

@@ -2,6 +2,7 @@
 //! The device as software sees it: BAR, configuration space, interrupts, and DMA by the worker.
 
 use std::sync::mpsc::{channel, Receiver};
+use std::thread;
 
 use vm_memory::{Bytes, GuestAddress};
 

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, MutexGuard};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use twostage::sync::{Condvar, Mutex};
 
@@ -127,7 +127,7 @@ impl Worker {
             return Ok(Self { link, host, stop, told: None, ended, thread: None, here });
         }
         let of_worker = link.clone();
-        let work = jail::inside(Kind::Device, move || {
+        let work = move || {
             // Dropped last, after the device is unlocked or freed.
             let _end = end;
             let (device, link) = (device, of_worker);
@@ -136,8 +136,8 @@ impl Worker {
             if let Err(error) = run(server) {
                 link.set_needs_reset(&of_event_loop(&error));
             }
-        });
-        let thread = Some(thread::Builder::new().name(name).spawn(work)?);
+        };
+        let thread = Some(jail::start(&name, Kind::Device, work)?);
         Ok(Self {
             link,
             host,

@@ -36,7 +36,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use super::Iommu;
 use crate::bus::BusDevice;
 use crate::config::{MachineConfig, SideCoreChoice};
-use crate::process::jail::{Kind, Place};
+use crate::process::jail::{self, Kind};
 use crate::process::stop::{PanicGuard, Stopper};
 use crate::{Error, Result};
 use kvm::{Abilities, Mapped, PageSlot, Ring};
@@ -214,14 +214,13 @@ impl SideCore {
     pub fn start(&mut self) -> Result<()> {
         let shared = self.shared.clone();
         // It opens files first.
-        let place = Place::of(Kind::SideCore);
-        let run = move || {
+        let run = move |place| {
             // A guest would wait for it in vain.
             let _guard = PanicGuard(&shared.stopper, "the side core");
             shared.run(place);
         };
-        let thread = std::thread::Builder::new().name("side-core".into());
-        self.thread = Some(thread.spawn(run).map_err(Error::os("the side core's thread"))?);
+        let thread = jail::start_outside("side-core", Kind::SideCore, run);
+        self.thread = Some(thread.map_err(Error::os("the side core's thread"))?);
         Ok(())
     }
 

@@ -30,14 +30,15 @@ mod refusal;
 mod tests;
 
 use std::cell::Cell;
+use std::convert::Infallible;
 use std::fmt::Write;
 use std::io;
+use std::sync::mpsc::{channel, Sender};
 use std::sync::OnceLock;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use rustix::process::{set_dumpable_behavior, DumpableBehavior};
 use seccompiler::{apply_filter, BpfProgram};
-use twostage::sync::{Condvar, Mutex};
 use twostage::threads::{NewThread, ThreadStart};
 
 use crate::process::last_line::Line;
@@ -155,7 +156,6 @@ impl Jail {
 /// The system refuses something.
 pub(crate) fn lock() -> Result<(), JailError> {
     let Some(jail) = JAIL.get().filter(|_| !INSIDE.get()) else { return Ok(()) };
-    drop(TAKEN.wait_while(OUTSIDE.lock(), |outside| *outside != 0));
     if jail.settings.mode == Mode::On {
         match &jail.settings.reopened {
             None => {
@@ -179,26 +179,16 @@ pub(crate) fn is_inside() -> bool {
     INSIDE.get()
 }
 
-/// How many threads were started outside of the jail and have not entered it yet.
-static OUTSIDE: Mutex<usize> = Mutex::new(0);
-/// There are fewer of them.
-static TAKEN: Condvar = Condvar::new();
-
 /// The place in the jail of a thread that is started now.
 #[derive(Debug)]
 pub(crate) struct Place {
     kind: Kind,
     inside: bool,
+    /// Told when this is gone: it was taken, or there is no such thread.
+    _settled: Sender<Infallible>,
 }
 
 impl Place {
-    /// For a thread that the current one starts.
-    pub fn of(kind: Kind) -> Self {
-        let inside = is_inside();
-        *OUTSIDE.lock() += usize::from(!inside);
-        Self { kind, inside }
-    }
-
     /// The current thread, which was started, takes it. If that fails, the process ends.
     pub fn take(self) {
         let Some(jail) = JAIL.get() else { return };
@@ -213,23 +203,42 @@ impl Place {
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        if !self.inside {
-            // Whether it was taken or there is no such thread.
-            *OUTSIDE.lock() -= 1;
-            TAKEN.notify_all();
-        }
-    }
-}
-
-/// What a thread of that kind, which the current thread starts, does: `work`, in the jail.
-pub(crate) fn inside<T>(kind: Kind, work: impl FnOnce() -> T) -> impl FnOnce() -> T {
-    let place = Place::of(kind);
-    move || {
+/// Starts a thread of that kind, which does `work` in the jail.
+///
+/// # Errors
+/// There is no thread.
+pub(crate) fn start<T: Send + 'static>(
+    name: &str,
+    kind: Kind,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    start_outside(name, kind, |place| {
         place.take();
         work()
+    })
+}
+
+/// Starts a thread of that kind. `work` takes its place in the jail when it has opened what it
+/// needs.
+///
+/// Outside of the jail this waits until it has: a thread that gets no place ends the process, and
+/// its line is to be the only one.
+///
+/// # Errors
+/// There is no thread.
+pub(crate) fn start_outside<T: Send + 'static>(
+    name: &str,
+    kind: Kind,
+    work: impl FnOnce(Place) -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    let inside = is_inside();
+    let (_settled, settled) = channel();
+    let place = Place { kind, inside, _settled };
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(|| work(place))?;
+    if !inside {
+        let Err(_) = settled.recv();
     }
+    Ok(thread)
 }
 
 /// Threads of the library, in the jail.
@@ -238,8 +247,7 @@ pub(crate) struct JailedThreads;
 
 impl ThreadStart for JailedThreads {
     fn start(&self, new: NewThread) -> io::Result<()> {
-        let kind = Kind::of_library(new.kind());
-        let builder = thread::Builder::new().name(new.name().to_owned());
-        builder.spawn(inside(kind, || new.run())).map(drop)
+        let (name, kind) = (new.name().to_owned(), Kind::of_library(new.kind()));
+        start(&name, kind, || new.run()).map(drop)
     }
 }

@@ -126,8 +126,7 @@ fn fork() {
 /// Does `work` on a thread of that kind, which is started as in a machine.
 fn on_a_thread(kind: Kind, early: bool, work: Box<dyn FnOnce() + Send>) {
     let start = |kind: Kind, work: Box<dyn FnOnce() + Send>| {
-        let thread = thread::Builder::new().name(format!("{kind:?}"));
-        thread.spawn(inside(kind, work)).unwrap().join().unwrap();
+        super::start(&format!("{kind:?}"), kind, work).unwrap().join().unwrap();
     };
     match kind {
         Kind::Main => work(),

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use twostage::sync::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
@@ -79,8 +79,7 @@ impl Engine for Threads {
             return;
         }
         let shared = self.shared.clone();
-        let work = jail::inside(Kind::Disk, move || perform(&shared));
-        match thread::Builder::new().name("disk".to_owned()).spawn(work) {
+        match jail::start("disk", Kind::Disk, move || perform(&shared)) {
             Ok(thread) => self.threads.push(thread),
             Err(error) if self.threads.is_empty() => {
                 let mut work = self.shared.work.lock();
