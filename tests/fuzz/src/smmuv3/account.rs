@@ -68,7 +68,8 @@ impl Account {
         }
         let all = self.spaces.iter().chain(self.older.iter().filter(|_| older));
         let others = all.filter(|it| it.asid == space.asid && *it != space);
-        others.map(|other| space.with_entries_of(other)).collect()
+        let of_each = others.map(|other| space.with_entries_of(other));
+        Some(of_each.collect::<Option<Vec<_>>>()?.concat())
     }
 
     /// Of the stream `stream`.

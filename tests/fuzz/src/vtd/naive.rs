@@ -295,7 +295,8 @@ pub fn is_recorded(reason: R, quiet: bool) -> bool {
     !(quiet && qualified)
 }
 
-/// Whether a fault is of what is above the entry of a PASID: of a root, a context or a directory.
+/// Whether a fault is of what is above the entry of a PASID: of a root, a context or a directory,
+/// or of a table that is not in memory.
 pub fn is_above_pasid_entry(reason: R) -> bool {
-    matches!(reason.code(), 0x30..=0x57)
+    matches!(reason.code(), 0x30..=0x58)
 }
