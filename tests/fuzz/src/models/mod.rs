@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What fuzzers share: the guest's memory with its past, every way in which a naive walk of tables
-//! may come out, MSI-X, threads, and who takes interrupts.
+//! may come out, DMA beside the guest, MSI-X, threads, and who takes interrupts.
 
+pub mod beside;
 pub mod memory;
 pub mod msix;
 pub mod oracle;

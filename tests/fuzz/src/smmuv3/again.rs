@@ -7,6 +7,7 @@ use twostage::spec::pci::Pasid;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::StreamId;
 
+use super::dma::Dma;
 use super::naive::Kind;
 use super::word;
 use super::world::{World, DEVICES};
@@ -14,8 +15,26 @@ use crate::models::memory::PAGE;
 
 /// One round; nothing if no device has reached for anything yet.
 pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
+    let Some(Round { dma, at, next, commands }) = round(world, input)? else { return Ok(()) };
+    world.memory.store(at, next);
+    world.command(&commands);
+    world.dma(dma);
+    Ok(())
+}
+
+/// What happens in one round.
+pub struct Round {
+    pub dma: Dma,
+    /// The word that changes, and what to.
+    pub at: u64,
+    pub next: u64,
+    pub commands: Vec<Command>,
+}
+
+/// A device goes where it was last; what is to happen then.
+pub fn round(world: &mut World, input: &mut Unstructured) -> Result<Option<Round>> {
     let [which, how, said]: [u8; 3] = input.arbitrary()?;
-    let Some(mut dma) = world.last else { return Ok(()) };
+    let Some(mut dma) = world.last else { return Ok(None) };
     let of_context = which & 7 == 5;
     if of_context {
         let [privileged, execute] = [how & 0x38 != 0x08, how & 0x30 == 0x10];
@@ -33,7 +52,7 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
         false => world.memory.one_of(&words, which >> 3).map(|(at, _)| at),
     };
     let Some((at, now)) = place.and_then(|at| Some((at, world.memory.load(at)?))) else {
-        return Ok(());
+        return Ok(None);
     };
     let next = match which & 7 {
         0..=3 => {
@@ -45,7 +64,6 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
         5 => now ^ 1 << [40, 36, 35, 43, 42, 38, 45, 44][usize::from(how & 7)],
         _ => word(input)?,
     };
-    world.memory.store(at, next);
     let stream = StreamId(u32::from(DEVICES[dma.device]));
     let substream = Pasid::new(dma.substream.unwrap_or(0)).unwrap_or(Pasid::new(0).expect("small"));
     let (asid, vmid) = (found.space.map_or(0, |space| space.asid), 0);
@@ -86,7 +104,5 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
         _ if world.header.ats => vec![of_asid, forget],
         _ => vec![],
     };
-    world.command(&commands);
-    world.dma(dma);
-    Ok(())
+    Ok(Some(Round { dma, at, next, commands }))
 }

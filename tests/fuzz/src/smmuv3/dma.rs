@@ -130,6 +130,19 @@ impl World {
         })
     }
 
+    /// A word that nothing has written yet.
+    pub fn next_value(&mut self) -> u64 {
+        self.serial += 1;
+        0x5e_0000_0000_0000 | self.serial << 12
+    }
+
+    /// Where `dma` may go; `None`: it is not known, or it may be elsewhere than in pages for data.
+    pub fn data(&mut self, dma: &Dma) -> Option<Vec<u64>> {
+        let found = self.outcomes(dma)?;
+        let gpas: Vec<_> = found.iter().filter_map(|found| found.end.ok()).collect();
+        gpas.iter().all(|gpa| page::is_data(*gpa)).then_some(gpas)
+    }
+
     /// Does `dma`, of the aligned word at its address.
     pub fn dma(&mut self, dma: Dma) {
         self.let_wait();
@@ -147,8 +160,7 @@ impl World {
         let mut bytes = [0; 8];
         let gpas = may.iter().flatten().filter_map(|found| found.end.ok());
         let places = Places::new(&self.memory, gpas);
-        self.serial += 1;
-        let value = 0x5e_0000_0000_0000 | self.serial << 12;
+        let value = self.next_value();
         let write = kind.write && may.is_some();
         let done = match write {
             true => self.ports[device].write(attributes, address, &value.to_le_bytes()),

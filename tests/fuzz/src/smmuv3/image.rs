@@ -25,6 +25,11 @@ pub mod page {
     pub const LARGE: u64 = 16;
     /// What devices reach: eight pages.
     pub const DATA: u64 = 24;
+
+    /// Whether this GPA is in one of these.
+    pub fn is_data(gpa: u64) -> bool {
+        (DATA..super::PAGES).contains(&(gpa / super::PAGE))
+    }
 }
 
 /// Flags of a page: valid, unprivileged, accessed, not global.

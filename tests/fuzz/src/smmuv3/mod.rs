@@ -8,9 +8,10 @@
 //!
 //! Every DMA is compared with a naive walk of the tables ([`naive`]): where the guest has said that
 //! they changed ([`account`]), the DMA finds what they have now; where it has not, what they have
-//! or had. In some executions, so are the events of those that are refused, and requests for pages
-//! are with the registers of their queue ([`page_requests`]); in others the host's verbs fail
-//! ([`failures`]). At the end nothing is left.
+//! or had; also if the device never stops while that happens ([`meanwhile`]). In some executions,
+//! so are the events of those that are refused, and requests for pages are with the registers of
+//! their queue ([`page_requests`]); in others the host's verbs fail ([`failures`]). At the end
+//! nothing is left.
 
 mod account;
 mod again;
@@ -19,6 +20,7 @@ mod dma;
 mod events;
 mod failures;
 mod image;
+mod meanwhile;
 mod naive;
 mod page_requests;
 mod stalls;
@@ -64,6 +66,7 @@ enum Step {
     Resume,
     Ask,
     Fail,
+    Meanwhile,
 }
 
 impl Step {
@@ -92,6 +95,7 @@ impl Step {
             0xf3..=0xf6 => Resume,
             0xf7.. if header.requests => Ask,
             0xf7.. if header.fails => Fail,
+            0xfc.. if !header.events && !header.stalls => Meanwhile,
             _ => weighted(&STEPS, number),
         }
     }
@@ -277,6 +281,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             world.enable(true);
         }
         Step::Again => again::again(world, input)?,
+        Step::Meanwhile => meanwhile::step(world, input)?,
         Step::Ask => page_requests::step(world, input)?,
         Step::Fail => failures::step(world, input)?,
         Step::Resume => world.resume(input.arbitrary()?),
@@ -289,7 +294,14 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
                 _ => world.set_device_tlb(number, how & 0x18 != 0),
             }
         }
-        Step::Plug => world.plug(usize::from(input.arbitrary::<u8>()? & 1)),
+        Step::Plug => {
+            let how: u8 = input.arbitrary()?;
+            let number = usize::from(how & 1);
+            match how & 0x30 {
+                0x30 => meanwhile::plug(world, number),
+                _ => world.plug(number),
+            }
+        }
         Step::Reset => {
             if input.arbitrary::<u8>()? & 7 == 0 {
                 world.reset();

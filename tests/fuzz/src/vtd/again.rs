@@ -8,6 +8,7 @@ use twostage::spec::vtd::qi::{
     AddressMask, ContextScope, Descriptor, DeviceTlbRange, IotlbScope, PasidCacheScope,
 };
 
+use super::dma::Dma;
 use super::naive::Decision;
 use super::world::{World, DEVICES};
 use super::{iotlb, word};
@@ -15,17 +16,42 @@ use crate::models::memory::PAGE;
 
 /// One round; nothing if no device has reached for anything yet.
 pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
+    let Some(Round { dma, at, next, descriptors, back }) = round(world, input)? else {
+        return Ok(());
+    };
+    world.memory.store(at, next);
+    if back {
+        // There and back: what is cached of the first is not what it is now.
+        world.dma(dma);
+    }
+    world.invalidate(&descriptors);
+    world.dma(dma);
+    Ok(())
+}
+
+/// What happens in one round.
+pub struct Round {
+    pub dma: Dma,
+    /// The word that changes, and what to.
+    pub at: u64,
+    pub next: u64,
+    pub descriptors: Vec<Descriptor>,
+    /// The device goes there before the guest says so.
+    pub back: bool,
+}
+
+/// A device goes where it was last; what is to happen then.
+pub fn round(world: &mut World, input: &mut Unstructured) -> Result<Option<Round>> {
     let [which, how, said]: [u8; 3] = input.arbitrary()?;
-    let Some(dma) = world.last else { return Ok(()) };
+    let Some(dma) = world.last else { return Ok(None) };
     world.dma(dma);
     let (words, decision) = world.way_of(&dma);
-    let Some((at, now)) = world.memory.one_of(&words, which >> 3) else { return Ok(()) };
+    let Some((at, now)) = world.memory.one_of(&words, which >> 3) else { return Ok(None) };
     let next = match which & 7 {
         0..=3 => now ^ [1, 2, 4, 1 << 12, 1 << 13, 1 << 7, 1 << 62, 1 << 8][usize::from(how & 7)],
         4 => now ^ 1 << (how & 63),
         _ => word(input)?,
     };
-    world.memory.store(at, next);
     let Decision { domain, pasid, .. } = decision;
     let source = Bdf::from_raw(DEVICES[dma.device]);
     let tagged = Pasid::new(pasid).unwrap_or(Pasid::new(0).expect("small"));
@@ -77,11 +103,5 @@ pub fn again(world: &mut World, input: &mut Unstructured) -> Result<()> {
             None => Descriptor::DeviceTlb { source, physical_function, max_pending, range },
         });
     }
-    if said & 0x80 != 0 {
-        // There and back: what is cached of the first is not what it is now.
-        world.dma(dma);
-    }
-    world.invalidate(&descriptors);
-    world.dma(dma);
-    Ok(())
+    Ok(Some(Round { dma, at, next, descriptors, back: said & 0x80 != 0 }))
 }

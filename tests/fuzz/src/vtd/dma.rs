@@ -6,6 +6,7 @@ use twostage::spec::vtd::fault::FaultReason as R;
 use twostage::spec::vtd::regs::{self, Cap, FaultRecord, Fsts};
 use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
 
+use super::image::page;
 use super::naive::{decide, is_above_pasid_entry, is_recorded, Decision, EntriesSince, Way, Who};
 use super::walk::{nothing_below, Kind, Reached, Since, Walk};
 use super::world::{World, DEVICES};
@@ -146,6 +147,27 @@ impl World {
         })
     }
 
+    /// A word that nothing has written yet.
+    pub fn next_value(&mut self) -> u64 {
+        self.serial += 1;
+        0x5e_0000_0000_0000 | self.serial << 12
+    }
+
+    /// Whether `dma` is an interrupt.
+    pub fn is_interrupt(&self, dma: &Dma) -> bool {
+        dma.pasid.is_none() && INTERRUPTS.contains(&dma.iova)
+    }
+
+    /// Where `dma` may go; `None`: it is not known, or it may be elsewhere than in pages for data.
+    pub fn data(&self, dma: &Dma) -> Option<Vec<u64>> {
+        let gpas = self.outcomes(dma)?.into_iter().filter_map(|outcome| match outcome {
+            Outcome::Gets { gpa, .. } => Some(gpa),
+            _ => None,
+        });
+        let gpas: Vec<_> = gpas.collect();
+        gpas.iter().all(|gpa| page::is_data(*gpa)).then_some(gpas)
+    }
+
     /// Does `dma`, of the aligned word at its address.
     pub fn dma(&mut self, dma: Dma) {
         self.clear_faults();
@@ -160,8 +182,7 @@ impl World {
             _ => None,
         });
         let places = Places::new(&self.memory, gpas);
-        self.serial += 1;
-        let value = 0x5e_0000_0000_0000 | self.serial << 12;
+        let value = self.next_value();
         let write = kind.write && may.is_some();
         let done = match write {
             true => self.ports[device].write(attributes, iova, &value.to_le_bytes()),
@@ -212,7 +233,7 @@ impl World {
                 }
             }
             Err(DmaError::Interrupt { .. }) => {
-                assert!(pasid.is_none() && INTERRUPTS.contains(&iova), "{}", what());
+                assert!(self.is_interrupt(&dma), "{}", what());
             }
             Err(DmaError::PageRequested { group, .. }) => {
                 let asks = |outcome: &Outcome| match *outcome {

@@ -8,10 +8,11 @@
 //!
 //! Every DMA is compared with a naive walk of the tables ([`naive`], then [`walk`]): where the
 //! guest has said that they changed ([`account`]), the DMA finds what they have now; where it has
-//! not, what they have or had. A DMA that is refused is in the fault records as the walk says.
-//! Interrupts are compared with what the guest's table of them says ([`interrupts`]), requests for
-//! pages with the registers of their queue ([`page_requests`]), and registers that are lent as
-//! memory with those that are read ([`register_page`]). At the end nothing is left.
+//! not, what they have or had; also if the device never stops while that happens ([`meanwhile`]). A
+//! DMA that is refused is in the fault records as the walk says. Interrupts are compared with what
+//! the guest's table of them says ([`interrupts`]), requests for pages with the registers of their
+//! queue ([`page_requests`]), and registers that are lent as memory with those that are read
+//! ([`register_page`]). At the end nothing is left.
 
 mod account;
 mod again;
@@ -21,6 +22,7 @@ mod header;
 mod hosts;
 mod image;
 mod interrupts;
+mod meanwhile;
 mod mirrors;
 mod naive;
 mod page_requests;
@@ -277,11 +279,20 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             world.set_root(how & 1 != 0);
         }
         Step::Again => again::again(world, input)?,
+        // Where no device asks for pages.
+        Step::Ask if !world.header.requests => meanwhile::step(world, input)?,
         Step::Fail => hosts::step(world, input)?,
         Step::Ask => page_requests::step(world, input)?,
         Step::Page => register_page::step(world, input)?,
         Step::Interrupt => interrupts::step(world, input)?,
-        Step::Plug => world.plug(usize::from(input.arbitrary::<u8>()? & 1)),
+        Step::Plug => {
+            let how: u8 = input.arbitrary()?;
+            let number = usize::from(how & 1);
+            match how & 0x30 {
+                0x30 => meanwhile::plug(world, number),
+                _ => world.plug(number),
+            }
+        }
         Step::DeviceTlb => {
             let how: u8 = input.arbitrary()?;
             match world.last.filter(|dma| how & 0x80 != 0 && world.caching[dma.device]) {

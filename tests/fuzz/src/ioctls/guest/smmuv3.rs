@@ -4,6 +4,7 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
+use twostage::patience::wait_until;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::unit::{Smmuv3, Smmuv3Builder};
 use twostage_emulated::kit::smmuv3::{cfgi_cd, Completion, Driver, Entry};
@@ -118,7 +119,9 @@ impl Guest for Driven {
 
     fn told(&self) -> Option<(u16, u64)> {
         // Each host's thread brings events.
-        self.unit.nestings().iter().for_each(|host| host.quiesce().expect("a moment is enough"));
+        for host in self.unit.nestings() {
+            wait_until("events of a host", || host.quiesce().is_ok());
+        }
         let event = self.driver.take_event()?;
         Some((event.stream().raw() as u16, event.input_address))
     }

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A device that goes on with DMA, on a thread of its own, while something happens.
+
+use std::cell::OnceCell;
+use std::fmt::Debug;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{channel, Receiver, Sender, TryRecvError};
+use std::sync::Arc;
+use std::thread;
+
+use twostage_emulated::{DmaAttributes, DmaPort};
+
+use super::memory::Memory;
+
+/// What the device does, again and again.
+#[derive(Debug, Clone, Copy)]
+pub struct Access {
+    pub attributes: DmaAttributes,
+    /// An aligned word.
+    pub iova: u64,
+    /// What it writes; `None`: it reads.
+    pub value: Option<u64>,
+}
+
+impl Access {
+    /// Does it; the word, if it is not refused.
+    fn once(&self, port: &mut DmaPort) -> Option<u64> {
+        let mut bytes = self.value.unwrap_or_default().to_le_bytes();
+        let done = match self.value {
+            Some(_) => port.write(self.attributes, self.iova, &bytes),
+            None => port.read(self.attributes, self.iova, &mut bytes),
+        };
+        done.is_ok().then(|| u64::from_le_bytes(bytes))
+    }
+}
+
+/// How far the device is.
+#[derive(Debug, Default)]
+struct Progress {
+    over: AtomicBool,
+    count: AtomicU64,
+}
+
+/// Ends the device's DMA when it is dropped.
+struct Beside {
+    progress: Arc<Progress>,
+    ended: Receiver<Option<u64>>,
+}
+
+impl Beside {
+    fn start(mut port: DmaPort, access: Access) -> Self {
+        let progress = Arc::<Progress>::default();
+        let ((end, ended), of_device) = (channel(), progress.clone());
+        work(Box::new(move || {
+            let mut last = None;
+            while !of_device.over.load(Ordering::SeqCst) {
+                last = access.once(&mut port);
+                of_device.count.fetch_add(1, Ordering::SeqCst);
+            }
+            // Whoever waits owns the unit alone.
+            drop(port);
+            // Nobody waits if something has failed.
+            let _ = end.send(last);
+        }));
+        Self { progress, ended }
+    }
+
+    /// Waits until it has begun and ended one more access than it may be in.
+    fn go_on(&self) {
+        let enough = self.progress.count.load(Ordering::SeqCst) + 2;
+        while self.progress.count.load(Ordering::SeqCst) < enough {
+            assert_eq!(
+                self.ended.try_recv(),
+                Err(TryRecvError::Empty),
+                "it does not end by itself"
+            );
+            thread::yield_now();
+        }
+    }
+
+    /// What the last access got.
+    fn end(self) -> Option<u64> {
+        self.progress.over.store(true, Ordering::SeqCst);
+        self.ended.recv().expect("no access panics")
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        self.progress.over.store(true, Ordering::SeqCst);
+    }
+}
+
+/// The machine of a fuzzer, with a model that says where DMA may go.
+pub trait Machine {
+    /// A request of a device.
+    type Dma: Copy + Debug;
+
+    fn memory(&mut self) -> &mut Memory;
+    /// A port of the device of `dma`, and what it does there but for the word that it writes.
+    fn access(&self, dma: Self::Dma) -> (DmaPort, Access);
+    /// A word that nothing has written yet.
+    fn next_value(&mut self) -> u64;
+    /// Where `dma` may go; `None`: it is not known, or it may be elsewhere than in pages for data.
+    fn data(&mut self, dma: Self::Dma) -> Option<Vec<u64>>;
+    /// Does `dma` once.
+    fn dma(&mut self, dma: Self::Dma);
+}
+
+/// `dma`, which writes or reads, goes on while a word `changes`, if one does (its address and what
+/// it becomes), of which nobody is told, and then `end` happens. When that is over, nothing gets to
+/// where the device went before, unless it may go there now.
+pub fn goes_on<M: Machine>(
+    machine: &mut M,
+    dma: M::Dma,
+    writes: bool,
+    changes: Option<(u64, u64)>,
+    end: impl FnOnce(&mut M),
+) {
+    // All that the device may use is known before it begins: it sets flags in tables then.
+    let changes = changes.and_then(|(at, next)| Some((at, machine.memory().load(at)?, next)));
+    let change = |machine: &mut M, back: bool| {
+        if let Some((at, now, next)) = changes {
+            machine.memory().store(at, if back { now } else { next });
+        }
+    };
+    change(machine, false);
+    let may = machine.data(dma);
+    // What it writes to has to be known; what it reads may change while it goes on.
+    let before = if writes { may } else { None };
+    if before.is_none() {
+        change(machine, true);
+    }
+    let (port, mut access) = machine.access(dma);
+    let (value, mark) = (machine.next_value(), machine.next_value());
+    access.value = before.as_ref().map(|_| value);
+    let beside = Beside::start(port, access);
+    beside.go_on();
+    if before.is_none() {
+        change(machine, false);
+    }
+    end(machine);
+    before.iter().flatten().for_each(|gpa| machine.memory().store(*gpa, mark));
+    beside.go_on();
+    let got = beside.end();
+    let then = machine.data(dma);
+    let what = || format!("{dma:x?}: {got:x?}, {before:x?}, {then:x?}");
+    super::trace(|| format!("  beside {}", what()));
+    if let Some(then) = &then {
+        let mut word = |gpa: u64| machine.memory().load(gpa);
+        for gpa in before.iter().flatten().filter(|gpa| !then.contains(gpa)) {
+            assert_eq!(word(*gpa), Some(mark), "it is written to at {gpa:x}; {}", what());
+        }
+        let serves = got.is_none_or(|_| match before {
+            Some(_) => !then.is_empty(),
+            None => then.iter().any(|gpa| word(*gpa) == got),
+        });
+        assert!(serves, "{}", what());
+    }
+    machine.dma(dma);
+}
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Has a thread do `work`: to start one takes longer than most executions.
+fn work(work: Work) {
+    thread_local! {
+        static WORKER: OnceCell<Sender<Work>> = const { OnceCell::new() };
+    }
+    let start = || {
+        let (sender, all) = channel::<Work>();
+        thread::spawn(move || all.into_iter().for_each(|work| work()));
+        sender
+    };
+    WORKER.with(|worker| worker.get_or_init(start).send(work)).expect("no work panics");
+}
