@@ -52,7 +52,8 @@ pub struct VtdConfig {
     pub scalable_mode: bool,
     /// Offer first-stage tables (FSTS). `None`: in scalable mode, but not mirrored ones, as guests
     /// need not invalidate first-stage entries that become present, not even in caching mode, and
-    /// Linux does not. `Some(true)` is for guests that do, where tables are mirrored.
+    /// Linux does not. `Some(true)` is for guests that do, where tables are mirrored. Mirrors have
+    /// only the lower half of a first stage's addresses: DMA to the upper one faults.
     #[cfg_attr(feature = "serde", serde(default))]
     pub first_stage: Option<bool>,
     /// Offer second-stage tables owned by the guest: legacy mode, and PGTT second-stage. Only

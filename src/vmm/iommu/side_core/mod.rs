@@ -219,7 +219,7 @@ impl SideCore {
             let _guard = PanicGuard(&shared.stopper, "the side core");
             shared.run(place);
         };
-        let thread = jail::start_outside("side-core", Kind::SideCore, run);
+        let thread = jail::start_with_place("side-core", Kind::SideCore, run);
         self.thread = Some(thread.map_err(Error::os("the side core's thread"))?);
         Ok(())
     }

@@ -4,8 +4,9 @@
 //! In order:
 //! 1. [`prepare`] makes the filters, before there are other threads.
 //! 2. Everything that the command line names is opened, and the threads that need nothing else are
-//!    started. Each of them, first of all, gives up every privilege and installs the filter of its
-//!    [`Kind`].
+//!    started. Each of them gives up every privilege and installs the filter of its [`Kind`] before
+//!    it does anything else, but for the side core, which opens files. Whoever starts it waits for
+//!    that.
 //! 3. [`lock`]: the main thread gives up what it does not need any more: files (`landlock`),
 //!    capabilities, its user, and with a filter most system calls. The vCPUs are started after
 //!    that, and all other threads by these: they inherit it, and each has its own filter on top.
@@ -184,7 +185,7 @@ pub(crate) fn is_inside() -> bool {
 pub(crate) struct Place {
     kind: Kind,
     inside: bool,
-    /// Told when this is gone: it was taken, or there is no such thread.
+    /// Whoever starts the thread waits until this is dropped: it was taken, or there is no thread.
     _settled: Sender<Infallible>,
 }
 
@@ -212,7 +213,7 @@ pub(crate) fn start<T: Send + 'static>(
     kind: Kind,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    start_outside(name, kind, |place| {
+    start_with_place(name, kind, |place| {
         place.take();
         work()
     })
@@ -221,12 +222,12 @@ pub(crate) fn start<T: Send + 'static>(
 /// Starts a thread of that kind. `work` takes its place in the jail when it has opened what it
 /// needs.
 ///
-/// Outside of the jail this waits until it has: a thread that gets no place ends the process, and
-/// its line is to be the only one.
+/// If the current thread is outside of the jail, this waits until it has: a thread that gets no
+/// place ends the process, and its line is to be the only one.
 ///
 /// # Errors
 /// There is no thread.
-pub(crate) fn start_outside<T: Send + 'static>(
+pub(crate) fn start_with_place<T: Send + 'static>(
     name: &str,
     kind: Kind,
     work: impl FnOnce(Place) -> T + Send + 'static,
@@ -235,7 +236,7 @@ pub(crate) fn start_outside<T: Send + 'static>(
     let (_settled, settled) = channel();
     let place = Place { kind, inside, _settled };
     let thread = thread::Builder::new().name(name.to_owned()).spawn(|| work(place))?;
-    if !inside {
+    if !inside && JAIL.get().is_some() {
         let Err(_) = settled.recv();
     }
     Ok(thread)

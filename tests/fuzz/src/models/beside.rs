@@ -65,7 +65,7 @@ impl Beside {
         Self { progress, ended }
     }
 
-    /// Waits until it has begun and ended one more access than it may be in.
+    /// Waits until an access that begins after this call has ended.
     fn go_on(&self) {
         let enough = self.progress.count.load(Ordering::SeqCst) + 2;
         while self.progress.count.load(Ordering::SeqCst) < enough {
@@ -99,6 +99,10 @@ pub trait Machine {
     fn memory(&mut self) -> &mut Memory;
     /// A port of the device of `dma`, and what it does there but for the word that it writes.
     fn access(&self, dma: Self::Dma) -> (DmaPort, Access);
+    /// Whether `dma` writes.
+    fn writes(dma: Self::Dma) -> bool;
+    /// `dma`, but it reads.
+    fn reading(dma: Self::Dma) -> Self::Dma;
     /// A word that nothing has written yet.
     fn next_value(&mut self) -> u64;
     /// Where `dma` may go; `None`: it is not known, or it may be elsewhere than in pages for data.
@@ -107,55 +111,53 @@ pub trait Machine {
     fn dma(&mut self, dma: Self::Dma);
 }
 
-/// `dma`, which writes or reads, goes on while a word `changes`, if one does (its address and what
-/// it becomes), of which nobody is told, and then `end` happens. When that is over, nothing gets to
-/// where the device went before, unless it may go there now.
+/// `dma` goes on while a word `changes`, if one does (its address and what it becomes), of which
+/// nobody is told, and then `end` happens. When that is over, nothing gets to where the device went
+/// before, unless it may go there now. Where a write may go to what is no data, the device reads.
 pub fn goes_on<M: Machine>(
     machine: &mut M,
     dma: M::Dma,
-    writes: bool,
     changes: Option<(u64, u64)>,
     end: impl FnOnce(&mut M),
 ) {
-    // All that the device may use is known before it begins: it sets flags in tables then.
     let changes = changes.and_then(|(at, next)| Some((at, machine.memory().load(at)?, next)));
-    let change = |machine: &mut M, back: bool| {
-        if let Some((at, now, next)) = changes {
-            machine.memory().store(at, if back { now } else { next });
-        }
-    };
-    change(machine, false);
-    let may = machine.data(dma);
-    // What it writes to has to be known; what it reads may change while it goes on.
-    let before = if writes { may } else { None };
-    if before.is_none() {
-        change(machine, true);
+    // All that the device may use is known before it begins: it sets flags in tables then.
+    if let Some((at, _, next)) = changes {
+        machine.memory().store(at, next);
     }
-    let (port, mut access) = machine.access(dma);
+    let mut may = machine.data(dma);
+    let (mut does, writes) = (dma, M::writes(dma) && may.is_some());
+    if !writes {
+        does = M::reading(dma);
+        may = machine.data(does);
+    }
+    if let Some((at, now, _)) = changes {
+        machine.memory().store(at, now);
+    }
+    let before = may.filter(|_| writes).unwrap_or_default();
+    let (port, mut access) = machine.access(does);
     let (value, mark) = (machine.next_value(), machine.next_value());
-    access.value = before.as_ref().map(|_| value);
+    access.value = writes.then_some(value);
     let beside = Beside::start(port, access);
     beside.go_on();
-    if before.is_none() {
-        change(machine, false);
+    if let Some((at, _, next)) = changes {
+        machine.memory().store(at, next);
     }
     end(machine);
-    before.iter().flatten().for_each(|gpa| machine.memory().store(*gpa, mark));
+    before.iter().for_each(|gpa| machine.memory().store(*gpa, mark));
     beside.go_on();
     let got = beside.end();
-    let then = machine.data(dma);
-    let what = || format!("{dma:x?}: {got:x?}, {before:x?}, {then:x?}");
+    let then = machine.data(does);
+    let what = || format!("{does:x?}: {got:x?}, {before:x?}, {then:x?}");
     super::trace(|| format!("  beside {}", what()));
     if let Some(then) = &then {
         let mut word = |gpa: u64| machine.memory().load(gpa);
-        for gpa in before.iter().flatten().filter(|gpa| !then.contains(gpa)) {
+        for gpa in before.iter().filter(|gpa| !then.contains(gpa)) {
             assert_eq!(word(*gpa), Some(mark), "it is written to at {gpa:x}; {}", what());
         }
-        let serves = got.is_none_or(|_| match before {
-            Some(_) => !then.is_empty(),
-            None => then.iter().any(|gpa| word(*gpa) == got),
-        });
-        assert!(serves, "{}", what());
+        // Read, or written by the last access.
+        let is_there = got.is_none() || then.iter().any(|gpa| word(*gpa) == got);
+        assert!(is_there, "{}", what());
     }
     machine.dma(dma);
 }

@@ -16,6 +16,13 @@ pub const PAGE: u64 = 0x1000;
 pub const PAGES: u64 = 32;
 /// Its size, in bytes.
 pub const SIZE: u64 = PAGES * PAGE;
+/// The pages from this one on are what devices reach, unless tables say otherwise.
+pub const DATA: u64 = 24;
+
+/// Whether this GPA is in one of these.
+pub fn is_data(gpa: u64) -> bool {
+    (DATA..PAGES).contains(&(gpa / PAGE))
+}
 
 /// A point in an execution: the number of steps that count before it.
 pub type Moment = u32;
@@ -153,9 +160,14 @@ impl Memory {
     /// The word at `gpa`, which is something else now, was `before` until now.
     pub fn note(&mut self, gpa: u64, before: u64) {
         let until = self.tick();
-        self.history.get_mut().push(gpa, before, until);
         let now = self.load(gpa).unwrap_or(before);
-        self.set_seen(gpa, now);
+        let seen = self.set_seen(gpa, now);
+        let history = self.history.get_mut();
+        if seen != before {
+            // Somebody else has changed it since it was looked at.
+            history.push(gpa, seen, until);
+        }
+        history.push(gpa, before, until);
     }
 
     /// Has `now` as what the word at `gpa` was when it was last seen; returns what was there.

@@ -12,7 +12,7 @@ use super::account::{Account, OfStream};
 use super::image::page;
 use super::naive::{End, Found, Kind, Since, Walk};
 use super::world::{World, DEVICES};
-use crate::models::memory::{Moment, Places};
+use crate::models::memory::{is_data, Moment, Places};
 use crate::models::oracle::{every, way};
 
 /// Pages, by number, that the SMMU writes to.
@@ -140,7 +140,7 @@ impl World {
     pub fn data(&mut self, dma: &Dma) -> Option<Vec<u64>> {
         let found = self.outcomes(dma)?;
         let gpas: Vec<_> = found.iter().filter_map(|found| found.end.ok()).collect();
-        gpas.iter().all(|gpa| page::is_data(*gpa)).then_some(gpas)
+        gpas.iter().all(|gpa| is_data(*gpa)).then_some(gpas)
     }
 
     /// Does `dma`, of the aligned word at its address.

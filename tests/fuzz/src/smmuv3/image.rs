@@ -24,12 +24,7 @@ pub mod page {
     /// Level 3 of the 16K granule.
     pub const LARGE: u64 = 16;
     /// What devices reach: eight pages.
-    pub const DATA: u64 = 24;
-
-    /// Whether this GPA is in one of these.
-    pub fn is_data(gpa: u64) -> bool {
-        (DATA..super::PAGES).contains(&(gpa / super::PAGE))
-    }
+    pub const DATA: u64 = crate::models::memory::DATA;
 }
 
 /// Flags of a page: valid, unprivileged, accessed, not global.

@@ -7,6 +7,7 @@ use twostage_emulated::{DmaAttributes, DmaPort};
 
 use super::again::{round, Round};
 use super::dma::Dma;
+use super::naive::Kind;
 use super::world::{Header, World};
 use crate::models::beside::{self, Access, Machine};
 use crate::models::memory::Memory;
@@ -14,7 +15,7 @@ use crate::models::memory::Memory;
 /// A word of the device's tables changes, and the guest says so, in one of the ways that are enough
 /// or nearly.
 pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
-    let Some(Round { dma, at, next, commands, .. }) = round(world, input)? else { return Ok(()) };
+    let Some(Round { dma, at, next, commands }) = round(world, input)? else { return Ok(()) };
     goes_on(world, dma, Some((at, next)), |world| world.command(&commands));
     Ok(())
 }
@@ -28,13 +29,14 @@ pub fn plug(world: &mut World, number: usize) {
 }
 
 fn goes_on(world: &mut World, dma: Dma, changes: Option<(u64, u64)>, end: impl FnOnce(&mut World)) {
-    // Events of such a device are not counted, what stalls does not go on, and a host may refuse.
+    // Not where its events would be counted, where it stalls or asks for pages, or where the host
+    // may refuse.
     let Header { events, stalls, requests, fails, .. } = world.header;
     if events || stalls || requests || fails {
         changes.into_iter().for_each(|(at, next)| world.memory.store(at, next));
         return end(world);
     }
-    beside::goes_on(world, dma, dma.kind.write, changes, end);
+    beside::goes_on(world, dma, changes, end);
 }
 
 impl Machine for World {
@@ -49,6 +51,14 @@ impl Machine for World {
         let attributes =
             DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
         (self.ports[device].clone(), Access { attributes, iova, value: None })
+    }
+
+    fn writes(dma: Dma) -> bool {
+        dma.kind.write
+    }
+
+    fn reading(dma: Dma) -> Dma {
+        Dma { kind: Kind { write: false, ..dma.kind }, ..dma }
     }
 
     fn next_value(&mut self) -> u64 {

@@ -67,19 +67,20 @@ pub struct Space {
 }
 
 impl Space {
-    /// IPS, AFFD, WXN, PAN, HD and HA, which may count when an entry gets into the TLB, or when it
-    /// is used; for a page that is reached through a cached pointer, that is now.
+    /// IPS, AFFD, WXN, PAN, HD and HA, which may count as they were when an entry got into the TLB,
+    /// or as they are: a page that is found through a cached pointer is read now.
     const CACHED: u64 = 7 << 32 | 3 << 35 | 1 << 40 | 3 << 42;
     /// T0SZ, TG0, EPD0, and the same of the other half: which entries a table has.
     const SHAPE: u64 = 0x40ff_40ff;
 
     /// What a transaction in this space may find that is in the TLB of `other`, as spaces;
     /// `None`: not known.
-    pub fn with_entries_of(&self, other: &Self) -> Option<[Self; 2]> {
+    pub fn with_entries_of(&self, other: &Self) -> Option<Vec<Self>> {
         let ([low, ..], [of_other, table0, table1]) = (self.words, other.words);
         let same = (low ^ of_other) & Self::SHAPE == 0;
         let then = low & !Self::CACHED | of_other & Self::CACHED;
-        same.then(|| [then, low].map(|low| Self { asid: self.asid, words: [low, table0, table1] }))
+        let with = |low| Self { asid: self.asid, words: [low, table0, table1] };
+        same.then(|| if then == low { vec![with(low)] } else { vec![with(then), with(low)] })
     }
 }
 

@@ -6,11 +6,10 @@ use twostage::spec::vtd::fault::FaultReason as R;
 use twostage::spec::vtd::regs::{self, Cap, FaultRecord, Fsts};
 use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
 
-use super::image::page;
 use super::naive::{decide, is_above_pasid_entry, is_recorded, Decision, EntriesSince, Way, Who};
 use super::walk::{nothing_below, Kind, Reached, Since, Walk};
 use super::world::{World, DEVICES};
-use crate::models::memory::{Moment, Places};
+use crate::models::memory::{is_data, Moment, Places};
 use crate::models::oracle::{way, Oracle};
 
 /// What may become of a DMA.
@@ -165,7 +164,7 @@ impl World {
             _ => None,
         });
         let gpas: Vec<_> = gpas.collect();
-        gpas.iter().all(|gpa| page::is_data(*gpa)).then_some(gpas)
+        gpas.iter().all(|gpa| is_data(*gpa)).then_some(gpas)
     }
 
     /// Does `dma`, of the aligned word at its address.
@@ -200,11 +199,12 @@ impl World {
             Ok(()) if write => places.written(&mut self.memory, value, what),
             Ok(()) => places.read(&self.memory, u64::from_le_bytes(bytes), what),
             Err(DmaError::Fault { reason: found, .. }) => {
-                // Tables that are not mirrored block who uses them.
-                let starved = self.header.mirrored
-                    && found == DmaFaultReason::Vtd(R::PasidEntryNotPresent)
-                    && may.iter().all(|outcome| matches!(outcome, Outcome::Gets { .. }))
+                // Tables that are not mirrored block who uses them, and mirrors have no upper half.
+                let blocked = found == DmaFaultReason::Vtd(R::PasidEntryNotPresent)
                     && (self.hosts.fail || self.may_be_too_much());
+                let starved = self.header.mirrored
+                    && may.iter().all(|outcome| matches!(outcome, Outcome::Gets { .. }))
+                    && (blocked || iova >> 63 != 0);
                 let faults = self.faults(&dma, &may, starved);
                 // A device TLB that gets no translation is no fault: see the section on ATS.
                 let silent = may.contains(&Outcome::Fails)

@@ -23,12 +23,7 @@ pub mod page {
     /// A second stage.
     pub const SECOND: u64 = 16;
     /// What devices reach: eight pages.
-    pub const DATA: u64 = 24;
-
-    /// Whether this GPA is in one of these.
-    pub fn is_data(gpa: u64) -> bool {
-        (DATA..super::PAGES).contains(&(gpa / super::PAGE))
-    }
+    pub const DATA: u64 = crate::models::memory::DATA;
 }
 
 /// Which tables a requester has at the start.

@@ -8,6 +8,7 @@ use twostage_emulated::{DmaAttributes, DmaPort};
 use super::again::{round, Round};
 use super::dma::Dma;
 use super::header::Header;
+use super::walk::Kind;
 use super::world::World;
 use crate::models::beside::{self, Access, Machine};
 use crate::models::memory::Memory;
@@ -31,13 +32,14 @@ pub fn plug(world: &mut World, number: usize) {
 }
 
 fn goes_on(world: &mut World, dma: Dma, changes: Option<(u64, u64)>, end: impl FnOnce(&mut World)) {
-    // Messages, registers that are looked at while it goes on, and what a host may refuse.
+    // Not where requests are messages, where the host may refuse, where devices ask for pages, or
+    // where registers are lent: it is not said what happens meanwhile.
     let Header { fails, requests, .. } = world.header;
     if fails || requests || world.is_interrupt(&dma) || world.paged.is_some() {
         changes.into_iter().for_each(|(at, next)| world.memory.store(at, next));
         return end(world);
     }
-    beside::goes_on(world, dma, dma.kind.write, changes, end);
+    beside::goes_on(world, dma, changes, end);
 }
 
 impl Machine for World {
@@ -52,6 +54,14 @@ impl Machine for World {
         let attributes =
             DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
         (self.ports[device].clone(), Access { attributes, iova, value: None })
+    }
+
+    fn writes(dma: Dma) -> bool {
+        dma.kind.write
+    }
+
+    fn reading(dma: Dma) -> Dma {
+        Dma { kind: Kind { write: false, ..dma.kind }, ..dma }
     }
 
     fn next_value(&mut self) -> u64 {

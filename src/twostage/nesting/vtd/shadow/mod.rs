@@ -10,7 +10,8 @@
 //! A guest can name 2^36 pages with two tables, so the pieces of all mirrors together are limited,
 //! and so are the tables that one comparison reads. Where a table has more, or IOVAs that the host
 //! reserves, its users are blocked and the guest gets a fault; invalidations that name them try
-//! again ([`starved`]).
+//! again ([`starved`]). The upper half of a first stage's addresses, at the end of 64 bits, is left
+//! out: no host maps it.
 //!
 //! Nothing that the guest has taken back stays mapped where a device can reach it: if the host
 //! fails in the middle, the users of the mirror are blocked, and it goes with the last of them.
