@@ -95,7 +95,8 @@ impl Step {
             0xf3..=0xf6 => Resume,
             0xf7.. if header.requests => Ask,
             0xf7.. if header.fails => Fail,
-            0xfc.. if !header.events && !header.stalls => Meanwhile,
+            // Few, as it waits for another thread.
+            0xfe.. if !header.events && !header.stalls => Meanwhile,
             _ => weighted(&STEPS, number),
         }
     }

@@ -78,6 +78,7 @@ enum Step {
     Page,
     Ask,
     Fail,
+    Meanwhile,
 }
 
 impl Step {
@@ -128,6 +129,8 @@ pub fn run(bytes: &[u8]) {
 fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let next = match input.arbitrary()? {
         FAILURES.. if world.header.fails => Step::Fail,
+        // Few, as it waits for another thread.
+        0xfc.. if !world.header.requests => Step::Meanwhile,
         number => Step::of(number),
     };
     crate::models::trace(|| format!("{next:?} {:?}", input.peek_bytes(input.len().min(6))));
@@ -279,8 +282,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
             world.set_root(how & 1 != 0);
         }
         Step::Again => again::again(world, input)?,
-        // Where no device asks for pages.
-        Step::Ask if !world.header.requests => meanwhile::step(world, input)?,
+        Step::Meanwhile => meanwhile::step(world, input)?,
         Step::Fail => hosts::step(world, input)?,
         Step::Ask => page_requests::step(world, input)?,
         Step::Page => register_page::step(world, input)?,
