@@ -103,23 +103,50 @@ pub trait Machine {
     fn writes(dma: Self::Dma) -> bool;
     /// `dma`, but it reads.
     fn reading(dma: Self::Dma) -> Self::Dma;
-    /// A word that nothing has written yet.
-    fn next_value(&mut self) -> u64;
+    /// How many words devices have written.
+    fn serial(&mut self) -> &mut u64;
+    /// The last DMA of a device, by number, that is there.
+    fn last_of(&self, device: usize) -> Option<Self::Dma>;
+    /// A device goes, or comes back.
+    fn plug(&mut self, device: usize);
+    /// Whether it is known what happens while `dma` goes on.
+    fn may_go_on(&self, dma: Self::Dma) -> bool;
     /// Where `dma` may go; `None`: it is not known, or it may be elsewhere than in pages for data.
     fn data(&mut self, dma: Self::Dma) -> Option<Vec<u64>>;
     /// Does `dma` once.
     fn dma(&mut self, dma: Self::Dma);
+
+    /// A word that nothing has written yet.
+    fn next_value(&mut self) -> u64 {
+        *self.serial() += 1;
+        0x5e_0000_0000_0000 | *self.serial() << 12
+    }
+}
+
+/// A device goes or comes back; as `how` says, it goes in the middle of what it did last, if it did
+/// anything.
+pub fn plug<M: Machine>(machine: &mut M, how: u8) {
+    let device = usize::from(how & 1);
+    match machine.last_of(device).filter(|_| how & 0x30 == 0x30) {
+        Some(dma) => goes_on(machine, dma, None, |machine| machine.plug(device)),
+        None => machine.plug(device),
+    }
 }
 
 /// `dma` goes on while a word `changes`, if one does (its address and what it becomes), of which
 /// nobody is told, and then `end` happens. When that is over, nothing gets to where the device went
 /// before, unless it may go there now. Where a write may go to what is no data, the device reads.
+/// Where it is not known what happens meanwhile, it does nothing.
 pub fn goes_on<M: Machine>(
     machine: &mut M,
     dma: M::Dma,
     changes: Option<(u64, u64)>,
     end: impl FnOnce(&mut M),
 ) {
+    if !machine.may_go_on(dma) {
+        changes.into_iter().for_each(|(at, next)| machine.memory().store(at, next));
+        return end(machine);
+    }
     let changes = changes.and_then(|(at, next)| Some((at, machine.memory().load(at)?, next)));
     // All that the device may use is known before it begins: it sets flags in tables then.
     if let Some((at, _, next)) = changes {

@@ -12,6 +12,7 @@ use super::account::{Account, OfStream};
 use super::image::page;
 use super::naive::{End, Found, Kind, Since, Walk};
 use super::world::{World, DEVICES};
+use crate::models::beside::Machine;
 use crate::models::memory::{is_data, Moment, Places};
 use crate::models::oracle::{every, way};
 
@@ -26,6 +27,14 @@ pub struct Dma {
     pub substream: Option<u32>,
     pub address: u64,
     pub kind: Kind,
+}
+
+impl Dma {
+    /// What the request has besides its address.
+    pub fn attributes(&self) -> DmaAttributes {
+        let Kind { privileged, execute, .. } = self.kind;
+        DmaAttributes { pasid: self.substream, privileged, execute }
+    }
 }
 
 /// Nothing that was before counts.
@@ -130,12 +139,6 @@ impl World {
         })
     }
 
-    /// A word that nothing has written yet.
-    pub fn next_value(&mut self) -> u64 {
-        self.serial += 1;
-        0x5e_0000_0000_0000 | self.serial << 12
-    }
-
     /// Where `dma` may go; `None`: it is not known, or it may be elsewhere than in pages for data.
     pub fn data(&mut self, dma: &Dma) -> Option<Vec<u64>> {
         let found = self.outcomes(dma)?;
@@ -154,9 +157,8 @@ impl World {
         let has_event = self.has_events() && is_refused && !self.failures.may_block;
         let next = has_event.then(|| self.drop_events());
         self.is_quiet &= may.is_some();
-        let Dma { device, substream: pasid, address, kind } = dma;
-        let attributes =
-            DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
+        let Dma { device, address, kind, .. } = dma;
+        let attributes = dma.attributes();
         let mut bytes = [0; 8];
         let gpas = may.iter().flatten().filter_map(|found| found.end.ok());
         let places = Places::new(&self.memory, gpas);

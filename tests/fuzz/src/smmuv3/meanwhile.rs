@@ -3,7 +3,7 @@
 //! before, unless it may go there now.
 
 use arbitrary::{Result, Unstructured};
-use twostage_emulated::{DmaAttributes, DmaPort};
+use twostage_emulated::DmaPort;
 
 use super::again::{round, Round};
 use super::dma::Dma;
@@ -16,27 +16,8 @@ use crate::models::memory::Memory;
 /// or nearly.
 pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let Some(Round { dma, at, next, commands }) = round(world, input)? else { return Ok(()) };
-    goes_on(world, dma, Some((at, next)), |world| world.command(&commands));
+    beside::goes_on(world, dma, Some((at, next)), |world| world.command(&commands));
     Ok(())
-}
-
-/// A device goes, in the middle of what it did last, if it did anything; or comes back.
-pub fn plug(world: &mut World, number: usize) {
-    match world.last.filter(|dma| dma.device == number && world.plugged[number]) {
-        Some(dma) => goes_on(world, dma, None, |world| world.plug(number)),
-        None => world.plug(number),
-    }
-}
-
-fn goes_on(world: &mut World, dma: Dma, changes: Option<(u64, u64)>, end: impl FnOnce(&mut World)) {
-    // Not where its events would be counted, where it stalls or asks for pages, or where the host
-    // may refuse.
-    let Header { events, stalls, requests, fails, .. } = world.header;
-    if events || stalls || requests || fails {
-        changes.into_iter().for_each(|(at, next)| world.memory.store(at, next));
-        return end(world);
-    }
-    beside::goes_on(world, dma, changes, end);
 }
 
 impl Machine for World {
@@ -47,10 +28,8 @@ impl Machine for World {
     }
 
     fn access(&self, dma: Dma) -> (DmaPort, Access) {
-        let Dma { device, substream: pasid, address: iova, kind } = dma;
-        let attributes =
-            DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
-        (self.ports[device].clone(), Access { attributes, iova, value: None })
+        let access = Access { attributes: dma.attributes(), iova: dma.address, value: None };
+        (self.ports[dma.device].clone(), access)
     }
 
     fn writes(dma: Dma) -> bool {
@@ -61,8 +40,23 @@ impl Machine for World {
         Dma { kind: Kind { write: false, ..dma.kind }, ..dma }
     }
 
-    fn next_value(&mut self) -> u64 {
-        World::next_value(self)
+    fn serial(&mut self) -> &mut u64 {
+        &mut self.serial
+    }
+
+    fn last_of(&self, device: usize) -> Option<Dma> {
+        self.last.filter(|dma| dma.device == device && self.plugged[device])
+    }
+
+    fn plug(&mut self, device: usize) {
+        World::plug(self, device);
+    }
+
+    fn may_go_on(&self, _: Dma) -> bool {
+        // Not where its events would be counted, where it stalls or asks for pages, or where the
+        // host may refuse.
+        let Header { events, stalls, requests, fails, .. } = self.header;
+        !(events || stalls || requests || fails)
     }
 
     fn data(&mut self, dma: Dma) -> Option<Vec<u64>> {

@@ -33,6 +33,7 @@ use twostage::spec::smmuv3::regs;
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::spec::smmuv3::StreamId;
 
+use crate::models::beside;
 use crate::models::memory::PAGE;
 use crate::models::weighted;
 use dma::Dma;
@@ -295,14 +296,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
                 _ => world.set_device_tlb(number, how & 0x18 != 0),
             }
         }
-        Step::Plug => {
-            let how: u8 = input.arbitrary()?;
-            let number = usize::from(how & 1);
-            match how & 0x30 {
-                0x30 => meanwhile::plug(world, number),
-                _ => world.plug(number),
-            }
-        }
+        Step::Plug => beside::plug(world, input.arbitrary()?),
         Step::Reset => {
             if input.arbitrary::<u8>()? & 7 == 0 {
                 world.reset();

@@ -9,6 +9,7 @@ use twostage_emulated::{DmaAttributes, DmaError, DmaFaultReason};
 use super::naive::{decide, is_above_pasid_entry, is_recorded, Decision, EntriesSince, Way, Who};
 use super::walk::{nothing_below, Kind, Reached, Since, Walk};
 use super::world::{World, DEVICES};
+use crate::models::beside::Machine;
 use crate::models::memory::{is_data, Moment, Places};
 use crate::models::oracle::{way, Oracle};
 
@@ -32,6 +33,14 @@ pub struct Dma {
     pub pasid: Option<u32>,
     pub iova: u64,
     pub kind: Kind,
+}
+
+impl Dma {
+    /// What the request has besides its address.
+    pub fn attributes(&self) -> DmaAttributes {
+        let Kind { privileged, execute, .. } = self.kind;
+        DmaAttributes { pasid: self.pasid, privileged, execute }
+    }
 }
 
 /// Where the interrupts of requests without PASID go.
@@ -146,12 +155,6 @@ impl World {
         })
     }
 
-    /// A word that nothing has written yet.
-    pub fn next_value(&mut self) -> u64 {
-        self.serial += 1;
-        0x5e_0000_0000_0000 | self.serial << 12
-    }
-
     /// Whether `dma` is an interrupt.
     pub fn is_interrupt(&self, dma: &Dma) -> bool {
         dma.pasid.is_none() && INTERRUPTS.contains(&dma.iova)
@@ -173,8 +176,7 @@ impl World {
         self.last = Some(dma);
         let may = self.outcomes(&dma);
         let Dma { device, pasid, iova, kind } = dma;
-        let attributes =
-            DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
+        let attributes = dma.attributes();
         let mut bytes = [0; 8];
         let gpas = may.iter().flatten().filter_map(|outcome| match outcome {
             Outcome::Gets { gpa, .. } => Some(*gpa),

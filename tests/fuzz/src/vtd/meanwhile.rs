@@ -3,7 +3,7 @@
 //! before, unless it may go there now.
 
 use arbitrary::{Result, Unstructured};
-use twostage_emulated::{DmaAttributes, DmaPort};
+use twostage_emulated::DmaPort;
 
 use super::again::{round, Round};
 use super::dma::Dma;
@@ -19,27 +19,8 @@ pub fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
     let Some(Round { dma, at, next, descriptors, .. }) = round(world, input)? else {
         return Ok(());
     };
-    goes_on(world, dma, Some((at, next)), |world| world.invalidate(&descriptors));
+    beside::goes_on(world, dma, Some((at, next)), |world| world.invalidate(&descriptors));
     Ok(())
-}
-
-/// A device goes, in the middle of what it did last, if it did anything; or comes back.
-pub fn plug(world: &mut World, number: usize) {
-    match world.last.filter(|dma| dma.device == number && world.plugged[number]) {
-        Some(dma) => goes_on(world, dma, None, |world| world.plug(number)),
-        None => world.plug(number),
-    }
-}
-
-fn goes_on(world: &mut World, dma: Dma, changes: Option<(u64, u64)>, end: impl FnOnce(&mut World)) {
-    // Not where requests are messages, where the host may refuse, where devices ask for pages, or
-    // where registers are lent: it is not said what happens meanwhile.
-    let Header { fails, requests, .. } = world.header;
-    if fails || requests || world.is_interrupt(&dma) || world.paged.is_some() {
-        changes.into_iter().for_each(|(at, next)| world.memory.store(at, next));
-        return end(world);
-    }
-    beside::goes_on(world, dma, changes, end);
 }
 
 impl Machine for World {
@@ -50,10 +31,8 @@ impl Machine for World {
     }
 
     fn access(&self, dma: Dma) -> (DmaPort, Access) {
-        let Dma { device, pasid, iova, kind } = dma;
-        let attributes =
-            DmaAttributes { pasid, privileged: kind.privileged, execute: kind.execute };
-        (self.ports[device].clone(), Access { attributes, iova, value: None })
+        let access = Access { attributes: dma.attributes(), iova: dma.iova, value: None };
+        (self.ports[dma.device].clone(), access)
     }
 
     fn writes(dma: Dma) -> bool {
@@ -64,8 +43,23 @@ impl Machine for World {
         Dma { kind: Kind { write: false, ..dma.kind }, ..dma }
     }
 
-    fn next_value(&mut self) -> u64 {
-        World::next_value(self)
+    fn serial(&mut self) -> &mut u64 {
+        &mut self.serial
+    }
+
+    fn last_of(&self, device: usize) -> Option<Dma> {
+        self.last.filter(|dma| dma.device == device && self.plugged[device])
+    }
+
+    fn plug(&mut self, device: usize) {
+        World::plug(self, device);
+    }
+
+    fn may_go_on(&self, dma: Dma) -> bool {
+        // Not where requests are messages, where the host may refuse, where devices ask for pages,
+        // or where registers are lent.
+        let Header { fails, requests, .. } = self.header;
+        !(fails || requests || self.is_interrupt(&dma) || self.paged.is_some())
     }
 
     fn data(&mut self, dma: Dma) -> Option<Vec<u64>> {

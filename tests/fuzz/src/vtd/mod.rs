@@ -38,6 +38,7 @@ use twostage::spec::vtd::qi::{
 };
 use twostage::spec::vtd::regs;
 
+use crate::models::beside;
 use crate::models::memory::PAGE;
 use crate::models::weighted;
 use dma::Dma;
@@ -287,14 +288,7 @@ fn step(world: &mut World, input: &mut Unstructured) -> Result<()> {
         Step::Ask => page_requests::step(world, input)?,
         Step::Page => register_page::step(world, input)?,
         Step::Interrupt => interrupts::step(world, input)?,
-        Step::Plug => {
-            let how: u8 = input.arbitrary()?;
-            let number = usize::from(how & 1);
-            match how & 0x30 {
-                0x30 => meanwhile::plug(world, number),
-                _ => world.plug(number),
-            }
-        }
+        Step::Plug => beside::plug(world, input.arbitrary()?),
         Step::DeviceTlb => {
             let how: u8 = input.arbitrary()?;
             match world.last.filter(|dma| how & 0x80 != 0 && world.caching[dma.device]) {
